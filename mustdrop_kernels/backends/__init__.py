@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who serves which operator on which device, and why not.
+
+A backend implements operators with the schema's arguments. On each device one backend serves ``torch.ops.mustdrop.*``:
+the one that the environment variable ``MUSTDROP_BACKEND`` names (read once, when the package is imported), else the
+first of the device's order below that can. An explicit choice never falls back: what it cannot serve raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+import torch
+
+from .. import _load
+
+OPS = (
+    "spatial_merge",
+    "cls_attention",
+    "text_vision_scores",
+    "text_vision_scores_varlen",
+    "text_vision_scores_paged",
+    "text_vision_attention",
+    "select_dual",
+    "select_topk",
+    "dual_attention_select",
+    "topk_attention_select",
+    "gather_tokens",
+    "compact_kv_",
+    "compact_paged_kv_",
+)
+
+# Backends that serve torch.ops.mustdrop.* by default, best first.
+ORDER: Mapping[str, tuple[str, ...]] = MappingProxyType({"cpu": ("cpu",), "cuda": ("cuda", "triton", "cupy")})
+
+Implementation = Callable[..., object]
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot serve; the message says why."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of implementations of the operators.
+
+    Args:
+        name: what ``backend=``, ``use_backend`` and ``MUSTDROP_BACKEND`` call it.
+        implementation: from an operator's name (one of ``OPS``) to a callable with the schema's arguments.
+        why_not: from an operator's name and a device type ("cpu", "cuda") to the reason why this backend does not serve
+            it there, None where it does. Cheap; touches no device.
+        in_dispatcher: the C++ library has registered it with torch's dispatcher already.
+        description: one line for ``mustdrop doctor``.
+    """
+
+    name: str
+    implementation: Callable[[str], Implementation]
+    why_not: Callable[[str, str], str | None]
+    description: str = ""
+    in_dispatcher: bool = field(default=False, compare=False)
+
+
+_registered: dict[str, Backend] = {}
+_serving: dict[str, str] = {}  # device type -> backend behind torch.ops.mustdrop.*
+_chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("mustdrop_backend", default=None)
+_libraries: list[torch.library.Library] = []  # kept alive: a registration lives as long as its Library
+
+
+def register_backend(backend: Backend, *, replace: bool = False) -> None:
+    """Make a backend available by name.
+
+    Raises:
+        ValueError: the name is taken and ``replace`` is not set.
+    """
+    if backend.name in _registered and not replace:
+        raise ValueError(f"a backend named {backend.name!r} is registered already; pass replace=True to replace it")
+    _registered[backend.name] = backend
+
+
+def registered() -> Mapping[str, Backend]:
+    """All backends by name."""
+    return MappingProxyType(_registered)
+
+
+def get(name: str) -> Backend:
+    """The backend of this name.
+
+    Raises:
+        BackendError: there is none.
+    """
+    if name not in _registered:
+        raise BackendError(f"no backend named {name!r}; there are {', '.join(sorted(_registered))}")
+    return _registered[name]
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[Backend]:
+    """Within the context the functions of ``mustdrop_kernels`` use this backend (``torch.ops.mustdrop.*`` do not).
+
+    Raises:
+        BackendError: there is no backend of this name.
+    """
+    backend = get(name)
+    token = _chosen.set(name)
+    try:
+        yield backend
+    finally:
+        _chosen.reset(token)
+
+
+def serving(device_type: str) -> str | None:
+    """The name of the backend behind ``torch.ops.mustdrop.*`` on a device, None where nobody serves."""
+    return _serving.get(device_type)
+
+
+def explicit(op: str, device_type: str, name: str | None) -> Implementation | None:
+    """The implementation that ``backend=`` or ``use_backend`` asks for, None where torch.ops is what is asked for.
+
+    Raises:
+        BackendError: the choice does not exist or does not serve this operator on this device.
+    """
+    name = name or _chosen.get()
+    if name is None or name == _serving.get(device_type):
+        return None
+    backend = get(name)
+    reason = backend.why_not(op, device_type)
+    if reason is not None:
+        raise BackendError(f"backend {name!r} does not serve {op} on {device_type}: {reason}")
+    return backend.implementation(op)
+
+
+def serve_dispatcher() -> None:
+    """Decide who is behind ``torch.ops.mustdrop.*`` on each device and register it there. Called once, at import."""
+    asked = os.environ.get("MUSTDROP_BACKEND") or None
+    if asked is not None:
+        get(asked)
+    for device_type, order in ORDER.items():
+        candidates = (asked,) if asked is not None else order
+        for name in candidates:
+            backend = _registered.get(name)
+            if backend is not None and all(backend.why_not(op, device_type) is None for op in OPS):
+                _serving[device_type] = name
+                _register_with_dispatcher(backend, device_type)
+                break
+        else:
+            if asked is not None:
+                _refuse_in_dispatcher(get(asked), device_type)
+
+
+def _register_with_dispatcher(backend: Backend, device_type: str) -> None:
+    if backend.in_dispatcher:
+        return
+    library = torch.library.Library("mustdrop", "IMPL", device_type.upper())
+    _libraries.append(library)
+    for op in OPS:
+        _override(library, op, backend.implementation(op))
+
+
+def _refuse_in_dispatcher(backend: Backend, device_type: str) -> None:
+    """An explicit MUSTDROP_BACKEND that does not serve a device: its operators raise there, nobody else steps in."""
+
+    def refusing(op: str) -> Implementation:
+        def refuse(*args: object, **kwargs: object) -> object:
+            reason = backend.why_not(op, device_type)
+            raise BackendError(f"MUSTDROP_BACKEND={backend.name} does not serve {op} on {device_type}: {reason}")
+
+        return refuse
+
+    library = torch.library.Library("mustdrop", "IMPL", device_type.upper())
+    _libraries.append(library)
+    for op in OPS:
+        _override(library, op, refusing(op))
+
+
+def _override(library: torch.library.Library, op: str, implementation: Implementation) -> None:
+    with warnings.catch_warnings():  # replacing the C++ kernel is what was asked for
+        warnings.filterwarnings("ignore", message=".*[Oo]verrid.*")
+        library.impl(op, implementation)
+
+
+def _has_kernel(op: str, dispatch_key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mustdrop::{op}", dispatch_key)
+
+
+def _builtin_cpu() -> Backend:
+    kernels: dict[str, Implementation] = {}
+    if _load.core.loaded:
+        # Taken now: MUSTDROP_BACKEND may put another backend on this dispatch key.
+        for op in filter(lambda op: _has_kernel(op, "CPU"), OPS):
+            kernel = torch.library.get_kernel(f"mustdrop::{op}", "CPU")
+            kernels[op] = _boxed(getattr(torch.ops.mustdrop, op).default, kernel)
+
+    def why_not(op: str, device_type: str) -> str | None:
+        if device_type != "cpu":
+            return "it serves CPU tensors"
+        if _load.core.problem is not None:
+            return _load.core.problem
+        return None if op in kernels else "libmustdrop was built without a kernel for it"
+
+    return Backend("cpu", kernels.__getitem__, why_not, "C++ kernels, torch's thread pool", in_dispatcher=True)
+
+
+def _boxed(overload: torch._ops.OpOverload, kernel: object) -> Implementation:
+    """A dispatcher kernel as a function of the schema's arguments; the kernel itself takes every argument in order."""
+    arguments = overload._schema.arguments
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+
+    def call(*args: object, **kwargs: object) -> object:
+        rest = [kwargs.get(a.name, a.default_value) for a in arguments[len(args) :]]
+        return kernel.call_boxed(keys, *args, *rest)  # type: ignore[attr-defined]
+
+    return call
+
+
+def _builtin_cuda() -> Backend:
+    def why_not(op: str, device_type: str) -> str | None:
+        if device_type != "cuda":
+            return "it serves CUDA tensors"
+        if _load.cuda.problem is not None:
+            return _load.cuda.problem
+        return None if _has_kernel(op, "CUDA") else "libmustdrop_cuda was built without a kernel for it"
+
+    def implementation(op: str) -> Implementation:
+        return getattr(torch.ops.mustdrop, op)
+
+    return Backend("cuda", implementation, why_not, "CUDA C++ kernels", in_dispatcher=True)
+
+
+def _builtin_reference() -> Backend:
+    def implementation(op: str) -> Implementation:
+        from . import reference
+
+        return getattr(reference, op)
+
+    return Backend("reference", implementation, lambda op, device_type: None, "plain PyTorch, reads like the formulas")
+
+
+register_backend(_builtin_cpu())
+register_backend(_builtin_cuda())
+register_backend(_builtin_reference())

@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MustDropConfig: the method as data. Layers, thresholds, budgets and positions, checked when made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from typing import Any
+
+POSITIONS = ("original", "published")
+VOTES = ("after_image", "last")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MustDropConfig:
+    """Settings of the three stages. The defaults are the published ones (preset "192").
+
+    Stage 1, in the vision tower: the patches of a window that look alike become one token, and the tokens that
+    the CLS token looks at most become key tokens, which no later stage drops.
+
+    Stage 2, in the language model: after each layer of ``pruning_layers`` the vision tokens that the text does
+    not look at are dropped, either by two thresholds or down to a fixed number.
+
+    Stage 3, before decoding: the KV cache of earlier layers, written before the later drops, is cut to the
+    tokens that survived.
+    """
+
+    merge: bool = True
+    """Merge alike patches. Without it every patch stays a token of its own."""
+    merge_layer: int = 0
+    """The vision layer, from 0, whose output is merged."""
+    window: tuple[int, int] = (3, 3)
+    """Height and width of a merge window in patches."""
+    merge_threshold: float = 0.8
+    """A window merges if the mean cosine similarity of its patches is at least this."""
+    merge_budget: int | None = None
+    """Merge exactly this many windows of each image, the most similar ones, instead of comparing with the threshold."""
+    merge_uniform: bool = False
+    """Every image of a batch merges as many windows as the image with the fewest (the published code does)."""
+    key_rate: float = 0.08
+    """The share of an image's tokens, counted after merging and rounded up, that become key tokens. 0: none."""
+
+    pruning_layers: tuple[int, ...] = (2, 6, 10, 14)
+    """The language layers, from 0 and ascending, whose output is cut."""
+    global_threshold: float = 0.001
+    """A token is dropped only if its share of the attention that text pays to all vision tokens is below this ..."""
+    individual_threshold: float = 0.001
+    """... and no single text token pays it this much attention."""
+    budgets: tuple[int, ...] | None = None
+    """Keep this many vision tokens of a sequence after each pruning layer, all its images together, instead of
+    comparing with the thresholds. Key tokens stay even where they are more."""
+    votes: str = "after_image"
+    """Whose attention counts: "after_image", all text after the sequence's last image, or "last", its last token."""
+
+    evict: bool = True
+    """Cut the KV cache of earlier layers to the final survivors."""
+    evict_from: int | None = None
+    """The first layer that is cut. By default the first pruning layer: layers before it keep every token."""
+    positions: str = "original"
+    """"original": a token keeps the RoPE position it has in the plain prompt, a merged token that of its window's
+    first patch, and decoding goes on from the plain prompt's length. "published": positions are renumbered
+    0, 1, 2, ... after merging and after each cut, and at decode each layer counts on from its own cache length;
+    only for reproducing published figures, since queries and keys then disagree about where tokens stand."""
+    backend: str | None = None
+    """The kernels' backend by name. By default what serves the tensors' device."""
+
+    def __post_init__(self) -> None:
+        for name in ("merge", "merge_uniform", "evict"):
+            self._require(isinstance(getattr(self, name), bool), name, "True or False")
+        self._integer("merge_layer", minimum=0)
+        self._integers("window", minimum=1)
+        self._require(len(self.window) == 2, "window", "two numbers, height and width")
+        self._require(math.prod(self.window) > 1 or not self.merge, "window", "of more than one patch")
+        self._number("merge_threshold", -1.0, 1.0)
+        if self.merge_budget is not None:
+            self._integer("merge_budget", minimum=0)
+            self._require(not self.merge_uniform, "merge_uniform", "False where merge_budget is given")
+        self._number("key_rate", 0.0, 1.0)
+
+        self._integers("pruning_layers", minimum=0)
+        self._require(_strictly_ascending(self.pruning_layers), "pruning_layers", "strictly ascending")
+        self._number("global_threshold", 0.0, math.inf)
+        self._number("individual_threshold", 0.0, math.inf)
+        if self.budgets is not None:
+            self._integers("budgets", minimum=0)
+            layers = len(self.pruning_layers)
+            self._require(len(self.budgets) == layers, "budgets", f"one number per pruning layer ({layers})")
+            falling = all(a >= b for a, b in zip(self.budgets, self.budgets[1:]))
+            self._require(falling, "budgets", "falling: dropped tokens do not come back")
+        self._require(self.votes in VOTES, "votes", f"one of {VOTES}")
+
+        if self.evict_from is not None:
+            self._integer("evict_from", minimum=0)
+        self._require(self.positions in POSITIONS, "positions", f"one of {POSITIONS}")
+        named = self.backend is None or isinstance(self.backend, str)
+        self._require(named, "backend", "a backend's name or None")
+
+    def _require(self, condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise ValueError(f"MustDropConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
+
+    def _integer(self, name: str, minimum: int) -> None:
+        self._require(_is_integer(getattr(self, name), minimum), name, f"an integer of at least {minimum}")
+
+    def _integers(self, name: str, minimum: int) -> None:
+        """Checks a tuple of integers; a list, as JSON has it, becomes a tuple."""
+        value = getattr(self, name)
+        valid = isinstance(value, (list, tuple)) and all(_is_integer(item, minimum) for item in value)
+        self._require(valid, name, f"a tuple of integers of at least {minimum}")
+        object.__setattr__(self, name, tuple(value))
+
+    def _number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        self._require(number and math.isfinite(value) and low <= value <= high, name, f"a number {bound}")
+
+    @property
+    def needs_vision_stage(self) -> bool:
+        """Whether stage 1 does anything: merging, or marking key tokens."""
+        return self.merge or self.key_rate > 0
+
+    @property
+    def first_evicted_layer(self) -> int | None:
+        """The first layer whose cache stage 3 cuts; None where there is nothing to cut."""
+        if not self.evict or not self.pruning_layers:
+            return None
+        return self.pruning_layers[0] if self.evict_from is None else self.evict_from
+
+    def for_depth(self, num_layers: int) -> MustDropConfig:
+        """This config without the pruning layers, and their budgets, that a model of `num_layers` does not have."""
+        layers = tuple(layer for layer in self.pruning_layers if layer < num_layers)
+        budgets = None if self.budgets is None else self.budgets[: len(layers)]
+        return dataclasses.replace(self, pruning_layers=layers, budgets=budgets)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads them back."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> MustDropConfig:
+        unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"MustDropConfig: unknown field(s) {', '.join(unknown)}")
+        return cls(**fields)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> MustDropConfig:
+        """A named config, with single fields changed: ``MustDropConfig.preset("64", positions="published")``."""
+        if name not in _PRESETS:
+            raise ValueError(f"MustDropConfig: no preset {name!r}; there are {', '.join(_PRESETS)}")
+        return cls(**{**_PRESETS[name], **changes})
+
+    @classmethod
+    def presets(cls) -> dict[str, MustDropConfig]:
+        """All presets by name.
+
+        "192", "128", "64" and "64-strict" hold the published thresholds, named after the number of vision tokens
+        that they keep on average over the layers of LLaVA-1.5-7B. "budget-192", "budget-128" and "budget-64" keep
+        exactly that average there (576 patches, 32 layers) with fixed counts at every step, so all shapes are known
+        beforehand. "keep-all" scores at every pruning layer and drops nothing.
+        """
+        return {name: cls.preset(name) for name in _PRESETS}
+
+
+_PRESETS: dict[str, dict[str, Any]] = {
+    "192": dict(global_threshold=0.001, individual_threshold=0.001),
+    "128": dict(global_threshold=0.0012, individual_threshold=0.001),
+    "64": dict(global_threshold=0.011, individual_threshold=0.01),
+    "64-strict": dict(global_threshold=0.005, individual_threshold=0.001),
+    # 3 layers of 576 - 8 r tokens (r windows of 9 merge into one), 4 of each of the first three budgets, 17 of the last.
+    "budget-192": dict(merge_budget=32, budgets=(272, 228, 184, 144)),
+    "budget-128": dict(merge_budget=40, budgets=(200, 164, 128, 80)),
+    "budget-64": dict(merge_budget=56, budgets=(108, 82, 56, 40)),
+    "keep-all": dict(merge=False, key_rate=0.0, global_threshold=0.0, individual_threshold=0.0),
+}
+
+
+def _is_integer(value: Any, minimum: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+
+
+def _strictly_ascending(values: Iterable[int]) -> bool:
+    values = list(values)
+    return all(a < b for a, b in zip(values, values[1:]))

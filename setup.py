@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Drives CMakeLists.txt. The metadata is in pyproject.toml.
+
+Environment:
+  MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90a;100a;120". Default: those of the GPUs present, else none.
+  MUSTDROP_NVCC        path of nvcc; default: $CUDACXX, $CUDA_HOME/bin/nvcc, PATH, /usr/local/cuda/bin/nvcc.
+  MUSTDROP_CMAKE_ARGS  further arguments for CMake, such as "-DMUSTDROP_WERROR=ON".
+  MAX_JOBS             parallel compile jobs; default: the number of cores.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+BUILD = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and libmustdrop_cuda
+
+
+def find_nvcc() -> str | None:
+    """The CUDA compiler, found without asking torch whether it has CUDA."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [
+        os.environ.get("MUSTDROP_NVCC"),
+        os.environ.get("CUDACXX"),
+        str(Path(home) / "bin" / "nvcc") if home else None,
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+    ]
+    return next((path for path in candidates if path and Path(path).is_file()), None)
+
+
+def archs_of_gpus_present() -> str:
+    """Compute capabilities of this machine's GPUs as CUDA targets ("90a;80"), empty where there is none."""
+    try:
+        found = subprocess.run(
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=30, check=True,
+        ).stdout.split()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    # 9.0 and 10.x have instructions that only the "a" targets give access to.
+    targets = {text.replace(".", "") for text in found}
+    return ";".join(sorted(t + "a" if t.startswith(("90", "10")) else t for t in targets))
+
+
+def cuda_arguments() -> list[str]:
+    """CMake's arguments for the CUDA library; says why where it is not built."""
+    asked = os.environ.get("MUSTDROP_CUDA_ARCHS")
+    archs = archs_of_gpus_present() if asked is None else asked.strip()
+    if not archs:
+        print("mustdrop: no CUDA library (no GPU found; MUSTDROP_CUDA_ARCHS=80;90a builds for others)")
+        return []
+    nvcc = find_nvcc()
+    if nvcc is None:
+        message = f"mustdrop: no CUDA library for {archs}: nvcc was not found (set MUSTDROP_NVCC or CUDA_HOME)"
+        if asked is not None:
+            raise SystemExit(message)
+        print(message + "; on a GPU Triton is used")
+        return []
+    print(f"mustdrop: building the CUDA library for {archs} with {nvcc}")
+    return [f"-DMUSTDROP_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
+
+
+class CMakeBuild(build_ext):
+    """Builds every library of CMakeLists.txt in one CMake run and puts each where the package looks for it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        self.configure()
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run([self.cmake(), "--build", str(BUILD), "--parallel", jobs], check=True)
+        if not self.editable_mode:
+            self.put_libraries(Path(self.build_lib) / "mustdrop_kernels")
+
+    def copy_extensions_to_source(self) -> None:
+        """setuptools calls this for in-place and editable builds."""
+        self.put_libraries(ROOT / "mustdrop_kernels")
+
+    @staticmethod
+    def put_libraries(package: Path) -> None:
+        folder = package / LIBRARY_FOLDER
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.glob("libmustdrop*"):
+            old.unlink()
+        for library in BUILD.glob("libmustdrop*.so"):
+            shutil.copy2(library, folder)
+        for module in BUILD.glob("_native*.so"):
+            shutil.copy2(module, package)
+
+    def configure(self) -> None:
+        BUILD.mkdir(parents=True, exist_ok=True)
+        arguments = [
+            f"-DMUSTDROP_VERSION={self.distribution.get_version()}",
+            f"-DMUSTDROP_TORCH={torch_folder()}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            "-DMUSTDROP_CUDA_ARCHS=",
+            *cuda_arguments(),
+            *shlex.split(os.environ.get("MUSTDROP_CMAKE_ARGS", "")),
+        ]
+        if pybind11 := pybind11_folder():
+            arguments.append(f"-Dpybind11_DIR={pybind11}")
+        command = [self.cmake(), "-S", str(ROOT), "-B", str(BUILD), *arguments]
+        if not (BUILD / "CMakeCache.txt").exists() and (ninja := find_ninja()):
+            command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
+        subprocess.run(command, check=True)
+
+    @staticmethod
+    def cmake() -> str:
+        found = shutil.which("cmake", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+        if found is None:
+            raise SystemExit("mustdrop: CMake was not found; `pip install cmake` gives it")
+        return found
+
+    def get_outputs(self) -> list[str]:
+        package = Path(self.build_lib) / "mustdrop_kernels"
+        return [str(p) for p in (*package.glob(f"{LIBRARY_FOLDER}/*.so"), *package.glob("_native*.so"))]
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return os.path.join(*fullname.split(".")[:-1], LIBRARY_FOLDER, "libmustdrop.so")
+
+
+def torch_folder() -> Path:
+    """torch's package folder, without importing torch (which takes seconds)."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise SystemExit("mustdrop: torch was not found; install it first (torch >= 2.10)")
+    return Path(spec.origin).parent
+
+
+def pybind11_folder() -> str | None:
+    if importlib.util.find_spec("pybind11") is None:
+        return None
+    import pybind11
+
+    return pybind11.get_cmake_dir()
+
+
+def find_ninja() -> str | None:
+    if importlib.util.find_spec("ninja") is not None:
+        import ninja
+
+        return str(Path(ninja.BIN_DIR) / "ninja")
+    return shutil.which("ninja")
+
+
+setup(
+    ext_modules=[Extension("mustdrop_kernels.libmustdrop", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)
