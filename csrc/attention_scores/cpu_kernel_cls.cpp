@@ -2,37 +2,12 @@
 // cls_attention on the CPU, compiled per instruction set: one query row a head, so it is a matter of reading k once.
 #include "attention_scores/cpu_kernel_cls.h"
 
-#include "common/cpu_math.h"
+#include "common/cpu_dot.h"
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
 
-constexpr int kKeys = 4;  // keys whose products are computed side by side
-
 constexpr float kHuge = 3.402823466e38f;
-
-// scores[i] = q . k_i for N keys.
-template <int N, class T>
-inline void dot_keys(const float* q,           // [dim]
-                     const T* k, int64_t row,  // [N, dim], stride of keys
-                     int64_t dim, float* scores) {
-  VecFloat sums[N];
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) sums[i] = VecFloat{};
-  int64_t d = 0;
-  for (; d + kLanes <= dim; d += kLanes) {
-    const VecFloat x = load(q + d);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) sums[i] += x * load(k + i * row + d);
-  }
-  if (d < dim) {
-    const VecFloat x = load_part(q + d, dim - d);
-#pragma GCC unroll 4
-    for (int i = 0; i < N; ++i) sums[i] += x * load_part(k + i * row + d, dim - d);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < N; ++i) scores[i] = sum_of(sums[i]);
-}
 
 // The softmax of `n` scores in place. A row of -inf gives zeros.
 void softmax(float* scores, int64_t n) {
@@ -67,8 +42,15 @@ void attend(const ClsJob& job, int64_t b, int64_t head, float* query, float* sco
   for (int64_t d = 0; d < job.dim; ++d) query[d] = job.scale * to_float(q[d]);
   const int64_t columns = cls_columns(job, b);
   int64_t i = 0;
-  for (; i + kKeys <= columns; i += kKeys) dot_keys<kKeys>(query, k + i * job.k_row, job.k_row, job.dim, scores + i);
-  for (; i < columns; ++i) dot_keys<1>(query, k + i * job.k_row, job.k_row, job.dim, scores + i);
+  for (; i + kDotRows <= columns; i += kDotRows) {
+    const T* rows[kDotRows];
+    for (int j = 0; j < kDotRows; ++j) rows[j] = k + (i + j) * job.k_row;
+    dot_rows(query, rows, job.dim, scores + i, 1);
+  }
+  for (; i < columns; ++i) {
+    const T* const row[1] = {k + i * job.k_row};
+    dot_rows(query, row, job.dim, scores + i, 1);
+  }
   softmax(scores, columns);
 }
 
