@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -120,6 +121,13 @@ def test_checkpoint_with_another_preset(mustdrop, as_json, checkpoint, picture, 
 
 
 @pytest.fixture
+def damaged(checkpoint, tmp_path) -> Path:
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    return tmp_path / "damaged"
+
+
+@pytest.fixture
 def llama(tmp_path) -> Path:
     LlamaConfig().save_pretrained(tmp_path / "llama")
     return tmp_path / "llama"
@@ -136,11 +144,12 @@ def llama(tmp_path) -> Path:
         (["--backend", "cuda"], "it serves CUDA tensors"),
         (["--model", "{tmp}/nothing"], "cannot be loaded"),
         (["--model", "{tmp}/llama"], "is a 'llama' model"),
+        (["--model", "{tmp}/damaged"], "cannot be loaded"),
         (["--out", "{tmp}/text.png"], "cannot be made"),
     ],
-    ids=["no file", "folder", "no image", "preset", "backend", "device", "no model", "other model", "out"],
+    ids=["no file", "folder", "no image", "preset", "backend", "device", "no model", "other model", "damaged", "out"],
 )
-def test_refusals_are_one_sentence(words, sentence, mustdrop, llama, tmp_path, monkeypatch) -> None:
+def test_refusals_are_one_sentence(words, sentence, mustdrop, llama, damaged, tmp_path, monkeypatch) -> None:
     if "cuda" in words and torch.cuda.is_available():
         pytest.skip("the backend may serve here")
     monkeypatch.chdir(tmp_path)
