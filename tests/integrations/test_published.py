@@ -32,7 +32,8 @@ def run(request, golden):
     )
     record = {"positions": [], "last_hidden": [], "features": []}
     rotary = model.model.language_model.rotary_emb.register_forward_hook(
-        lambda module, args, kwargs, output: record["positions"].append(kwargs["position_ids"]), with_kwargs=True
+        lambda module, args, kwargs, output: record["positions"].append(kwargs.get("position_ids", args[-1])),
+        with_kwargs=True,
     )
     layers = [
         layer.register_forward_hook(lambda module, args, output: record["last_hidden"].append(_hidden(output)[0, -1]))
