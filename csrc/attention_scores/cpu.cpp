@@ -42,8 +42,8 @@ const uint8_t* uint8_data(const Tensor& t) { return static_cast<const uint8_t*>(
 float* float_data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 // The fields that do not depend on the layout; dimensions of q and k (k_row: of keys) are given by number.
-ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Tensor& k, int64_t k_heads, int64_t k_rows,
-                      double scale, const OptionalTensor& lse) {
+ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Tensor& k, int64_t k_heads,
+                      int64_t k_rows, double scale, const OptionalTensor& lse) {
   const int64_t last = q.dim() - 1;
   ScoreInputs inputs{};
   inputs.q = q.const_data_ptr(), inputs.k = k.const_data_ptr();
@@ -90,13 +90,14 @@ void check_text_vision_scores(const char* op, const Tensor& q, const Tensor& k, 
   check_query(op, q, {"B", "Hq", "Lq", "D"});
   check_tensor(op, "k", k, {q.size(0), "Hk", "Lk", q.size(3)}, q.scalar_type(), q);
   check_heads(op, "k", q.size(1), k.size(1));
-  if (q.size(2) > k.size(2)) refuse_argument(op, "q", " must not have more rows than k, ", k.size(2), ", got ", q.size(2));
+  if (q.size(2) > k.size(2))
+    refuse_argument(op, "q", " must not have more rows than k, ", k.size(2), ", got ", q.size(2));
   check_tensor(op, "token_types", token_types, {q.size(0), k.size(2)}, ScalarType::Byte, q);
   if (lse) check_tensor(op, "lse", *lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q, true);
 }
 
-std::tuple<Tensor, Tensor> text_vision_scores(const char* op, const Tensor& q, const Tensor& k, const Tensor& token_types,
-                                              double scale, const OptionalTensor& lse) {
+std::tuple<Tensor, Tensor> text_vision_scores(const char* op, const Tensor& q, const Tensor& k,
+                                              const Tensor& token_types, double scale, const OptionalTensor& lse) {
   check_text_vision_scores(op, q, k, token_types, lse);
   const int64_t length = k.size(2);
   Tensor total = new_zeros(q, {q.size(0), length}, ScalarType::Float);

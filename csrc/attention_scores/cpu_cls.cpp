@@ -10,11 +10,11 @@ namespace mustdrop {
 namespace {
 
 constexpr const char* kOp = "cls_attention";
-constexpr int64_t kGrainBytes = 64 << 10;       // least of k that a thread reads
-constexpr int64_t kWorkspaceFloats = 1 << 20;   // aimed at
+constexpr int64_t kGrainBytes = 64 << 10;      // least of k that a thread reads
+constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at
 
-Tensor cls_attention(const Tensor& q,               // [B, H, D]
-                     const Tensor& k,               // [B, H, S, D]
+Tensor cls_attention(const Tensor& q,  // [B, H, D]
+                     const Tensor& k,  // [B, H, S, D]
                      double scale,
                      const OptionalTensor& counts,  // [B]
                      int64_t num_prefix_tokens) {

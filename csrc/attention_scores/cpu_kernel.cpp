@@ -115,11 +115,11 @@ void pack_lse(const ScoreJob& job, int64_t head, float* lane_lse) {  // [lane_st
 
 // scores = keys . query for one chunk and one tile.
 template <int W>
-void multiply_tile(const float* keys,   // [kChunk, dim]
+void multiply_tile(const float* keys,  // [kChunk, dim]
                    int64_t count,
                    const float* query,  // [dim, W * kLanes]
                    int64_t dim,
-                   float* scores) {     // [kChunk, W * kLanes]; past count: unspecified
+                   float* scores) {  // [kChunk, W * kLanes]; past count: unspecified
   for (int64_t first = 0; first < count; first += kKeys, keys += kKeys * dim) {
     VecFloat sums[kKeys][W];
 #pragma GCC unroll 8
@@ -204,9 +204,12 @@ void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float
 template <class Use>
 void score_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
   switch (job.element) {
-    case Element::f32: return score_tiles_of<float>(job, head, chunk, scratch, use);
-    case Element::f16: return score_tiles_of<half>(job, head, chunk, scratch, use);
-    case Element::bf16: return score_tiles_of<bfloat16>(job, head, chunk, scratch, use);
+    case Element::f32:
+      return score_tiles_of<float>(job, head, chunk, scratch, use);
+    case Element::f16:
+      return score_tiles_of<half>(job, head, chunk, scratch, use);
+    case Element::bf16:
+      return score_tiles_of<bfloat16>(job, head, chunk, scratch, use);
   }
 }
 
@@ -214,8 +217,8 @@ void score_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, float* s
 
 // -inf where a row does not see a key.
 template <int W>
-void hide(float* scores,             // [count, W * kLanes]
-          const int32_t* position,   // [count] of the keys
+void hide(float* scores,            // [count, W * kLanes]
+          const int32_t* position,  // [count] of the keys
           int64_t count,
           const int32_t* rows_at) {  // [W * kLanes] positions of the lanes' rows
   for (int64_t i = 0; i < count; ++i)
@@ -317,12 +320,14 @@ void finish_chunk(const ScoreJob& job, const Chunk& chunk, float* mean) {  // [k
     if (!job.total) continue;
     job.total[position] += sum_of(sum);
     float peak = job.peak[position];
-    for (int lane = 0; lane < kLanes; ++lane) peak = maximum[lane] > peak || maximum[lane] != maximum[lane] ? maximum[lane] : peak;
+    for (int lane = 0; lane < kLanes; ++lane)
+      peak = maximum[lane] > peak || maximum[lane] != maximum[lane] ? maximum[lane] : peak;
     job.peak[position] = peak;
   }
   if (!job.map) return;
   for (int64_t r = 0; r < job.rows; ++r)
-    for (int64_t i = 0; i < chunk.count; ++i) job.map[r * job.map_stride + chunk.position[i]] = mean[i * job.row_stride + r];
+    for (int64_t i = 0; i < chunk.count; ++i)
+      job.map[r * job.map_stride + chunk.position[i]] = mean[i * job.row_stride + r];
 }
 
 void clear(float* values, int64_t n) { memset(values, 0, n * sizeof *values); }
@@ -332,8 +337,8 @@ void clear(float* values, int64_t n) { memset(values, 0, n * sizeof *values); }
 template <int W>
 void weigh_tile_normalised(const float* scores,  // [count, W * kLanes]
                            int64_t count, int64_t lane_stride,
-                           const float* lse,   // [W * kLanes]
-                           float* weights) {   // [count, lane_stride]
+                           const float* lse,  // [W * kLanes]
+                           float* weights) {  // [count, lane_stride]
   VecFloat minus[W];
   VecInt live[W];
   for (int w = 0; w < W; ++w) {
@@ -357,9 +362,15 @@ void pack_query(const ScoreTask& task, int64_t begin, int64_t end) {
   for (int64_t head = begin; head < end; ++head) {
     float* query = job.query + head * job.dim * job.lane_stride;
     switch (job.element) {
-      case Element::f32: pack_rows<float>(job, head, query); break;
-      case Element::f16: pack_rows<half>(job, head, query); break;
-      case Element::bf16: pack_rows<bfloat16>(job, head, query); break;
+      case Element::f32:
+        pack_rows<float>(job, head, query);
+        break;
+      case Element::f16:
+        pack_rows<half>(job, head, query);
+        break;
+      case Element::bf16:
+        pack_rows<bfloat16>(job, head, query);
+        break;
     }
     if (job.lse) pack_lse(job, head, job.lane_lse + head * job.lane_stride);
   }

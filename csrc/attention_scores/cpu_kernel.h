@@ -45,14 +45,15 @@ struct ScoreJob {
   int64_t first_head, block_heads;  // the key heads of this round
   float* query;                     // [kv_heads, dim * lane_stride] scaled rows in tiles of vectors, see pack_query
   float* lane_lse;                  // [kv_heads, lane_stride]
-  float* stats;    // [block_heads, vision_chunks + text_chunks, 2, lane_stride] maximum (then: factor), sum of exponentials
+  float*
+      stats;  // [block_heads, vision_chunks + text_chunks, 2, lane_stride] maximum (then: factor), sum of exponentials
   float* weights;  // [block_heads, vision_chunks, kChunk, lane_stride] exponentials over their chunk's maximum
   float* mean;     // [vision_chunks, kChunk, row_stride] sum over heads so far
 
   // Results
-  float* total;     // [positions], null where the map is wanted
-  float* peak;      // [positions]
-  float* map;       // [rows, map_stride], null where the scores are wanted
+  float* total;  // [positions], null where the map is wanted
+  float* peak;   // [positions]
+  float* map;    // [rows, map_stride], null where the scores are wanted
   int64_t map_stride;
 };
 
@@ -69,8 +70,8 @@ inline int64_t scratch_floats(const ScoreJob& job) {
 
 }  // namespace mustdrop::cpu
 
-MUSTDROP_CPU_KERNEL(pack_query, ScoreTask)       // items: key heads
-MUSTDROP_CPU_KERNEL(score_chunks, ScoreTask)     // items: (key head of the round, chunk): weights and their stats
-MUSTDROP_CPU_KERNEL(normalise, ScoreTask)        // items: (key head of the round, kLaneStep lanes): stats to factors
-MUSTDROP_CPU_KERNEL(average_heads, ScoreTask)    // items: vision chunks: mean, and at the last head the results
-MUSTDROP_CPU_KERNEL(score_normalised, ScoreTask) // items: vision chunks: all of it where lse is given
+MUSTDROP_CPU_KERNEL(pack_query, ScoreTask)        // items: key heads
+MUSTDROP_CPU_KERNEL(score_chunks, ScoreTask)      // items: (key head of the round, chunk): weights and their stats
+MUSTDROP_CPU_KERNEL(normalise, ScoreTask)         // items: (key head of the round, kLaneStep lanes): stats to factors
+MUSTDROP_CPU_KERNEL(average_heads, ScoreTask)     // items: vision chunks: mean, and at the last head the results
+MUSTDROP_CPU_KERNEL(score_normalised, ScoreTask)  // items: vision chunks: all of it where lse is given

@@ -62,9 +62,15 @@ void cls_softmax(const ClsTask& task, int64_t begin, int64_t end) {
     const int64_t b = job.first + item / job.heads, head = item % job.heads;
     float* scores = job.probabilities + item * job.span;
     switch (job.element) {
-      case Element::f32: attend<float>(job, b, head, task.scratch, scores); break;
-      case Element::f16: attend<half>(job, b, head, task.scratch, scores); break;
-      case Element::bf16: attend<bfloat16>(job, b, head, task.scratch, scores); break;
+      case Element::f32:
+        attend<float>(job, b, head, task.scratch, scores);
+        break;
+      case Element::f16:
+        attend<half>(job, b, head, task.scratch, scores);
+        break;
+      case Element::bf16:
+        attend<bfloat16>(job, b, head, task.scratch, scores);
+        break;
     }
   }
 }

@@ -9,12 +9,12 @@
 namespace mustdrop::cpu {
 
 struct ClsJob {
-  const void* q;                                          // [B, heads, dim]
-  const void* k;                                          // [B, heads, span, dim]
-  int64_t q_batch, q_head, k_batch, k_head, k_row;        // strides in elements
+  const void* q;                                    // [B, heads, dim]
+  const void* k;                                    // [B, heads, span, dim]
+  int64_t q_batch, q_head, k_batch, k_head, k_row;  // strides in elements
   int64_t heads, span, dim;
-  int64_t prefix;                                         // first columns of the result that stay zero
-  const int32_t* counts;                                  // [B], null: span
+  int64_t prefix;         // first columns of the result that stay zero
+  const int32_t* counts;  // [B], null: span
   int64_t count_stride;
   float scale;
   Element element;

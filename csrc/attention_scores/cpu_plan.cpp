@@ -50,8 +50,9 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   for (int64_t p = 0; p < end; ++p) {
     const bool vision = sequence.types[p] == kVision;
     if (sequence.types[p] == kPadding || (inputs.lse && !vision) || !exists(p)) continue;
-    const int64_t offset = inputs.slots ? sequence.table[p / inputs.slots] * inputs.k_block + p % inputs.slots * inputs.k_row
-                                        : sequence.k_begin + p * inputs.k_row;
+    const int64_t offset = inputs.slots
+                               ? sequence.table[p / inputs.slots] * inputs.k_block + p % inputs.slots * inputs.k_row
+                               : sequence.k_begin + p * inputs.k_row;
     (vision ? contents.vision_offset : contents.text_offset).push_back(offset);
     (vision ? contents.vision_position : contents.text_position).push_back(static_cast<int32_t>(p));
   }
@@ -161,23 +162,28 @@ class Batch {
     prepare();
     const ScoreJob& first = jobs_.front()->job;
     const auto chunks = [](const ScoreJob& job) { return job.vision_chunks + job.text_chunks; };
-    phase(cpu::pack_query, [](const ScoreJob& job) { return job.kv_heads; },
-          [](const ScoreJob& job) { return 4 * job.dim * job.lanes; });
+    phase(
+        cpu::pack_query, [](const ScoreJob& job) { return job.kv_heads; },
+        [](const ScoreJob& job) { return 4 * job.dim * job.lanes; });
     if (first.lse) {
-      phase(cpu::score_normalised, [](const ScoreJob& job) { return job.vision_chunks; },
-            [](const ScoreJob& job) { return job.kv_heads * kChunk * job.dim * job.lane_stride; });
+      phase(
+          cpu::score_normalised, [](const ScoreJob& job) { return job.vision_chunks; },
+          [](const ScoreJob& job) { return job.kv_heads * kChunk * job.dim * job.lane_stride; });
     } else {
       for (int64_t head = 0, block = first.block_heads; head < first.kv_heads; head += block) {
         for (auto& planned : jobs_) {
           planned->job.first_head = head;
           planned->job.block_heads = std::min(block, first.kv_heads - head);
         }
-        phase(cpu::score_chunks, [&](const ScoreJob& job) { return job.block_heads * chunks(job); },
-              [](const ScoreJob& job) { return kChunk * (job.dim + 16) * job.lane_stride; });
-        phase(cpu::normalise, [](const ScoreJob& job) { return job.block_heads * (job.lane_stride / kLaneStep); },
-              [&](const ScoreJob& job) { return 64 * chunks(job) * kLaneStep; });
-        phase(cpu::average_heads, [](const ScoreJob& job) { return job.vision_chunks; },
-              [](const ScoreJob& job) { return 4 * job.block_heads * kChunk * job.lane_stride; });
+        phase(
+            cpu::score_chunks, [&](const ScoreJob& job) { return job.block_heads * chunks(job); },
+            [](const ScoreJob& job) { return kChunk * (job.dim + 16) * job.lane_stride; });
+        phase(
+            cpu::normalise, [](const ScoreJob& job) { return job.block_heads * (job.lane_stride / kLaneStep); },
+            [&](const ScoreJob& job) { return 64 * chunks(job) * kLaneStep; });
+        phase(
+            cpu::average_heads, [](const ScoreJob& job) { return job.vision_chunks; },
+            [](const ScoreJob& job) { return 4 * job.block_heads * kChunk * job.lane_stride; });
       }
     }
     jobs_.clear();

@@ -34,10 +34,10 @@ struct ScoreSequence {
   const uint8_t* types;  // [length]
   float* total;          // [length], null where the map is wanted
   float* peak;
-  float* map;          // [max_rows, map_stride], null where the scores are wanted
+  float* map;  // [max_rows, map_stride], null where the scores are wanted
   int64_t map_stride;
-  int64_t max_rows;    // query rows past it are left out
-  bool overwrites;     // an earlier sequence of the call has the same places in the results: the last one counts
+  int64_t max_rows;  // query rows past it are left out
+  bool overwrites;   // an earlier sequence of the call has the same places in the results: the last one counts
 };
 
 // Adds to the results, which are zero at first. `like` says where workspaces are allocated.

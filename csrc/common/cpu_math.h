@@ -46,7 +46,8 @@ inline VecFloat load(const bfloat16* from) {
 
 inline VecFloat load(const half* from) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<VecFloat>(_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  return reinterpret_cast<VecFloat>(
+      _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
 #elif defined(__F16C__)
   return reinterpret_cast<VecFloat>(_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
 #else
@@ -94,10 +95,12 @@ inline float sum_of(VecFloat v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x, off by 1.01 units in the last place at most; 0 below -86.9, where the result would not be a normal number; infinity above 88.73; NaN stays.
+// e^x, off by 1.01 units in the last place at most; 0 below -86.9, where the result would not be a normal number;
+// infinity above 88.73; NaN stays.
 inline VecFloat exp_of(VecFloat x) {
   const VecFloat low = splat(-86.9f), high = splat(88.8f);
-  const VecFloat shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  const VecFloat shift =
+      splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
   const VecFloat capped = x > high ? high : x;
   const VecFloat shifted = capped * 1.44269504f + shift;
   const VecFloat n = shifted - shift;
