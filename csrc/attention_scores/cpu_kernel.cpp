@@ -3,11 +3,11 @@
 //
 // Products: the query rows of a key head are packed once, transposed, into tiles [dim, width * kLanes]; a block of kKeys keys
 // is multiplied with a tile by broadcasting one key element at a time, so that keys need no transposition and sums stay in
-// registers. Exponentials are taken against the maximum of their chunk, so that each score is computed once: when all chunks
+// registers. Where a vector would stand nearly empty (few lanes), keys are read once, with dot products. Exponentials are taken against the maximum of their chunk, so that each score is computed once: when all chunks
 // are known, a factor per chunk and lane turns them into probabilities.
 #include "attention_scores/cpu_kernel.h"
 
-#include "common/cpu_math.h"
+#include "common/cpu_dot.h"
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
@@ -22,9 +22,9 @@ constexpr int kKeys = 4, kWidth = 2;
 #endif
 static_assert(kChunk % kKeys == 0 && kLaneStep % kLanes == 0 && kWidth * kLanes <= kMaxTile, "blocks must tile chunks");
 
-constexpr float kHuge = 3.402823466e38f;
+constexpr int64_t kFewLanes = 3;  // up to here dot products are faster; a fourth costs as much as a full vector
 
-inline float infinity() { return __builtin_inff(); }
+constexpr float kHuge = 3.402823466e38f;
 
 // Calls body(first vector, width as a compile-time constant) for tiles that cover `vectors`.
 template <int N>
@@ -62,28 +62,33 @@ void convert_row(const T* from, int64_t stride, int64_t n, float* to) {
   for (; i < n; ++i) to[i] = to_float(from[i * stride]);
 }
 
-// A head's keys of one chunk in float32; zeros up to the next multiple of kKeys.
+// One chunk's keys in float32; zeros up to the next multiple of kKeys.
 template <class T>
-void convert_keys(const ScoreJob& job, int64_t head, const int64_t* offset,  // [count]
+void convert_keys(const ScoreJob& job, const T* k,
+                  const int64_t* offset,  // [count]
                   int64_t count,
                   float* keys) {  // [kChunk, dim]
-  const T* k = static_cast<const T*>(job.k) + head * job.k_head;
   for (int64_t i = 0; i < count; ++i) convert_row(k + offset[i], job.k_dim, job.dim, keys + i * job.dim);
   const int64_t blocks = (count + kKeys - 1) / kKeys;
   memset(keys + count * job.dim, 0, (blocks * kKeys - count) * job.dim * sizeof *keys);
 }
 
-void load_keys(const ScoreJob& job, int64_t head, const int64_t* offset, int64_t count, float* keys) {
-  switch (job.element) {
-    case Element::f32: return convert_keys<float>(job, head, offset, count, keys);
-    case Element::f16: return convert_keys<half>(job, head, offset, count, keys);
-    case Element::bf16: return convert_keys<bfloat16>(job, head, offset, count, keys);
-  }
+template <class T>
+const T* query_row(const ScoreJob& job, int64_t head, int64_t lane) {
+  const int64_t query_head = head * job.group + lane / job.rows;
+  return static_cast<const T*>(job.q) + query_head * job.q_head + job.row_offset[lane % job.rows];
 }
 
-// One key head's scaled query rows, [dim, width * kLanes] per tile, zeros past the lanes.
+// One key head's scaled query rows: [lanes, dim] where they are few, else [dim, width * kLanes] per tile, zeros past the lanes.
 template <class T>
 void pack_rows(const ScoreJob& job, int64_t head, float* query) {
+  if (job.lanes <= kFewLanes && job.k_dim == 1) {
+    for (int64_t lane = 0; lane < job.lanes; ++lane) {
+      const T* row = query_row<T>(job, head, lane);
+      for (int64_t d = 0; d < job.dim; ++d) query[lane * job.dim + d] = job.scale * to_float(row[d]);
+    }
+    return;
+  }
   for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
     constexpr int64_t kTile = decltype(width)::value * kLanes;
     float* tile = query + v * kLanes * job.dim;
@@ -93,8 +98,7 @@ void pack_rows(const ScoreJob& job, int64_t head, float* query) {
         for (int64_t d = 0; d < job.dim; ++d) tile[d * kTile + i] = 0.0f;
         continue;
       }
-      const int64_t query_head = head * job.group + lane / job.rows;
-      const T* row = static_cast<const T*>(job.q) + query_head * job.q_head + job.row_offset[lane % job.rows];
+      const T* row = query_row<T>(job, head, lane);
       for (int64_t d = 0; d < job.dim; ++d) tile[d * kTile + i] = job.scale * to_float(row[d]);
     }
   });
@@ -109,86 +113,56 @@ void pack_lse(const ScoreJob& job, int64_t head, float* lane_lse) {  // [lane_st
 
 // ---------------------------------------------------------------------------------------------- products
 
-// sums[i][w] = keys[i] . query[w] for kKeys keys.
+// scores = keys . query for one chunk and one tile.
 template <int W>
-inline __attribute__((always_inline)) void multiply(const float* keys,   // [kKeys, dim]
-                                                    const float* query,  // [dim, W * kLanes]
-                                                    int64_t dim, VecFloat (&sums)[kKeys][W]) {
-#pragma GCC unroll 8
-  for (int i = 0; i < kKeys; ++i)
-#pragma GCC unroll 3
-    for (int w = 0; w < W; ++w) sums[i][w] = VecFloat{};
-  for (int64_t d = 0; d < dim; ++d) {
-    VecFloat q[W];
-#pragma GCC unroll 3
-    for (int w = 0; w < W; ++w) q[w] = load(query + (d * W + w) * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) {
-      const VecFloat key = splat(keys[i * dim + d]);
-#pragma GCC unroll 3
-      for (int w = 0; w < W; ++w) sums[i][w] += key * q[w];
-    }
-  }
-}
-
-// Scores of one chunk against one tile, with -inf where a row does not see a key, and each lane's maximum.
-template <int W>
-void score_tile(const float* keys,         // [kChunk, dim]
-                const int32_t* position,   // [count] of the keys
-                int64_t count,
-                const float* query,        // [dim, W * kLanes]
-                const int32_t* rows_at,    // [W * kLanes] positions of the lanes' rows; null: all see all keys
-                int64_t dim,
-                float* scores,             // [kChunk, W * kLanes]
-                VecFloat (&maximum)[W]) {
-  VecInt at[W];
-  for (int w = 0; w < W; ++w) {
-    maximum[w] = splat(-kHuge);
-    at[w] = rows_at ? load_as<VecInt>(rows_at + w * kLanes) : VecInt{};
-  }
-  for (int64_t first = 0; first < count; first += kKeys) {
+void multiply_tile(const float* keys,   // [kChunk, dim]
+                   int64_t count,
+                   const float* query,  // [dim, W * kLanes]
+                   int64_t dim,
+                   float* scores) {     // [kChunk, W * kLanes]; past count: unspecified
+  for (int64_t first = 0; first < count; first += kKeys, keys += kKeys * dim) {
     VecFloat sums[kKeys][W];
-    multiply<W>(keys + first * dim, query, dim, sums);
 #pragma GCC unroll 8
-    for (int i = 0; i < kKeys; ++i) {
-      if (first + i >= count) break;
+    for (int i = 0; i < kKeys; ++i)
 #pragma GCC unroll 3
-      for (int w = 0; w < W; ++w) {
-        VecFloat s = sums[i][w];
-        if (rows_at) s = (position[first + i] - VecInt{} > at[w]) ? splat(-infinity()) : s;
-        maximum[w] = larger(maximum[w], s);
-        store(scores + ((first + i) * W + w) * kLanes, s);
+      for (int w = 0; w < W; ++w) sums[i][w] = VecFloat{};
+    for (int64_t d = 0; d < dim; ++d) {
+      VecFloat q[W];
+#pragma GCC unroll 3
+      for (int w = 0; w < W; ++w) q[w] = load(query + (d * W + w) * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) {
+        const VecFloat key = splat(keys[i * dim + d]);
+#pragma GCC unroll 3
+        for (int w = 0; w < W; ++w) sums[i][w] += key * q[w];
       }
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 3
+      for (int w = 0; w < W; ++w) store(scores + ((first + i) * W + w) * kLanes, sums[i][w]);
   }
 }
 
-// ---------------------------------------------------------------------------------------------- without lse
-
-// Weights (of a vision chunk), maximum and sum of exponentials of one chunk and one tile.
-template <int W>
-void weigh_tile(const float* keys, const int32_t* position, int64_t count, const float* query, const int32_t* rows_at,
-                const ScoreJob& job, float* scores,
-                float* weights,  // [count, lane_stride] or null
-                float* stats) {  // [2, lane_stride]
-  VecFloat maximum[W], sum[W];
-  score_tile<W>(keys, position, count, query, rows_at, job.dim, scores, maximum);
-  for (int w = 0; w < W; ++w) {
-    // Finite, so that neither a row of -inf nor one with +inf subtracts infinities.
-    maximum[w] = maximum[w] > splat(kHuge) ? splat(kHuge) : maximum[w];
-    sum[w] = VecFloat{};
+// The same for few lanes, straight from k; zeros past the lanes.
+template <class T>
+void dot_keys(const ScoreJob& job, const T* k,
+              const int64_t* offset,  // [count]
+              int64_t count,
+              const float* query,  // [lanes, dim]
+              float* scores) {     // [kChunk, kLanes]
+  memset(scores, 0, count * kLanes * sizeof *scores);
+  int64_t i = 0;
+  for (; i + kDotRows <= count; i += kDotRows) {
+    const T* rows[kDotRows];
+    for (int j = 0; j < kDotRows; ++j) rows[j] = k + offset[i + j];
+    for (int64_t lane = 0; lane < job.lanes; ++lane)
+      dot_rows(query + lane * job.dim, rows, job.dim, scores + i * kLanes + lane, kLanes);
   }
-  for (int64_t i = 0; i < count; ++i) {
-#pragma GCC unroll 3
-    for (int w = 0; w < W; ++w) {
-      const VecFloat e = exp_of(load(scores + (i * W + w) * kLanes) - maximum[w]);
-      sum[w] += e;
-      if (weights) store(weights + i * job.lane_stride + w * kLanes, e);
-    }
-  }
-  for (int w = 0; w < W; ++w) {
-    store(stats + w * kLanes, maximum[w]);
-    store(stats + job.lane_stride + w * kLanes, sum[w]);
+  for (; i < count; ++i) {
+    const T* const row[1] = {k + offset[i]};
+    for (int64_t lane = 0; lane < job.lanes; ++lane)
+      dot_rows(query + lane * job.dim, row, job.dim, scores + i * kLanes + lane, kLanes);
   }
 }
 
@@ -210,19 +184,82 @@ Chunk chunk_at(const ScoreJob& job, int64_t c) {
           position[count - 1] > job.first_position};
 }
 
+// Calls use(first lane, width, scores [count, width * kLanes]) for all tiles of lanes of one key head and one chunk.
+template <class T, class Use>
+void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
+  const T* k = static_cast<const T*>(job.k) + head * job.k_head;
+  const float* query = job.query + head * job.dim * job.lane_stride;
+  float *keys = scratch, *scores = scratch + kChunk * job.dim;
+  if (job.lanes <= kFewLanes && job.k_dim == 1) {
+    dot_keys(job, k, chunk.offset, chunk.count, query, scores);
+    return use(0, Width<1>{}, scores);
+  }
+  convert_keys(job, k, chunk.offset, chunk.count, keys);
+  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
+    multiply_tile<decltype(width)::value>(keys, chunk.count, query + v * kLanes * job.dim, job.dim, scores);
+    use(v * kLanes, width, scores);
+  });
+}
+
+template <class Use>
+void score_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
+  switch (job.element) {
+    case Element::f32: return score_tiles_of<float>(job, head, chunk, scratch, use);
+    case Element::f16: return score_tiles_of<half>(job, head, chunk, scratch, use);
+    case Element::bf16: return score_tiles_of<bfloat16>(job, head, chunk, scratch, use);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- without lse
+
+// -inf where a row does not see a key.
+template <int W>
+void hide(float* scores,             // [count, W * kLanes]
+          const int32_t* position,   // [count] of the keys
+          int64_t count,
+          const int32_t* rows_at) {  // [W * kLanes] positions of the lanes' rows
+  for (int64_t i = 0; i < count; ++i)
+    for (int w = 0; w < W; ++w) {
+      float* at = scores + (i * W + w) * kLanes;
+      const VecInt hidden = load_as<VecInt>(rows_at + w * kLanes) < position[i] - VecInt{};
+      store(at, hidden ? splat(-__builtin_inff()) : load(at));
+    }
+}
+
+// Weights (of a vision chunk), maximum and sum of exponentials of one chunk and one tile.
+template <int W>
+void weigh_tile(const float* scores,  // [count, W * kLanes]
+                int64_t count, int64_t lane_stride,
+                float* weights,  // [count, lane_stride] or null
+                float* stats) {  // [2, lane_stride]
+  VecFloat maximum[W], sum[W];
+  for (int w = 0; w < W; ++w) maximum[w] = splat(-kHuge), sum[w] = VecFloat{};
+  for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 3
+    for (int w = 0; w < W; ++w) maximum[w] = larger(maximum[w], load(scores + (i * W + w) * kLanes));
+  // Finite, so that neither a row of -inf nor one with +inf subtracts infinities.
+  for (int w = 0; w < W; ++w) maximum[w] = maximum[w] > splat(kHuge) ? splat(kHuge) : maximum[w];
+  for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 3
+    for (int w = 0; w < W; ++w) {
+      const VecFloat e = exp_of(load(scores + (i * W + w) * kLanes) - maximum[w]);
+      sum[w] += e;
+      if (weights) store(weights + i * lane_stride + w * kLanes, e);
+    }
+  for (int w = 0; w < W; ++w) {
+    store(stats + w * kLanes, maximum[w]);
+    store(stats + lane_stride + w * kLanes, sum[w]);
+  }
+}
+
 void score_chunk(const ScoreJob& job, int64_t local_head, int64_t c, float* scratch) {
   const Chunk chunk = chunk_at(job, c);
-  const int64_t head = job.first_head + local_head;
-  float *keys = scratch, *scores = scratch + kChunk * job.dim;
-  load_keys(job, head, chunk.offset, chunk.count, keys);
-  const float* query = job.query + head * job.dim * job.lane_stride;
   float* stats = job.stats + (local_head * (job.vision_chunks + job.text_chunks) + c) * 2 * job.lane_stride;
   float* weights = job.weights + (local_head * job.vision_chunks + c) * kChunk * job.lane_stride;
-  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
-    const int64_t lane = v * kLanes;
-    weigh_tile<decltype(width)::value>(keys, chunk.position, chunk.count, query + lane * job.dim,
-                                       chunk.hidden ? job.lane_position + lane : nullptr, job, scores,
-                                       chunk.vision ? weights + lane : nullptr, stats + lane);
+  score_tiles(job, job.first_head + local_head, chunk, scratch, [&](int64_t lane, auto width, float* scores) {
+    constexpr int W = decltype(width)::value;
+    if (chunk.hidden) hide<W>(scores, chunk.position, chunk.count, job.lane_position + lane);
+    weigh_tile<W>(scores, chunk.count, job.lane_stride, chunk.vision ? weights + lane : nullptr, stats + lane);
   });
 }
 
@@ -293,22 +330,22 @@ void clear(float* values, int64_t n) { memset(values, 0, n * sizeof *values); }
 // ---------------------------------------------------------------------------------------------- with lse
 
 template <int W>
-void weigh_tile_normalised(const float* keys, int64_t count, const float* query, const float* lse, const ScoreJob& job,
-                           float* scores, float* weights) {  // [count, lane_stride]
-  VecFloat unused[W], minus[W];
+void weigh_tile_normalised(const float* scores,  // [count, W * kLanes]
+                           int64_t count, int64_t lane_stride,
+                           const float* lse,   // [W * kLanes]
+                           float* weights) {   // [count, lane_stride]
+  VecFloat minus[W];
   VecInt live[W];
-  score_tile<W>(keys, nullptr, count, query, nullptr, job.dim, scores, unused);
   for (int w = 0; w < W; ++w) {
     minus[w] = load(lse + w * kLanes);
-    live[w] = minus[w] != splat(-infinity());  // a row that sees nothing
+    live[w] = minus[w] != splat(-__builtin_inff());  // a row that sees nothing
   }
-  for (int64_t i = 0; i < count; ++i) {
+  for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3
     for (int w = 0; w < W; ++w) {
       const VecFloat e = exp_of(load(scores + (i * W + w) * kLanes) - minus[w]);
-      store(weights + i * job.lane_stride + w * kLanes, live[w] ? e : VecFloat{});
+      store(weights + i * lane_stride + w * kLanes, live[w] ? e : VecFloat{});
     }
-  }
 }
 
 }  // namespace
@@ -358,19 +395,15 @@ void average_heads(const ScoreTask& task, int64_t begin, int64_t end) {
 
 void score_normalised(const ScoreTask& task, int64_t begin, int64_t end) {
   const ScoreJob& job = *task.job;
-  float *keys = task.scratch, *scores = keys + kChunk * job.dim, *weights = scores + kChunk * kMaxTile;
+  float* weights = task.scratch + kChunk * (job.dim + kMaxTile);
   for (int64_t c = begin; c < end; ++c) {
     const Chunk chunk = chunk_at(job, c);
     float* mean = job.mean + c * kChunk * job.row_stride;
     clear(mean, chunk.count * job.row_stride);
     for (int64_t head = 0; head < job.kv_heads; ++head) {
-      load_keys(job, head, chunk.offset, chunk.count, keys);
-      const float* query = job.query + head * job.dim * job.lane_stride;
       const float* lse = job.lane_lse + head * job.lane_stride;
-      for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
-        const int64_t lane = v * kLanes;
-        weigh_tile_normalised<decltype(width)::value>(keys, chunk.count, query + lane * job.dim, lse + lane, job, scores,
-                                                      weights + lane);
+      score_tiles(job, head, chunk, task.scratch, [&](int64_t lane, auto width, float* scores) {
+        weigh_tile_normalised<decltype(width)::value>(scores, chunk.count, job.lane_stride, lse + lane, weights + lane);
       });
       add_heads(job, chunk.count, weights, nullptr, mean);
     }

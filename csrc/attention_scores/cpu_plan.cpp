@@ -15,7 +15,7 @@ using cpu::ScoreJob;
 using cpu::ScoreTask;
 
 constexpr uint8_t kPadding = 0, kVision = 2, kQuery = 3;
-constexpr int64_t kWorkspaceFloats = 2 << 20;  // aimed at: what a level-2 cache or two hold, and malloc keeps
+constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at: 4 MiB, about what two cores' level-2 caches hold
 constexpr int64_t kMaxRows = 128;              // of a job
 constexpr int64_t kMaxLanes = 1024;            // of a job, so that a chunk's weights stay in the cache
 constexpr int64_t kGrain = 1 << 18;            // least multiplications of a thread
