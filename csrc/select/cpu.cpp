@@ -2,6 +2,7 @@
 // select_dual, select_topk and their fusions with the scores on the CPU: sequences are spread over the threads.
 #include <memory>
 
+#include "attention_scores/cpu.h"
 #include "common/arguments.h"
 #include "common/workers.h"
 #include "select/cpu_kernel.h"
@@ -11,7 +12,8 @@ namespace {
 
 constexpr int64_t kGrainTokens = 4096;  // least work of a thread
 
-using Selection = std::tuple<Tensor, Tensor>;  // keep [B, L or capacity], counts [B]
+using Selection = std::tuple<Tensor, Tensor>;                        // keep [B, L or capacity], counts [B]
+using ScoredSelection = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // and total and peak, [B, L]
 
 struct Options {
   const OptionalTensor& protect;  // [B, L]
@@ -124,10 +126,48 @@ Selection select_topk(const Tensor& scores,       // [B, L]
   return run_topk(scores, token_types, k, budgets, options);
 }
 
+ScoredSelection with_scores(const Selection& selection, const Tensor& total, const Tensor& peak) {
+  return {std::get<0>(selection), std::get<1>(selection), total, peak};
+}
+
+ScoredSelection dual_attention_select(const Tensor& q,            // [B, Hq, Lq, D]
+                                      const Tensor& k,            // [B, Hk, Lk, D]
+                                      const Tensor& token_types,  // [B, Lk]
+                                      double scale, double global_threshold, double individual_threshold,
+                                      const OptionalTensor& protect,  // [B, Lk]
+                                      const OptionalTensor& lse,      // [B, Hq, Lq]
+                                      OptionalInt capacity, int64_t drop_multiple) {
+  constexpr const char* op = "dual_attention_select";
+  const Options options{protect, capacity, drop_multiple};
+  check_text_vision_scores(op, q, k, token_types, lse);
+  check_options(op, token_types, options, q);
+  const auto [total, peak] = text_vision_scores(op, q, k, token_types, scale, lse);
+  return with_scores(run_dual(total, peak, token_types, global_threshold, individual_threshold, options), total, peak);
+}
+
+ScoredSelection topk_attention_select(const Tensor& q,            // [B, Hq, Lq, D]
+                                      const Tensor& k,            // [B, Hk, Lk, D]
+                                      const Tensor& token_types,  // [B, Lk]
+                                      double scale, int64_t budget,
+                                      const OptionalTensor& budgets,  // [B]
+                                      const OptionalTensor& protect,  // [B, Lk]
+                                      const OptionalTensor& lse,      // [B, Hq, Lq]
+                                      OptionalInt capacity, int64_t drop_multiple) {
+  constexpr const char* op = "topk_attention_select";
+  const Options options{protect, capacity, drop_multiple};
+  check_text_vision_scores(op, q, k, token_types, lse);
+  check_budget(op, "budget", budget, budgets, q.size(0), q);
+  check_options(op, token_types, options, q);
+  const auto [total, peak] = text_vision_scores(op, q, k, token_types, scale, lse);
+  return with_scores(run_topk(total, token_types, budget, budgets, options), total, peak);
+}
+
 }  // namespace
 }  // namespace mustdrop
 
 STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) {
   m.impl("select_dual", TORCH_BOX(&mustdrop::select_dual));
   m.impl("select_topk", TORCH_BOX(&mustdrop::select_topk));
+  m.impl("dual_attention_select", TORCH_BOX(&mustdrop::dual_attention_select));
+  m.impl("topk_attention_select", TORCH_BOX(&mustdrop::topk_attention_select));
 }
