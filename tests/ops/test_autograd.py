@@ -31,7 +31,9 @@ WITHOUT_GRADIENT = [
 def test_spatial_merge(backend, dtype, with_sizes, options):
     """d tokens / d x with the assignment fixed: s_i / sum of s where merged, 1 where alone."""
     x = pictures(2, [4, 6], [2, 2], 8, dtype=dtype, device=backend.device).requires_grad_()
-    sizes = torch.rand(2, 25, generator=torch.Generator().manual_seed(1)).to(backend.device) + 0.5 if with_sizes else None
+    sizes = (
+        torch.rand(2, 25, generator=torch.Generator().manual_seed(1)).to(backend.device) + 0.5 if with_sizes else None
+    )
     got = backend.spatial_merge(x, [4, 6], [2, 2], sizes=sizes, **options)
     assert got.tokens.requires_grad
     assert not any(t.requires_grad for t in got[1:])
@@ -41,7 +43,8 @@ def test_spatial_merge(backend, dtype, with_sizes, options):
     weight = np.ones((2, 25)) if sizes is None else f64(sizes)
     share = weight / np.take_along_axis(want.sizes, want.source, 1)
     exact = share[..., None] * np.take_along_axis(f64(upstream), want.source[..., None], 1)
-    assert grad.dtype == dtype and grad.shape == x.shape
+    assert grad.dtype == dtype
+    assert grad.shape == x.shape
     eps = torch.finfo(dtype).eps
     np.testing.assert_allclose(f64(grad), exact, rtol=2 * eps + 1e-6, atol=1e-7)
 
@@ -61,7 +64,8 @@ def test_spatial_merge_finite_differences(backend):
         direction = normal(x.shape, seed, device=backend.device)
         step = 1e-3
         (above, s1), (below, s2) = loss(x.detach() + step * direction), loss(x.detach() - step * direction)
-        assert torch.equal(s1, source) and torch.equal(s2, source)
+        assert torch.equal(s1, source)
+        assert torch.equal(s2, source)
         slope = (above.double() - below.double()) / (2 * step)
         torch.testing.assert_close(slope, (grad * direction).double().sum(), rtol=2e-2, atol=2e-2)
 
@@ -70,7 +74,9 @@ def test_spatial_merge_strided_gradients(backend):
     """x as a view, and an expanded gradient coming in."""
     x = in_buffer(pictures(2, [4, 6], [2, 2], 8, device=backend.device)).requires_grad_()
     backend.spatial_merge(x, [4, 6], [2, 2]).tokens.sum().backward()
-    torch.testing.assert_close(x.grad.sum(1), backend.spatial_merge(x, [4, 6], [2, 2]).counts[:, None].float().expand(-1, 8))
+    torch.testing.assert_close(
+        x.grad.sum(1), backend.spatial_merge(x, [4, 6], [2, 2]).counts[:, None].float().expand(-1, 8)
+    )
 
 
 @pytest.mark.parametrize("align_end", [False, True])
@@ -90,7 +96,9 @@ def test_gather_tokens(backend, dtype, align_end):
             if 0 <= keep[b, i] < 10:
                 exact[b, keep[b, i]] += f64(upstream)[b, 4 - n + i if align_end else i]
     assert grad.dtype == dtype
-    np.testing.assert_allclose(f64(grad), exact, rtol=torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 0)
+    np.testing.assert_allclose(
+        f64(grad), exact, rtol=torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 0
+    )
 
 
 @pytest.mark.parametrize("align_end", [False, True])
@@ -129,7 +137,7 @@ def test_no_gradient_says_so(backend, op):
     plain = getattr(backend, op)(**given)
     given["q"].requires_grad_()
     result = getattr(backend, op)(**given)
-    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in (plain, result)]):
+    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in (plain, result)], strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=0)
     floats = [t for t in (result if isinstance(result, tuple) else (result,)) if t.is_floating_point()]
     for t in floats:
@@ -175,7 +183,7 @@ def test_without_gradients(backend, op, mode):
     with mode():
         inside = getattr(backend, op)(**given)
         again = getattr(backend, op)(**sample(op, backend.device))
-    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in (inside, again)]):
+    for a, b in zip(*[r if isinstance(r, tuple) else (r,) for r in (inside, again)], strict=True):
         assert not a.requires_grad
         assert torch.equal(a, b)
 

@@ -68,8 +68,10 @@ def test_spatial_merge_budget(device):
         return mk.spatial_merge(x, [height, width], [2, 2], budget=budget, sizes=sizes)
 
     calls = []
-    for budget, (b, h, w, c) in zip((2, 3, 7), GRIDS):
-        calls.append((normal((b, 1 + h * w, c), b, device=device), h, w, budget, torch.rand(b, 1 + h * w, device=device)))
+    for budget, (b, h, w, c) in zip((2, 3, 7), GRIDS, strict=True):
+        calls.append(
+            (normal((b, 1 + h * w, c), b, device=device), h, w, budget, torch.rand(b, 1 + h * w, device=device))
+        )
     one_graph(merge, calls)
 
 
@@ -165,7 +167,9 @@ def test_compact(device):
     for b, heads, length, d in ((2, 2, 20, 8), (3, 4, 31, 16), (4, 3, 40, 24)):
         keep = torch.arange(6, device=device).mul(2).expand(b, -1).contiguous()
         counts = torch.full((b,), 5, dtype=torch.int32, device=device)
-        caches = [[random_bits((b, heads, length, d), i, torch.float16, device) for i in range(n, n + 2)] for n in (0, 2)]
+        caches = [
+            [random_bits((b, heads, length, d), i, torch.float16, device) for i in range(n, n + 2)] for n in (0, 2)
+        ]
         calls.append((*caches, keep, counts))
     one_graph(compact, calls)
 
@@ -183,7 +187,9 @@ def test_compact_paged(device):
         # What is gone is unspecified: keep everything, so that all of the pool is comparable.
         keep = torch.arange(length, device=device).expand(2, -1).contiguous()
         counts = torch.full((2,), length, dtype=torch.int32, device=device)
-        caches = [[random_bits((blocks, slots, heads, d), i + n, torch.float16, device) for i in range(2)] for n in (0, 2)]
+        caches = [
+            [random_bits((blocks, slots, heads, d), i + n, torch.float16, device) for i in range(2)] for n in (0, 2)
+        ]
         calls.append((*caches, table, keep, counts, counts.clone()))
     one_graph(compact, calls)
 
@@ -202,7 +208,9 @@ def pipeline_calls(device: str) -> list[tuple]:
     for i, case in enumerate(dense(device)):
         batch, length = case.types.shape
         hidden = normal((batch, length, 10 + i), 3, device=device)
-        calls.append((case.q, case.k, case.types, hidden, normal((batch, 2, length, 8 + i), 4, device=device), 5 + i, 12 + i))
+        calls.append(
+            (case.q, case.k, case.types, hidden, normal((batch, 2, length, 8 + i), 4, device=device), 5 + i, 12 + i)
+        )
     return calls
 
 
@@ -236,7 +244,8 @@ def test_gradient_in_a_graph(device):
         compiled(x, weights[1], h, w).backward()
         torch.testing.assert_close(weights[0].grad, weights[1].grad, rtol=1e-5, atol=1e-5)
         counts.append(counter.frame_count)
-    assert counts[0] > 0 and len(set(counts)) == 1, "another size was compiled again"
+    assert counts[0] > 0
+    assert len(set(counts)) == 1, "another size was compiled again"
 
 
 def test_choice_of_a_backend_is_traced(device, monkeypatch):

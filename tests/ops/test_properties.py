@@ -102,7 +102,9 @@ def attention_cases(draw) -> tuple[Attention, bool]:
 
 
 def on(case: Attention, device: str) -> Attention:
-    return case if device == "cpu" else Attention(case.q.to(device), case.k.to(device), case.types.to(device), case.scale)
+    return (
+        case if device == "cpu" else Attention(case.q.to(device), case.k.to(device), case.types.to(device), case.scale)
+    )
 
 
 @given(drawn=attention_cases(), max_query=st.integers(0, 20))
@@ -139,7 +141,8 @@ def test_fused_dual(backend, drawn, data):
     assert_only_near(differ, near, int((types == VISION).sum()))
     fused = backend.dual_attention_select(*case.arguments, g, i, drop_multiple=multiple)
     separate = backend.select_dual(got.total, got.peak, case.types, g, i, drop_multiple=multiple)
-    assert torch.equal(fused.keep, separate.keep) and torch.equal(fused.counts, separate.counts)
+    assert torch.equal(fused.keep, separate.keep)
+    assert torch.equal(fused.counts, separate.counts)
     dropped = (case.types != 0).sum(1) - fused.counts
     assert not (dropped % multiple).any()
 
@@ -160,7 +163,9 @@ def test_topk(backend, data, dtype):
         protected = (torch.rand(batch, length, generator=generator(data.draw(SEED))) < 0.3).to(backend.device)
     budgets = None
     if data.draw(st.booleans()):
-        budgets = torch.tensor(data.draw(st.lists(st.integers(-2, 70), min_size=batch, max_size=batch)), dtype=torch.int32)
+        budgets = torch.tensor(
+            data.draw(st.lists(st.integers(-2, 70), min_size=batch, max_size=batch)), dtype=torch.int32
+        )
         budgets = budgets.to(backend.device)
     check_topk(
         backend,
@@ -179,7 +184,8 @@ def test_dual(backend, data, dtype):
     """Small whole numbers and thresholds that are binary fractions: every product is exact, ties included."""
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 50))
     total, peak = (
-        torch.randint(0, 9, (batch, length), generator=generator(data.draw(SEED))).to(dtype).to(backend.device) for _ in range(2)
+        torch.randint(0, 9, (batch, length), generator=generator(data.draw(SEED))).to(dtype).to(backend.device)
+        for _ in range(2)
     )
     types = data.draw(token_types(batch, length)).to(backend.device)
     thresholds = data.draw(st.integers(0, 64)) / 256, float(data.draw(st.integers(0, 10)))

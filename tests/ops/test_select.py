@@ -162,7 +162,9 @@ def test_dual_sum_runs_over_the_whole_row(backend):
     assert got.keep.tolist() == [[0, 2, 3, -1, -1]]
 
 
-@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (-1.0, 1.0), (math.inf, math.inf), (1.0, 2.0), (math.nan, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "thresholds", [(0.0, 0.0), (-1.0, 1.0), (math.inf, math.inf), (1.0, 2.0), (math.nan, 1.0)], ids=str
+)
 @pytest.mark.parametrize("fill", [0.0, 1.0, 1e-30, 3e38])
 def test_dual_all_equal(backend, thresholds, fill):
     types = types_for(2, 40, backend.device)
@@ -184,8 +186,10 @@ def test_dual_nan_and_infinity(backend):
     total[3, 5], total[3, 6] = math.inf, -math.inf
     want = check_dual(backend, total, peak, types, (1.0, 10.0), clear=False)
     padding = (types == PADDING).sum(1).tolist()
-    assert len(want[0]) == 30 - padding[0] and len(want[3]) == 30 - padding[3]
-    assert vision in want[1] and len(want[1]) == int((types[1] != VISION).sum()) - padding[1] + 1
+    assert len(want[0]) == 30 - padding[0]
+    assert len(want[3]) == 30 - padding[3]
+    assert vision in want[1]
+    assert len(want[1]) == int((types[1] != VISION).sum()) - padding[1] + 1
 
 
 def test_dual_negative_values(backend):
@@ -398,4 +402,4 @@ def test_same_bits_every_run(backend, threads, dtype):
         dual = backend.select_dual(total, peak, types, *thresholds, drop_multiple=4)
         runs.append([*dual, *backend.select_topk(total, types, 20, drop_multiple=4)])
     for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other))
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
