@@ -53,9 +53,7 @@ def processor(grid: int = 12) -> LlavaProcessor:
     """Pictures of grid x grid patches."""
     size = PATCH * grid
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        ),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
         tokenizer=tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",

@@ -85,8 +85,8 @@ class MaskedReference:
         for number, layer in enumerate(tower.encoder.layers):
             attention = layer.self_attn
             y = layer.layer_norm1(x)
-            heads = lambda z: z.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1)  # noqa: E731
-            q, k, v = heads(attention.q_proj(y)), heads(attention.k_proj(y)), heads(attention.v_proj(y))
+            projections = (attention.q_proj(y), attention.k_proj(y), attention.v_proj(y))
+            q, k, v = (z.unflatten(-1, (-1, attention.head_dim)).transpose(0, 1) for z in projections)
             weights = (q @ k.transpose(1, 2) * attention.scale).softmax(-1)
             x = x + attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
             x = x + layer.mlp(layer.layer_norm2(x))
@@ -132,7 +132,7 @@ class MaskedReference:
         repeat = lambda x: x.repeat_interleave(query.shape[0] // self.rows, 0)  # noqa: E731  beams
         if query.shape[2] > 1 and layer == 0:
             self.alive = [self.present]
-        prompt = self.alive[layer] if query.shape[2] > 1 else self._seen_at_decode(layer)
+        prompt = self.alive[layer] if query.shape[2] > 1 else self.seen_at_decode(layer)
         prompt = repeat(prompt)
         seen = torch.ones(query.shape[0], length, dtype=torch.bool)
         seen[:, : prompt.shape[1]] = prompt
@@ -148,7 +148,8 @@ class MaskedReference:
             self.alive.append(alive)
         return (weights @ value).transpose(1, 2)
 
-    def _seen_at_decode(self, layer: int) -> Tensor:
+    def seen_at_decode(self, layer: int) -> Tensor:
+        """(B, L) bool: what of the prompt this layer's cache still has."""
         first = self.config.first_evicted_layer
         return self.alive[-1] if first is not None and layer >= first else self.alive[layer]
 

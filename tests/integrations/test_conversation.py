@@ -149,4 +149,5 @@ def test_reset_makes_it_new(config, sdpa, one):
             for _ in range(2)
         )
     assert torch.equal(first[0], second[0])
-    assert first[1] and second[1] and not cache.shortened
+    assert first[1:] == second[1:] == (True, None)
+    assert not cache.shortened

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_llava
 import torch
 from masked_reference import MaskedReference
 
@@ -56,21 +57,15 @@ def test_equals_masked_reference(name, model, inputs):
     torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
 
     # It did drop, what the reference dropped, and the cache holds no more.
-    prompt_report = report.last
-    plain = prompt_report.plain_cache.lengths
-    assert sum(prompt_report.final_cache.lengths) < sum(plain)
+    last = report.last
+    before, after = last.prefill_cache.lengths, last.final_cache.lengths
+    assert sum(after) < sum(last.plain_cache.lengths)
+    assert before == [int(alive.sum(1).max()) for alive in reference.alive[:-1]]
+    assert after == [int(reference.seen_at_decode(layer).sum(1).max()) for layer in range(len(after))]
+    assert [layer.keys.shape[2] for layer in output.past_key_values.layers] == [n + NEW_TOKENS - 1 for n in after]
     for layer in config.pruning_layers:
         alive = reference.alive[layer + 1] & reference.vision
-        assert sum(image.kept[layer] for image in prompt_report.images) == int(alive.sum())
-    first = config.first_evicted_layer
-    for layer, (before, after) in enumerate(
-        zip(prompt_report.prefill_cache.lengths, prompt_report.final_cache.lengths)
-    ):
-        assert before == int(reference.alive[layer].sum(1).max())
-        cut = first is not None and layer >= first
-        assert after == (int(reference.alive[-1].sum(1).max()) if cut else before)
-    cached = [layer.keys.shape[2] for layer in output.past_key_values.layers]
-    assert cached == [length + NEW_TOKENS - 1 for length in prompt_report.final_cache.lengths]
+        assert sum(image.kept[layer] for image in last.images) == int(alive.sum())
 
 
 @pytest.mark.parametrize("positions", ["original", "published"])
@@ -112,8 +107,6 @@ def test_sampling_equals_masked_reference(model, padded):
 
 def test_depths(processor, one):
     """Any number of layers; a layer that is not there is refused, and for_depth leaves it out."""
-    import tiny_llava
-
     for layers in (1, 3, 7):
         model = tiny_llava.model(layers=layers)
         config = MustDropConfig(global_threshold=0.01, individual_threshold=0.02)
