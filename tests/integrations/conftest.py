@@ -6,9 +6,10 @@ from __future__ import annotations
 import pytest
 import tiny_llava
 import torch
+from prompts import PROMPTS, make_inputs
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """These models are so small that a second thread only waits."""
     threads = torch.get_num_threads()
@@ -36,26 +37,6 @@ def model(request, models):
 @pytest.fixture
 def sdpa(models):
     return models["sdpa"]
-
-
-PROMPTS = {
-    "one": ["USER: <image>\nWhat is in the image? ASSISTANT:"],
-    "padded": ["USER: <image>\nWhat is in the image? ASSISTANT:", "USER: <image>\ncar? ASSISTANT: a"],
-    "two images": ["USER: <image> and <image>\nWhat is in the images? ASSISTANT:"],
-    "different numbers": [
-        "USER: <image>\ncar? ASSISTANT: a",
-        "USER: <image>, then <image>\nWhat is on the street? ASSISTANT:",
-        "USER: What is a car? ASSISTANT:",
-    ],
-}
-
-
-def make_inputs(processor, name):
-    texts = PROMPTS[name]
-    count = sum(text.count("<image>") for text in texts)
-    # Unequal flat shares: the images merge to different numbers of tokens.
-    pictures = [tiny_llava.picture(seed, flat=(0.5, 0.25, 0.75)[seed]) for seed in range(count)]
-    return dict(processor(images=pictures or None, text=texts, return_tensors="pt", padding=True))
 
 
 @pytest.fixture(params=PROMPTS)

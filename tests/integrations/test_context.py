@@ -6,8 +6,12 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_llava
 import torch
 from torch import nn
+from transformers import AttentionInterface, DynamicCache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import drop_tokens
@@ -59,6 +63,19 @@ def test_keep_all_equals_plain_in_other_modes(settings, sdpa, padded):
     torch.manual_seed(1)
     with drop_tokens(sdpa, KEEP_ALL):
         assert_same(generate(sdpa, padded, **settings), plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype, sdpa, padded):
+    model = copy.deepcopy(sdpa).to(dtype)
+    plain = generate(model, padded)
+    with drop_tokens(model, KEEP_ALL):
+        assert_same(generate(model, padded), plain)
+    with drop_tokens(model, DROP) as report:
+        output = generate(model, padded)
+    assert torch.stack(output.logits).isfinite().all()
+    assert [image.kept for image in report.last.images] == [{1: 60, 3: 30}] * 2
+    assert output.past_key_values.layers[7].keys.dtype == dtype
 
 
 def test_text_without_image_runs_plain(model, processor):
@@ -208,10 +225,6 @@ def test_a_patched_generate_is_put_back(sdpa, one):
 
 
 def test_an_attention_of_ones_own_is_called(sdpa, one):
-    from transformers import AttentionInterface
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     names = []
 
     def own(module, *args, **kwargs):
@@ -258,8 +271,6 @@ def test_refused_ways_of_generating(settings, sentence, sdpa, one):
 
 
 def test_refused_inputs(sdpa, one, processor):
-    from transformers import DynamicCache
-
     embeds = sdpa.get_input_embeddings()(one["input_ids"])
     with drop_tokens(sdpa, DROP), torch.no_grad():
         with pytest.raises(TypeError, match="past_key_values is a DynamicCache"):
@@ -274,15 +285,9 @@ def test_refused_inputs(sdpa, one, processor):
             sdpa(**{**one, "pixel_values": one["pixel_values"].repeat(2, 1, 1, 1)})
         with pytest.raises(ValueError, match="shape of input_ids"):
             sdpa(**{**one, "attention_mask": torch.ones(1, 3)})
-        silent = processor(images=_first_picture(), text="What? <image>", return_tensors="pt")
+        silent = processor(images=tiny_llava.picture(0), text="What? <image>", return_tensors="pt")
         with pytest.raises(ValueError, match=r"no text follows the last image of sequence\(s\) \[0\]"):
             sdpa(**silent)
-
-
-def _first_picture():
-    import tiny_llava
-
-    return tiny_llava.picture(0)
 
 
 def test_refused_models_and_configs(sdpa):

@@ -44,8 +44,12 @@ def run(model, config, inputs, **settings):
     return output, report
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_equals_masked_reference(name, model, inputs):
+@pytest.mark.parametrize(
+    ("attention", "name"),
+    [("sdpa", name) for name in CONFIGS] + [("eager", name) for name in ("thresholds", "budgets", "no eviction")],
+)
+def test_equals_masked_reference(attention, name, models, inputs):
+    model = models[attention]
     config = MustDropConfig(**CONFIGS[name])
     output, report = run(model, config, inputs)
     reference = MaskedReference(model, config)
