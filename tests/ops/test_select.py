@@ -143,14 +143,18 @@ def test_dual_comparisons_are_strict(backend):
 
 
 def test_dual_thresholds_are_float32(backend):
-    """0.1 in float32 is above 0.1: a peak of exactly float32(0.1) is not below the threshold 0.1."""
-    types = types_tensor([[VISION, VISION, QUERY]], backend.device)
-    tenth = torch.tensor(0.1).item()  # float32(0.1) as a double, larger than 0.1
-    below = float(np.nextafter(np.float32(0.1), np.float32(0)))
-    total = torch.tensor([[0.0, 0.0, 1.0]], device=backend.device)
-    peak = torch.tensor([[tenth, below, 0.0]], device=backend.device)
-    got = backend.select_dual(total, peak, types, 0.5, 0.1)
-    assert got.keep.tolist() == [[0, 2, -1]]
+    """0.7 in float32 is below 0.7: a value of exactly float32(0.7) is not below the threshold 0.7, and stays."""
+    rounded = torch.tensor(0.7).item()
+    assert rounded < 0.7
+    below = float(np.nextafter(np.float32(0.7), np.float32(0)))
+    types = types_tensor([[VISION, QUERY], [VISION, QUERY]], backend.device)
+    values = torch.tensor([[rounded, 1 - rounded], [below, 1 - below]], device=backend.device)
+    assert values.sum(1).tolist() == [1, 1]
+    zero = torch.zeros_like(values)
+    by_total = backend.select_dual(values, zero, types, 0.7, 1.0)
+    assert by_total.counts.tolist() == [2, 1]
+    by_peak = backend.select_dual(values, values, types, 2.0, 0.7)
+    assert by_peak.counts.tolist() == [2, 1]
 
 
 def test_dual_sum_runs_over_the_whole_row(backend):

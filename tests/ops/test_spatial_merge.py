@@ -192,10 +192,11 @@ def test_exact_ties_at_the_budget(backend, merged_first):
 
 
 def test_threshold_is_inclusive(backend):
-    """Similarity exactly 0 (orthogonal pairs) and exactly 1 (equal unit vectors) merge at thresholds 0 and 1."""
+    """Similarity exactly 0 (orthogonal pairs) and exactly 1 (equal unit vectors) merge at thresholds 0 and 1, and at
+    those that float32 rounds to 0 and 1."""
     axis = torch.eye(4, device=backend.device)
     orthogonal = torch.stack([axis[0], axis[1], axis[2], axis[2]])[None]  # two windows of [1, 2]
-    for threshold, merged in ((0.0, 2), (1e-3, 1), (1.0, 1), (1.001, 0)):
+    for threshold, merged in ((0.0, 2), (1e-60, 2), (1e-3, 1), (1.0, 1), (1 + 1e-9, 1), (1.001, 0)):
         got = backend.spatial_merge(orthogonal, [1, 4], [1, 2], threshold, num_prefix_tokens=0)
         assert got.counts.tolist() == [4 - merged], threshold
 
