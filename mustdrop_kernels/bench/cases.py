@@ -413,7 +413,7 @@ def _one(name: str) -> Callable[[Raw, Inputs], Canonical]:
 
 _WITH_LSE: dict[str, Callable[[Inputs], dict[str, Any]]] = {"lse given": lambda inputs: {"lse": inputs.extra["lse"]}}
 _AS_PUBLISHED: dict[str, Callable[[Inputs], dict[str, Any]]] = {
-    "uniform, merged first": lambda inputs: {"uniform": True, "merged_first": True}
+    "as published": lambda inputs: {"uniform": True, "merged_first": True}
 }
 
 CASES: dict[str, Spec] = {

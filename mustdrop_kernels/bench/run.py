@@ -282,6 +282,7 @@ def _figures(
         "median_us": 1e6 * median,
         "q1_us": 1e6 * first,
         "q3_us": 1e6 * third,
+        "min_us": 1e6 * min(measured.samples.values()),
         "rounds": len(measured.samples),
         "calls_a_round": measured.calls,
         "how": measured.how,
