@@ -14,4 +14,5 @@ settings.register_profile("repeatable", derandomize=True, max_examples=25, **_CO
 settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# Under xdist each worker has one core; alone, two threads, so that work is split.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

@@ -139,7 +139,7 @@ def prompt(length: int, *, queries: int = 0, images: int = 1, pad: int = 0, side
     types: list[int] = []
     for image in range(images):
         chunk = front // images + (image < front % images)
-        lead = min(chunk, 1 + chunk // 9)
+        lead = min(max(0, chunk - 1), 1 + chunk // 9)
         # Anything that is not padding, vision or query counts as text.
         words = [TEXT if (image + i) % 3 else 7 for i in range(lead)]
         if image and lead > 1:
@@ -151,7 +151,7 @@ def prompt(length: int, *, queries: int = 0, images: int = 1, pad: int = 0, side
 
 
 def types_tensor(rows: Sequence[Sequence[int]], device="cpu") -> Tensor:
-    return torch.tensor(rows, dtype=torch.uint8).reshape(len(rows), -1).to(device)
+    return torch.tensor(rows, dtype=torch.uint8).reshape(len(rows), len(rows[0]) if rows else 0).to(device)
 
 
 # ---------------------------------------------------------------------------------------------- attention

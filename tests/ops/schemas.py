@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public contract: every op's schema, held literally. A change may add a keyword with a default or an op; nothing else."""
+"""The public contract: every op's schema, held literally. A change adds a keyword with a default, or an op; nothing else."""
 
 from __future__ import annotations
 
 SCHEMAS = {
     "spatial_merge": (
-        "mustdrop::spatial_merge(Tensor x, SymInt[] grid, int[] window, float threshold=0.80000000000000004, *,"
+        "mustdrop::spatial_merge(Tensor x, SymInt[] grid, int[] window, float threshold=0.8, *,"
         " SymInt? budget=None, bool uniform=False, int num_prefix_tokens=1, Tensor? sizes=None,"
         " bool merged_first=False) -> (Tensor tokens, Tensor counts, Tensor source, Tensor sizes)"
     ),

@@ -49,7 +49,7 @@ def check_rows(tokens, x, want: oracle.Merge, sizes) -> None:
         absolute = np.abs(f64(x[b]))
         size = np.array([weight[b, row == m].sum() for m in merged]).reshape(-1, 1)
         magnitude = [(weight[b, row == m, None] * absolute[row == m]).sum(0) for m in merged]
-        magnitude = np.array(magnitude).reshape(len(merged), -1) / np.maximum(size, 1e-30)
+        magnitude = np.array(magnitude).reshape(len(merged), x.shape[2]) / np.maximum(size, 1e-30)
         assert_rounded_once(tokens[b, merged], want.tokens[b, merged], magnitude, "tokens")
         assert not f64(tokens[b, int(want.counts[b]) :]).any(), "tokens past counts must be zero"
 
@@ -264,6 +264,15 @@ def test_cut_windows(backend):
     assert by_threshold.sizes[0, :9].tolist() == [4, 4, 2, 4, 4, 2, 2, 2, 1]
     uniform = backend.spatial_merge(x, [5, 5], [2, 2], num_prefix_tokens=0, uniform=True)
     assert uniform.counts.tolist() == [25 - 4 * 3]
+
+
+@pytest.mark.parametrize("patch", [0, 12, 24])
+@pytest.mark.parametrize("uniform", [False, True])
+def test_nan_with_cut_windows(backend, patch, uniform):
+    """A NaN concerns the window that it is in, and no other."""
+    x = torch.ones(2, 25, 4, device=backend.device)
+    x[0, patch, 1] = math.nan
+    check(backend, x, [5, 5], [2, 2], num_prefix_tokens=0, uniform=uniform)
 
 
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 0}], ids=str)
