@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is timed: for each operator its inputs at a shape, the least work that they need, and what comes out.
 
-The inputs are random but lean to a clear decision, so that every correct way of computing makes the same one in every
-dtype: half of the windows are alike, and the text looks about seven times as much at ``keep`` of the vision tokens as at
-the others.
+The inputs are random but lean to a clear decision, so that every correct way of computing makes the same one in
+every dtype: half of the windows are alike, and the text looks about seven times as much at ``keep`` of the vision
+tokens as at the others.
 """
 
 from __future__ import annotations
@@ -79,22 +79,27 @@ class Case:
 
     @property
     def spec(self) -> Spec:
+        """Of its operator."""
         return CASES[self.op]
 
     @property
     def dtype_name(self) -> str:
+        """Such as "float32"."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def label(self) -> str:
+        """All of it in words."""
         return f"{self.op} {self.shape.label} {self.dtype_name}"
 
     @property
     def work(self) -> Work:
+        """The least that has to be done."""
         return self.spec.work(self.shape, self.dtype.itemsize)
 
     @property
     def input_bytes(self) -> int:
+        """Size of the large inputs."""
         return self.spec.input_bytes(self.shape, self.dtype.itemsize)
 
     def inputs(self) -> Inputs:
@@ -387,6 +392,7 @@ def _make_compact_paged(shape: Shape, dtype: torch.dtype, device: torch.device) 
 
 
 def canonical_compact_paged(raw: Raw, inputs: Inputs) -> Canonical:
+    """The kept slots of the caches, which have been changed in place."""
     keys, values, table, keep, _ = inputs.args
     position = torch.arange(keep[0].shape[1], device=table.device)
     block, slot = table.long()[:, position // SLOTS], position % SLOTS

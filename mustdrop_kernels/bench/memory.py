@@ -38,8 +38,8 @@ def _resident(field: str) -> int:
 def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
     """Bytes at the peak of a call, its results included, above what was held before; None where it cannot be told.
 
-    On a CPU this is the growth of the resident set, so it covers what libraries allocate by themselves, and it is good to
-    some ten kilobytes. On a GPU it is torch's allocator that counts.
+    On a CPU this is the growth of the resident set, so it covers what libraries allocate by themselves, and it is good
+    to some ten kilobytes. On a GPU it is torch's allocator that counts.
     """
     gc.collect()
     if device.type == "cuda":

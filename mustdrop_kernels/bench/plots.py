@@ -91,7 +91,7 @@ def _time_against_tokens(document: Document, rows: list[Row]) -> Figure | None:
     columns = min(2, len(by_op))
     lines = -(-len(by_op) // columns)
     figure, axes = _figure(columns, lines, 7.2 * columns, 3.4 * lines)
-    for ax, (op, found) in zip(axes.flat, by_op.items()):
+    for ax, (op, found) in zip(axes.flat, by_op.items(), strict=False):
         _tokens_panel(ax, document, op, found)
     for ax in axes.flat[len(by_op) :]:
         ax.set_visible(False)
@@ -230,7 +230,8 @@ def _ratio_panel(ax: Axes, rows: list[Row], lines: dict[str, list[str]], first: 
     y, ticks = 0, []
     for op, names in lines.items():
         ax.annotate(op, (0, -y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
-                    fontsize=9, fontweight="bold", va="center")  # fmt: skip
+                    fontsize=9, fontweight="bold", va="center",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.5})  # fmt: skip
         for name in names:
             y += 1
             ticks.append((-y, name))
@@ -242,6 +243,7 @@ def _ratio_panel(ax: Axes, rows: list[Row], lines: dict[str, list[str]], first: 
     ratios = [row["ratio"]["median"] for row in rows]
     ax.set(xscale="log", xlim=(min(0.5, *ratios) / 1.5, max(2.0, *ratios) * 3), ylim=(-y + 0.2, 0.8))
     ax.set_xlabel("time over ours, log scale; right of the line ours is faster", fontsize=9)
+    ax.xaxis.set_major_formatter(lambda value, position: f"{value:g}x")
     _plain(ax)
     ax.grid(axis="y", visible=False)
 

@@ -40,6 +40,7 @@ class Options:
 
     @property
     def effort(self) -> timing.Effort:
+        """How long to measure."""
         return timing.QUICK if self.quick else timing.FULL
 
 
@@ -48,6 +49,7 @@ class Contender:
     """One way to compute a case."""
 
     name: str
+    op_in_place: bool
     kind: str  # "backend", "peer", "context" (it computes something else, that ours is a share of)
     what: str
     call: Callable[[Inputs], Raw] | None = None
@@ -59,7 +61,8 @@ class Contender:
 
     @property
     def in_place(self) -> bool:
-        return self.peer.in_place if self.peer is not None else True
+        """Whether a call changes its inputs."""
+        return self.peer.in_place if self.peer is not None else self.op_in_place
 
     def canonical(self, case: Case, raw: Raw, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Its result in the form that is compared."""
@@ -113,7 +116,7 @@ def contenders(case: Case, options: Options, build: bool = True) -> list[Contend
         why_not = backends.get(name).why_not(case.op, kind)
         for variant, more in {"": _nothing, **case.spec.variants}.items():
             label = f"{name}, {variant}" if variant else name
-            ours = Contender(label, "backend", backends.get(name).description, why_not=why_not)
+            ours = Contender(label, case.spec.in_place, "backend", backends.get(name).description, why_not=why_not)
             if why_not is None and build:
                 ours.call = backend_call(case.op, kind, name, more)
             found.append(ours)
@@ -122,7 +125,9 @@ def contenders(case: Case, options: Options, build: bool = True) -> list[Contend
             continue
         if options.peers is None and options.quick and peer.compiles:
             continue
-        theirs = Contender(peer.name, "context" if peer.canonical is None else "peer", peer.what, peer=peer)
+        theirs = Contender(
+            peer.name, case.spec.in_place, "context" if peer.canonical is None else "peer", peer.what, peer=peer
+        )
         theirs.why_not = peer.why_not(case) or _too_large(case, peer.scratch(case))
         found.append(theirs)
     return found
@@ -157,7 +162,9 @@ def run(
         try:
             measured.append((case, *_measure(case, options, lambda what, done, at=share: tell(what, at + done))))  # type: ignore[misc]
         except (RuntimeError, MemoryError) as error:
-            measured.append((case, [Contender("all", "backend", "", why_not=str(error).splitlines()[0])], {}, 0))
+            measured.append(
+                (case, [Contender("all", case.spec.in_place, "backend", "", why_not=str(error).splitlines()[0])], {}, 0)
+            )
     # Once more: on a machine that others use too, the better figure is the machine's.
     again = machine.measure(options.device, sorted({case.dtype for case in cases}, key=str), options.quick)
     rates["copy_bandwidth"] = max(rates["copy_bandwidth"], again["copy_bandwidth"])
@@ -203,7 +210,7 @@ def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callabl
         if one.why_not is not None:
             continue
         tell(one.name)
-        fresh = inputs.clone() if case.spec.in_place and one.in_place else inputs
+        fresh = inputs.clone() if one.in_place else inputs
         try:
             if one.call is None and one.peer is not None:
                 one.call = one.peer.build(case)

@@ -63,8 +63,8 @@ SHAPES: dict[str, Shape] = {
         Shape("video-mha", **_VIDEO),
         Shape("video-gqa", **_VIDEO, heads=28, kv_heads=4, hidden=3584, layers=28),
         Shape(
-            "tiny", grid=(6, 6), channels=32, vision_heads=2, text_before=3, queries=5, heads=4, kv_heads=2, head_dim=16,
-            hidden=32, layers=2, keep=8,
+            "tiny", grid=(6, 6), channels=32, vision_heads=2, text_before=3, queries=5, heads=4, kv_heads=2,
+            head_dim=16, hidden=32, layers=2, keep=8,
         ),
     )
 }  # fmt: skip
@@ -89,7 +89,7 @@ def parse_shape(text: str) -> Shape:
     images = name.removeprefix("images-")
     if images != name and images.isdigit() and int(images) > 0:
         return Shape(name, batch=size, images=int(images), keep=64 * int(images))
-    raise ValueError(f"there is no shape {name!r}; there are {', '.join(SHAPES)}, images-N and sweep; add :B for batch B")
+    raise ValueError(f"there is no shape {name!r}; there are {', '.join(SHAPES)}, images-N, sweep; :B for batch B")
 
 
 def parse_shapes(text: str) -> list[Shape]:

@@ -187,6 +187,4 @@ def interleaved(
             if r in turns[name]:
                 samples[name][r] = runners[name].seconds() / runners[name].calls
         tell((r + 1) / total)
-    return {
-        name: Timing(samples[name], runner.calls, runner.how, runner.host) for name, runner in runners.items()
-    }
+    return {name: Timing(samples[name], runner.calls, runner.how, runner.host) for name, runner in runners.items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import sys
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: the one that serves the device.")]
+Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: who serves the device.")]
 Peers = Annotated[str | None, typer.Option(help='Names with commas between, or "none". Default: all.')]
 Shapes = Annotated[
     str,
@@ -68,10 +69,10 @@ def bench(
         older = None if compare is None else report.read(compare)
         document = None if load is None else report.read(load)
     except (ValueError, OSError, RuntimeError) as error:
-        Console(stderr=True, soft_wrap=True).print(f"mustdrop bench: {error}", markup=False, highlight=False)
+        print(f"mustdrop: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
     if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        Console(stderr=True).print("mustdrop bench: --plot needs matplotlib: pip install 'mustdrop_kernels[bench]'")
+        print("mustdrop: --plot needs matplotlib: pip install 'mustdrop_kernels[bench]'", file=sys.stderr)
         raise typer.Exit(2)
     if threads is not None:
         torch.set_num_threads(threads)

@@ -27,7 +27,7 @@ class Peer:
     ops: tuple[str, ...]
     build: Callable[[Case], Call]  # for this case; what it returns is timed
     what: str  # one sentence
-    # What is compared with the operator's result; None: nothing, since it computes something else (the attention itself).
+    # What is compared with the operator's result; None: nothing, since it computes something else.
     canonical: Callable[[Raw, Inputs], Canonical] | None
     why_not: Callable[[Case], str | None] = _serves
     scratch: Callable[[Case], int] = lambda case: 0  # bytes that it allocates on the way

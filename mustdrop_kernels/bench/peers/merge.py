@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cases import Canonical, Case, Inputs, Raw
-from .base import Call, Peer, compiled
+from .base import Peer, compiled
 
 
 def _windows(x: Tensor, grid: list[int], window: list[int]) -> Tensor:

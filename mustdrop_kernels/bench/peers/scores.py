@@ -265,7 +265,7 @@ _WHOLE = "the attention of all L x L pairs of one layer, of which the rows of te
 _ROWS = "q K^T of the rows of text, softmax in float32, mean over heads, sum and maximum over rows"
 PUBLISHED = Peer(
     "published", _SCORES, _whole(mask_on_host=True),
-    _WHOLE + "; the mask is made on the host. The published code does this in every layer from the first pruning layer on",
+    _WHOLE + "; the mask is made on the host. The published code does it in every layer from the first pruning one on",
     as_pair, scratch=matrix_bytes,
 )  # fmt: skip
 MATRIX = Peer(
@@ -293,7 +293,7 @@ FLEX = Peer(
     _total_only, why_not=_why_no_flex, compiles=True,
 )  # fmt: skip
 COLREDUCE = Peer(
-    "flash-colreduce", _SCORES, _colreduce, "the PyPI package flash-colreduce: the total; it has no peak of a head mean",
+    "flash-colreduce", _SCORES, _colreduce, "the PyPI package flash-colreduce: the total; it has no peak",
     _total_only, why_not=_package("flash_colreduce"), compiles=True,
 )  # fmt: skip
 COLSUM = Peer(
@@ -306,7 +306,7 @@ SDPA = Peer(
     None,
 )  # fmt: skip
 CLS_MATRIX = Peer(
-    "published", ("cls_attention",), _cls_matrix, "the attention of all pairs of patches, of which the CLS row is taken",
+    "published", ("cls_attention",), _cls_matrix, "the attention of all pairs, of which the CLS row is taken",
     _map, scratch=_cls_bytes,
 )  # fmt: skip
 CLS_ROW = Peer("CLS row", ("cls_attention",), _cls_row, "q K^T of the CLS row, softmax, mean over heads", _map)
