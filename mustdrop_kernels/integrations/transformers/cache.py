@@ -114,10 +114,8 @@ class DropCache(DynamicCache):
         self._change_rows(lambda rows: rows[indices])
 
     def reset(self) -> None:
-        super().reset()
+        self.layers = [DropLayer() for _ in self.layers]
         self.held, self.prompt_length = [], 0
-        for layer in self.layers:
-            layer.dropped = 0
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         for entry in {id(entry): entry for entry in self.held}.values():
