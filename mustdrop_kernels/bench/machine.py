@@ -111,7 +111,7 @@ def _seconds(call: Any, device: torch.device, repeats: int) -> float:
 
 def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
     """Bytes per second, read and written, of ``copy_`` between tensors far larger than the cache."""
-    size = max(4 * last_level_cache(device), 256 << 20) // (4 if quick else 1)
+    size = 64 << 20 if quick else max(4 * last_level_cache(device), 256 << 20)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     return 2 * size / _seconds(lambda: target.copy_(source), device, 3 if quick else 15)

@@ -107,10 +107,10 @@ def _tokens_panel(ax: Axes, document: Document, op: str, rows: list[Row]) -> Non
         x, y = [row["tokens"] for row in points], [row["median_us"] / 1e3 for row in points]
         own = points[0]["kind"] == "backend"
         colour = OURS if own else next(colours)
-        style = {"linestyle": ":" if own and name != ours else "--" if points[0]["kind"] == "context" else "-"}
+        line = ":" if own and name != ours else "--" if points[0]["kind"] == "context" else "-"
         ax.plot(
             x, y, marker="o", markersize=4, color=colour, linewidth=2.4 if name == ours else 1.3, label=name,
-            zorder=3 if own else 2, **style,
+            zorder=3 if own else 2, linestyle=line,
         )  # fmt: skip
         low, high = [row["q1_us"] / 1e3 for row in points], [row["q3_us"] / 1e3 for row in points]
         ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)

@@ -79,7 +79,13 @@ class Contender:
         self.call = None
 
 
-def backend_call(op: str, device_type: str, name: str, more: Callable[[Inputs], dict[str, Any]]) -> timing.Call:
+def _nothing(inputs: Inputs) -> dict[str, Any]:
+    return {}
+
+
+def backend_call(
+    op: str, device_type: str, name: str, more: Callable[[Inputs], dict[str, Any]] = _nothing
+) -> timing.Call:
     """The operator as a function of its inputs; torch.ops for the backend that serves it there."""
     function = backends.explicit(op, device_type, name) or getattr(torch.ops.mustdrop, op)
 
@@ -87,10 +93,6 @@ def backend_call(op: str, device_type: str, name: str, more: Callable[[Inputs], 
         return function(*inputs.args, **inputs.kwargs, **more(inputs))
 
     return call
-
-
-def _nothing(inputs: Inputs) -> dict[str, Any]:
-    return {}
 
 
 def default_backends(device_type: str) -> tuple[str, ...]:
@@ -194,7 +196,7 @@ def _measure(
     tell(f"{case.label}: inputs", 0.0)
     inputs = case.inputs()
     _check_all(case, found, inputs, lambda name: tell(f"{case.label}: checking {name}", 0.0))
-    copies = _copies(case, inputs, options.hot)
+    copies = copies_of(case, inputs, options.hot)
     calls = {one.name: one.call for one in found if one.call is not None}
     times = timing.interleaved(calls, copies, case.device, options.effort)
     count = len(copies)
@@ -244,7 +246,7 @@ def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, 
     return raw, time.perf_counter() - start
 
 
-def _copies(case: Case, inputs: Inputs, hot: bool) -> list[Inputs]:
+def copies_of(case: Case, inputs: Inputs, hot: bool) -> list[Inputs]:
     """Enough of them to be past the cache when one's turn comes again."""
     if hot:
         return [inputs]

@@ -53,15 +53,15 @@ class Shape:
         return self.name if self.batch == 1 else f"{self.name}:{self.batch}"
 
 
-_VIDEO = {"images": 32, "text_before": 1468, "queries": 100, "keep": 1843}
+_VIDEO = Shape("video-mha", images=32, text_before=1468, queries=100, keep=1843)
 
 SHAPES: dict[str, Shape] = {
     shape.name: shape
     for shape in (
         Shape("llava-1.5"),
         Shape("llava-next", images=5, text_before=20, queries=100, keep=640),
-        Shape("video-mha", **_VIDEO),
-        Shape("video-gqa", **_VIDEO, heads=28, kv_heads=4, hidden=3584, layers=28),
+        _VIDEO,
+        dataclasses.replace(_VIDEO, name="video-gqa", heads=28, kv_heads=4, hidden=3584, layers=28),
         Shape(
             "tiny", grid=(6, 6), channels=32, vision_heads=2, text_before=3, queries=5, heads=4, kv_heads=2,
             head_dim=16, hidden=32, layers=2, keep=8,

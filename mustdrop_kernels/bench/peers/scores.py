@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -143,7 +144,8 @@ def flex_total(compile_it: bool = True) -> Callable[[Case], Call]:
     def build(case: Case) -> Call:
         from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 
-        shape, torch_flex = case.shape, flex_attention
+        shape = case.shape
+        torch_flex: Any = flex_attention
         first = shape.length - shape.queries
         if compile_it:
             torch._dynamo.reset()
@@ -294,11 +296,11 @@ FLEX = Peer(
 )  # fmt: skip
 COLREDUCE = Peer(
     "flash-colreduce", _SCORES, _colreduce, "the PyPI package flash-colreduce: the total; it has no peak",
-    _total_only, why_not=_package("flash_colreduce"), compiles=True,
+    _total_only, why_not=_package("flash_colreduce"),
 )  # fmt: skip
 COLSUM = Peer(
     "flash-colsum", _SCORES, _colsum, "the PyPI package flash-colsum: the total; it has no peak",
-    _total_only, why_not=_package("flash_colsum"), compiles=True,
+    _total_only, why_not=_package("flash_colsum"),
 )  # fmt: skip
 SDPA = Peer(
     "attention of the layer", ("text_vision_scores", "dual_attention_select", "topk_attention_select"), _sdpa,
