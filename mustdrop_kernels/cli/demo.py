@@ -272,8 +272,7 @@ def _comparison(outcome: Outcome) -> Table:
 
     def row(name: str, plain: float | None, dropped: float | None, unit: str) -> None:
         if plain is not None and dropped is not None:
-            ratio = f"{plain / dropped:.1f} times less" if plain >= dropped else f"{dropped / plain:.1f} times more"
-            table.add_row(name, f"{plain:.1f} {unit}", f"{dropped:.1f} {unit}, {ratio}")
+            table.add_row(name, f"{plain:.1f} {unit}", f"{dropped:.1f} {unit}, {_ratio(plain, dropped)}")
 
     cache = (outcome.prompt.plain_cache.bytes / 1e6, outcome.prompt.final_cache.bytes / 1e6)
     row("KV cache", *cache, "MB")
@@ -284,6 +283,12 @@ def _comparison(outcome: Outcome) -> Table:
     table.add_row("answer", escape(plain), escape(dropped))
     table.add_row("", "", f"[dim]{_agreement(outcome)}[/]")
     return table
+
+
+def _ratio(plain: float, dropped: float) -> str:
+    if max(plain, dropped) < 1.05 * min(plain, dropped):
+        return "about the same"
+    return f"{plain / dropped:.1f} times less" if plain > dropped else f"{dropped / plain:.1f} times more"
 
 
 def _agreement(outcome: Outcome) -> str:

@@ -108,7 +108,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(_pairs("Versions", found["versions"], missing="not installed"))
     console.print(_pairs("Machine", found["machine"], missing="unknown"))
     build = found["build"] if isinstance(found["build"], dict) else {"_native": found["build"]}
-    console.print(_pairs("This build", build, missing="unknown"))
+    console.print(_pairs("This build", build, missing="none"))
     console.print(_pairs("Environment", found["environment"] or {"MUSTDROP_*": "none is set"}, missing=""))
     console.print(_libraries(found["libraries"]))
     console.print(_operators(found))

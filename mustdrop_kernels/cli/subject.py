@@ -106,11 +106,12 @@ def load_model(name: str | None, seed: int, device: str) -> Subject:
 
     try:
         kind = AutoConfig.from_pretrained(name).model_type
-        if kind != "llava":
-            raise Refusal(f"--model: {name} is a {kind!r} model; the demo runs LLaVA (LlavaForConditionalGeneration)")
-        model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto").eval()
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise Refusal(f"--model: {name} cannot be loaded: {reason}") from None
+        if kind == "llava":
+            model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto").eval()
+            processor = AutoProcessor.from_pretrained(name)
+    except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"--model: {name} cannot be loaded: {reason}") from error
+    if kind != "llava":
+        raise Refusal(f"--model: {name} is a {kind!r} model; the demo runs LLaVA (LlavaForConditionalGeneration)")
     return Subject(model.to(device), processor, name, trained=True)

@@ -98,11 +98,11 @@ def _config(tokenizer: PreTrainedTokenizerFast) -> LlavaConfig:
     )
     text = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=18,
-        num_attention_heads=6,
-        num_key_value_heads=6,
+        hidden_size=256,
+        intermediate_size=704,
+        num_hidden_layers=20,
+        num_attention_heads=4,
+        num_key_value_heads=4,
         max_position_embeddings=4096,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
