@@ -15,10 +15,11 @@ from rich.console import Console
 
 from .. import __version__
 from . import Refusal
+from .bench import bench
 
 app = typer.Typer(
     name="mustdrop",
-    help="Drop vision tokens over their whole life in a multimodal model: look at it, check it.",
+    help="Drop vision tokens over their whole life in a multimodal model: look at it, check it, time it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -103,3 +104,6 @@ def demo(
         print_json(work.to_dict(outcome))
     else:
         work.show(outcome, Console())
+
+
+app.command()(bench)
