@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shipped tile sizes of every kernel, by architecture and shape class. No kernel searches for its own on a user's call.
+
+``DEFAULT`` serves every architecture, ``SPECIAL`` replaces some of its entries. ``compile_all`` compiles all of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes of one launch."""
+
+    tiles: tuple[tuple[str, int], ...]
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __getattr__(self, name: str) -> int:
+        for tile, size in self.tiles:
+            if tile == name:
+                return size
+        raise AttributeError(name)
+
+
+def _tiles(num_warps: int = 4, num_stages: int = 2, **tiles: int) -> Config:
+    return Config(tuple(tiles.items()), num_warps, num_stages)
+
+
+DEFAULT: dict[str, dict[str, Config]] = {
+    # Copies: 16 bytes a thread and load, some loads in flight.
+    "gather": {
+        "column": _tiles(ROWS=512, COLUMNS=1),
+        "narrow": _tiles(ROWS=32, COLUMNS=64),
+        "wide": _tiles(ROWS=4, COLUMNS=1024),
+    },
+    # One program a sequence.
+    "select": {
+        "256": _tiles(BLOCK=256, num_warps=2),
+        "1024": _tiles(BLOCK=1024),
+        "4096": _tiles(BLOCK=4096, num_warps=8),
+        "long": _tiles(BLOCK=8192, num_warps=16),
+    },
+}
+
+SPECIAL: dict[tuple[str, str, str], Config] = {}  # (architecture, kernel, shape class)
+
+
+def width_class(width: int) -> str:
+    """Of kernels that copy rows of so many elements."""
+    return "column" if width == 1 else "narrow" if width <= 64 else "wide"
+
+
+def length_class(length: int) -> str:
+    """Of kernels that go over a whole sequence in one program."""
+    for most in (256, 1024, 4096):
+        if length <= most:
+            return str(most)
+    return "long"
+
+
+@lru_cache(None)
+def architecture(device: torch.device) -> str:
+    """ "sm90", "gfx942"; "cpu" in the interpreter."""
+    if device.type != "cuda":
+        return device.type
+    properties: Any = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm{properties.major}{properties.minor}"
+
+
+def config(kernel: str, shape_class: str, device: torch.device) -> Config:
+    """The shipped configuration."""
+    special = SPECIAL.get((architecture(device), kernel, shape_class))
+    return special or DEFAULT[kernel][shape_class]
