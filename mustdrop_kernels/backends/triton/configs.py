@@ -39,6 +39,12 @@ DEFAULT: dict[str, dict[str, Config]] = {
         "narrow": _tiles(ROWS=32, COLUMNS=64),
         "wide": _tiles(ROWS=4, COLUMNS=1024),
     },
+    # One program a stream; a tile is read before it is written.
+    "compact": {
+        "column": _tiles(ROWS=256, COLUMNS=1),
+        "narrow": _tiles(ROWS=64, COLUMNS=64),
+        "wide": _tiles(ROWS=64, COLUMNS=128),
+    },
     # One program a sequence.
     "select": {
         "256": _tiles(BLOCK=256, num_warps=2),
