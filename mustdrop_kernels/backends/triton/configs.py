@@ -45,6 +45,35 @@ DEFAULT: dict[str, dict[str, Config]] = {
         "narrow": _tiles(ROWS=64, COLUMNS=64),
         "wide": _tiles(ROWS=64, COLUMNS=128),
     },
+    # One program a window: members by channels.
+    "merge_rows": {"any": _tiles(ELEMENTS=16384, num_warps=8)},
+    "merge_rank": {"any": _tiles(BLOCK=64)},
+    # One program an image.
+    "merge_plan": {
+        "256": _tiles(BLOCK=256, num_warps=2),
+        "1024": _tiles(BLOCK=1024),
+        "4096": _tiles(BLOCK=1024),
+        "long": _tiles(BLOCK=2048, num_warps=8),
+    },
+    # One program, some keys of one head; or of all heads.
+    "cls_scores": {"any": _tiles(ROWS=64, COLUMNS=128)},
+    "cls_mean": {"any": _tiles(ROWS=128)},
+    # Keys by rows of the head mean; COLUMNS is the share of head_dim that a matrix product takes at a time.
+    "scores": {
+        "half": _tiles(KEYS=64, ROWS=64, COLUMNS=128),
+        "float": _tiles(KEYS=32, ROWS=32, COLUMNS=64),
+    },
+    "scores_lse": {
+        "half": _tiles(KEYS=64, ROWS=64, COLUMNS=128),
+        "float": _tiles(KEYS=32, ROWS=32, COLUMNS=64),
+    },
+    "scores_reduce": {"any": _tiles(KEYS=32, ROWS=64)},
+    "scores_rows": {
+        "256": _tiles(BLOCK=256, num_warps=2),
+        "1024": _tiles(BLOCK=1024),
+        "4096": _tiles(BLOCK=2048, num_warps=8),
+        "long": _tiles(BLOCK=2048, num_warps=8),
+    },
     # One program a sequence.
     "select": {
         "256": _tiles(BLOCK=256, num_warps=2),
@@ -68,6 +97,19 @@ def length_class(length: int) -> str:
         if length <= most:
             return str(most)
     return "long"
+
+
+def head_class(dtype: torch.dtype, dim: int) -> str:
+    """Of kernels that multiply matrices."""
+    return "float" if dtype == torch.float32 else "half"
+
+
+@lru_cache(None)
+def processors(device: torch.device) -> int:
+    """How many programs it takes to fill the device."""
+    if device.type != "cuda":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @lru_cache(None)

@@ -1,0 +1,627 @@
+# SPDX-License-Identifier: Apache-2.0
+"""text_vision_scores and its kin: how much the query rows look at each vision token.
+
+P[h, t, j] = softmax over j <= t with type != 0 of scale * q[h, t] . k[h, j]
+total[j] = sum over query rows t of mean_h P[h, t, j];   peak[j] = max over query rows t of mean_h P[h, t, j]
+
+The head mean comes before the maximum, so a program owns a tile of keys and loops over the heads:
+acc[keys, rows] += 2^(scale * k q^T - lse). Launches: the query rows of each sequence (they are few, and only the device
+knows which); their normaliser, where the caller has none; the scores; and, where keys are too few to fill the device and the
+heads are divided among programs, the sum over the parts in a fixed order.
+"""
+
+from __future__ import annotations
+
+from math import log2
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import checks
+from .configs import config, head_class, length_class, processors
+from .launch import Launch, Plans, cdiv, power_of_two, signature
+from .numbers import dot, widen
+
+_VISION = tl.constexpr(2)
+_QUERY = tl.constexpr(3)
+_LOG2E = tl.constexpr(log2(torch.e))
+
+# What the first kernel finds out about a sequence, int32: begin in packed q, begin in packed k, position of row 0,
+# number of keys, number of query rows; then, from HEADER on, the query rows themselves.
+HEADER = 8
+_HEADER = tl.constexpr(HEADER)
+
+# Where heads are divided among programs, so many query rows go through the workspace; each further tile of rows is done
+# by one program for all heads.
+SHARED_ROWS = 128
+
+
+@triton.jit
+def _span(cu_seqlens, b, total, longest):
+    """Begin and length of a packed sequence, clamped to what exists."""
+    begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
+    end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), 0), total)
+    return begin, tl.minimum(tl.maximum(end - begin, 0), longest)
+
+
+@triton.jit
+def _kinds(types, table, position, inside, blocks, SLOTS: tl.constexpr):
+    """Token types at positions of a sequence; padding outside it and where its block does not exist."""
+    kind = tl.load(types + position, mask=inside, other=0)
+    if SLOTS > 0:
+        block = tl.load(table + position // SLOTS, mask=inside, other=-1)
+        kind = tl.where((block >= 0) & (block < blocks), kind, 0)
+    return kind
+
+
+@triton.jit
+def _key_offsets(table, position, exists, k_begin, k_block, k_token, SLOTS: tl.constexpr):
+    """Where the keys at positions of a sequence lie, int64."""
+    if SLOTS == 0:
+        return (k_begin + position).to(tl.int64) * k_token
+    block = tl.load(table + position // SLOTS, mask=exists, other=0).to(tl.int64)
+    return block * k_block + (position % SLOTS).to(tl.int64) * k_token
+
+
+@triton.jit(do_not_specialize=["q_total", "q_longest", "k_total", "k_longest", "blocks", "table_batch"])
+def _rows_kernel(
+    types,  # [B, Lk] or [total_k] uint8
+    cu_seqlens_q,  # [B+1] int32, or None: dense
+    cu_seqlens_k,  # [B+1] int32, or None: not packed
+    seq_lens,  # [B] int32, or None: not paged
+    table,  # [B, max_blocks] int32, or None: not paged
+    info,  # [B, HEADER + q_longest] int32
+    q_total,
+    q_longest,
+    k_total,
+    k_longest,
+    blocks,
+    types_batch,
+    table_batch,
+    SLOTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program, one sequence: its geometry and its query rows, in order."""
+    b = tl.program_id(0).to(tl.int64)
+    q_begin, q_length, k_begin, k_length = 0, q_longest, 0, k_longest
+    if cu_seqlens_q is not None:
+        q_begin, q_length = _span(cu_seqlens_q, b, q_total, q_longest)
+    if cu_seqlens_k is not None:
+        k_begin, k_length = _span(cu_seqlens_k, b, k_total, k_longest)
+    if seq_lens is not None:
+        k_length = tl.minimum(tl.maximum(tl.load(seq_lens + b), 0), k_longest)
+    if table is not None:
+        table += b * table_batch
+    shift = k_length - q_length
+    info += b * (_HEADER + q_longest)
+    number = 0
+    for start in range(0, q_length, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        inside = (i < q_length) & (shift + i >= 0)
+        kind = _kinds(types + b * types_batch + k_begin, table, shift + i, inside, blocks, SLOTS)
+        votes = (kind == _QUERY).to(tl.int32)
+        tl.store(info + _HEADER + number + tl.cumsum(votes) - votes, i, mask=votes == 1)
+        number += tl.sum(votes)
+    tl.store(info, q_begin)
+    tl.store(info + 1, k_begin)
+    tl.store(info + 2, shift)
+    tl.store(info + 3, k_length)
+    tl.store(info + 4, number)
+
+
+@triton.jit(do_not_specialize=["batch", "q_longest", "blocks", "table_batch"])
+def _lse_kernel(
+    q,  # [B, Hq, Lq, D] or [total_q, Hq, D]
+    k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, slots, Hk, D]
+    types,
+    table,
+    info,
+    parts,  # [splits, B, Hq, q_longest] float32: log2 of the sum of 2^score over the split's keys, by number of query row
+    scale,  # times log2(e)
+    batch,
+    q_longest,
+    blocks,
+    q_batch, q_head, q_token,
+    k_batch, k_head, k_block, k_token, k_column,
+    types_batch, table_batch,
+    HEADS: tl.constexpr,  # Hk
+    GROUP: tl.constexpr,  # Hq / Hk
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program, a share of the keys of one key head; its query heads' rows lie side by side in a tile."""
+    pid = tl.program_id(0)
+    split = pid % SPLITS
+    hk = (pid // SPLITS % HEADS).to(tl.int64)
+    b = (pid // SPLITS // HEADS).to(tl.int64)
+    info += b * (_HEADER + q_longest)
+    q_begin, k_begin, shift = tl.load(info), tl.load(info + 1), tl.load(info + 2)
+    k_length, lines = tl.load(info + 3), tl.load(info + 4) * GROUP
+    types += b * types_batch + k_begin
+    if table is not None:
+        table += b * table_batch
+    q += b * q_batch
+    k += b * k_batch + hk * k_head
+    share = tl.cdiv(tl.cdiv(k_length, KEYS), SPLITS) * KEYS
+
+    for start in range(0, lines, ROWS):
+        line = start + tl.arange(0, ROWS)
+        there = line < lines
+        row = line // GROUP
+        i = tl.load(info + _HEADER + row, mask=there, other=0)
+        position = tl.where(there, shift + i, -1)
+        h = hk * GROUP + line % GROUP
+        q_at = q + h * q_head + (q_begin + i).to(tl.int64) * q_token  # [ROWS]
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        mass = tl.zeros([ROWS], tl.float32)
+        end = tl.minimum(tl.minimum((split + 1) * share, k_length), tl.max(position) + 1)
+        for first in range(split * share, end, KEYS):
+            column = first + tl.arange(0, KEYS)
+            exists = _kinds(types, table, column, column < k_length, blocks, SLOTS) != 0
+            k_at = k + _key_offsets(table, column, exists, k_begin, k_block, k_token, SLOTS)  # [KEYS]
+            score = tl.zeros([ROWS, KEYS], tl.float32)
+            for part in range(0, D, COLUMNS):
+                d = part + tl.arange(0, COLUMNS)
+                query = tl.load(q_at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
+                key = tl.load(
+                    k_at[None, :] + (d * k_column)[:, None], mask=exists[None, :] & (d < D)[:, None], other=0.0
+                )
+                score = dot(query, key, score)
+            visible = exists[None, :] & (column[None, :] <= position[:, None])
+            score = tl.where(visible, score * scale, float("-inf"))
+            higher = tl.maximum(top, tl.max(score, axis=1))
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # so far the row has seen nothing
+            mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(score - base[:, None]), axis=1)
+            top = higher
+        heads = HEADS * GROUP
+        at = parts + (((split * batch + b) * heads + h) * q_longest + row)
+        tl.store(at, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=there)
+
+
+@triton.jit
+def _normaliser(
+    lse, info, parts, h, i, r, there, q_begin, b, batch, q_longest, lse_batch, lse_head, lse_row,
+    HEADS: tl.constexpr, LSE_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Base-2 logarithm of the sum of exponentials of some rows of one head; -inf: the row sees nothing."""
+    if lse is not None:
+        at = lse + b * lse_batch + h * lse_head + (q_begin + i).to(tl.int64) * lse_row
+        return tl.load(at, mask=there, other=float("-inf")) * _LOG2E
+    at = parts + (b * HEADS + h) * q_longest + r
+    top = tl.load(at, mask=there, other=float("-inf"))
+    for split in tl.static_range(1, LSE_SPLITS):
+        more = tl.load(at + split * batch * HEADS * q_longest, mask=there, other=float("-inf"))
+        high, low = tl.maximum(top, more), tl.minimum(top, more)
+        joined = high + tl.log2(1.0 + tl.exp2(low - high))
+        top = tl.where(low == float("-inf"), high, tl.where((top != top) | (more != more), top + more, joined))
+    return top
+
+
+@triton.jit
+def _head_sum(
+    q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, start, number, b, batch, q_longest,
+    q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, head_begin, head_end,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, LSE_SPLITS: tl.constexpr,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[KEYS, ROWS]: sum over key heads [head_begin, head_end) of the probabilities of the query rows from ``start`` on."""
+    r = start + tl.arange(0, ROWS)
+    there = r < number
+    i = tl.load(info + _HEADER + r, mask=there, other=0)
+    position = tl.where(there, shift + i, -1)
+    visible = vision[:, None] & (column[:, None] <= position[None, :])
+    k_at = k + _key_offsets(table, column, vision, k_begin, k_block, k_token, SLOTS)  # [KEYS]
+    q_at = q + (q_begin + i).to(tl.int64) * q_token  # [ROWS]
+    acc = tl.zeros([KEYS, ROWS], tl.float32)
+    # Rows ascend: where the last one stands before the tile, nothing is seen.
+    head_end = tl.where(tl.max(position) >= tl.min(column), head_end, head_begin)
+    for key_head in range(head_begin, head_end):
+        hk = tl.full([], key_head, tl.int64)
+        for g in range(0, GROUP):
+            h = hk * GROUP + g
+            score = tl.zeros([KEYS, ROWS], tl.float32)
+            for part in range(0, D, COLUMNS):
+                d = part + tl.arange(0, COLUMNS)
+                key = tl.load(
+                    k_at[:, None] + (hk * k_head + d * k_column)[None, :],
+                    mask=vision[:, None] & (d < D)[None, :],
+                    other=0.0,
+                )
+                query = tl.load(
+                    q_at[None, :] + (h * q_head + d)[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
+                )
+                score = dot(key, query, score)
+            norm = _normaliser(
+                lse, info, parts, h, i, r, there, q_begin, b, batch, q_longest, lse_batch, lse_head, lse_row,
+                HEADS * GROUP, LSE_SPLITS,
+            )  # fmt: skip
+            seen = visible & (norm != float("-inf"))[None, :]
+            acc += tl.where(seen, tl.exp2(score * scale - norm[None, :]), 0.0)
+    return acc
+
+
+@triton.jit(do_not_specialize=["batch", "q_longest", "k_longest", "blocks", "table_batch", "lse_row", "max_query"])
+def _scores_kernel(
+    q,  # [B, Hq, Lq, D] or [total_q, Hq, D]
+    k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, slots, Hk, D]
+    types,
+    lse,  # [B, Hq, Lq] or [Hq, total_q] float32, or None: parts
+    table,
+    info,
+    parts,  # [LSE_SPLITS, B, Hq, q_longest] float32, or None: lse
+    total,  # [B, Lk] or [total_k] float32; with MAP: the map [B, max_query, Lk]
+    peak,
+    shares,  # SPLITS > 1: [B, SPLITS, k_longest, SHARED] float32, sums over the heads of a split
+    tails,  # SPLITS > 1: [B, SPLITS, 2, k_longest] float32, total and peak over the rows past SHARED
+    scale,  # times log2(e)
+    batch,
+    q_longest,
+    k_longest,
+    blocks,
+    max_query,
+    q_batch, q_head, q_token,
+    k_batch, k_head, k_block, k_token, k_column,
+    types_batch, table_batch, out_batch,
+    lse_batch, lse_head, lse_row,
+    HEADS: tl.constexpr,  # Hk
+    GROUP: tl.constexpr,  # Hq / Hk
+    D: tl.constexpr,
+    SLOTS: tl.constexpr,
+    PACKED: tl.constexpr,
+    MAP: tl.constexpr,
+    LSE_SPLITS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program, a tile of keys: all heads (SPLITS = 1), or a share of them. MAP: one tile of rows of the map."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(k_longest, KEYS)
+    column = pid % tiles * KEYS + tl.arange(0, KEYS)
+    pid = pid // tiles
+    width = tl.cdiv(max_query, ROWS) if MAP else SPLITS
+    split = pid % width
+    b = (pid // width).to(tl.int64)
+    info += b * (_HEADER + q_longest)
+    q_begin, k_begin, shift = tl.load(info), tl.load(info + 1), tl.load(info + 2)
+    k_length, number = tl.load(info + 3), tl.load(info + 4)
+    if table is not None:
+        table += b * table_batch
+    kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, SLOTS)
+    vision = kind == _VISION
+    number = tl.where(tl.max(vision.to(tl.int32)) == 1, number, 0)  # no vision token: nothing to do
+    q += b * q_batch
+    k += b * k_batch
+    share = 1.0 / (HEADS * GROUP)
+
+    if MAP:
+        acc = _head_sum(
+            q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, split * ROWS, number, b,
+            batch, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, 0, HEADS,
+            HEADS, GROUP, D, SLOTS, LSE_SPLITS, KEYS, ROWS, COLUMNS,
+        )  # fmt: skip
+        r = split * ROWS + tl.arange(0, ROWS)
+        at = total + (b * max_query + r)[None, :] * k_longest + column[:, None]
+        tl.store(at, acc * share, mask=(column < k_longest)[:, None] & (r < max_query)[None, :])
+        return
+
+    sums = tl.zeros([KEYS], tl.float32)
+    tops = tl.zeros([KEYS], tl.float32)
+    if SPLITS > 1:
+        shares += (b * SPLITS + split) * k_longest * SHARED
+        for start in range(0, tl.minimum(number, SHARED), ROWS):
+            acc = _head_sum(
+                q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, start, number, b,
+                batch, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row,
+                split * HEADS // SPLITS, (split + 1) * HEADS // SPLITS,
+                HEADS, GROUP, D, SLOTS, LSE_SPLITS, KEYS, ROWS, COLUMNS,
+            )  # fmt: skip
+            at = shares + column.to(tl.int64)[:, None] * SHARED + (start + tl.arange(0, ROWS))[None, :]
+            tl.store(at, acc, mask=(column < k_length)[:, None])
+    for start in range(0 if SPLITS == 1 else SHARED + split * ROWS, number, SPLITS * ROWS):
+        acc = _head_sum(
+            q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, start, number, b,
+            batch, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, 0, HEADS,
+            HEADS, GROUP, D, SLOTS, LSE_SPLITS, KEYS, ROWS, COLUMNS,
+        )  # fmt: skip
+        sums += tl.sum(acc, axis=1)
+        tops = tl.maximum(tops, tl.max(acc, axis=1))
+
+    if SPLITS > 1:
+        tails += (b * SPLITS + split) * 2 * k_longest + column
+        tl.store(tails, sums, mask=column < k_length)
+        tl.store(tails + k_longest, tops, mask=column < k_length)
+    else:
+        written = column < (k_length if PACKED else k_longest)
+        at = b * out_batch + k_begin + column
+        tl.store(total + at, sums * share, mask=written)
+        # Terms are not negative, so the sum is NaN where and only where one of them is.
+        tl.store(peak + at, tl.where(sums == sums, tops, sums) * share, mask=written)
+
+
+@triton.jit(do_not_specialize=["q_longest", "k_longest", "blocks", "table_batch"])
+def _reduce_kernel(
+    types,
+    table,
+    info,
+    shares,  # [B, SPLITS, k_longest, SHARED] float32
+    tails,  # [B, SPLITS, 2, k_longest] float32
+    total,  # [B, Lk] or [total_k] float32
+    peak,
+    q_longest,
+    k_longest,
+    blocks,
+    types_batch,
+    table_batch,
+    out_batch,
+    HEADS: tl.constexpr,  # Hq
+    SLOTS: tl.constexpr,
+    PACKED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SHARED: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """One program, a tile of keys: adds the parts of the heads in order, then takes sum and maximum over rows."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(k_longest, KEYS)
+    column = pid % tiles * KEYS + tl.arange(0, KEYS)
+    b = (pid // tiles).to(tl.int64)
+    info += b * (_HEADER + q_longest)
+    k_begin, k_length, number = tl.load(info + 1), tl.load(info + 3), tl.load(info + 4)
+    if table is not None:
+        table += b * table_batch
+    kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, SLOTS)
+    vision = kind == _VISION
+    number = tl.where(tl.max(vision.to(tl.int32)) == 1, number, 0)
+
+    shares += b * SPLITS * k_longest * SHARED + column.to(tl.int64)[:, None] * SHARED
+    tails += b * SPLITS * 2 * k_longest + column
+    sums = tl.zeros([KEYS], tl.float32)
+    tops = tl.zeros([KEYS], tl.float32)
+    for start in range(0, tl.minimum(number, SHARED), ROWS):
+        r = start + tl.arange(0, ROWS)
+        acc = tl.zeros([KEYS, ROWS], tl.float32)
+        for split in tl.static_range(SPLITS):
+            at = shares + split * k_longest * SHARED + r[None, :]
+            acc += tl.load(at, mask=vision[:, None] & (r < number)[None, :], other=0.0)
+        sums += tl.sum(acc, axis=1)
+        tops = tl.maximum(tops, tl.max(acc, axis=1))
+    if number > SHARED:
+        for split in tl.static_range(SPLITS):
+            sums += tl.load(tails + split * 2 * k_longest, mask=vision, other=0.0)
+            tops = tl.maximum(tops, tl.load(tails + (split * 2 + 1) * k_longest, mask=vision, other=0.0))
+    written = column < (k_length if PACKED else k_longest)
+    at = b * out_batch + k_begin + column
+    tl.store(total + at, sums * (1.0 / HEADS), mask=written)
+    tl.store(peak + at, tl.where(sums == sums, tops, sums) * (1.0 / HEADS), mask=written)
+
+
+class _Plan:
+    """Sizes of the workspace, and the launches. ``longest``: bounds of the sequences' lengths in q and in k."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        types: Tensor,
+        scale: float,
+        lse: Tensor | None,
+        batch: int,
+        longest: tuple[int, int],
+        table: Tensor | None = None,
+        max_query: int | None = None,
+    ) -> None:
+        dense, packed = q.dim() == 4, k.dim() == 3
+        q_longest, k_longest = longest
+        slots = 0 if table is None else k.shape[1]
+        blocks = 0 if table is None else k.shape[0]
+        if dense:
+            q_strides, k_strides = q.stride()[:3], (k.stride(0), k.stride(1), 0, k.stride(2), k.stride(3))
+        else:
+            q_strides = (0, q.stride(1), q.stride(0))
+            k_strides = (
+                (0, k.stride(1), 0, k.stride(0), k.stride(2))
+                if packed
+                else (0, k.stride(2), k.stride(0), k.stride(1), k.stride(3))
+            )
+        k_heads, dim = (k.shape[1] if dense or packed else k.shape[2]), q.shape[-1]
+        heads = q.shape[1]
+        group = heads // max(k_heads, 1)
+        types_batch = 0 if types.dim() == 1 else types.stride(0)
+        out_batch = 0 if types.dim() == 1 else types.shape[1]
+        table_batch = 0 if table is None else table.stride(0)
+        lse_strides = (0, 0, 0) if lse is None else lse.stride() if dense else (0, *lse.stride())
+
+        chosen = config("scores", head_class(q.dtype, dim), q.device)
+        rows, columns = power_of_two(q_longest, 16, chosen.ROWS), power_of_two(dim, 16, chosen.COLUMNS)
+        tiles = cdiv(k_longest, chosen.KEYS)
+        fill = processors(q.device)
+        lse_splits = power_of_two(fill // max(batch * k_heads, 1), 1, 8) if lse is None else 1
+        splits = 1 if max_query is not None else power_of_two(fill // max(batch * tiles, 1), 1, 8)
+        splits = max(min(splits, k_heads), 1)
+
+        self.info = (batch, HEADER + q_longest)
+        self.parts = (lse_splits, batch, heads, q_longest) if lse is None else None
+        self.shares = (batch, splits, k_longest, SHARED_ROWS) if splits > 1 else None
+        self.tails = (batch, splits, 2, k_longest) if splits > 1 else None
+        self.map = None if max_query is None else (batch, max_query, k_longest)
+
+        line = config("scores_rows", length_class(q_longest), q.device)
+        extents = (q.shape[0], q_longest, k.shape[0], k_longest, blocks)
+        self.rows = Launch(_rows_kernel, (batch,), (*extents, types_batch, table_batch, slots, line.BLOCK), line)
+        scale = float(scale) * log2(torch.e)
+        common = (*q_strides, *k_strides, types_batch, table_batch)
+        norm = config("scores_lse", head_class(q.dtype, dim), q.device)
+        lines = power_of_two(q_longest * group, 16, norm.ROWS)
+        self.lse = Launch(
+            _lse_kernel,
+            (batch * k_heads * lse_splits,),
+            (
+                scale, batch, q_longest, blocks, *common,
+                k_heads, group, dim, slots, lse_splits, lines, norm.KEYS, power_of_two(dim, 16, norm.COLUMNS),
+            ),
+            norm,
+        )  # fmt: skip
+        programs = batch * tiles * (splits if max_query is None else cdiv(max_query, rows))
+        self.scores = Launch(
+            _scores_kernel,
+            (programs,),
+            (
+                scale, batch, q_longest, k_longest, blocks, max_query or 0, *common, out_batch, *lse_strides,
+                k_heads, group, dim, slots, packed, max_query is not None, lse_splits, splits, SHARED_ROWS,
+                chosen.KEYS, rows, columns,
+            ),
+            chosen,
+        )  # fmt: skip
+        last = config("scores_reduce", "any", q.device)
+        self.reduce = Launch(
+            _reduce_kernel,
+            (batch * cdiv(k_longest, last.KEYS),),
+            (
+                q_longest, k_longest, blocks, types_batch, table_batch, out_batch,
+                heads, slots, packed, splits, SHARED_ROWS, last.KEYS, last.ROWS,
+            ),
+            last,
+        )  # fmt: skip
+
+    def run(
+        self,
+        q: Tensor,
+        k: Tensor,
+        types: Tensor,
+        lse: Tensor | None,
+        out: tuple[Tensor, Tensor | None],
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> None:
+        """Launch on the current stream."""
+        info = torch.empty(self.info, dtype=torch.int32, device=q.device)
+        self.rows(types, cu_seqlens_q, cu_seqlens_k, seq_lens, table, info)
+        parts = None if self.parts is None else _floats(self.parts, q)
+        if parts is not None:
+            self.lse(q, k, types, table, info, parts)
+        shares = tails = None
+        if self.shares is not None and self.tails is not None:
+            shares, tails = _floats(self.shares, q), _floats(self.tails, q)
+        self.scores(q, k, types, lse, table, info, parts, *out, shares, tails)
+        if shares is not None:
+            self.reduce(types, table, info, shares, tails, *out)
+
+
+def _floats(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+_plans: dict[str, Plans] = {op: Plans() for op in ("dense", "map", "varlen", "paged")}
+
+
+def _scores_like(types: Tensor) -> tuple[Tensor, Tensor]:
+    return _floats(tuple(types.shape), types), _floats(tuple(types.shape), types)
+
+
+def text_vision_scores(
+    q: Tensor,  # [B, Hq, Lq, D]
+    k: Tensor,  # [B, Hk, Lk, D]
+    token_types: Tensor,  # [B, Lk]
+    scale: float,
+    *,
+    lse: Tensor | None = None,  # [B, Hq, Lq]
+) -> tuple[Tensor, Tensor]:
+    """See ``mustdrop_kernels.text_vision_scores``."""
+    key = signature(q, k, token_types, scale, lse)
+    plan = _plans["dense"].get(key)
+    if plan is None:
+        checks.text_vision_scores(q, k, token_types, scale, lse=lse)
+        longest = (q.shape[2], k.shape[2])
+        plan = _plans["dense"].add(key, _Plan(q, k, token_types, scale, lse, q.shape[0], longest))
+    out = _scores_like(token_types)
+    plan.run(q, k, token_types, lse, out)
+    return out
+
+
+def text_vision_attention(
+    q: Tensor,  # [B, Hq, Lq, D]
+    k: Tensor,  # [B, Hk, Lk, D]
+    token_types: Tensor,  # [B, Lk]
+    scale: float,
+    max_query: int,
+    *,
+    lse: Tensor | None = None,  # [B, Hq, Lq]
+) -> Tensor:  # [B, max_query, Lk]
+    """See ``mustdrop_kernels.text_vision_attention``."""
+    key = signature(q, k, token_types, scale, max_query, lse)
+    plan = _plans["map"].get(key)
+    if plan is None:
+        checks.text_vision_attention(q, k, token_types, scale, max_query, lse=lse)
+        longest = (q.shape[2], k.shape[2])
+        made = _Plan(q, k, token_types, scale, lse, q.shape[0], longest, max_query=max_query)
+        plan = _plans["map"].add(key, made)
+    out = _floats(plan.map, q)
+    plan.run(q, k, token_types, lse, (out, None))
+    return out
+
+
+def text_vision_scores_varlen(
+    q: Tensor,  # [total_q, Hq, D]
+    k: Tensor,  # [total_k, Hk, D]
+    token_types: Tensor,  # [total_k]
+    cu_seqlens_q: Tensor,  # [B+1]
+    cu_seqlens_k: Tensor,  # [B+1]
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    *,
+    lse: Tensor | None = None,  # [Hq, total_q]
+) -> tuple[Tensor, Tensor]:
+    """See ``mustdrop_kernels.text_vision_scores_varlen``."""
+    key = signature(q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, lse)
+    plan = _plans["varlen"].get(key)
+    if plan is None:
+        checks.text_vision_scores_varlen(
+            q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, lse=lse
+        )
+        longest = (min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0]))
+        made = _Plan(q, k, token_types, scale, lse, cu_seqlens_q.shape[0] - 1, longest)
+        plan = _plans["varlen"].add(key, made)
+    # What lies in no sequence is zero, and no program owns it.
+    out = torch.zeros(2, k.shape[0], dtype=torch.float32, device=k.device).unbind(0)
+    plan.run(q, k, token_types, lse, out, cu_seqlens_q, cu_seqlens_k)
+    return out
+
+
+def text_vision_scores_paged(
+    q: Tensor,  # [total_q, Hq, D]
+    k_cache: Tensor,  # [blocks, slots, Hk, D]
+    block_table: Tensor,  # [B, max_blocks]
+    seq_lens: Tensor,  # [B]
+    token_types: Tensor,  # [B, max_len]
+    cu_seqlens_q: Tensor,  # [B+1]
+    max_seqlen_q: int,
+    scale: float,
+    *,
+    lse: Tensor | None = None,  # [Hq, total_q]
+) -> tuple[Tensor, Tensor]:
+    """See ``mustdrop_kernels.text_vision_scores_paged``."""
+    key = signature(q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, scale, lse)
+    plan = _plans["paged"].get(key)
+    if plan is None:
+        checks.text_vision_scores_paged(
+            q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, scale, lse=lse
+        )
+        longest = (min(max_seqlen_q, q.shape[0]), token_types.shape[1])
+        made = _Plan(q, k_cache, token_types, scale, lse, seq_lens.shape[0], longest, block_table)
+        plan = _plans["paged"].add(key, made)
+    out = _scores_like(token_types)
+    plan.run(q, k_cache, token_types, lse, out, cu_seqlens_q, None, seq_lens, block_table)
+    return out
