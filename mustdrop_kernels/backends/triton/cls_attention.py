@@ -55,10 +55,10 @@ def _scores_kernel(
         score += tl.sum(key * query[None, :], axis=1)
     score = tl.where(real, score * scale, float("-inf"))
     top = tl.max(score, axis=0)
-    top = tl.where(top == float("-inf"), 0.0, top)  # a tile of padding
+    base = tl.where(top == float("-inf"), 0.0, top)  # a tile of padding
     tl.store(scores + (b * heads + h) * length + row, score, mask=row < length)
     tl.store(stats + 2 * pid, top)
-    tl.store(stats + 2 * pid + 1, tl.sum(tl.exp2(score - top), axis=0))
+    tl.store(stats + 2 * pid + 1, tl.sum(tl.exp2(score - base), axis=0))
 
 
 @triton.jit(do_not_specialize=["heads", "length", "tiles", "prefix", "counts_batch"])
@@ -91,6 +91,7 @@ def _mean_kernel(
         top = tl.load(stats + 2 * (head * tiles + tile), mask=tile < tiles, other=float("-inf"))
         part = tl.load(stats + 2 * (head * tiles + tile) + 1, mask=tile < tiles, other=0.0)
         most = tl.max(top, axis=0)
+        most = tl.where(most == float("-inf"), 0.0, most)
         lse = most + tl.log2(tl.sum(part * tl.exp2(top - most), axis=0))
         score = tl.load(scores + head * length + row, mask=shown, other=float("-inf"))
         mean += tl.where(lse == float("-inf"), 0.0, tl.exp2(score - lse))

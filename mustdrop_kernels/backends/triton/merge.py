@@ -232,7 +232,8 @@ def _write_kernel(
             mask = there[:, None] & (column < C)
             copied = tl.load(x + token.to(tl.int64)[:, None] * x_token + column, mask=mask)
             tl.store(tokens + token.to(tl.int64)[:, None] * C + column, copied, mask=mask)
-            tl.store(out_sizes + token, size, mask=there & first_columns)
+            if first_columns:
+                tl.store(out_sizes + token, size, mask=there)
     else:
         patch, present = _members(w, T, H, W, t, h, v, MEMBERS)
         size = present.to(tl.float32)
@@ -244,7 +245,8 @@ def _write_kernel(
         saved = tl.load(freed + b * windows + w)
         if saved < 0:
             tl.store(tokens + row[:, None] * C + column, value, mask=mask)
-            tl.store(out_sizes + row, size, mask=present & first_columns)
+            if first_columns:
+                tl.store(out_sizes + row, size, mask=present)
         else:
             member = tl.arange(0, MEMBERS)
             total = tl.sum(size)
@@ -256,7 +258,8 @@ def _write_kernel(
             out = tl.where(member[:, None] == 0, mean, 0.0)
             at = tokens + target.to(tl.int64)[:, None] * C + column
             tl.store(at, narrow(out, x.dtype.element_ty), mask=inside[:, None] & (column < C))
-            tl.store(out_sizes + target, tl.where(member == 0, total, 0.0), mask=inside & first_columns)
+            if first_columns:
+                tl.store(out_sizes + target, tl.where(member == 0, total, 0.0), mask=inside)
 
 
 _plans = Plans()
