@@ -21,7 +21,7 @@ from .numbers import widen
 
 
 @triton.jit(do_not_specialize=["heads", "length", "counts_batch"])
-def _scores_kernel(
+def _cls_scores_kernel(
     q,  # [B, H, D]
     k,  # [B, H, S, D]
     counts,  # [B] int32, or None: all of S
@@ -62,7 +62,7 @@ def _scores_kernel(
 
 
 @triton.jit(do_not_specialize=["heads", "length", "tiles", "prefix", "counts_batch"])
-def _mean_kernel(
+def _cls_mean_kernel(
     scores,  # [B, H, S] float32
     stats,  # [B, H, tiles, 2] float32
     counts,  # [B] int32, or None
@@ -132,7 +132,7 @@ def _plan(q: Tensor, k: Tensor, scale: float, counts: Tensor | None, prefix: int
     tiles = cdiv(length, tile.ROWS)
     columns = power_of_two(dim, 16, tile.COLUMNS)
     score = Launch(
-        _scores_kernel,
+        _cls_scores_kernel,
         (batch * heads * tiles,),
         (
             scale * log2(torch.e), heads, length, q.stride(0), q.stride(1), k.stride(0), k.stride(1), k.stride(2),
@@ -142,7 +142,7 @@ def _plan(q: Tensor, k: Tensor, scale: float, counts: Tensor | None, prefix: int
     )  # fmt: skip
     block = config("cls_mean", "any", k.device)
     mean = Launch(
-        _mean_kernel,
+        _cls_mean_kernel,
         (batch * cdiv(length, block.ROWS),),
         (1 / max(heads, 1), heads, length, tiles, prefix, counts_batch, power_of_two(tiles), block.ROWS),
         block,

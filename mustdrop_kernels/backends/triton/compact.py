@@ -36,9 +36,12 @@ def _pick(tensors, which):
 def _address(cache, table, position, valid, blocks, cache_block, cache_slot, SLOTS: tl.constexpr):
     """Pointers to positions of one head of a sequence, and which of them exist."""
     if SLOTS == 0:
-        return cache + position * cache_slot, valid
-    block = tl.load(table + position // SLOTS, mask=valid, other=-1).to(tl.int64)
-    return cache + block * cache_block + position % SLOTS * cache_slot, valid & (block >= 0) & (block < blocks)
+        at = cache + position * cache_slot
+    else:
+        block = tl.load(table + position // SLOTS, mask=valid, other=-1).to(tl.int64)
+        at = cache + block * cache_block + position % SLOTS * cache_slot
+        valid = valid & (block >= 0) & (block < blocks)
+    return at, valid
 
 
 @triton.jit

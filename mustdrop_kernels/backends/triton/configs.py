@@ -60,14 +60,14 @@ DEFAULT: dict[str, dict[str, Config]] = {
     "cls_mean": {"any": _tiles(ROWS=128)},
     # Keys by rows of the head mean; COLUMNS is the share of head_dim that a matrix product takes at a time.
     "scores": {
-        "half": _tiles(KEYS=64, ROWS=64, COLUMNS=128),
+        "half": _tiles(KEYS=64, ROWS=32, COLUMNS=128),
         "float": _tiles(KEYS=32, ROWS=32, COLUMNS=64),
     },
     "scores_lse": {
         "half": _tiles(KEYS=64, ROWS=64, COLUMNS=128),
         "float": _tiles(KEYS=32, ROWS=32, COLUMNS=64),
     },
-    "scores_reduce": {"any": _tiles(KEYS=32, ROWS=64)},
+    "scores_reduce": {"any": _tiles(KEYS=32, ROWS=32)},
     "scores_rows": {
         "256": _tiles(BLOCK=256, num_warps=2),
         "1024": _tiles(BLOCK=1024),

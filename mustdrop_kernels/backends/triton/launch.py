@@ -10,15 +10,16 @@ kind of pointers before.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import triton
 from torch import Tensor
 
+from . import interpreted
 from .configs import Config
 
-INTERPRETED = not isinstance(triton.jit(lambda: None), triton.runtime.JITFunction)
+INTERPRETED = interpreted()
 
 # What Triton loads and stores as it is. Everything else moves as integers of its size.
 _NATIVE = frozenset(
@@ -82,6 +83,11 @@ class Plans(dict[Any, Any]):
     """The plans of one operator by signature. Bounded: prompts come in every length."""
 
     MOST = 4096
+    everywhere: ClassVar[list[Plans]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.everywhere.append(self)
 
     def add(self, key: Any, plan: Any) -> Any:
         """Remember a plan and return it."""
@@ -91,13 +97,18 @@ class Plans(dict[Any, Any]):
         return plan
 
 
+def options(num_warps: int, num_stages: int) -> dict[str, Any]:
+    """What Triton's compiler is told. Its default for multiply-adds differs between versions."""
+    return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+
+
 class Launch:
     """A kernel with its grid, its arguments other than tensors, and its configuration. Call it with the tensors."""
 
     def __init__(self, kernel: Any, grid: Sequence[int], scalars: tuple[Any, ...], config: Config) -> None:
         x, y, z = (*grid, 1, 1)[:3]
         self.kernel, self.grid, self.scalars = kernel, (x, y, z), scalars
-        self.options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+        self.options = options(config.num_warps, config.num_stages)
         self.empty = x * y * z == 0
         self._compiled: dict[Any, Any] = {}  # by device and the pointers' alignment
 

@@ -25,7 +25,7 @@ def kth_key(load: tl.constexpr, args, n, k, BLOCK: tl.constexpr, ONE_TILE: tl.co
     digits = tl.arange(0, 256)
     prefix = tl.sum(digits * 0).to(tl.uint32)
     for step in tl.static_range(4):
-        shift: tl.constexpr = 24 - 8 * step
+        shift = 24 - 8 * step
         histogram = tl.zeros([256], tl.int32)
         for start in range(0, BLOCK if ONE_TILE else n, BLOCK):
             key, candidate = load(args, start + tl.arange(0, BLOCK), n)

@@ -20,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import checks
-from .configs import config, head_class, length_class, processors
+from . import configs
+from .configs import config, head_class, length_class
 from .launch import Launch, Plans, cdiv, power_of_two, signature
 from .numbers import dot, widen
 
@@ -60,9 +61,11 @@ def _kinds(types, table, position, inside, blocks, SLOTS: tl.constexpr):
 def _key_offsets(table, position, exists, k_begin, k_block, k_token, SLOTS: tl.constexpr):
     """Where the keys at positions of a sequence lie, int64."""
     if SLOTS == 0:
-        return (k_begin + position).to(tl.int64) * k_token
-    block = tl.load(table + position // SLOTS, mask=exists, other=0).to(tl.int64)
-    return block * k_block + (position % SLOTS).to(tl.int64) * k_token
+        offset = (k_begin + position).to(tl.int64) * k_token
+    else:
+        block = tl.load(table + position // SLOTS, mask=exists, other=0).to(tl.int64)
+        offset = block * k_block + (position % SLOTS).to(tl.int64) * k_token
+    return offset
 
 
 @triton.jit(do_not_specialize=["q_total", "q_longest", "k_total", "k_longest", "blocks", "table_batch"])
@@ -111,16 +114,15 @@ def _rows_kernel(
     tl.store(info + 4, number)
 
 
-@triton.jit(do_not_specialize=["batch", "q_longest", "blocks", "table_batch"])
+@triton.jit(do_not_specialize=["q_longest", "blocks", "table_batch"])
 def _lse_kernel(
     q,  # [B, Hq, Lq, D] or [total_q, Hq, D]
     k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, slots, Hk, D]
     types,
     table,
     info,
-    parts,  # [splits, B, Hq, q_longest] float32: log2 of the sum of 2^score over the split's keys, by number of query row
+    norms,  # [B, Hq, q_longest] float32: log2 of the sum of 2^score, by number of query row
     scale,  # times log2(e)
-    batch,
     q_longest,
     blocks,
     q_batch, q_head, q_token,
@@ -135,7 +137,7 @@ def _lse_kernel(
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, a share of the keys of one key head; its query heads' rows lie side by side in a tile."""
+    """One program, some tiles of lines of one key head; a line is a query row in one of the key head's query heads."""
     pid = tl.program_id(0)
     split = pid % SPLITS
     hk = (pid // SPLITS % HEADS).to(tl.int64)
@@ -148,9 +150,8 @@ def _lse_kernel(
         table += b * table_batch
     q += b * q_batch
     k += b * k_batch + hk * k_head
-    share = tl.cdiv(tl.cdiv(k_length, KEYS), SPLITS) * KEYS
 
-    for start in range(0, lines, ROWS):
+    for start in range(split * ROWS, lines, SPLITS * ROWS):
         line = start + tl.arange(0, ROWS)
         there = line < lines
         row = line // GROUP
@@ -160,8 +161,7 @@ def _lse_kernel(
         q_at = q + h * q_head + (q_begin + i).to(tl.int64) * q_token  # [ROWS]
         top = tl.full([ROWS], float("-inf"), tl.float32)
         mass = tl.zeros([ROWS], tl.float32)
-        end = tl.minimum(tl.minimum((split + 1) * share, k_length), tl.max(position) + 1)
-        for first in range(split * share, end, KEYS):
+        for first in range(0, tl.minimum(k_length, tl.max(position) + 1), KEYS):
             column = first + tl.arange(0, KEYS)
             exists = _kinds(types, table, column, column < k_length, blocks, SLOTS) != 0
             k_at = k + _key_offsets(table, column, exists, k_begin, k_block, k_token, SLOTS)  # [KEYS]
@@ -179,35 +179,26 @@ def _lse_kernel(
             base = tl.where(higher == float("-inf"), 0.0, higher)  # so far the row has seen nothing
             mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(score - base[:, None]), axis=1)
             top = higher
-        heads = HEADS * GROUP
-        at = parts + (((split * batch + b) * heads + h) * q_longest + row)
+        at = norms + (b * (HEADS * GROUP) + h) * q_longest + row
         tl.store(at, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=there)
 
 
 @triton.jit
-def _normaliser(
-    lse, info, parts, h, i, r, there, q_begin, b, batch, q_longest, lse_batch, lse_head, lse_row,
-    HEADS: tl.constexpr, LSE_SPLITS: tl.constexpr,
-):  # fmt: skip
+def _normaliser(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS: tl.constexpr):
     """Base-2 logarithm of the sum of exponentials of some rows of one head; -inf: the row sees nothing."""
     if lse is not None:
         at = lse + b * lse_batch + h * lse_head + (q_begin + i).to(tl.int64) * lse_row
-        return tl.load(at, mask=there, other=float("-inf")) * _LOG2E
-    at = parts + (b * HEADS + h) * q_longest + r
-    top = tl.load(at, mask=there, other=float("-inf"))
-    for split in tl.static_range(1, LSE_SPLITS):
-        more = tl.load(at + split * batch * HEADS * q_longest, mask=there, other=float("-inf"))
-        high, low = tl.maximum(top, more), tl.minimum(top, more)
-        joined = high + tl.log2(1.0 + tl.exp2(low - high))
-        top = tl.where(low == float("-inf"), high, tl.where((top != top) | (more != more), top + more, joined))
-    return top
+        norm = tl.load(at, mask=there, other=float("-inf")) * _LOG2E
+    else:
+        norm = tl.load(norms + (b * HEADS + h) * q_longest + r, mask=there, other=float("-inf"))
+    return norm
 
 
 @triton.jit
 def _head_sum(
-    q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, start, number, b, batch, q_longest,
+    q, k, lse, table, info, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b, q_longest,
     q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, head_begin, head_end,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr, LSE_SPLITS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
     KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[KEYS, ROWS]: sum over key heads [head_begin, head_end) of the probabilities of the query rows from ``start`` on."""
@@ -238,33 +229,30 @@ def _head_sum(
                 )
                 score = dot(key, query, score)
             norm = _normaliser(
-                lse, info, parts, h, i, r, there, q_begin, b, batch, q_longest, lse_batch, lse_head, lse_row,
-                HEADS * GROUP, LSE_SPLITS,
-            )  # fmt: skip
+                lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS * GROUP
+            )
             seen = visible & (norm != float("-inf"))[None, :]
             acc += tl.where(seen, tl.exp2(score * scale - norm[None, :]), 0.0)
     return acc
 
 
-@triton.jit(do_not_specialize=["batch", "q_longest", "k_longest", "blocks", "table_batch", "lse_row", "max_query"])
+@triton.jit(do_not_specialize=["q_longest", "k_longest", "blocks", "table_batch", "lse_row"])
 def _scores_kernel(
     q,  # [B, Hq, Lq, D] or [total_q, Hq, D]
     k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, slots, Hk, D]
     types,
-    lse,  # [B, Hq, Lq] or [Hq, total_q] float32, or None: parts
+    lse,  # [B, Hq, Lq] or [Hq, total_q] float32, or None: norms
     table,
     info,
-    parts,  # [LSE_SPLITS, B, Hq, q_longest] float32, or None: lse
-    total,  # [B, Lk] or [total_k] float32; with MAP: the map [B, max_query, Lk]
+    norms,  # [B, Hq, q_longest] float32, or None: lse
+    total,  # [B, Lk] or [total_k] float32
     peak,
     shares,  # SPLITS > 1: [B, SPLITS, k_longest, SHARED] float32, sums over the heads of a split
     tails,  # SPLITS > 1: [B, SPLITS, 2, k_longest] float32, total and peak over the rows past SHARED
     scale,  # times log2(e)
-    batch,
     q_longest,
     k_longest,
     blocks,
-    max_query,
     q_batch, q_head, q_token,
     k_batch, k_head, k_block, k_token, k_column,
     types_batch, table_batch, out_batch,
@@ -274,22 +262,19 @@ def _scores_kernel(
     D: tl.constexpr,
     SLOTS: tl.constexpr,
     PACKED: tl.constexpr,
-    MAP: tl.constexpr,
-    LSE_SPLITS: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED: tl.constexpr,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, a tile of keys: all heads (SPLITS = 1), or a share of them. MAP: one tile of rows of the map."""
+    """One program, a tile of keys: all heads (SPLITS = 1), or a share of them."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(k_longest, KEYS)
     column = pid % tiles * KEYS + tl.arange(0, KEYS)
     pid = pid // tiles
-    width = tl.cdiv(max_query, ROWS) if MAP else SPLITS
-    split = pid % width
-    b = (pid // width).to(tl.int64)
+    split = pid % SPLITS
+    b = (pid // SPLITS).to(tl.int64)
     info += b * (_HEADER + q_longest)
     q_begin, k_begin, shift = tl.load(info), tl.load(info + 1), tl.load(info + 2)
     k_length, number = tl.load(info + 3), tl.load(info + 4)
@@ -302,38 +287,29 @@ def _scores_kernel(
     k += b * k_batch
     share = 1.0 / (HEADS * GROUP)
 
-    if MAP:
-        acc = _head_sum(
-            q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, split * ROWS, number, b,
-            batch, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, 0, HEADS,
-            HEADS, GROUP, D, SLOTS, LSE_SPLITS, KEYS, ROWS, COLUMNS,
-        )  # fmt: skip
-        r = split * ROWS + tl.arange(0, ROWS)
-        at = total + (b * max_query + r)[None, :] * k_longest + column[:, None]
-        tl.store(at, acc * share, mask=(column < k_longest)[:, None] & (r < max_query)[None, :])
-        return
-
+    # With SPLITS > 1 the first SHARED rows are done by all programs of this tile, each its heads; the tiles of rows after
+    # them by one program each, all heads.
+    shared = tl.cdiv(tl.minimum(number, SHARED), ROWS) if SPLITS > 1 else 0
+    own = SHARED + split * ROWS if SPLITS > 1 else 0
+    steps = shared + tl.cdiv(tl.maximum(number - own, 0), SPLITS * ROWS)
     sums = tl.zeros([KEYS], tl.float32)
     tops = tl.zeros([KEYS], tl.float32)
-    if SPLITS > 1:
-        shares += (b * SPLITS + split) * k_longest * SHARED
-        for start in range(0, tl.minimum(number, SHARED), ROWS):
-            acc = _head_sum(
-                q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, start, number, b,
-                batch, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row,
-                split * HEADS // SPLITS, (split + 1) * HEADS // SPLITS,
-                HEADS, GROUP, D, SLOTS, LSE_SPLITS, KEYS, ROWS, COLUMNS,
-            )  # fmt: skip
-            at = shares + column.to(tl.int64)[:, None] * SHARED + (start + tl.arange(0, ROWS))[None, :]
-            tl.store(at, acc, mask=(column < k_length)[:, None])
-    for start in range(0 if SPLITS == 1 else SHARED + split * ROWS, number, SPLITS * ROWS):
+    for step in range(0, steps):
+        start, head_begin, head_end = own + (step - shared) * (SPLITS * ROWS), 0, HEADS
+        if SPLITS > 1 and step < shared:
+            start, head_begin, head_end = step * ROWS, split * HEADS // SPLITS, (split + 1) * HEADS // SPLITS
         acc = _head_sum(
-            q, k, lse, table, info, parts, scale, column, vision, k_begin, q_begin, shift, start, number, b,
-            batch, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, 0, HEADS,
-            HEADS, GROUP, D, SLOTS, LSE_SPLITS, KEYS, ROWS, COLUMNS,
+            q, k, lse, table, info, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b, q_longest,
+            q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, head_begin, head_end,
+            HEADS, GROUP, D, SLOTS, KEYS, ROWS, COLUMNS,
         )  # fmt: skip
-        sums += tl.sum(acc, axis=1)
-        tops = tl.maximum(tops, tl.max(acc, axis=1))
+        if SPLITS > 1 and step < shared:
+            r = start + tl.arange(0, ROWS)
+            at = shares + ((b * SPLITS + split) * k_longest + column)[:, None] * SHARED + r[None, :]
+            tl.store(at, acc, mask=(column < k_length)[:, None])
+        else:
+            sums += tl.sum(acc, axis=1)
+            tops = tl.maximum(tops, tl.max(acc, axis=1))
 
     if SPLITS > 1:
         tails += (b * SPLITS + split) * 2 * k_longest + column
@@ -345,6 +321,49 @@ def _scores_kernel(
         tl.store(total + at, sums * share, mask=written)
         # Terms are not negative, so the sum is NaN where and only where one of them is.
         tl.store(peak + at, tl.where(sums == sums, tops, sums) * share, mask=written)
+
+
+@triton.jit(do_not_specialize=["q_longest", "k_longest", "max_query", "lse_row"])
+def _map_kernel(
+    q,  # [B, Hq, Lq, D]
+    k,  # [B, Hk, Lk, D]
+    types,  # [B, Lk] uint8
+    lse,  # [B, Hq, Lq] float32, or None: norms
+    info,
+    norms,  # [B, Hq, q_longest] float32, or None: lse
+    out,  # [B, max_query, Lk] float32
+    scale,  # times log2(e)
+    q_longest,
+    k_longest,  # Lk
+    max_query,
+    q_batch, q_head, q_token,
+    k_batch, k_head, k_block, k_token, k_column,
+    types_batch,
+    lse_batch, lse_head, lse_row,
+    HEADS: tl.constexpr,  # Hk
+    GROUP: tl.constexpr,  # Hq / Hk
+    D: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One program, a tile of the head mean map: KEYS of its columns, ROWS of its query rows."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(k_longest, KEYS)
+    column = pid % tiles * KEYS + tl.arange(0, KEYS)
+    start = pid // tiles % tl.cdiv(max_query, ROWS) * ROWS
+    b = (pid // tiles // tl.cdiv(max_query, ROWS)).to(tl.int64)
+    info += b * (_HEADER + q_longest)
+    shift, number = tl.load(info + 2), tl.load(info + 4)
+    vision = tl.load(types + b * types_batch + column, mask=column < k_longest, other=0) == _VISION
+    acc = _head_sum(
+        q + b * q_batch, k + b * k_batch, lse, None, info, norms, scale, column, vision, 0, 0, shift, start, number, b,
+        q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, 0, HEADS,
+        HEADS, GROUP, D, 0, KEYS, ROWS, COLUMNS,
+    )  # fmt: skip
+    r = start + tl.arange(0, ROWS)
+    at = out + (b * max_query + r)[None, :] * k_longest + column[:, None]
+    tl.store(at, acc * (1.0 / (HEADS * GROUP)), mask=(column < k_longest)[:, None] & (r < max_query)[None, :])
 
 
 @triton.jit(do_not_specialize=["q_longest", "k_longest", "blocks", "table_batch"])
@@ -418,7 +437,7 @@ class _Plan:
         batch: int,
         longest: tuple[int, int],
         table: Tensor | None = None,
-        max_query: int | None = None,
+        max_query: int = 0,
     ) -> None:
         dense, packed = q.dim() == 4, k.dim() == 3
         q_longest, k_longest = longest
@@ -444,16 +463,16 @@ class _Plan:
         chosen = config("scores", head_class(q.dtype, dim), q.device)
         rows, columns = power_of_two(q_longest, 16, chosen.ROWS), power_of_two(dim, 16, chosen.COLUMNS)
         tiles = cdiv(k_longest, chosen.KEYS)
-        fill = processors(q.device)
-        lse_splits = power_of_two(fill // max(batch * k_heads, 1), 1, 8) if lse is None else 1
-        splits = 1 if max_query is not None else power_of_two(fill // max(batch * tiles, 1), 1, 8)
+        fill = configs.processors(q.device)
+        lse_splits = power_of_two(2 * fill // max(batch * k_heads, 1), 1, 8)
+        splits = power_of_two(fill // max(batch * tiles, 1), 1, 8)
         splits = max(min(splits, k_heads), 1)
 
         self.info = (batch, HEADER + q_longest)
-        self.parts = (lse_splits, batch, heads, q_longest) if lse is None else None
+        self.norms = (batch, heads, q_longest) if lse is None else None
         self.shares = (batch, splits, k_longest, SHARED_ROWS) if splits > 1 else None
         self.tails = (batch, splits, 2, k_longest) if splits > 1 else None
-        self.map = None if max_query is None else (batch, max_query, k_longest)
+        self.map = (batch, max_query, k_longest)
 
         line = config("scores_rows", length_class(q_longest), q.device)
         extents = (q.shape[0], q_longest, k.shape[0], k_longest, blocks)
@@ -461,24 +480,32 @@ class _Plan:
         scale = float(scale) * log2(torch.e)
         common = (*q_strides, *k_strides, types_batch, table_batch)
         norm = config("scores_lse", head_class(q.dtype, dim), q.device)
-        lines = power_of_two(q_longest * group, 16, norm.ROWS)
+        lines = power_of_two(16 * group, 16, norm.ROWS)  # heads that share a key share its load
         self.lse = Launch(
             _lse_kernel,
             (batch * k_heads * lse_splits,),
             (
-                scale, batch, q_longest, blocks, *common,
+                scale, q_longest, blocks, *common,
                 k_heads, group, dim, slots, lse_splits, lines, norm.KEYS, power_of_two(dim, 16, norm.COLUMNS),
             ),
             norm,
         )  # fmt: skip
-        programs = batch * tiles * (splits if max_query is None else cdiv(max_query, rows))
+        product = (splits, SHARED_ROWS, chosen.KEYS, rows, columns)
         self.scores = Launch(
             _scores_kernel,
-            (programs,),
+            (batch * tiles * splits,),
             (
-                scale, batch, q_longest, k_longest, blocks, max_query or 0, *common, out_batch, *lse_strides,
-                k_heads, group, dim, slots, packed, max_query is not None, lse_splits, splits, SHARED_ROWS,
-                chosen.KEYS, rows, columns,
+                scale, q_longest, k_longest, blocks, *common, out_batch, *lse_strides,
+                k_heads, group, dim, slots, packed, *product,
+            ),
+            chosen,
+        )  # fmt: skip
+        self.attention = Launch(
+            _map_kernel,
+            (batch * tiles * cdiv(max_query, rows),),
+            (
+                scale, q_longest, k_longest, max_query, *q_strides, *k_strides, types_batch, *lse_strides,
+                k_heads, group, dim, chosen.KEYS, rows, columns,
             ),
             chosen,
         )  # fmt: skip
@@ -493,28 +520,44 @@ class _Plan:
             last,
         )  # fmt: skip
 
+    def prepare(
+        self,
+        q: Tensor,
+        k: Tensor,
+        types: Tensor,
+        lse: Tensor | None,
+        cu_seqlens_q: Tensor | None = None,
+        cu_seqlens_k: Tensor | None = None,
+        seq_lens: Tensor | None = None,
+        table: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The query rows, and their normalisers where the caller has none."""
+        info = torch.empty(self.info, dtype=torch.int32, device=q.device)
+        self.rows(types, cu_seqlens_q, cu_seqlens_k, seq_lens, table, info)
+        if self.norms is None:
+            return info, None
+        norms = _floats(self.norms, q)
+        self.lse(q, k, types, table, info, norms)
+        return info, norms
+
     def run(
         self,
         q: Tensor,
         k: Tensor,
         types: Tensor,
         lse: Tensor | None,
-        out: tuple[Tensor, Tensor | None],
+        out: tuple[Tensor, Tensor],
         cu_seqlens_q: Tensor | None = None,
         cu_seqlens_k: Tensor | None = None,
         seq_lens: Tensor | None = None,
         table: Tensor | None = None,
     ) -> None:
         """Launch on the current stream."""
-        info = torch.empty(self.info, dtype=torch.int32, device=q.device)
-        self.rows(types, cu_seqlens_q, cu_seqlens_k, seq_lens, table, info)
-        parts = None if self.parts is None else _floats(self.parts, q)
-        if parts is not None:
-            self.lse(q, k, types, table, info, parts)
+        info, norms = self.prepare(q, k, types, lse, cu_seqlens_q, cu_seqlens_k, seq_lens, table)
         shares = tails = None
         if self.shares is not None and self.tails is not None:
             shares, tails = _floats(self.shares, q), _floats(self.tails, q)
-        self.scores(q, k, types, lse, table, info, parts, *out, shares, tails)
+        self.scores(q, k, types, lse, table, info, norms, *out, shares, tails)
         if shares is not None:
             self.reduce(types, table, info, shares, tails, *out)
 
@@ -568,7 +611,8 @@ def text_vision_attention(
         made = _Plan(q, k, token_types, scale, lse, q.shape[0], longest, max_query=max_query)
         plan = _plans["map"].add(key, made)
     out = _floats(plan.map, q)
-    plan.run(q, k, token_types, lse, (out, None))
+    info, norms = plan.prepare(q, k, token_types, lse)
+    plan.attention(q, k, token_types, lse, info, norms, out)
     return out
 
 
