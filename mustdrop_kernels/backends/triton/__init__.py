@@ -34,6 +34,7 @@ MODULES = {
     "compact_kv_": "compact",
     "compact_paged_kv_": "compact",
 }
+IN_PLACE = ("compact_kv_", "compact_paged_kv_")
 
 
 def interpreted() -> bool:
@@ -78,6 +79,8 @@ def implementation(op: str) -> Callable[..., object]:
         nonlocal kernel
         if kernel is None:
             kernel = getattr(import_module(f"{__name__}.{MODULES[op]}"), op)
+            if os.environ.get("MUSTDROP_AUTOTUNE") == "1" and op not in IN_PLACE and not interpreted():
+                kernel = import_module(f"{__name__}.autotune").tuned(kernel)
         return kernel(*args, **kwargs)
 
     return call

@@ -71,7 +71,9 @@ def _move(
     return others
 
 
-@triton.jit(do_not_specialize=["layers", "heads", "capacity", "extent", "width", "blocks", "counts_batch", "counts_head"])
+@triton.jit(
+    do_not_specialize=["layers", "heads", "capacity", "extent", "width", "blocks", "counts_batch", "counts_head"]
+)
 def _compact_kernel(
     caches,  # layers * ([B, Hk, L, D], or [blocks, slots, Hk, D]); some more of them fill the tuple up
     keeps,  # layers * [B, K] or [B, Hk, K] int64; one, where all layers share it

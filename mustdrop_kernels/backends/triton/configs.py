@@ -83,7 +83,29 @@ DEFAULT: dict[str, dict[str, Config]] = {
     },
 }
 
-SPECIAL: dict[tuple[str, str, str], Config] = {}  # (architecture, kernel, shape class)
+Key = tuple[str, str, str]  # architecture, kernel, shape class
+
+SPECIAL: dict[Key, Config] = {}
+
+# What MUSTDROP_AUTOTUNE=1 tries beside the shipped entry, and what it has found.
+CANDIDATES: dict[str, tuple[Config, ...]] = {
+    "gather": tuple(_tiles(ROWS=r, COLUMNS=c) for r, c in ((1, 1024), (2, 2048), (8, 512), (16, 256))),
+    "select": tuple(_tiles(BLOCK=b, num_warps=w) for b, w in ((512, 4), (2048, 8), (4096, 16), (16384, 16))),
+    "cls_scores": tuple(_tiles(ROWS=r, COLUMNS=128, num_warps=w) for r, w in ((32, 4), (128, 4), (128, 8))),
+    "merge_rows": tuple(_tiles(ELEMENTS=e, num_warps=w) for e, w in ((4096, 4), (8192, 4), (8192, 8))),
+    "scores": tuple(
+        _tiles(KEYS=k, ROWS=r, COLUMNS=c, num_warps=w, num_stages=s)
+        for k, r, c, w in ((32, 32, 128, 4), (64, 16, 128, 4), (64, 32, 64, 4), (64, 64, 128, 8), (128, 32, 128, 8))
+        for s in (2, 3)
+    ),
+    "scores_lse": tuple(
+        _tiles(KEYS=k, ROWS=r, COLUMNS=128, num_warps=w, num_stages=s)
+        for k, r, w in ((64, 32, 4), (128, 16, 4), (128, 64, 8))
+        for s in (2, 3)
+    ),
+}
+TUNED: dict[Key, Config] = {}
+SEEN: set[Key] = set()  # every entry that was asked for
 
 
 def width_class(width: int) -> str:
@@ -123,7 +145,13 @@ def architecture(device: torch.device) -> str:
     return f"sm{properties.major}{properties.minor}"
 
 
+def shipped(key: Key) -> Config:
+    """The entry of the tables."""
+    return SPECIAL.get(key) or DEFAULT[key[1]][key[2]]
+
+
 def config(kernel: str, shape_class: str, device: torch.device) -> Config:
-    """The shipped configuration."""
-    special = SPECIAL.get((architecture(device), kernel, shape_class))
-    return special or DEFAULT[kernel][shape_class]
+    """The configuration to use: what a search on this device has found, else the shipped one."""
+    key = (architecture(device), kernel, shape_class)
+    SEEN.add(key)
+    return TUNED.get(key) or shipped(key)

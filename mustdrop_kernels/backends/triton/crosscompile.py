@@ -131,20 +131,17 @@ def recording(target: str) -> Iterator[dict[Unit, None]]:
         if not made.empty:
             units[_unit(made, pointers)] = None
 
-    def forget() -> None:
-        for plans in launch.Plans.everywhere:
-            plans.clear()
-
-    forget()
+    launch.Plans.forget_all()
     with (
         mock.patch.object(launch.Launch, "__call__", record),
         mock.patch.object(configs, "architecture", lambda device: target),
         mock.patch.object(configs, "processors", lambda device: TARGETS[target].processors),
+        mock.patch.object(configs, "TUNED", {}),
     ):
         try:
             yield units
         finally:
-            forget()
+            launch.Plans.forget_all()
 
 
 def compile_unit(unit: Unit, target: str) -> Resources:

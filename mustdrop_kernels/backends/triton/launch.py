@@ -23,8 +23,17 @@ INTERPRETED = interpreted()
 
 # What Triton loads and stores as it is. Everything else moves as integers of its size.
 _NATIVE = frozenset(
-    (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    + (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+    (
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float64,
+        torch.uint8,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+    )
 )
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -88,6 +97,12 @@ class Plans(dict[Any, Any]):
     def __init__(self) -> None:
         super().__init__()
         self.everywhere.append(self)
+
+    @classmethod
+    def forget_all(cls) -> None:
+        """Forget the plans of all operators: tables have changed."""
+        for plans in cls.everywhere:
+            plans.clear()
 
     def add(self, key: Any, plan: Any) -> Any:
         """Remember a plan and return it."""

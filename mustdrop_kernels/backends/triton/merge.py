@@ -299,9 +299,7 @@ class _Plan:
             tile,
         )
         pairs = config("merge_rank", "any", x.device)
-        self.rank = Launch(
-            _rank_kernel, (batch * cdiv(self.windows, pairs.BLOCK),), (self.windows, pairs.BLOCK), pairs
-        )
+        self.rank = Launch(_rank_kernel, (batch * cdiv(self.windows, pairs.BLOCK),), (self.windows, pairs.BLOCK), pairs)
         row = config("merge_plan", length_class(length), x.device)
         limit = -1 if budget is None else budget
         decision = (uniform, merged_first, budget is not None)

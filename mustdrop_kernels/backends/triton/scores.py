@@ -23,7 +23,7 @@ from ... import checks
 from . import configs
 from .configs import config, head_class, length_class
 from .launch import Launch, Plans, cdiv, power_of_two, signature
-from .numbers import dot, widen
+from .numbers import dot
 
 _VISION = tl.constexpr(2)
 _QUERY = tl.constexpr(3)

@@ -58,7 +58,9 @@ def _count(load: tl.constexpr, args, n, end, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write(load: tl.constexpr, args, types, keep, counts, n, end, capacity, stay, key_limit, equals, BLOCK: tl.constexpr):
+def _write(
+    load: tl.constexpr, args, types, keep, counts, n, end, capacity, stay, key_limit, equals, BLOCK: tl.constexpr
+):
     """Write the positions of all tokens but the candidates that are not among the best ``stay``."""
     kept, seen = 0, 0  # tokens kept so far; candidates so far whose key equals the limit
     for start in range(0, end, BLOCK):
@@ -182,7 +184,9 @@ def select_dual(
     drop_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.select_dual``."""
-    key = signature(total, peak, token_types, protected, global_threshold, individual_threshold, capacity, drop_multiple)
+    key = signature(
+        total, peak, token_types, protected, global_threshold, individual_threshold, capacity, drop_multiple
+    )
     launch = _dual_plans.get(key)
     if launch is None:
         checks.select_dual(
