@@ -68,7 +68,7 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def far(t: Tensor, axis: int) -> Tensor:
-    """The same values where neighbours along ``axis`` lie more than 2**31 elements apart. Untouched memory costs nothing."""
+    """The same values, neighbours along ``axis`` more than 2**31 elements apart. Untouched memory costs nothing."""
     strides = list(t.contiguous().stride())
     strides[axis] = 2**31 + 32
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))

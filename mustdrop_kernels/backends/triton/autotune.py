@@ -2,8 +2,8 @@
 """MUSTDROP_AUTOTUNE=1: search tile sizes on this device, and remember them.
 
 The first call that meets a kernel in a shape class that has not been searched runs the operator with every candidate in
-turn (``configs.CANDIDATES``) and keeps the fastest. Results go to ``$XDG_CACHE_HOME/mustdrop_kernels/triton.json``. Operators
-that work in place are not searched: they cannot run twice on one input.
+turn (``configs.CANDIDATES``) and keeps the fastest. Results go to ``$XDG_CACHE_HOME/mustdrop_kernels/triton.json``.
+Operators that work in place are not searched: they cannot run twice on one input.
 """
 
 from __future__ import annotations

@@ -4,10 +4,10 @@
 target(i) = i, or end - kept + i with ``align_end``.
 
 Why moving in place is safe. Sources and targets both ascend with i. A move i that goes down (target < source) writes to
-target(i), which only a move j < i can still have to read; so the moves that go down are made in rising order, a tile at a
-time, all loads of a tile before its stores. Moves that go up are their mirror image, made in falling order, and no move
-up touches what a move down reads or the reverse. Each head of K or V of one sequence of one layer, and in it each block
-of columns, is a stream of its own that one program owns: no two programs share an element.
+target(i), which only a move j < i can still have to read; so the moves that go down are made in rising order, a tile
+at a time, all loads of a tile before its stores. Moves that go up are their mirror image, made in falling order, and no
+move up touches what a move down reads or the reverse. Each head of K or V of one sequence of one layer, and in it each
+block of columns, is a stream of its own that one program owns: no two programs share an element.
 """
 
 from __future__ import annotations

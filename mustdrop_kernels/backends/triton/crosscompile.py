@@ -124,7 +124,7 @@ def _unit(made: launch.Launch, pointers: tuple[Any, ...]) -> Unit:
 
 @contextlib.contextmanager
 def recording(target: str) -> Iterator[dict[Unit, None]]:
-    """Within the context operators of this backend launch nothing; what they would launch on the target is collected."""
+    """Within the context this backend launches nothing; what it would launch on the target is collected."""
     units: dict[Unit, None] = {}
 
     def record(made: launch.Launch, *pointers: Any) -> None:
@@ -134,8 +134,8 @@ def recording(target: str) -> Iterator[dict[Unit, None]]:
     launch.Plans.forget_all()
     with (
         mock.patch.object(launch.Launch, "__call__", record),
-        mock.patch.object(configs, "architecture", lambda device: target),
-        mock.patch.object(configs, "processors", lambda device: TARGETS[target].processors),
+        mock.patch.object(configs, "architecture", return_value=target),
+        mock.patch.object(configs, "processors", return_value=TARGETS[target].processors),
         mock.patch.object(configs, "TUNED", {}),
     ):
         try:
@@ -260,7 +260,9 @@ def calls() -> list[Callable[[], Any]]:
         merge(half, [14, 14], [2, 2]),
         *(
             lambda d=d, n=n, w=w: _scores(32, 32, 60, 671, n, d, w)
-            for d, n, w in ((half, 128, False), (brain, 128, True), (single, 128, False), (half, 64, False), (half, 256, True))
+            for d, n, w in (
+                (half, 128, False), (brain, 128, True), (single, 128, False), (half, 64, False), (half, 256, True)
+            )
         ),
         lambda: _scores(28, 4, 100, 18000, 128, brain, False), lambda: _scores(32, 32, 3000, 3000, 80, half, False),
         _packed_scores, _map,

@@ -2,8 +2,8 @@
 """spatial_merge: windows of similar neighbours become their weighted mean.
 
 similarity = (|sum u|^2 - sum |u|^2) / (n (n-1)) with u = x / max(|x|, 1e-8), the mean cosine over ordered pairs.
-Four kernels: similarity of each window; its rank among the windows of its image, where that decides; which row each token
-goes to; and the rows themselves. A grid of two dimensions is a grid of three with one frame.
+Four kernels: similarity of each window; its rank among the windows of its image, where that decides; which row each
+token goes to; and the rows themselves. A grid of two dimensions is a grid of three with one frame.
 """
 
 from __future__ import annotations
