@@ -248,7 +248,7 @@ def calls() -> list[Callable[[], Any]]:
 
     protected = torch.empty(1, 671, dtype=torch.bool)
     return [
-        gather(1, 671, 4096), gather(1, 671, dtype=torch.int64), gather(1, 671, 3, 32),
+        gather(1, 671, 4096), gather(1, 671, dtype=torch.int64), gather(1, 671, 32, dtype=single),
         *(lambda n=n: _selection(1, n) for n in (200, 671, 2980, 18000)),
         lambda: _selection(1, 671, protected=protected, drop_multiple=16),
         lambda: _compaction(13, 128, brain), lambda: _compaction(32, 128, brain, align_end=True),
@@ -256,15 +256,11 @@ def calls() -> list[Callable[[], Any]]:
         lambda: _paged_compaction(16), lambda: _paged_compaction(1, align_end=True),
         *(cls(d) for d in (half, brain, single)),
         merge(half, [24, 24], [3, 3]), merge(brain, [24, 24], [3, 3], uniform=True),
-        merge(single, [24, 24], [2, 2], budget=64), merge(half, [8, 24, 24], [1, 3, 3], merged_first=True),
+        merge(single, [40, 40], [2, 2], budget=64), merge(half, [8, 24, 24], [1, 3, 3], merged_first=True),
         merge(half, [14, 14], [2, 2]),
-        *(
-            lambda d=d, n=n, w=w: _scores(32, 32, 60, 671, n, d, w)
-            for d, n, w in (
-                (half, 128, False), (brain, 128, True), (single, 128, False), (half, 64, False), (half, 256, True)
-            )
-        ),
-        lambda: _scores(28, 4, 100, 18000, 128, brain, False), lambda: _scores(32, 32, 3000, 3000, 80, half, False),
+        lambda: _scores(32, 32, 60, 671, 128, half, False), lambda: _scores(32, 32, 671, 671, 128, brain, True),
+        lambda: _scores(32, 32, 60, 671, 128, single, False), lambda: _scores(32, 32, 60, 671, 256, half, True),
+        lambda: _scores(32, 32, 3000, 3000, 80, half, False), lambda: _scores(28, 4, 18000, 18000, 128, brain, False),
         _packed_scores, _map,
     ]  # fmt: skip
 
