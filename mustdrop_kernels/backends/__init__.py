@@ -257,6 +257,13 @@ def _builtin_reference() -> Backend:
     return Backend("reference", implementation, lambda op, device_type: None, "plain PyTorch, reads like the formulas")
 
 
+def _builtin_triton() -> Backend:
+    from . import triton
+
+    return Backend("triton", triton.implementation, triton.why_not, "Triton kernels, compiled on first use")
+
+
 register_backend(_builtin_cpu())
 register_backend(_builtin_cuda())
+register_backend(_builtin_triton())
 register_backend(_builtin_reference())

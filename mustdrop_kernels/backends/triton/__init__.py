@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every operator in Triton, for NVIDIA and AMD GPUs; one kernel family a file, imported when it is first called.
+
+Importing this package imports no Triton and touches no device.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+OLDEST = (3, 4)
+
+# Which file of this folder holds an operator.
+MODULES = {
+    "spatial_merge": "merge",
+    "cls_attention": "cls_attention",
+    "text_vision_scores": "scores",
+    "text_vision_scores_varlen": "scores",
+    "text_vision_scores_paged": "scores",
+    "text_vision_attention": "scores",
+    "select_dual": "select",
+    "select_topk": "select",
+    "dual_attention_select": "fused",
+    "topk_attention_select": "fused",
+    "gather_tokens": "gather",
+    "compact_kv_": "compact",
+    "compact_paged_kv_": "compact",
+}
+IN_PLACE = ("compact_kv_", "compact_paged_kv_")
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU (Triton reads this once, when it defines a kernel)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@lru_cache(None)
+def version() -> tuple[int, int] | None:
+    """Triton's version, without importing it; None where it is not installed."""
+    spec = find_spec("triton")
+    if spec is None or spec.origin is None:
+        return None
+    found = re.search(r"^__version__\s*=\s*['\"](\d+)\.(\d+)", Path(spec.origin).read_text(), re.MULTILINE)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def why_not(op: str, device_type: str) -> str | None:
+    """Why Triton does not serve an operator on a device, None where it does. Touches no device."""
+    if device_type == "cpu" and not interpreted():
+        return "it serves CUDA tensors (and CPU tensors where TRITON_INTERPRET=1 is set)"
+    if device_type == "cuda":
+        if torch.version.cuda is None and torch.version.hip is None:
+            return "this torch is built without CUDA and without ROCm"
+        if interpreted():
+            return "TRITON_INTERPRET=1 is set: it serves CPU tensors"
+    if device_type not in ("cpu", "cuda"):
+        return "it serves CUDA tensors"
+    found = version()
+    if found is None:
+        return "triton is not installed"
+    if found < OLDEST:
+        return f"triton {found[0]}.{found[1]} is installed: needs {OLDEST[0]}.{OLDEST[1]} or newer"
+    return None
+
+
+def implementation(op: str) -> Callable[..., object]:
+    """The operator as a function that imports Triton and the operator's file when it is first called."""
+    kernel: Callable[..., object] | None = None
+
+    def call(*args: object, **kwargs: object) -> object:
+        nonlocal kernel
+        if kernel is None:
+            kernel = getattr(import_module(f"{__name__}.{MODULES[op]}"), op)
+            if os.environ.get("MUSTDROP_AUTOTUNE") == "1" and op not in IN_PLACE and not interpreted():
+                kernel = import_module(f"{__name__}.autotune").tuned(kernel)
+        return kernel(*args, **kwargs)
+
+    return call

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MUSTDROP_AUTOTUNE=1: search tile sizes on this device, and remember them.
+
+The first call that meets a kernel in a shape class that has not been searched runs the operator with every candidate in
+turn (``configs.CANDIDATES``) and keeps the fastest. Results go to ``$XDG_CACHE_HOME/mustdrop_kernels/triton.json``.
+Operators that work in place are not searched: they cannot run twice on one input.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import triton.testing
+
+from . import configs
+from .configs import Config
+from .launch import Plans
+
+
+def cache_file() -> Path:
+    """Where results are kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "mustdrop_kernels" / "triton.json"
+
+
+def load() -> None:
+    """Take over earlier results."""
+    file = cache_file()
+    if not file.is_file():
+        return
+    for key, entry in json.loads(file.read_text()).items():
+        tiles = tuple(entry["tiles"].items())
+        configs.TUNED[tuple(key.split("/"))] = Config(tiles, entry["num_warps"], entry["num_stages"])
+
+
+def save() -> None:
+    """Write all results, in one step: another process may read."""
+    text = {
+        "/".join(key): {"tiles": dict(c.tiles), "num_warps": c.num_warps, "num_stages": c.num_stages}
+        for key, c in sorted(configs.TUNED.items())
+    }
+    file = cache_file()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scratch = file.with_suffix(f".{os.getpid()}")
+    scratch.write_text(json.dumps(text, indent=1))
+    scratch.replace(file)
+
+
+def measure(run: Callable[[], Any]) -> float:
+    """Milliseconds of one run."""
+    return float(triton.testing.do_bench(run, return_mode="median"))
+
+
+def tuned(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, searching for what its calls meet for the first time."""
+    load()
+
+    @functools.wraps(operator)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        result = operator(*args, **kwargs)
+        new = [key for key in sorted(configs.SEEN) if key not in configs.TUNED and key[1] in configs.CANDIDATES]
+        for key in new:
+            _search(key, lambda: operator(*args, **kwargs))
+        if new:
+            save()
+        return result
+
+    return call
+
+
+def _search(key: tuple[str, str, str], run: Callable[[], Any]) -> None:
+    _, kernel, shape_class = key
+    times: dict[Config, float] = {}
+    for candidate in dict.fromkeys((configs.shipped(key), *configs.CANDIDATES[kernel])):
+        _use(key, candidate)
+        try:
+            run()
+            times[candidate] = measure(run)
+        except Exception as error:  # too large for this device, or not compilable there
+            warnings.warn(f"mustdrop_kernels: {kernel} ({shape_class}) cannot use {candidate}: {error}")
+    _use(key, min(times, key=times.__getitem__) if times else configs.shipped(key))
+
+
+def _use(key: tuple[str, str, str], config: Config) -> None:
+    configs.TUNED[key] = config
+    Plans.forget_all()

@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compact_kv_ and compact_paged_kv_: slot target(i) of a cache takes what slot keep[i] held, in place.
+
+target(i) = i, or end - kept + i with ``align_end``.
+
+Why moving in place is safe. Sources and targets both ascend with i. A move i that goes down (target < source) writes to
+target(i), which only a move j < i can still have to read; so the moves that go down are made in rising order, a tile
+at a time, all loads of a tile before its stores. Moves that go up are their mirror image, made in falling order, and no
+move up touches what a move down reads or the reverse. Each head of K or V of one sequence of one layer, and in it each
+block of columns, is a stream of its own that one program owns: no two programs share an element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ... import checks
+from .configs import config, width_class
+from .launch import Launch, Plans, as_words, cdiv, power_of_two, signature
+
+
+@triton.jit
+def _pick(tensors, which):
+    """The tensor of this number: one kernel serves as many layers as its argument list holds."""
+    chosen = tensors[0]
+    for i in tl.static_range(1, len(tensors)):
+        chosen = tl.where(which == i, tensors[i], chosen)
+    return chosen
+
+
+@triton.jit
+def _address(cache, table, position, valid, blocks, cache_block, cache_slot, SLOTS: tl.constexpr):
+    """Pointers to positions of one head of a sequence, and which of them exist."""
+    if SLOTS == 0:
+        at = cache + position * cache_slot
+    else:
+        block = tl.load(table + position // SLOTS, mask=valid, other=-1).to(tl.int64)
+        at = cache + block * cache_block + position % SLOTS * cache_slot
+        valid = valid & (block >= 0) & (block < blocks)
+    return at, valid
+
+
+@triton.jit
+def _move(
+    cache, table, keep, kept, first, extent, blocks, width, column, cache_block, cache_slot, cache_column,
+    DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Make the moves of one stream that go down, in rising order, or those that go up, in falling order.
+
+    Returns how many valid moves go the other way.
+    """
+    others = 0
+    tiles = tl.cdiv(kept, ROWS)
+    for tile in range(0, tiles):
+        entry = (tile if DOWN else tiles - 1 - tile) * ROWS + tl.arange(0, ROWS)
+        source = tl.load(keep + entry, mask=entry < kept, other=-1)  # [ROWS] int64
+        target = first + entry
+        valid = (source >= 0) & (source < extent) & (target >= 0) & (target < extent)
+        others += tl.sum((valid & ((target > source) if DOWN else (target < source))).to(tl.int32))
+        valid = valid & ((target < source) if DOWN else (target > source))
+        load_from, there = _address(cache, table, source, valid, blocks, cache_block, cache_slot, SLOTS)
+        store_to, valid = _address(cache, table, target, there, blocks, cache_block, cache_slot, SLOTS)
+        mask = valid[:, None] & (column < width)[None, :]
+        moved = tl.load(load_from[:, None] + column[None, :] * cache_column, mask=mask)  # [ROWS, COLUMNS]
+        tl.debug_barrier()  # another thread's store may go where this thread has just read
+        tl.store(store_to[:, None] + column[None, :] * cache_column, moved, mask=mask)
+    return others
+
+
+@triton.jit(
+    do_not_specialize=["layers", "heads", "capacity", "extent", "width", "blocks", "counts_batch", "counts_head"]
+)
+def _compact_kernel(
+    caches,  # layers * ([B, Hk, L, D], or [blocks, slots, Hk, D]); some more of them fill the tuple up
+    keeps,  # layers * [B, K] or [B, Hk, K] int64; one, where all layers share it
+    counts,  # layers * [B] or [B, Hk] int32; likewise
+    table,  # [B, max_blocks] int32, or None
+    lengths,  # [B] int32: where sequences end, or None: at ``extent``
+    layers,
+    heads,  # Hk
+    capacity,  # K
+    extent,  # positions run over [0, extent)
+    width,  # D
+    blocks,
+    cache_batch,  # strides: of a sequence (dense), ...
+    cache_head,
+    cache_block,  # ... of a block (paged)
+    cache_slot,
+    cache_column,
+    keep_batch,
+    keep_head,
+    counts_batch,
+    counts_head,
+    table_batch,
+    lengths_batch,
+    ALIGN_END: tl.constexpr,
+    SLOTS: tl.constexpr,  # of a block; 0: dense
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """One program is one stream: COLUMNS columns of one head of one sequence of one cache."""
+    pid = tl.program_id(0)
+    column_tiles = tl.cdiv(width, COLUMNS)
+    column = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
+    pid = pid // column_tiles
+    h = (pid % heads).to(tl.int64)
+    pid = pid // heads
+    layer = pid % layers
+    b = (pid // layers).to(tl.int64)
+
+    kept = tl.load(_pick(counts, layer) + b * counts_batch + h * counts_head)
+    kept = tl.minimum(tl.maximum(kept, 0), capacity)
+    first = tl.full([], 0, tl.int64)
+    if ALIGN_END:
+        first += extent if lengths is None else tl.load(lengths + b * lengths_batch)
+        first -= kept
+    if table is not None:
+        table += b * table_batch
+    keep = _pick(keeps, layer) + b * keep_batch + h * keep_head
+    cache = _pick(caches, layer) + b * cache_batch + h * cache_head
+
+    # All moves go one way, unless keep holds entries that are skipped.
+    others = _move(
+        cache, table, keep, kept, first, extent, blocks, width, column, cache_block, cache_slot, cache_column,
+        not ALIGN_END, SLOTS, ROWS,
+    )  # fmt: skip
+    if others > 0:
+        _move(
+            cache, table, keep, kept, first, extent, blocks, width, column, cache_block, cache_slot, cache_column,
+            ALIGN_END, SLOTS, ROWS,
+        )  # fmt: skip
+
+
+# A launch's argument list holds this many caches at most, and a power of two of them: few kernels serve all models.
+MOST_CACHES = 64
+
+_plans, _paged_plans = Plans(), Plans()
+
+
+def compact_kv_(
+    keys: Sequence[Tensor],  # [B, Hk, L, D] each
+    values: Sequence[Tensor],  # [B, Hk, L, D] each
+    keep: Sequence[Tensor],  # [B, K] or [B, Hk, K]; one, or one per layer
+    counts: Sequence[Tensor],  # [B] or [B, Hk]
+    *,
+    align_end: bool = False,
+) -> None:
+    """See ``mustdrop_kernels.compact_kv_``."""
+    key = signature(keys, values, keep, counts, align_end)
+    groups = _plans.get(key)
+    if groups is None or not _all_distinct(keys, values):
+        checks.compact_kv_(keys, values, keep, counts, align_end=align_end)
+        groups = _plans.add(key, _plan(keys, values, keep, counts, align_end, None, None))
+    _run(groups, keys, values, keep, counts, None, None)
+
+
+def compact_paged_kv_(
+    keys: Sequence[Tensor],  # [blocks, slots, Hk, D] each
+    values: Sequence[Tensor],  # [blocks, slots, Hk, D] each
+    block_table: Tensor,  # [B, max_blocks]
+    keep: Sequence[Tensor],  # [B, K] or [B, Hk, K]; one, or one per layer
+    counts: Sequence[Tensor],  # [B] or [B, Hk]
+    *,
+    seq_lens: Tensor | None = None,  # [B]
+    align_end: bool = False,
+) -> None:
+    """See ``mustdrop_kernels.compact_paged_kv_``."""
+    key = signature(keys, values, block_table, keep, counts, seq_lens, align_end)
+    groups = _paged_plans.get(key)
+    if groups is None or not _all_distinct(keys, values):
+        checks.compact_paged_kv_(keys, values, block_table, keep, counts, seq_lens=seq_lens, align_end=align_end)
+        groups = _paged_plans.add(key, _plan(keys, values, keep, counts, align_end, block_table, seq_lens))
+    _run(groups, keys, values, keep, counts, block_table, seq_lens if align_end else None)
+
+
+def _all_distinct(keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
+    """The only thing that the checks ask of addresses: a plan does not know it."""
+    return len({t.data_ptr() for t in (*keys, *values)}) == len(keys) + len(values)
+
+
+def _parts(cache: Tensor) -> list[Tensor]:
+    """The cache as one 4-D tensor that Triton can move, or two where an element has 16 bytes."""
+    words = as_words(cache)
+    return [words] if words.dim() == 4 else [words[..., 0], words[..., 1]]
+
+
+def _run(
+    groups: list[tuple[Launch, list[int], list[int]]],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    table: Tensor | None,
+    lengths: Tensor | None,
+) -> None:
+    if not groups:
+        return
+    caches = [part for cache in (*keys, *values) for part in _parts(cache)]
+    for launch, members, shared in groups:
+        launch(
+            tuple(caches[i] for i in members),
+            tuple(keep[i] for i in shared),
+            tuple(counts[i] for i in shared),
+            table,
+            lengths,
+        )
+
+
+def _plan(
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    align_end: bool,
+    table: Tensor | None,
+    seq_lens: Tensor | None,
+) -> list[tuple[Launch, list[int], list[int]]]:
+    """Launches, each with the numbers of its caches (padded to a power of two) and of its keep sets.
+
+    Caches of one launch agree in everything but their addresses: a model's layers do, unless they were cut before.
+    """
+    parts = [(i % len(keys), part) for i, cache in enumerate((*keys, *values)) for part in _parts(cache)]
+    alike: dict[object, list[int]] = {}
+    for number, (layer, part) in enumerate(parts):
+        if part.numel() == 0:
+            continue
+        own = layer if len(keep) > 1 else 0
+        alike.setdefault(signature(part, keep[own], counts[own]), []).append(number)
+
+    groups = []
+    for same in alike.values():
+        for begin in range(0, len(same), MOST_CACHES):
+            members = same[begin : begin + MOST_CACHES]
+            layers = len(members)
+            members += members[-1:] * (power_of_two(layers) - layers)
+            shared = [parts[i][0] for i in members] if len(keep) > 1 else [0]
+            cache = parts[members[0]][1]
+            launch = _launch(cache, keep[shared[0]], counts[shared[0]], layers, align_end, table, seq_lens)
+            groups.append((launch, members, shared))
+    return groups
+
+
+def _launch(
+    cache: Tensor,
+    keep: Tensor,
+    counts: Tensor,
+    layers: int,
+    align_end: bool,
+    table: Tensor | None,
+    seq_lens: Tensor | None,
+) -> Launch:
+    keep_head, counts_head = (keep.stride(1), counts.stride(1)) if keep.dim() == 3 else (0, 0)
+    if table is None:
+        batch, heads, extent, width = cache.shape
+        cache_batch, cache_head, cache_slot, cache_column = cache.stride()
+        blocks, cache_block, slots = 0, 0, 0
+    else:
+        blocks, slots, heads, width = cache.shape
+        cache_block, cache_slot, cache_head, cache_column = cache.stride()
+        batch, extent, cache_batch = table.shape[0], table.shape[1] * slots, 0
+    chosen = config("compact", width_class(width), cache.device)
+    columns = power_of_two(width, 1, chosen.COLUMNS)
+    programs = batch * layers * heads * cdiv(width, columns)
+    return Launch(
+        _compact_kernel,
+        (programs if keep.shape[-1] else 0,),
+        (
+            layers, heads, keep.shape[-1], extent, width, blocks,
+            cache_batch, cache_head, cache_block, cache_slot, cache_column,
+            keep.stride(0), keep_head, counts.stride(0), counts_head,
+            0 if table is None else table.stride(0), 0 if seq_lens is None else seq_lens.stride(0),
+            align_end, slots, chosen.ROWS, columns,
+        ),
+        chosen,
+    )  # fmt: skip

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is special about the Triton backend: when it serves, paths that only large inputs take, offsets past 32 bits.
+
+The conformance suite runs on it with TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton; so do most tests here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+import mustdrop_kernels
+from mustdrop_kernels import backends
+from mustdrop_kernels.backends import triton as backend
+
+needs_interpreter = pytest.mark.skipif(
+    not backend.interpreted() or backend.version() is None, reason="runs with TRITON_INTERPRET=1"
+)
+
+
+# ---------------------------------------------------------------------------------------------- when it serves
+
+
+def test_registered_and_complete():
+    registered = backends.registered()["triton"]
+    assert set(backend.MODULES) == set(backends.OPS)
+    for op in backends.OPS:
+        assert callable(registered.implementation(op))
+        for device in ("cpu", "cuda", "xpu"):
+            reason = registered.why_not(op, device)
+            assert reason is None or (reason and reason[0].islower())
+
+
+@pytest.mark.parametrize(
+    ("interpret", "cuda", "version", "device", "word"),
+    [
+        ("0", "12.8", (3, 4), "cuda", None),
+        ("0", "12.8", (4, 0), "cuda", None),
+        ("0", "12.8", (3, 3), "cuda", "3.3 is installed: needs 3.4"),
+        ("0", "12.8", None, "cuda", "not installed"),
+        ("0", None, (3, 9), "cuda", "without CUDA"),
+        ("1", "12.8", (3, 9), "cuda", "TRITON_INTERPRET"),
+        ("1", None, (3, 9), "cpu", None),
+        ("1", None, None, "cpu", "not installed"),
+        ("0", None, (3, 9), "cpu", "TRITON_INTERPRET"),
+        ("0", "12.8", (3, 9), "xpu", "CUDA tensors"),
+    ],
+)
+def test_why_not(monkeypatch, interpret, cuda, version, device, word):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backend, "version", lambda: version)
+    reason = backend.why_not("select_topk", device)
+    assert reason is None if word is None else word in reason
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = "import sys, mustdrop_kernels; sys.exit('triton.language' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ---------------------------------------------------------------------------------------------- offsets past 32 bits
+
+
+def far(t: Tensor, axis: int) -> Tensor:
+    """The same values, neighbours along ``axis`` more than 2**31 elements apart. Untouched memory costs nothing."""
+    strides = list(t.contiguous().stride())
+    strides[axis] = 2**31 + 32
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
+    return torch.empty(span, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
+
+
+@pytest.fixture
+def storages_stay(monkeypatch):
+    """The interpreter copies each argument's whole storage onto itself: not these."""
+    copy = torch.UntypedStorage.copy_
+
+    def copy_unless_same(self, other, *args, **kwargs):
+        return self if self.data_ptr() == other.data_ptr() else copy(self, other, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_unless_same)
+
+
+def equal(got, want) -> None:
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("storages_stay")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_far_tokens(axis):
+    x = torch.randint(0, 256, (2, 2, 2, 3), dtype=torch.uint8)
+    keep = torch.tensor([[1, 0], [1, -1]])
+    counts = torch.tensor([2, 1], dtype=torch.int32)
+    want = mustdrop_kernels.gather_tokens(x, keep, counts, backend="reference")
+    equal([mustdrop_kernels.gather_tokens(far(x, axis), keep, counts, backend="triton")], [want])
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("storages_stay")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("paged", [False, True])
+def test_far_caches(axis, paged):
+    cache = torch.randint(0, 256, (2, 2, 2, 3), dtype=torch.uint8)
+    keep = [torch.tensor([[1]])] if paged else [torch.tensor([[1], [1]])]
+    counts = [torch.ones(len(keep[0]), dtype=torch.int32)]
+    results = []
+    for name, key, value in (
+        ("reference", cache.clone(), cache.clone()),
+        ("triton", far(cache, axis), far(cache, axis)),
+    ):
+        if paged:
+            table = torch.tensor([[1, 0]], dtype=torch.int32)
+            mustdrop_kernels.compact_paged_kv_([key], [value], table, keep, counts, backend=name)
+            results.append((key[1, :1], value[1, :1]))
+        else:
+            mustdrop_kernels.compact_kv_([key], [value], keep, counts, backend=name)
+            results.append((key[:, :, :1], value[:, :, :1]))
+    equal(*results)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("storages_stay")
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_far_queries_and_keys(axis):
+    q, k = torch.randn(2, 2, 2, 4).half(), torch.randn(2, 2, 2, 4).half()
+    types = torch.tensor([[2, 3], [2, 3]], dtype=torch.uint8)
+    want = mustdrop_kernels.text_vision_scores(q, k, types, 0.5, backend="triton")
+    equal(mustdrop_kernels.text_vision_scores(far(q, axis), far(k, axis), types, 0.5, backend="triton"), want)
+    if axis == 0:
+        equal(mustdrop_kernels.text_vision_scores(q, k, far(types, axis), 0.5, backend="triton"), want)
+    want = mustdrop_kernels.cls_attention(q[:, :, 0], k, 0.5, backend="triton")
+    equal([mustdrop_kernels.cls_attention(q[:, :, 0], far(k, axis), 0.5, backend="triton")], [want])
+    cache = k[:1].transpose(1, 2)  # [blocks = 1, slots, Hk, D]
+    arguments = (torch.zeros(1, 1, dtype=torch.int32), torch.tensor([2], dtype=torch.int32), types[:1])
+    ends = torch.tensor([0, 2], dtype=torch.int32)
+    rows = q[0].transpose(0, 1).contiguous()
+    want = mustdrop_kernels.text_vision_scores_paged(rows, cache, *arguments, ends, 2, 0.5, backend="triton")
+    if axis:
+        cache = far(cache, axis)
+        equal(mustdrop_kernels.text_vision_scores_paged(rows, cache, *arguments, ends, 2, 0.5, backend="triton"), want)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("storages_stay")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_far_pictures_and_scores(axis):
+    x = torch.randn(2, 5, 3).half()
+    want = mustdrop_kernels.spatial_merge(x, [2, 2], [2, 1], 0.0, backend="triton")
+    equal(mustdrop_kernels.spatial_merge(far(x, axis), [2, 2], [2, 1], 0.0, backend="triton"), want)
+    if axis == 0:
+        scores, types = torch.rand(2, 6).half(), torch.full((2, 6), 2, dtype=torch.uint8)
+        want = mustdrop_kernels.select_topk(scores, types, 2, backend="triton")
+        equal(mustdrop_kernels.select_topk(far(scores, 0), far(types, 0), 2, backend="triton"), want)
+        want = mustdrop_kernels.select_dual(scores, scores, types, 0.1, 0.9, backend="triton")
+        got = mustdrop_kernels.select_dual(far(scores, 0), far(scores, 0), far(types, 0), 0.1, 0.9, backend="triton")
+        equal(got, want)
+
+
+# ---------------------------------------------------------------------------------------------- paths of large inputs
+
+
+@pytest.fixture
+def fresh_plans():
+    """Plans made under other limits must not be found."""
+    from mustdrop_kernels.backends.triton.launch import Plans
+
+    Plans.forget_all()
+    yield
+    Plans.forget_all()
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("processors", [1, 64])
+def test_many_query_rows(monkeypatch, processors):
+    """More query rows than the workspace shares, with the heads in one program and divided among several."""
+    from mustdrop_kernels.backends.triton import configs, scores
+
+    monkeypatch.setattr(scores, "SHARED_ROWS", 32)
+    monkeypatch.setattr(configs, "processors", lambda device: processors)
+    q, k = torch.randn(1, 4, 110, 8), torch.randn(1, 4, 130, 8)
+    types = torch.full((1, 130), 2, dtype=torch.uint8)
+    types[:, 20:125] = 3
+    got = mustdrop_kernels.text_vision_scores(q, k, types, 0.35, backend="triton")
+    want = mustdrop_kernels.text_vision_scores(q, k, types, 0.35, backend="reference")
+    torch.testing.assert_close(got, want, rtol=2e-5, atol=1e-6)
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+def test_more_layers_than_a_launch_holds(monkeypatch):
+    from mustdrop_kernels.backends.triton import compact
+
+    monkeypatch.setattr(compact, "MOST_CACHES", 4)
+    caches = [torch.randn(1, 1, 9, 4) for _ in range(10)]
+    mine, theirs = [c.clone() for c in caches], [c.clone() for c in caches]
+    keep, counts = [torch.tensor([[2, 5, 7]])], [torch.tensor([3], dtype=torch.int32)]
+    mustdrop_kernels.compact_kv_(mine[:5], mine[5:], keep, counts, backend="triton")
+    mustdrop_kernels.compact_kv_(theirs[:5], theirs[5:], keep, counts, backend="reference")
+    equal([c[:, :, :3] for c in mine], [c[:, :, :3] for c in theirs])
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+@pytest.mark.parametrize("drop_multiple", [1, 7])
+def test_selection_in_several_tiles(monkeypatch, drop_multiple):
+    """Rows longer than a tile: ranks and positions go on from one tile to the next."""
+    from mustdrop_kernels.backends.triton import configs, select
+
+    small = configs.Config((("BLOCK", 16),), num_warps=1)
+    monkeypatch.setattr(select, "config", lambda *_: small)
+    scores = torch.randint(0, 4, (2, 83)).float()  # many ties
+    types = torch.randint(0, 4, (2, 83), dtype=torch.uint8)
+    protected = torch.rand(2, 83) < 0.2
+    options = {"protected": protected, "drop_multiple": drop_multiple, "capacity": 70}
+    for call in (
+        lambda name: mustdrop_kernels.select_topk(scores, types, 20, backend=name, **options),
+        lambda name: mustdrop_kernels.select_dual(scores, scores, types, 0.02, 2.5, backend=name, **options),
+    ):
+        equal(call("triton"), call("reference"))
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+def test_entries_that_are_skipped_do_not_disturb_the_order():
+    """Holes in keep make some moves go the other way: both ways are safe in one call."""
+    keep = [torch.tensor([[-1, -1, -1, 0, 1, 2, 99, 9, 15, 17]])]
+    counts = [torch.tensor([10], dtype=torch.int32)]
+    for align_end in (False, True):
+        caches = {name: torch.arange(40.0).reshape(1, 1, 20, 2) for name in ("triton", "reference")}
+        for name, cache in caches.items():
+            value = cache + 100
+            mustdrop_kernels.compact_kv_([cache], [value], keep, counts, align_end=align_end, backend=name)
+        assert torch.equal(caches["triton"], caches["reference"])
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+def test_a_plan_serves_other_contents_and_checks_addresses():
+    keep, counts = [torch.tensor([[1, 2]])], [torch.tensor([2], dtype=torch.int32)]
+    caches = [torch.randn(1, 1, 4, 2) for _ in range(2)]
+    mustdrop_kernels.compact_kv_(caches[:1], caches[1:], keep, counts, backend="triton")
+    with pytest.raises(RuntimeError, match=r"compact_kv_: values\[0\]"):
+        mustdrop_kernels.compact_kv_(caches[:1], caches[:1], keep, counts, backend="triton")
+    x = torch.randn(1, 4, 2)
+    for index in (0, 3):
+        got = mustdrop_kernels.gather_tokens(x, torch.tensor([[index]]), counts[0] - 1, backend="triton")
+        assert torch.equal(got[0, 0], x[0, index])
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+def test_plans_are_bounded(monkeypatch):
+    from mustdrop_kernels.backends.triton import gather, launch
+
+    monkeypatch.setattr(launch.Plans, "MOST", 3)
+    for length in range(1, 9):
+        x = torch.randn(1, length, 2)
+        mustdrop_kernels.gather_tokens(x, torch.tensor([[0]]), torch.tensor([1], dtype=torch.int32), backend="triton")
+        assert len(gather._plans) <= 3
+
+
+# ---------------------------------------------------------------------------------------------- searching
+
+
+@needs_interpreter
+@pytest.mark.usefixtures("fresh_plans")
+def test_autotune_keeps_the_fastest_and_remembers_it(monkeypatch, tmp_path):
+    from mustdrop_kernels.backends.triton import autotune, configs, gather
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(configs, "TUNED", {})
+    monkeypatch.setattr(configs, "SEEN", set())
+    key = ("cpu", "gather", "narrow")
+    best = configs.CANDIDATES["gather"][2]
+    measured = []
+
+    def measure(run):
+        run()
+        measured.append(configs.TUNED[key])
+        return 1.0 if configs.TUNED[key] == best else 2.0
+
+    monkeypatch.setattr(autotune, "measure", measure)
+    operator = autotune.tuned(gather.gather_tokens)
+    x, keep, counts = torch.randn(1, 9, 4), torch.tensor([[1, 5, 7]]), torch.tensor([3], dtype=torch.int32)
+    assert torch.equal(operator(x, keep, counts)[0], x[0, [1, 5, 7]])
+    assert measured == [configs.shipped(key), *configs.CANDIDATES["gather"]]
+    assert configs.TUNED[key] == best
+    operator(x, keep, counts)
+    assert len(measured) == 1 + len(configs.CANDIDATES["gather"]), "what was searched is not searched again"
+
+    configs.TUNED.clear()
+    again = autotune.tuned(gather.gather_tokens)
+    assert {key: best} == configs.TUNED
+    assert torch.equal(again(x, keep, counts)[0], x[0, [1, 5, 7]])
