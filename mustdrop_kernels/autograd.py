@@ -65,7 +65,8 @@ class _Operator(torch.autograd.Function):
         if ctx.op == "spatial_merge":
             grad = _spatial_merge_backward(grads[0], *ctx.saved_tensors).to(ctx.dtype)
         elif ctx.op == "gather_tokens":
-            grad = _gather_tokens_backward(grads[0], *ctx.saved_tensors, ctx.shape, ctx.align_end).to(ctx.dtype)
+            keep, counts = ctx.saved_tensors
+            grad = _gather_tokens_backward(grads[0], keep, counts, ctx.shape, ctx.align_end).to(ctx.dtype)
         else:
             raise RuntimeError(
                 f"mustdrop::{ctx.op} has no gradient: its results decide which tokens stay;"

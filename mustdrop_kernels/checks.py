@@ -88,7 +88,7 @@ def spatial_merge(
     for size, extent in zip(grid, window, strict=True):
         check(size % extent == 0, "window", f"must tile the grid {list(grid)} where budget is set, got {list(window)}")
     windows = prod(size // extent for size, extent in zip(grid, window, strict=True))
-    check(0 <= budget, "budget", f"must not be negative, got {budget}")
+    check.at_least("budget", budget, 0)
     check(budget <= windows, "budget", f"must be at most the number of windows, {windows}, got {budget}")
     check(prod(window) > 1 or budget == 0, "budget", f"must be 0 with windows of one token, got {budget}")
 
@@ -111,7 +111,13 @@ def _heads(check: Checker, argument: str, hq: int, hk: int) -> None:
 
 
 def text_vision_scores(
-    q: Tensor, k: Tensor, token_types: Tensor, scale: float, *, lse: Tensor | None = None, op: str = "text_vision_scores"
+    q: Tensor,
+    k: Tensor,
+    token_types: Tensor,
+    scale: float,
+    *,
+    lse: Tensor | None = None,
+    op: str = "text_vision_scores",
 ) -> None:
     """Check the arguments that all dense scoring operators share."""
     check = Checker(op, q)
@@ -309,7 +315,12 @@ def _keep_lists(
 
 
 def _caches(
-    check: Checker, keys: Sequence[Tensor], values: Sequence[Tensor], shape: Sequence[str], shared: int, any_strides: bool
+    check: Checker,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    shape: Sequence[str],
+    shared: int,
+    any_strides: bool,
 ) -> None:
     """Check pairs of caches: 4-D, equal but for head_dim, every element at its own address, no tensor twice."""
     check(len(values) == len(keys), "values", f"must hold as many tensors as keys ({len(keys)}), got {len(values)}")

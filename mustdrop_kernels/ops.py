@@ -113,8 +113,8 @@ def spatial_merge(
         backend: who computes it; default: whoever serves torch.ops.mustdrop on this device.
 
     Returns:
-        tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; source (B, P+N) int64, the row that each
-        input token went into; sizes (B, P+N) float32, zero past counts. Differentiable in ``x``.
+        tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; source (B, P+N) int64, the row that
+        each input token went into; sizes (B, P+N) float32, zero past counts. Differentiable in ``x``.
     """
     kwargs = {
         "budget": budget,
@@ -168,8 +168,8 @@ def text_vision_scores(
     t runs over the rows whose type is QUERY.
 
     Args:
-        q: (B, Hq, Lq, D) float, after RoPE. Row i stands at position Lk - Lq + i, so a part of the rows can be scored by
-            itself: totals add, peaks take the maximum.
+        q: (B, Hq, Lq, D) float, after RoPE. Row i stands at position Lk - Lq + i, so a part of the rows can be scored
+            by itself: totals add, peaks take the maximum.
         k: (B, Hk, Lk, D), after RoPE; Hq a multiple of Hk, Lq <= Lk.
         token_types: (B, Lk) uint8, see ``TokenType``.
         scale: factor of the scores, usually 1 / sqrt(D).
@@ -234,8 +234,8 @@ def text_vision_scores_paged(
 
     Args:
         q: (total_q, Hq, D) float.
-        k_cache: (blocks, slots, Hk, D), any strides. Position p of sequence b is in block ``block_table[b, p // slots]``
-            at slot ``p % slots``.
+        k_cache: (blocks, slots, Hk, D), any strides. Position p of sequence b is in block
+            ``block_table[b, p // slots]`` at slot ``p % slots``.
         block_table: (B, max_blocks) int32.
         seq_lens: (B) int32, lengths of the sequences in the cache.
         token_types: (B, max_len) uint8.

@@ -138,8 +138,11 @@ def explicit(op: str, device_type: str, name: str | None) -> Implementation | No
 def serve_dispatcher() -> None:
     """Decide who is behind ``torch.ops.mustdrop.*`` on each device and register it there. Called once, at import."""
     asked = os.environ.get("MUSTDROP_BACKEND") or None
-    if asked is not None:
-        get(asked)
+    if asked is not None and asked not in _registered:
+        # Every operator refuses rather than the import, so that `mustdrop doctor` can say what is wrong.
+        for device_type in ORDER:
+            _refuse_in_dispatcher(_unknown(asked), device_type)
+        return
     for device_type, order in ORDER.items():
         candidates = (asked,) if asked is not None else order
         for name in candidates:
@@ -151,6 +154,12 @@ def serve_dispatcher() -> None:
         else:
             if asked is not None:
                 _refuse_in_dispatcher(get(asked), device_type)
+
+
+def _unknown(name: str) -> Backend:
+    """Stands for a name that nobody registered: serves nothing, and says so."""
+    reason = f"no backend named {name!r}; there are {', '.join(sorted(_registered))}"
+    return Backend(name, lambda op: getattr(torch.ops.mustdrop, op), lambda op, device_type: reason)
 
 
 def _register_with_dispatcher(backend: Backend, device_type: str) -> None:
@@ -194,7 +203,7 @@ def _builtin_cpu() -> Backend:
         # Taken now: MUSTDROP_BACKEND may put another backend on this dispatch key.
         for op in filter(lambda op: _has_kernel(op, "CPU"), OPS):
             kernel = torch.library.get_kernel(f"mustdrop::{op}", "CPU")
-            kernels[op] = _boxed(getattr(torch.ops.mustdrop, op).default, kernel)
+            kernels[op] = _boxed(kernel)
 
     def why_not(op: str, device_type: str) -> str | None:
         if device_type != "cpu":
@@ -206,14 +215,12 @@ def _builtin_cpu() -> Backend:
     return Backend("cpu", kernels.__getitem__, why_not, "C++ kernels, torch's thread pool", in_dispatcher=True)
 
 
-def _boxed(overload: torch._ops.OpOverload, kernel: object) -> Implementation:
-    """A dispatcher kernel as a function of the schema's arguments; the kernel itself takes every argument in order."""
-    arguments = overload._schema.arguments
+def _boxed(kernel: object) -> Implementation:
+    """A dispatcher kernel as a function of the schema's arguments."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 
     def call(*args: object, **kwargs: object) -> object:
-        rest = [kwargs.get(a.name, a.default_value) for a in arguments[len(args) :]]
-        return kernel.call_boxed(keys, *args, *rest)  # type: ignore[attr-defined]
+        return kernel.call_boxed(keys, *args, **kwargs)  # type: ignore[attr-defined]
 
     return call
 

@@ -30,7 +30,7 @@ def window_similarity(x: Tensor, members: Tensor) -> Tensor:
     """(B, windows) float32: mean cosine over ordered pairs; NaN for windows of one token, which have no pair."""
     present = members >= 0  # [windows, n]
     u = x.float() / x.float().norm(dim=-1, keepdim=True).clamp(min=1e-8)  # [B, N, C]
-    u = u[:, members.clamp(min=0)] * present[..., None]  # [B, windows, n, C]
+    u = torch.where(present[..., None], u[:, members.clamp(min=0)], 0.0)  # [B, windows, n, C]
     n = present.sum(-1)
     squares = (u * u).sum((-1, -2))
     return ((u.sum(-2) ** 2).sum(-1) - squares) / (n * (n - 1))
@@ -93,7 +93,7 @@ def spatial_merge(
     # A row past the end takes what is not to be written.
     tokens = x.new_zeros(batch, capacity + 1, channels)
     out_sizes = weight.new_zeros(batch, capacity + 1)
-    single = torch.cat([torch.ones_like(goes[:, :1]).expand(-1, prefix), ~goes], 1)  # [B, P+N]
+    single = torch.cat([goes.new_ones(batch, prefix), ~goes], 1)  # [B, P+N]
     target = torch.where(single, source, capacity)
     tokens.scatter_(1, target[..., None].expand(-1, -1, channels), x)
     out_sizes.scatter_(1, target, weight)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` shows the main job, `make test` runs the tests; both set up everything they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
+LIBRARY := mustdrop_kernels/lib/libmustdrop.so
+TRANSFORMERS_4 := $(VENV)/transformers-4.57
+
+.PHONY: help demo test test-all test-transformers-4 lint format build clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+
+# torch comes first and pinned, so that nothing later pulls another build of it.
+$(VENV)/.packages: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install -q --disable-pip-version-check 'setuptools>=77' wheel cmake ninja pybind11
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[dev]'
+	touch $@
+
+$(LIBRARY): $(NATIVE) | $(VENV)/.packages
+	$(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+build: $(VENV)/.packages $(LIBRARY)  ## compile the operators in place
+
+demo: build  ## a photograph through a small LLaVA, with and without dropping; writes out/
+	$(BIN)/mustdrop demo --out out
+
+test: build  ## the tests that every change has to pass (no GPU, no CUDA compiler)
+	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+
+test-all: build test-transformers-4  ## the full matrices, and a compile for CUDA where nvcc is found
+	$(BIN)/python -m pytest -q -n 2
+
+$(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) \
+	  transformers==4.57.6 'tokenizers>=0.22,<=0.23.0' 'huggingface-hub>=0.34,<1.0' requests urllib3 charset-normalizer
+	touch $@
+
+test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
+	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 tests/integrations
+
+lint: $(VENV)/.packages  ## formatters and linters, changing nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+format: $(VENV)/.packages  ## apply the formatters
+	$(BIN)/ruff check -q --fix . || true
+	$(BIN)/ruff format -q .
+	$(BIN)/clang-format -i $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
+
+clean:  ## remove what was built, keep .venv
+	rm -rf build dist out mustdrop_kernels/lib mustdrop_kernels/_native*.so *.egg-info

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Going on after a prompt whose tokens were dropped: one token, or a whole next turn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...config import MustDropConfig
+from .attention import causal_mask
+from .cache import DropCache, Held
+from .llava import Llava
+
+
+class Decode:
+    """One forward pass on a shortened cache. Layers that hold the same tokens share mask and rotary table.
+
+    The model would build one mask for all layers, from the plain prompt's length.
+    """
+
+    def __init__(self, llava: Llava, config: MustDropConfig, cache: DropCache, inputs: dict[str, Any]) -> None:
+        self.llava = llava
+        self.config = config
+        self.cache = cache
+        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        self.new = tokens.shape[1]
+        self.generated = cache.generated  # before this pass
+        self.behind = self._behind_prompt(inputs.get("attention_mask"))
+        self._shared: dict[int, dict[str, Any]] = {}
+
+    def _behind_prompt(self, mask: Tensor | None) -> Tensor | None:  # (B, generated + new)
+        """The columns of the caller's mask that stand behind the prompt; the cache knows the prompt's."""
+        if mask is None:
+            return None
+        prompt = self.cache.prompt_length
+        length = prompt + self.generated + self.new
+        if mask.dim() != 2 or mask.shape[1] != length:
+            raise ValueError(f"attention_mask must be (B, {length}), the plain prompt and all after it, got {tuple(mask.shape)}")
+        return mask[:, prompt:].bool()
+
+    def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        return {**inputs, "attention_mask": None}  # each layer gets its own
+
+    def layer_inputs(self, layer: int, inputs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+        held = self.cache.held[layer]
+        if id(held) not in self._shared:
+            self._shared[id(held)] = self._inputs_for(held, hidden)
+        return {**inputs, **self._shared[id(held)]}
+
+    def _inputs_for(self, held: Held, hidden: Tensor) -> dict[str, Any]:
+        model = self.llava.language_model
+        alive = self._alive(held, hidden)
+        inputs = {"attention_mask": causal_mask(model.config, hidden, alive, past=held.length + self.generated)}
+        if self.config.positions == "published":
+            place = self.generated + torch.arange(self.new, device=hidden.device)
+            positions = held.counts[:, None].long() + place
+            inputs["position_embeddings"] = model.rotary_emb(hidden, position_ids=positions)
+        return inputs
+
+    def _alive(self, held: Held, hidden: Tensor) -> Tensor | None:  # (B, held.length + generated + new)
+        if held.alive is None and self.behind is None:
+            return None
+        batch = hidden.shape[0]
+
+        def filled(mask: Tensor | None, length: int) -> Tensor:
+            return torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+
+        return torch.cat([filled(held.alive, held.length), filled(self.behind, self.generated + self.new)], dim=1)

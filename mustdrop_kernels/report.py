@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was merged, kept and dropped: per stage, layer and image; cache sizes; times. Everything here is on the host."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .config import MustDropConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageReport:
+    """One image of a prompt. Maps have the shape of the patch grid, (H, W).
+
+    A token is named by the patch whose place it takes, counted row by row.
+    """
+
+    sequence: int
+    """The row of the batch."""
+    token_of_patch: Tensor
+    """(H, W) int64: the token that stands for each patch."""
+    key: Tensor
+    """(H, W) bool: patches whose token is a key token."""
+    survived: dict[int, Tensor]
+    """Pruning layer -> (H, W) bool: patches whose token goes on after it."""
+    kept: dict[int, int]
+    """Pruning layer -> tokens that go on after it."""
+    tokens: int
+    """Tokens after merging."""
+    key_tokens: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        height, width = self.token_of_patch.shape
+        return height, width
+
+    @property
+    def patches(self) -> int:
+        return self.token_of_patch.numel()
+
+    @property
+    def merged(self) -> Tensor:
+        """(H, W) bool: patches that share their token with others."""
+        sizes = torch.bincount(self.token_of_patch.flatten(), minlength=self.patches)
+        return sizes[self.token_of_patch] > 1
+
+    @property
+    def windows(self) -> list[tuple[int, int, int, int]]:
+        """Merged windows in raster order: (row, column, height, width) in patches."""
+        windows = []
+        for token in self.token_of_patch[self.merged].unique().tolist():
+            rows, columns = torch.nonzero(self.token_of_patch == token, as_tuple=True)
+            top, left = int(rows.min()), int(columns.min())
+            windows.append((top, left, int(rows.max()) - top + 1, int(columns.max()) - left + 1))
+        return sorted(windows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sequence": self.sequence,
+            "grid": list(self.grid),
+            "patches": self.patches,
+            "tokens": self.tokens,
+            "key_tokens": self.key_tokens,
+            "kept": {str(layer): kept for layer, kept in self.kept.items()},
+            "windows": [list(window) for window in self.windows],
+            "token_of_patch": self.token_of_patch.tolist(),
+            "key": self.key.int().tolist(),
+            "survived": {str(layer): alive.int().tolist() for layer, alive in self.survived.items()},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """The KV cache at one moment: how many tokens each layer holds of each sequence, padding included, and its bytes."""
+
+    lengths: list[int]
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptReport:
+    """One prompt (a batch of sequences with images) that was read."""
+
+    length: int
+    """Tokens of the plain prompt, padding included."""
+    text: list[int]
+    """Text tokens of each sequence."""
+    images: list[ImageReport]
+    layer_tokens: list[int]
+    """Vision tokens that each language layer processed, over the whole batch."""
+    plain_cache: CacheReport
+    """What plain generation would hold."""
+    prefill_cache: CacheReport
+    """What is held before stage 3."""
+    final_cache: CacheReport
+    """What decoding starts with."""
+    milliseconds: dict[str, float]
+    """Time that the stages themselves took, by name: "merge", "key tokens", "layer 2", ..., "evict"."""
+
+    @property
+    def mean_tokens(self) -> float:
+        """Vision tokens of an image, averaged over the language layers: what methods are compared by."""
+        return sum(self.layer_tokens) / max(len(self.layer_tokens) * len(self.images), 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        fields = dataclasses.asdict(dataclasses.replace(self, images=[]))
+        return {**fields, "mean_tokens": self.mean_tokens, "images": [image.to_dict() for image in self.images]}
+
+
+class Report:
+    """What `drop_tokens` did, prompt by prompt. Fills up while the context is open."""
+
+    def __init__(self, config: MustDropConfig) -> None:
+        self.config = config
+        self.prompts: list[PromptReport] = []
+
+    @property
+    def last(self) -> PromptReport:
+        """The last prompt that had an image."""
+        if not self.prompts:
+            raise LookupError("no prompt with an image has been read yet")
+        return self.prompts[-1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {"config": self.config.to_dict(), "prompts": [prompt.to_dict() for prompt in self.prompts]}
+
+    def table(self, prompt: PromptReport | None = None) -> Table:
+        """One prompt (by default the last) as a table for ``rich.print``. Needs the extra package rich."""
+        from rich.table import Table
+
+        prompt = self.last if prompt is None else prompt
+        table = Table(title=f"Vision tokens of {len(prompt.images)} image(s)")
+        for name in ("stage", "in", "kept"):
+            table.add_column(name, justify="left" if name == "stage" else "right")
+        if len(prompt.images) > 1:
+            table.add_column("per image", justify="right")
+        table.add_column("ms", justify="right")
+
+        def row(stage: str, before: int | str, kept: list[int], time: str) -> int:
+            each = [" ".join(map(str, kept))] if len(prompt.images) > 1 else []
+            ms = f"{prompt.milliseconds[time]:.2f}" if time in prompt.milliseconds else ""
+            table.add_row(stage, str(before), str(sum(kept)), *each, ms)
+            return sum(kept)
+
+        patches = sum(image.patches for image in prompt.images)
+        tokens = row("1 merge", patches, [image.tokens for image in prompt.images], "merge")
+        row("1 key tokens", tokens, [image.key_tokens for image in prompt.images], "key tokens")
+        for layer in prompt.images[0].kept:
+            name = f"layer {layer}"
+            tokens = row(f"2 after {name}", tokens, [image.kept[layer] for image in prompt.images], name)
+        table.add_section()
+        each = [""] if len(prompt.images) > 1 else []
+        plain, prefill, final = (f"{cache.bytes / 1e6:.2f}" for cache in (prompt.plain_cache, prompt.prefill_cache, prompt.final_cache))
+        table.add_row("KV cache, MB: plain to read", plain, prefill, *each, "")
+        ms = f"{prompt.milliseconds['evict']:.2f}" if "evict" in prompt.milliseconds else ""
+        table.add_row("3 KV cache, MB: read to cut", prefill, final, *each, ms)
+        table.add_row("mean vision tokens per layer and image", "", f"{prompt.mean_tokens:.1f}", *each, "")
+        return table
+
+
+class Stopwatch:
+    """Times named steps; on a GPU by events, so that measuring does not wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._steps: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._steps.append((name, begin, self._now()))
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def read(self) -> dict[str, float]:
+        """Milliseconds by name since the last reading, summed; waits for the device."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        milliseconds: dict[str, float] = {}
+        for name, begin, end in self._steps:
+            step = begin.elapsed_time(end) if self._cuda else 1000 * (end - begin)
+            milliseconds[name] = milliseconds.get(name, 0.0) + step
+        self._steps.clear()
+        return milliseconds

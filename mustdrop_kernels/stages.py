@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three stages of MustDrop on tensors. An integration hands over what its engine has; no model code lives here.
+
+Stage 1: ``merge_vision_tokens`` after an early vision layer, ``key_tokens`` from the CLS attention of the last one.
+Stage 2: ``token_types`` and a ``Tokens`` for the prompt; after each pruning layer ``prune``, then ``Tokens.take``.
+Stage 3: ``evict`` cuts the KV cache of earlier layers to the tokens that survived.
+
+With fixed budgets nothing here waits for the device. With thresholds ``prune`` waits once, for the counts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .config import MustDropConfig
+from .ops import TokenType
+
+# ---------------------------------------------------------------------------------------------- stage 1: vision
+
+
+def merge_vision_tokens(
+    x: Tensor,  # (B, P+N, C)
+    grid: Sequence[int],
+    config: MustDropConfig,
+    *,
+    num_prefix_tokens: int = 1,
+) -> ops.SpatialMerge:
+    """Merges the windows of alike patches. With ``config.merge_budget`` the length of the result is known beforehand.
+
+    With published positions, where the order of the tokens is their position, merged windows come first.
+    """
+    return ops.spatial_merge(
+        x,
+        grid,
+        config.window,
+        config.merge_threshold,
+        budget=config.merge_budget,
+        uniform=config.merge_uniform,
+        num_prefix_tokens=num_prefix_tokens,
+        merged_first=config.positions == "published",
+        backend=config.backend,
+    )
+
+
+def key_tokens(
+    query: Tensor,  # (B, H, D) of the CLS token
+    key: Tensor,  # (B, H, S, D) of prefix, tokens and padding
+    scale: float,
+    config: MustDropConfig,
+    *,
+    counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
+    num_prefix_tokens: int = 1,
+) -> Tensor:  # (B, S) bool
+    """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device."""
+    batch, _, length, _ = key.shape
+    query, key = query.detach(), key.detach()
+    if counts is None:
+        counts = torch.full((batch,), length, dtype=torch.int32, device=key.device)
+    place = torch.arange(length, device=key.device)
+    types = torch.where(place < num_prefix_tokens, int(TokenType.TEXT), int(TokenType.VISION))
+    types = types.masked_fill(place >= counts[:, None], int(TokenType.PADDING)).to(torch.uint8)
+    attention = ops.cls_attention(
+        query, key, scale, counts=counts, num_prefix_tokens=num_prefix_tokens, backend=config.backend
+    )
+    budgets = (config.key_rate * (counts - num_prefix_tokens).double()).ceil().int()
+    keep, _ = ops.select_topk(attention, types, length, budgets=budgets, backend=config.backend)
+    kept = torch.zeros(batch, length + 1, dtype=torch.bool, device=key.device)
+    kept.scatter_(1, torch.where(keep < 0, length, keep), True)  # the last column takes what is past the counts
+    return kept[:, :length] & (types == TokenType.VISION)
+
+
+# --------------------------------------------------------------------------------------------- stage 2: prefill
+
+
+def token_types(
+    vision: Tensor,  # (B, L) bool
+    attention_mask: Tensor | None,  # (B, L), nonzero where there is a token; None: everywhere
+    votes: str,
+) -> Tensor:  # (B, L) uint8
+    """What each position of a prompt is. Sequences without an image have no voters: nothing there can be dropped."""
+    place = torch.arange(vision.shape[1], device=vision.device)
+    real = torch.ones_like(vision) if attention_mask is None else attention_mask.bool()
+    last_vision = torch.where(vision & real, place, -1).amax(1, keepdim=True)
+    voter = (place > last_vision) & (last_vision >= 0)
+    if votes == "last":
+        voter &= place == torch.where(real, place, -1).amax(1, keepdim=True)
+    types = torch.where(voter, int(TokenType.QUERY), int(TokenType.TEXT))
+    types = types.masked_fill(vision, int(TokenType.VISION)).masked_fill(~real, int(TokenType.PADDING))
+    return types.to(torch.uint8)
+
+
+class Pruned(NamedTuple):
+    """Which tokens go on after a pruning layer."""
+
+    keep: Tensor  # (B, max(lengths)) int64, ascending, -1 past counts
+    counts: Tensor  # (B) int32
+    lengths: tuple[int, ...]  # counts on the host
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokens:
+    """The tokens of a batch at one point of the prefill: what they are and where they came from.
+
+    Sequences of different length are padded on the left, so that the last token of each stands last.
+    """
+
+    types: Tensor  # (B, L) uint8
+    index: Tensor  # (B, L) int64, place in the plain prompt; -1 in padding, so that each row ascends
+    positions: Tensor  # (B, L) int64, RoPE positions
+    protected: Tensor  # (B, L) bool, key tokens
+    counts: Tensor  # (B) int32
+    lengths: tuple[int, ...]  # counts on the host
+    vision: tuple[int, ...]  # vision tokens of each sequence
+    keys: tuple[int, ...]  # key tokens of each sequence
+
+    @property
+    def length(self) -> int:
+        """Length of the batch, padding included."""
+        return self.types.shape[1]
+
+    @property
+    def padded(self) -> bool:
+        return min(self.lengths) < self.length
+
+    def take(self, pruned: Pruned, *, renumber: bool = False, backend: str | None = None) -> Tokens:
+        """The tokens that go on, with their positions, or renumbered 0, 1, 2, ... in each sequence."""
+
+        def gather(x: Tensor) -> Tensor:
+            return ops.gather_tokens(x, pruned.keep, pruned.counts, align_end=True, backend=backend)
+
+        types, positions = gather(self.types), gather(self.positions)
+        real = types != TokenType.PADDING
+        if renumber:
+            positions = (real.long().cumsum(1) - 1).clamp(min=0)
+        dropped = (before - after for before, after in zip(self.lengths, pruned.lengths))
+        return Tokens(
+            types=types,
+            index=gather(self.index).masked_fill(~real, -1),
+            positions=positions,
+            protected=gather(self.protected),
+            counts=pruned.counts,
+            lengths=pruned.lengths,
+            vision=tuple(vision - gone for vision, gone in zip(self.vision, dropped)),
+            keys=self.keys,
+        )
+
+    def slots(self, survivors: Tokens) -> Tensor:  # (B, survivors.length) int64, ascending up to survivors.counts
+        """Where each survivor stands among these tokens."""
+        index = survivors.index
+        if survivors.padded:  # the op wants the real entries first
+            shift = survivors.length - survivors.counts[:, None].long()
+            place = torch.arange(survivors.length, device=index.device)
+            index = index.gather(1, (place + shift).clamp(max=survivors.length - 1))
+        return torch.searchsorted(self.index, index)
+
+
+def prune(
+    query: Tensor,  # (B, Hq, L, D) after RoPE
+    key: Tensor,  # (B, Hk, L, D) after RoPE
+    tokens: Tokens,
+    scale: float,
+    config: MustDropConfig,
+    stage: int,
+) -> Pruned:
+    """Decides which vision tokens go on after pruning layer number `stage`, from that layer's queries and keys.
+
+    By thresholds the new lengths depend on the data: one wait for the device. By budgets they are known: none.
+    The decision is discrete, so no gradient goes through it.
+    """
+    query, key = query.detach(), key.detach()
+    if config.budgets is None:
+        selection = ops.dual_attention_select(
+            query,
+            key,
+            tokens.types,
+            scale,
+            config.global_threshold,
+            config.individual_threshold,
+            protected=tokens.protected,
+            backend=config.backend,
+        )
+        lengths = tuple(selection.counts.tolist())
+        return Pruned(selection.keep[:, : max(lengths)], selection.counts, lengths)
+
+    budget = config.budgets[stage]
+    lengths = tuple(
+        length - vision + max(min(vision, budget), keys)
+        for length, vision, keys in zip(tokens.lengths, tokens.vision, tokens.keys)
+    )
+    selection = ops.topk_attention_select(
+        query,
+        key,
+        tokens.types,
+        scale,
+        budget,
+        protected=tokens.protected,
+        capacity=max(lengths),
+        backend=config.backend,
+    )
+    return Pruned(selection.keep, selection.counts, lengths)
+
+
+# ---------------------------------------------------------------------------------------------- stage 3: decode
+
+
+def evict(
+    keys: Sequence[Tensor],  # per layer (B, Hk, L_i, D)
+    values: Sequence[Tensor],  # per layer (B, Hk, L_i, D)
+    held: Sequence[Tokens],  # per layer: whose keys and values these are, left-padded to L_i
+    survivors: Tokens,
+    *,
+    backend: str | None = None,
+) -> list[tuple[Tensor, Tensor]]:  # per layer views (B, Hk, survivors.length, D) of the same memory
+    """Cuts the cache of each layer, in place, to the tokens that survived; all layers in one launch."""
+    slots = {id(tokens): tokens.slots(survivors) for tokens in held}
+    keep = [slots[id(tokens)] for tokens in held]
+    with torch.no_grad():
+        ops.compact_kv_(keys, values, keep, [survivors.counts] * len(held), align_end=True, backend=backend)
+    width = survivors.length
+    return [
+        (k.narrow(2, k.shape[2] - width, width), v.narrow(2, v.shape[2] - width, width)) for k, v in zip(keys, values)
+    ]

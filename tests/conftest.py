@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings shared by all tests: hypothesis profiles, and threads that fit the machine."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from hypothesis import HealthCheck, settings
+
+# "repeatable" is what CI and `make test` run: the same examples every time. HYPOTHESIS_PROFILE=explore looks for new ones.
+_COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
+settings.register_profile("repeatable", derandomize=True, max_examples=25, **_COMMON)
+settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+# Under xdist each worker has one core; alone, two threads, so that work is split.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

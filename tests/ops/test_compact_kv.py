@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compact_kv_: in place, all layers at once, nothing written outside the caches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from . import oracle
+from .cases import MOVABLE, Watch, as_bytes, dtype_id, generator, in_buffer, random_bits, same_bits
+
+
+def ascending(lead: Sequence[int], length: int, capacity: int, counts: Tensor, seed: int, fill: int = -1) -> Tensor:
+    """keep (*lead, capacity) for counts of shape `lead`: ascending positions, `fill` past the counts."""
+    keep = torch.full((*lead, capacity), fill, dtype=torch.int64)
+    flat, numbers = keep.view(-1, capacity), counts.reshape(-1).tolist()
+    for i, count in enumerate(numbers):
+        n = max(0, min(count, capacity, length))
+        keep_row = torch.randperm(length, generator=generator(seed + i))[:n].sort().values
+        flat[i, :n] = keep_row
+    return keep
+
+
+def counts_of(lead: Sequence[int], top: int, seed: int) -> Tensor:
+    """Counts between 0 and top, the first one top."""
+    counts = torch.randint(0, top + 1, tuple(lead), generator=generator(seed), dtype=torch.int32)
+    if counts.numel():
+        counts.view(-1)[0] = top
+    return counts
+
+
+def verify(before: list, after: list, keeps: list, counts: list, align_end: bool) -> None:
+    """Every slot that the contract specifies, bit for bit."""
+    for layer, (old, new) in enumerate(zip(before, after)):
+        keep = keeps[layer if len(keeps) > 1 else 0].cpu().numpy()
+        count = counts[layer if len(counts) > 1 else 0].cpu().numpy()
+        want, told = oracle.compact_kv(old, keep, count, align_end)
+        assert (as_bytes(new) == want)[told].all(), f"layer {layer}"
+
+
+def check(backend, keys: list, values: list, keeps: list, counts: list, align_end: bool = False) -> None:
+    everything = [*keys, *values]
+    old = [as_bytes(t).copy() for t in everything]
+    caches, inputs = Watch(*everything), Watch(*keeps, *counts)
+    assert backend.compact_kv_(keys, values, keeps, counts, align_end=align_end) is None
+    assert inputs.nothing_changed()
+    assert caches.outside_unchanged(), "a byte outside the caches was written"
+    verify(old[: len(keys)], keys, keeps, counts, align_end)
+    verify(old[len(keys) :], values, keeps, counts, align_end)
+
+
+def caches(layers: int, shape: Sequence[int], dtype, device, seed: int = 0, order=(0, 1, 2, 3)) -> tuple[list, list]:
+    """Keys and values of each layer, each a view inside its own buffer of random bits."""
+
+    def one(i: int) -> Tensor:
+        stored = [shape[a] + 2 for a in order]
+        buffer = random_bits(stored, seed + i, dtype, device)
+        for axis in range(4):
+            buffer = buffer.narrow(axis, 1, stored[axis] - 2)
+        return buffer.permute([order.index(a) for a in range(4)])
+
+    return [one(2 * i) for i in range(layers)], [one(2 * i + 1) for i in range(layers)]
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("dtype", MOVABLE, ids=dtype_id)
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["bhld", "blhd"])
+def test_element_types(backend, dtype, order, align_end):
+    keys, values = caches(3, (2, 3, 20, 8), dtype, backend.device, order=order)
+    counts = counts_of((2,), 13, 1)
+    keep = ascending((2,), 20, 15, counts, 2)
+    check(backend, keys, values, [keep.to(backend.device)], [counts.to(backend.device)], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("dim", [1, 3, 7, 64, 80, 128, 256])
+@pytest.mark.parametrize("length", [1, 2, 63, 65, 200])
+def test_sizes(backend, length, dim, align_end):
+    keys, values = caches(2, (1, 2, length, dim), torch.bfloat16, backend.device)
+    for top in {0, 1, length // 2, length}:
+        counts = counts_of((1,), top, 1)
+        keep = ascending((1,), length, length, counts, top)
+        check(backend, keys, values, [keep.to(backend.device)], [counts.to(backend.device)], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("per_layer", [False, True])
+@pytest.mark.parametrize("per_head", [False, True])
+def test_keep_forms(backend, per_layer, per_head, align_end):
+    """One set for all layers or one per layer, (B, K) or (B, Hk, K)."""
+    layers, batch, heads, length = 4, 3, 2, 40
+    keys, values = caches(layers, (batch, heads, length, 16), torch.float16, backend.device)
+    lead = (batch, heads) if per_head else (batch,)
+    keeps, counts = [], []
+    for i in range(layers if per_layer else 1):
+        count = counts_of(lead, 10 + 8 * i, i)
+        keeps.append(ascending(lead, length, 36 + i, count, 10 * i).to(backend.device))
+        counts.append(count.to(backend.device))
+    check(backend, keys, values, keeps, counts, align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_mixed_forms(backend, align_end):
+    """Layers may mix sets per head and sets for all heads."""
+    keys, values = caches(2, (2, 3, 20, 8), torch.float32, backend.device)
+    counts = [counts_of((2,), 9, 1), counts_of((2, 3), 12, 2)]
+    keeps = [ascending((2,), 20, 12, counts[0], 1), ascending((2, 3), 20, 14, counts[1], 5)]
+    device = backend.device
+    check(backend, keys, values, [k.to(device) for k in keeps], [c.to(device) for c in counts], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_layers_differ(backend, align_end):
+    """Layers may differ in length, in heads (sets for all heads), and values from keys in head_dim."""
+    shapes = [((2, 3, 20, 8), 8), ((2, 1, 33, 16), 4), ((2, 2, 11, 5), 9)]
+    keys, values, keeps, counts = [], [], [], []
+    for i, (shape, value_dim) in enumerate(shapes):
+        (k,), _ = caches(1, shape, torch.float16, backend.device, seed=10 * i)
+        _, (v,) = caches(1, (*shape[:3], value_dim), torch.float16, backend.device, seed=10 * i + 5)
+        keys.append(k)
+        values.append(v)
+        counts.append(counts_of((2,), shape[2] - 2, i).to(backend.device))
+        keeps.append(ascending((2,), shape[2], 40, counts[-1].cpu(), i).to(backend.device))
+    check(backend, keys, values, keeps, counts, align_end)
+    # One set for layers of different length: indices past a shorter layer's end are skipped there.
+    shared = torch.tensor([9, 12], dtype=torch.int32)
+    keep = ascending((2,), 15, 12, shared, 3)
+    check(backend, keys, values, [keep.to(backend.device)], [shared.to(backend.device)])
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("axis", ["layer", "batch", "slot", "element"])
+def test_interleaved_keys_and_values(backend, axis, align_end):
+    """K and V halves of one buffer are disjoint views of it: legal, and neither disturbs the other."""
+    batch, heads, length, dim, device = 2, 3, 20, 8, backend.device
+    if axis == "layer":
+        pool = random_bits((2, 3, batch, heads, length, dim), 1, torch.bfloat16, device)
+        keys, values = list(pool[0]), list(pool[1])
+    elif axis == "batch":
+        pool = random_bits((3, batch, 2, heads, length, dim), 1, torch.bfloat16, device)
+        keys, values = [p[:, 0] for p in pool], [p[:, 1] for p in pool]
+    elif axis == "slot":
+        pool = random_bits((3, batch, heads, length, 2, dim), 1, torch.bfloat16, device)
+        keys, values = [p[..., 0, :] for p in pool], [p[..., 1, :] for p in pool]
+    else:
+        pool = random_bits((3, batch, length, heads, 2 * dim), 1, torch.bfloat16, device).transpose(2, 3)
+        keys, values = [p[..., :dim] for p in pool], [p[..., dim:] for p in pool]
+    counts = counts_of((batch,), 14, 1)
+    keep = ascending((batch,), length, 16, counts, 2)
+    check(backend, keys, values, [keep.to(device)], [counts.to(device)], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_keep_views(backend, align_end):
+    keys, values = caches(2, (2, 3, 20, 8), torch.float32, backend.device)
+    counts = counts_of((2,), 9, 1).to(backend.device)
+    keep = ascending((2,), 20, 12, counts.cpu(), 1).to(backend.device)
+    check(backend, keys, values, [in_buffer(keep)], [counts.repeat_interleave(2)[::2]], align_end)
+    one = keep[:1].expand(2, -1)  # every sequence keeps the same
+    check(backend, keys, values, [one], [counts[:1].expand(2)], align_end)
+    per_head = keep[:, None].expand(-1, 3, -1)
+    check(backend, keys, values, [per_head], [counts[:, None].expand(-1, 3)], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("pattern", ["all", "none", "first", "last", "all but first", "all but last", "even", "odd", "runs"])
+def test_patterns(backend, pattern, align_end):
+    length = 70
+    positions = {
+        "all": range(length),
+        "none": [],
+        "first": [0],
+        "last": [length - 1],
+        "all but first": range(1, length),
+        "all but last": range(length - 1),
+        "even": range(0, length, 2),
+        "odd": range(1, length, 2),
+        "runs": [p for p in range(length) if p % 20 < 13],
+    }[pattern]
+    keys, values = caches(2, (1, 2, length, 16), torch.float16, backend.device)
+    n = len(positions)
+    keep = torch.full((1, length), -1, dtype=torch.int64)
+    keep[0, :n] = torch.tensor(list(positions), dtype=torch.int64)
+    counts = torch.tensor([n], dtype=torch.int32, device=backend.device)
+    check(backend, keys, values, [keep.to(backend.device)], [counts], align_end)
+    if pattern in ("all", "none"):
+        old = [t.clone() for t in (*keys, *values)]
+        backend.compact_kv_(keys, values, [keep.to(backend.device)], [counts], align_end=align_end)
+        if pattern == "all":
+            assert all(same_bits(a, b) for a, b in zip(old, (*keys, *values)))
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("counts", [[99, -4], [2**31 - 1, -(2**31)], [6, 0]], ids=str)
+def test_counts_out_of_range(backend, counts, align_end):
+    """What is used is max(0, min(counts, capacity))."""
+    keys, values = caches(2, (2, 2, 20, 8), torch.float32, backend.device)
+    keep = ascending((2,), 20, 6, torch.tensor(counts), 1)
+    numbers = torch.tensor(counts, dtype=torch.int32, device=backend.device)
+    check(backend, keys, values, [keep.to(backend.device)], [numbers], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("bad", [20, 2**62, -1])
+def test_moves_from_outside_are_skipped(backend, bad, align_end):
+    """An index that is not in the sequence moves nothing; the moves before it are done."""
+    keys, values = caches(2, (1, 2, 20, 8), torch.float32, backend.device)
+    keep = torch.tensor([[1, 4, 5, 9, bad, bad]], device=backend.device)
+    counts = torch.tensor([6], dtype=torch.int32, device=backend.device)
+    check(backend, keys, values, [keep], [counts], align_end)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_capacity_above_length(backend, align_end):
+    """More slots in `keep` than the cache has: nothing lands outside."""
+    keys, values = caches(2, (1, 2, 6, 8), torch.float32, backend.device)
+    keep = torch.arange(12, device=backend.device)[None]
+    for count in (5, 6, 9, 12):
+        everything = Watch(*keys, *values)
+        counts = torch.tensor([count], dtype=torch.int32, device=backend.device)
+        backend.compact_kv_(keys, values, [keep], [counts], align_end=align_end)
+        assert everything.outside_unchanged()
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("seed", range(5))
+def test_garbage_on_the_device(backend, seed, align_end):
+    """Indices of any value in any order, any counts: what ends up inside is unspecified, outside nothing changes."""
+    keys, values = caches(2, (2, 3, 20, 8), torch.bfloat16, backend.device, order=(0, 2, 1, 3))
+    keep = torch.randint(-(2**62), 2**62, (2, 30), generator=generator(seed))
+    keep[:, ::2] = torch.randint(-30, 50, (2, 15), generator=generator(seed + 50))
+    counts = torch.randint(-(2**31), 2**31 - 1, (2,), generator=generator(seed)).int()
+    counts[0] = 30
+    watch = Watch(*keys, *values)
+    inputs = Watch(keep, counts)
+    backend.compact_kv_(keys, values, [keep.to(backend.device)], [counts.to(backend.device)], align_end=align_end)
+    assert watch.outside_unchanged()
+    assert inputs.nothing_changed()
+
+
+def test_only_listed_sequences_change(backend):
+    """A count of zero leaves its sequence as it was up to what is unspecified; a neighbour's slots are never touched."""
+    keys, values = caches(1, (3, 2, 20, 8), torch.float32, backend.device)
+    counts = torch.tensor([4, 0, 4], dtype=torch.int32)
+    keep = ascending((3,), 20, 4, counts, 1).to(backend.device)
+    check(backend, keys, values, [keep], [counts.to(backend.device)])
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4), (2, 2, 5, 0)], ids=str)
+def test_empty(backend, shape):
+    for align_end in (False, True):
+        keys = [torch.zeros(shape, device=backend.device)]
+        values = [torch.zeros(shape, device=backend.device)]
+        keep = torch.zeros(shape[0], 3, dtype=torch.int64, device=backend.device)
+        counts = torch.full((shape[0],), 1, dtype=torch.int32, device=backend.device)
+        check(backend, keys, values, [keep], [counts], align_end)
+        check(backend, keys, values, [keep[:, :0].contiguous()], [counts], align_end)
+
+
+def test_many_layers(backend):
+    """As many layers as models have, each with its own numbering."""
+    layers, device = 48, backend.device
+    keys, values = caches(layers, (1, 2, 30, 8), torch.bfloat16, device)
+    counts = [counts_of((1,), 5 + i % 20, i).to(device) for i in range(layers)]
+    keeps = [ascending((1,), 30, 25, counts[i].cpu(), i).to(device) for i in range(layers)]
+    check(backend, keys, values, keeps, counts)
+    check(backend, keys, values, keeps, counts, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3)], ids=["bhld", "blhd"])
+def test_large(backend, order, align_end):
+    device = backend.device
+    keys, values = caches(4, (2, 8, 2980, 128), torch.float16, device, order=order)
+    counts = torch.tensor([640, 2500], dtype=torch.int32)
+    keep = ascending((2,), 2980, 2600, counts, 1)
+    check(backend, keys, values, [keep.to(device)], [counts.to(device)], align_end)
+
+
+def test_align_end_is_left_padding(backend):
+    """The survivors end at the last slot: what a left-padded batch needs."""
+    cache = torch.arange(6, dtype=torch.float32, device=backend.device).reshape(1, 1, 6, 1)
+    keys, values = [cache.clone()], [cache.clone() + 100]
+    keep = torch.tensor([[0, 2, 5]], device=backend.device)
+    counts = torch.tensor([3], dtype=torch.int32, device=backend.device)
+    backend.compact_kv_(keys, values, [keep], [counts], align_end=True)
+    assert keys[0].flatten().tolist()[3:] == [0, 2, 5]
+    assert values[0].flatten().tolist()[3:] == [100, 102, 105]
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_same_bits_every_run(backend, threads, align_end):
+    device = backend.device
+    counts = counts_of((2,), 150, 1)
+    keep = ascending((2,), 257, 200, counts, 1).to(device)
+    results = []
+    for count in (1, 2, 2):
+        threads(count)
+        keys, values = caches(3, (2, 2, 257, 64), torch.float16, device)
+        backend.compact_kv_(keys, values, [keep], [counts.to(device)], align_end=align_end)
+        specified = [slice(257 - n, 257) if align_end else slice(0, n) for n in counts.tolist()]
+        results.append([t[b, :, specified[b]].clone() for t in (*keys, *values) for b in range(2)])
+    for other in results[1:]:
+        assert all(same_bits(a, b) for a, b in zip(results[0], other))
+
+
+def test_nan_payloads_move(backend):
+    cache = torch.zeros(1, 1, 3, 2, device=backend.device)
+    cache.view(torch.int32)[0, 0, 2] = torch.tensor([0x7FA12345, -(2**31)], dtype=torch.int32)
+    keys, values = [cache.clone()], [cache.clone()]
+    keep = torch.tensor([[2]], device=backend.device)
+    backend.compact_kv_(keys, values, [keep], [torch.ones(1, dtype=torch.int32, device=backend.device)])
+    assert math.isnan(float(keys[0][0, 0, 0, 0]))
+    assert same_bits(keys[0][0, 0, 0], cache[0, 0, 2])

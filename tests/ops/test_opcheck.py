@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""torch.library.opcheck: schema (what is mutated, what is aliased), fake, autograd registration, AOT dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from .sample_calls import sample, tensors_in
+from .schemas import OPS, SCHEMAS
+
+
+def split(op: str, given: dict) -> tuple[tuple, dict]:
+    arguments = torch._C.parse_schema(SCHEMAS[op]).arguments
+    positional = tuple(given[a.name] for a in arguments if not a.kwarg_only and a.name in given)
+    return positional, {a.name: given[a.name] for a in arguments if a.kwarg_only and a.name in given}
+
+
+def check(op: str, given: dict) -> None:
+    args, kwargs = split(op, given)
+    result = torch.library.opcheck(getattr(torch.ops.mustdrop, op).default, args, kwargs)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck(op, device, dtype):
+    check(op, sample(op, device, dtype))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_opcheck_without_options(op, device):
+    """With the defaults of every keyword; and merging with a budget, whose output has another shape."""
+    given = sample(op, device)
+    required = [a.name for a in torch._C.parse_schema(SCHEMAS[op]).arguments if not a.kwarg_only]
+    check(op, {name: given[name] for name in required if name in given})
+    if op == "spatial_merge":
+        check(op, {**given, "budget": 3})
+        check(op, {**given, "uniform": True, "merged_first": True})
+
+
+@pytest.mark.parametrize("op", ["spatial_merge", "gather_tokens"])
+def test_opcheck_with_gradient(op, device):
+    given = sample(op, device)
+    given["x"].requires_grad_()
+    check(op, given)
+
+
+@pytest.mark.parametrize("op", ["compact_kv_", "compact_paged_kv_"])
+def test_in_place_ops_bump_versions(op, device):
+    """Autograd and functionalization see that keys and values changed, and that nothing else did."""
+    given = sample(op, device)
+    before = [t._version for t in tensors_in(given)]
+    getattr(torch.ops.mustdrop, op)(**given)
+    changed = {id(t) for name in ("keys", "values") for t in given[name]}
+    for tensor, version in zip(tensors_in(given), before):
+        assert (tensor._version > version) == (id(tensor) in changed)
+
+
+@pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_")])
+def test_fake_agrees_with_real(op, device):
+    """Shape, dtype, device and strides of what comes out, without running."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    given = sample(op, device)
+    real = getattr(torch.ops.mustdrop, op)(**given)
+    with FakeTensorMode() as mode:
+        fake = getattr(torch.ops.mustdrop, op)(
+            **{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
+        )
+    pairs = zip(real, fake) if isinstance(real, tuple) else [(real, fake)]
+    for a, b in pairs:
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+        assert a.device.type == b.device.type

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far a backend may be from the float64 oracle, and why. Decisions (merge, keep) have no tolerance at all.
+
+Probabilities. A score s = scale * q.k is a float32 sum over head_dim, so it is off by about sqrt(D) * 6e-8 * |q||k| * scale:
+under 3e-6 for the sizes tested (|s| up to about 15). exp turns that absolute error into a relative one of the same size, the
+normaliser adds as much, the mean over heads and the sum over rows add no relative error to speak of, all terms being positive.
+2e-5 relative leaves a factor of three; 1e-6 absolute covers what is far below a uniform share of 1 / L. Half-precision inputs are
+exact in float32 and the outputs are float32, so they have the same tolerance: a backend that rounds q.k fails here.
+
+Merged tokens. A float32 weighted mean of n <= 32 terms is within 4e-6 of the mean of the |terms|; then it is rounded once,
+half a unit in the last place of the dtype.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROBABILITY = {"rtol": 2e-5, "atol": 1e-6}
+MEAN_RTOL = 4e-6
+
+
+def assert_probabilities(got: Tensor, want: np.ndarray, what: str = "") -> None:
+    assert got.dtype == torch.float32, f"{what} must be float32, is {got.dtype}"
+    assert tuple(got.shape) == want.shape, f"{what} has shape {tuple(got.shape)}, must be {want.shape}"
+    got64 = got.detach().cpu().to(torch.float64).numpy()
+    np.testing.assert_allclose(got64, want, **PROBABILITY, equal_nan=True, err_msg=what)
+    zeros = want == 0
+    assert (got64[zeros] == 0).all(), f"{what}: what sees nothing, or is no vision token, must be exactly zero"
+
+
+def assert_rounded_once(got: Tensor, want: np.ndarray, magnitude: np.ndarray, what: str = "") -> None:
+    """`want` float64, `magnitude` the mean of the absolute values that went into it."""
+    info = torch.finfo(got.dtype)
+    error = np.abs(got.detach().cpu().to(torch.float64).numpy() - want)
+    half_ulp = np.maximum(np.abs(want), info.smallest_normal) * info.eps / 2
+    allowed = half_ulp * (1 + 1e-3) + MEAN_RTOL * magnitude
+    worst = np.max(error - allowed, initial=-np.inf)
+    assert worst <= 0, f"{what}: {worst} beyond one rounding to {got.dtype}"

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Importing the package is quick, safe and honest in every process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import mustdrop_kernels
+
+PACKAGE = Path(mustdrop_kernels.__file__).parent
+
+
+def run_python(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=folder)
+
+
+def test_import_touches_nothing() -> None:
+    code = """
+import os, sys
+before = dict(os.environ)
+import torch
+loaded = set(sys.modules)
+import mustdrop_kernels
+assert dict(os.environ) == before
+new = {name.split(".")[0] for name in set(sys.modules) - loaded}
+assert not new & {"triton", "cupy", "transformers", "rich", "typer", "matplotlib", "numpy"}, new
+assert not torch.cuda.is_initialized()
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_works_without_native() -> None:
+    code = """
+import sys
+sys.modules["mustdrop_kernels._native"] = None
+import torch, mustdrop_kernels as mk
+x = torch.arange(6.0).view(1, 3, 2)
+keep, counts = torch.tensor([[2, 0]]), torch.tensor([2], dtype=torch.int32)
+assert mk.gather_tokens(x, keep, counts).tolist() == [[[4.0, 5.0], [0.0, 1.0]]]
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def copy_package(folder: Path) -> Path:
+    shutil.copytree(PACKAGE, folder / "mustdrop_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return folder / "mustdrop_kernels"
+
+
+CALL = """
+import torch, mustdrop_kernels as mk
+assert mk.__file__.startswith({folder!r}), mk.__file__
+x, keep, counts = torch.zeros(1, 2, 2), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+assert mk.gather_tokens(x, keep, counts, backend="reference").shape == (1, 1, 2)
+mk.gather_tokens(x, keep, counts)
+"""
+
+
+def test_missing_library_is_named(tmp_path: Path) -> None:
+    shutil.rmtree(copy_package(tmp_path) / "lib")
+    done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
+    assert done.returncode == 1
+    assert "libmustdrop.so was not built" in done.stderr
+
+
+def test_broken_library_gives_the_loader_s_reason(tmp_path: Path) -> None:
+    (copy_package(tmp_path) / "lib" / "libmustdrop.so").write_bytes(b"not a library")
+    done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
+    assert done.returncode == 1
+    assert "libmustdrop.so could not be loaded" in done.stderr
+    assert "file too short" in done.stderr or "invalid ELF header" in done.stderr
+
+
+def test_cpu_capability_is_obeyed_or_refused() -> None:
+    code = "from mustdrop_kernels import _load; print(_load.cpu_capability())"
+    assert run_python(code, MUSTDROP_CPU_CAPABILITY="baseline").stdout.strip() == "baseline"
+    assert "must be baseline, avx2 or avx512" in run_python(code, MUSTDROP_CPU_CAPABILITY="sse9").stdout
