@@ -159,6 +159,13 @@ __device__ __forceinline__ float max_nan(float a, float b) {  // NaN if one of t
 #endif
 }
 
+// Ordered as the values are: -0 equals +0, NaN is lowest. Never below 2.
+__device__ __forceinline__ uint32_t ordered_key(float v) {
+  if (v != v) return 2;
+  const uint32_t bits = float_to_bits(v + 0.0f);           // -0 becomes +0
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;  // -inf gives 0x007fffff
+}
+
 // ---------------------------------------------------------------------------------------------- threads
 
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x & (kWarp - 1); }

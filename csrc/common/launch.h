@@ -147,6 +147,25 @@ T* mutable_data(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
+// One allocation that a launcher divides among the intermediate results of its kernels, 16-byte aligned each.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t bytes) : bytes_(bytes), memory_(new_empty(like, {bytes}, ScalarType::Byte)) {}
+  static int64_t size(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
+
+  template <class T>
+  T* take(int64_t count) {
+    T* result = reinterpret_cast<T*>(mutable_data<char>(memory_) + used_);
+    used_ += size(count * static_cast<int64_t>(sizeof(T)));
+    if (used_ > bytes_) throw std::logic_error("mustdrop: a workspace is too small");
+    return result;
+  }
+
+ private:
+  int64_t bytes_, used_ = 0;
+  Tensor memory_;
+};
+
 // Whether every address that the pointer and these strides (in elements) give is a multiple of 16 bytes.
 inline bool aligned16(const Tensor& t, int64_t last_size) {
   const int64_t size = t.element_size();

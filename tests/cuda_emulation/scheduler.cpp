@@ -22,7 +22,7 @@
 namespace cuda_emulation {
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10;  // of a fiber; touched pages alone cost memory
+constexpr size_t kStackBytes = 64 << 10;  // of a fiber; touched pages alone cost memory
 constexpr long kMostPauses = 20'000'000;   // of all threads without any other progress: nobody will end this wait
 
 struct Settings {
