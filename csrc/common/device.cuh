@@ -201,6 +201,17 @@ __device__ __forceinline__ T block_sum(T v, T* scratch) {
   return v;
 }
 
+// The maximum over the block, NaN where one is NaN. `scratch`: one float per warp, free again afterwards.
+__device__ __forceinline__ float block_max_nan(float v, float* scratch) {
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) v = max_nan(v, __shfl_xor_sync(kFullMask, v, delta));
+  if (lane_id() == 0) scratch[warp_id()] = v;
+  __syncthreads();
+  for (unsigned w = 0; w < warps_in_block(); ++w) v = max_nan(v, scratch[w]);
+  __syncthreads();
+  return v;
+}
+
 // The sum over the threads before this one; `total` is the sum over the block. `scratch`: one T per warp, which the caller
 // leaves alone until the next barrier.
 template <class T>

@@ -22,7 +22,6 @@ MergeParameters describe(const Tensor& x, const std::vector<int64_t>& grid, cons
   p.window_count = p.window_size = 1;
   for (size_t d = 0; d < 3; ++d) {
     p.grid[d] = d < missing ? 1 : narrow(grid[d - missing]);
-    // A window is no larger than the grid, so that its size fits; whether it is whole does not change the result's meaning.
     p.window[d] = d < missing ? 1 : narrow(window[d - missing]);
     p.windows[d] = narrow(ceil_div(p.grid[d], p.window[d]));
     p.window_count *= p.windows[d];
@@ -40,7 +39,7 @@ template <class T, int V>
 bool launch_cluster(const Device& device, const MergeParameters& p) {
   const DeviceFacts facts = device.facts();
   const bool ranked = p.rule != MergeRule::threshold || p.merged_first;
-  if (V == 1 || !has_clusters(facts) || p.rule == MergeRule::uniform || (ranked && p.window_count > kRankedInBlock)) return false;
+  if (!has_clusters(facts) || p.rule == MergeRule::uniform || (ranked && p.window_count > kRankedInBlock)) return false;
   const int32_t part = narrow(ceil_div(p.window_count, kMergeCluster));
   const MergeLayout layout = merge_layout(p, part, p.channels * static_cast<int64_t>(sizeof(T)));
   if (layout.total > facts.shared_bytes) return false;
@@ -71,7 +70,10 @@ void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
 
 template <class T, int V>
 void launch(const Device& device, const Tensor& x, const MergeParameters& p) {
-  if (!launch_cluster<T, V>(device, p)) launch_plain<T, V>(device, x, p);
+  if constexpr (V > 1) {  // the copies into shared memory are 16 bytes each
+    if (launch_cluster<T, V>(device, p)) return;
+  }
+  launch_plain<T, V>(device, x, p);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B, P+N, C]
