@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
 LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 
-.PHONY: help demo test test-all test-transformers-4 lint format build clean
+.PHONY: help demo bench test test-all test-transformers-4 lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ build: $(VENV)/.packages $(LIBRARY)  ## compile the operators in place
 
 demo: build  ## a photograph through a small LLaVA, with and without dropping; writes out/
 	$(BIN)/mustdrop demo --out out
+
+bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
+	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
 
 test: build  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'

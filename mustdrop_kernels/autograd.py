@@ -7,6 +7,7 @@ One autograd.Function serves torch.ops (registered on the Autograd key) and expl
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -95,7 +96,7 @@ def _gather_tokens_backward(
     counts: Tensor,  # [B]
     shape: torch.Size,  # (B, L, ...)
     align_end: bool,
-) -> Tensor:  # [B, L, ...] float32
+) -> Tensor:  # [B, L, ...] float32, float64 where grad is
     """Each kept row's gradient goes back to where it was taken from; a row that was taken twice gets the sum."""
     length, capacity = shape[1], keep.shape[1]
     kept = counts.long().clamp(0, capacity)[:, None]
@@ -103,8 +104,8 @@ def _gather_tokens_backward(
     valid = (slot < kept) & (keep >= 0) & (keep < length)
     if align_end:
         slot = (slot + capacity - kept).clamp(max=max(capacity - 1, 0))
-    trailing = grad[0, 0].numel() if grad.numel() else 0
-    flat = grad.float().reshape(shape[0], capacity, trailing)
+    trailing = prod(shape[2:])
+    flat = grad.to(torch.promote_types(grad.dtype, torch.float32)).reshape(shape[0], capacity, trailing)
     rows = flat.gather(1, slot[..., None].expand_as(flat)).masked_fill(~valid[..., None], 0.0)
     target = torch.where(valid, keep, length)  # one row past the end takes what is not valid
     out = flat.new_zeros(shape[0], length + 1, trailing)

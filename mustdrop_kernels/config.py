@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterable
 from typing import Any
 
 POSITIONS = ("original", "published")
@@ -79,14 +79,15 @@ class MustDropConfig:
         self._number("key_rate", 0.0, 1.0)
 
         self._integers("pruning_layers", minimum=0)
-        self._require(_strictly_ascending(self.pruning_layers), "pruning_layers", "strictly ascending")
+        ascending = all(a < b for a, b in itertools.pairwise(self.pruning_layers))
+        self._require(ascending, "pruning_layers", "strictly ascending")
         self._number("global_threshold", 0.0, math.inf)
         self._number("individual_threshold", 0.0, math.inf)
         if self.budgets is not None:
             self._integers("budgets", minimum=0)
             layers = len(self.pruning_layers)
             self._require(len(self.budgets) == layers, "budgets", f"one number per pruning layer ({layers})")
-            falling = all(a >= b for a, b in zip(self.budgets, self.budgets[1:]))
+            falling = all(a >= b for a, b in itertools.pairwise(self.budgets))
             self._require(falling, "budgets", "falling: dropped tokens do not come back")
         self._require(self.votes in VOTES, "votes", f"one of {VOTES}")
 
@@ -141,6 +142,7 @@ class MustDropConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MustDropConfig:
+        """A config from what `to_dict` made, or from part of it."""
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"MustDropConfig: unknown field(s) {', '.join(unknown)}")
@@ -170,7 +172,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "128": dict(global_threshold=0.0012, individual_threshold=0.001),
     "64": dict(global_threshold=0.011, individual_threshold=0.01),
     "64-strict": dict(global_threshold=0.005, individual_threshold=0.001),
-    # 3 layers of 576 - 8 r tokens (r windows of 9 merge into one), 4 of each of the first three budgets, 17 of the last.
+    # r windows of 9 patches merge: 3 layers see 576 - 8 r tokens, 4 each of the first three budgets, 17 the last one.
     "budget-192": dict(merge_budget=32, budgets=(272, 228, 184, 144)),
     "budget-128": dict(merge_budget=40, budgets=(200, 164, 128, 80)),
     "budget-64": dict(merge_budget=56, budgets=(108, 82, 56, 40)),
@@ -180,8 +182,3 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 def _is_integer(value: Any, minimum: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
-
-
-def _strictly_ascending(values: Iterable[int]) -> bool:
-    values = list(values)
-    return all(a < b for a, b in zip(values, values[1:]))

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,11 +41,13 @@ class ImageReport:
 
     @property
     def grid(self) -> tuple[int, int]:
+        """H, W."""
         height, width = self.token_of_patch.shape
         return height, width
 
     @property
     def patches(self) -> int:
+        """H * W."""
         return self.token_of_patch.numel()
 
     @property
@@ -65,6 +67,7 @@ class ImageReport:
         return sorted(windows)
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
         return {
             "sequence": self.sequence,
             "grid": list(self.grid),
@@ -81,10 +84,12 @@ class ImageReport:
 
 @dataclasses.dataclass(frozen=True)
 class CacheReport:
-    """The KV cache at one moment: how many tokens each layer holds of each sequence, padding included, and its bytes."""
+    """The KV cache at one moment."""
 
     lengths: list[int]
+    """Tokens of each sequence that each layer holds, padding included."""
     bytes: int
+    """Of the whole batch; 0 where no cache was used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +113,17 @@ class PromptReport:
     """Time that the stages themselves took, by name: "merge", "key tokens", "layer 2", ..., "evict"."""
 
     @property
+    def caches(self) -> tuple[CacheReport, CacheReport, CacheReport]:
+        """Plain, before stage 3, after it."""
+        return self.plain_cache, self.prefill_cache, self.final_cache
+
+    @property
     def mean_tokens(self) -> float:
         """Vision tokens of an image, averaged over the language layers: what methods are compared by."""
-        return sum(self.layer_tokens) / max(len(self.layer_tokens) * len(self.images), 1)
+        return sum(self.layer_tokens) / (len(self.layer_tokens) * len(self.images))
 
     def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
         fields = dataclasses.asdict(dataclasses.replace(self, images=[]))
         return {**fields, "mean_tokens": self.mean_tokens, "images": [image.to_dict() for image in self.images]}
 
@@ -140,32 +151,31 @@ class Report:
         from rich.table import Table
 
         prompt = self.last if prompt is None else prompt
-        table = Table(title=f"Vision tokens of {len(prompt.images)} image(s)")
-        for name in ("stage", "in", "kept"):
-            table.add_column(name, justify="left" if name == "stage" else "right")
-        if len(prompt.images) > 1:
-            table.add_column("per image", justify="right")
-        table.add_column("ms", justify="right")
+        images, times = prompt.images, prompt.milliseconds
+        table = Table(title=f"Vision tokens of {len(images)} image(s)")
+        table.add_column("stage")
+        for name in ("in", "kept", *(["kept of each"] if len(images) > 1 else []), "ms"):
+            table.add_column(name, justify="right")
 
-        def row(stage: str, before: int | str, kept: list[int], time: str) -> int:
-            each = [" ".join(map(str, kept))] if len(prompt.images) > 1 else []
-            ms = f"{prompt.milliseconds[time]:.2f}" if time in prompt.milliseconds else ""
-            table.add_row(stage, str(before), str(sum(kept)), *each, ms)
-            return sum(kept)
+        def row(stage: str, before: object, after: object, time: str, each: Sequence[int] = ()) -> None:
+            middle = [" ".join(map(str, each))] if len(images) > 1 else []
+            table.add_row(stage, str(before), str(after), *middle, f"{times[time]:.2f}" if time in times else "")
 
-        patches = sum(image.patches for image in prompt.images)
-        tokens = row("1 merge", patches, [image.tokens for image in prompt.images], "merge")
-        row("1 key tokens", tokens, [image.key_tokens for image in prompt.images], "key tokens")
-        for layer in prompt.images[0].kept:
-            name = f"layer {layer}"
-            tokens = row(f"2 after {name}", tokens, [image.kept[layer] for image in prompt.images], name)
+        def tokens(stage: str, before: int, each: list[int], time: str) -> int:
+            row(stage, before, sum(each), time, each)
+            return sum(each)
+
+        patches = sum(image.patches for image in images)
+        left = tokens("1 merge", patches, [image.tokens for image in images], "merge")
+        tokens("1 key tokens", left, [image.key_tokens for image in images], "key tokens")
+        for layer in images[0].kept:
+            left = tokens(f"2 after layer {layer}", left, [image.kept[layer] for image in images], f"layer {layer}")
         table.add_section()
-        each = [""] if len(prompt.images) > 1 else []
-        plain, prefill, final = (f"{cache.bytes / 1e6:.2f}" for cache in (prompt.plain_cache, prompt.prefill_cache, prompt.final_cache))
-        table.add_row("KV cache, MB: plain to read", plain, prefill, *each, "")
-        ms = f"{prompt.milliseconds['evict']:.2f}" if "evict" in prompt.milliseconds else ""
-        table.add_row("3 KV cache, MB: read to cut", prefill, final, *each, ms)
-        table.add_row("mean vision tokens per layer and image", "", f"{prompt.mean_tokens:.1f}", *each, "")
+        plain, prefill, final = (f"{cache.bytes / 1e6:.2f}" for cache in prompt.caches)
+        row("1, 2 KV cache in MB, plain and as read", plain, prefill, "")
+        row("3 KV cache in MB, as read and cut", prefill, final, "evict")
+        table.add_section()
+        row("tokens of an image, mean over layers", f"{patches / len(images):.1f}", f"{prompt.mean_tokens:.1f}", "")
         return table
 
 
@@ -178,6 +188,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
+        """Times the block; blocks of one name add up."""
         begin = self._now()
         yield
         self._steps.append((name, begin, self._now()))

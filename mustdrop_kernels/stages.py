@@ -126,6 +126,7 @@ class Tokens:
 
     @property
     def padded(self) -> bool:
+        """Whether some sequence is shorter than the batch."""
         return min(self.lengths) < self.length
 
     def take(self, pruned: Pruned, *, renumber: bool = False, backend: str | None = None) -> Tokens:
@@ -138,7 +139,7 @@ class Tokens:
         real = types != TokenType.PADDING
         if renumber:
             positions = (real.long().cumsum(1) - 1).clamp(min=0)
-        dropped = (before - after for before, after in zip(self.lengths, pruned.lengths))
+        dropped = (before - after for before, after in zip(self.lengths, pruned.lengths, strict=True))
         return Tokens(
             types=types,
             index=gather(self.index).masked_fill(~real, -1),
@@ -146,7 +147,7 @@ class Tokens:
             protected=gather(self.protected),
             counts=pruned.counts,
             lengths=pruned.lengths,
-            vision=tuple(vision - gone for vision, gone in zip(self.vision, dropped)),
+            vision=tuple(vision - gone for vision, gone in zip(self.vision, dropped, strict=True)),
             keys=self.keys,
         )
 
@@ -191,7 +192,7 @@ def prune(
     budget = config.budgets[stage]
     lengths = tuple(
         length - vision + max(min(vision, budget), keys)
-        for length, vision, keys in zip(tokens.lengths, tokens.vision, tokens.keys)
+        for length, vision, keys in zip(tokens.lengths, tokens.vision, tokens.keys, strict=True)
     )
     selection = ops.topk_attention_select(
         query,
@@ -223,6 +224,5 @@ def evict(
     with torch.no_grad():
         ops.compact_kv_(keys, values, keep, [survivors.counts] * len(held), align_end=True, backend=backend)
     width = survivors.length
-    return [
-        (k.narrow(2, k.shape[2] - width, width), v.narrow(2, v.shape[2] - width, width)) for k, v in zip(keys, values)
-    ]
+    last = lambda x: x.narrow(2, x.shape[2] - width, width)  # noqa: E731
+    return [(last(key), last(value)) for key, value in zip(keys, values, strict=True)]

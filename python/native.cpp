@@ -9,10 +9,10 @@ namespace py = pybind11;
 
 namespace {
 
-py::tuple split(const std::string& text) {  // "80;90a" -> ("80", "90a")
+py::tuple split(const std::string& text) {  // "80,90a" -> ("80", "90a")
   py::list parts;
   std::stringstream stream(text);
-  for (std::string part; std::getline(stream, part, ';');)
+  for (std::string part; std::getline(stream, part, ',');)
     if (!part.empty()) parts.append(part);
   return py::tuple(parts);
 }

@@ -8,7 +8,8 @@ import os
 import torch
 from hypothesis import HealthCheck, settings
 
-# "repeatable" is what CI and `make test` run: the same examples every time. HYPOTHESIS_PROFILE=explore looks for new ones.
+# "repeatable" is what CI and `make test` run: the same examples each time.
+# HYPOTHESIS_PROFILE=explore looks for new ones.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("repeatable", derandomize=True, max_examples=25, **_COMMON)
 settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)

@@ -53,9 +53,7 @@ def processor(grid: int = 12) -> LlavaProcessor:
     """Pictures of grid x grid patches."""
     size = PATCH * grid
     return LlavaProcessor(
-        image_processor=CLIPImageProcessor(
-            size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-        ),
+        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
         tokenizer=tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -109,7 +107,7 @@ def model(
     tower = llava.model.vision_tower
     tower = getattr(tower, "vision_model", tower)
     with torch.no_grad():
-        tower.embeddings.position_embedding.weight.mul_(0.3)
+        tower.embeddings.position_embedding.weight.mul_(3.0)
         tower.embeddings.patch_embedding.weight.mul_(2.0)
         for layer in llava.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(2.0)
@@ -119,8 +117,10 @@ def model(
 
 
 def picture(seed: int = 0, grid: int = 12, flat: float = 0.5) -> Image.Image:
-    """A picture with noise, and a flat share on the right that merges."""
+    """A noisy picture whose right share is flat at the top and less so further down, so that part of it merges."""
     size = PATCH * grid
-    pixels = np.random.RandomState(seed).randint(0, 255, (size, size, 3), dtype=np.uint8)
-    pixels[:, size - int(flat * size) :] = (40 + 30 * seed) % 255
-    return Image.fromarray(pixels)
+    pixels = np.random.RandomState(seed).randint(0, 256, (size, size, 3)).astype(float)
+    right = pixels[:, size - int(flat * size) :]
+    right *= np.linspace(0.0, 0.5, size)[:, None, None]
+    right += (40 + 30 * seed) % 60
+    return Image.fromarray(pixels.astype(np.uint8))

@@ -24,25 +24,34 @@ enum class Element : int32_t { f32, f16, bf16 };
 
 // Declares the kernel's levels and mustdrop::cpu::NAME(args, begin, end), which calls the one in use.
 #if defined(__x86_64__)
-#define MUSTDROP_CPU_KERNEL(NAME, ARGS)                               \
-  namespace mustdrop::cpu {                                           \
-  namespace baseline { void NAME(const ARGS&, int64_t, int64_t); }    \
-  namespace avx2 { void NAME(const ARGS&, int64_t, int64_t); }        \
-  namespace avx512 { void NAME(const ARGS&, int64_t, int64_t); }      \
-  inline void NAME(const ARGS& args, int64_t begin, int64_t end) {    \
-    switch (level()) {                                                \
-      case Level::avx512: return avx512::NAME(args, begin, end);      \
-      case Level::avx2: return avx2::NAME(args, begin, end);          \
-      default: return baseline::NAME(args, begin, end);               \
-    }                                                                 \
-  }                                                                   \
+#define MUSTDROP_CPU_KERNEL(NAME, ARGS)                            \
+  namespace mustdrop::cpu {                                        \
+  namespace baseline {                                             \
+  void NAME(const ARGS&, int64_t, int64_t);                        \
+  }                                                                \
+  namespace avx2 {                                                 \
+  void NAME(const ARGS&, int64_t, int64_t);                        \
+  }                                                                \
+  namespace avx512 {                                               \
+  void NAME(const ARGS&, int64_t, int64_t);                        \
+  }                                                                \
+  inline void NAME(const ARGS& args, int64_t begin, int64_t end) { \
+    switch (level()) {                                             \
+      case Level::avx512:                                          \
+        return avx512::NAME(args, begin, end);                     \
+      case Level::avx2:                                            \
+        return avx2::NAME(args, begin, end);                       \
+      default:                                                     \
+        return baseline::NAME(args, begin, end);                   \
+    }                                                              \
+  }                                                                \
   }
 #else
-#define MUSTDROP_CPU_KERNEL(NAME, ARGS)                               \
-  namespace mustdrop::cpu {                                           \
-  namespace baseline { void NAME(const ARGS&, int64_t, int64_t); }    \
-  inline void NAME(const ARGS& args, int64_t begin, int64_t end) {    \
-    baseline::NAME(args, begin, end);                                 \
-  }                                                                   \
+#define MUSTDROP_CPU_KERNEL(NAME, ARGS)                                                                \
+  namespace mustdrop::cpu {                                                                            \
+  namespace baseline {                                                                                 \
+  void NAME(const ARGS&, int64_t, int64_t);                                                            \
+  }                                                                                                    \
+  inline void NAME(const ARGS& args, int64_t begin, int64_t end) { baseline::NAME(args, begin, end); } \
   }
 #endif

@@ -8,6 +8,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 
 struct half {
@@ -34,15 +38,17 @@ inline float to_float(float v) { return v; }
 inline float to_float(bfloat16 v) { return bits_to_float(static_cast<uint32_t>(v.bits) << 16); }
 
 inline float to_float(half v) {
-#if defined(__F16C__) || defined(__aarch64__)
-  _Float16 h;
+#if defined(__F16C__)
+  return _cvtsh_ss(v.bits);
+#elif defined(__aarch64__)
+  __fp16 h;
   memcpy(&h, &v.bits, sizeof h);
   return static_cast<float>(h);
 #else
   const uint32_t sign = static_cast<uint32_t>(v.bits & 0x8000u) << 16;
   const uint32_t rest = v.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));      // inf, NaN
-  const float scaled = bits_to_float((rest << 13)) * bits_to_float(0x77800000u);                 // * 2^112: exact
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));  // inf, NaN
+  const float scaled = bits_to_float((rest << 13)) * bits_to_float(0x77800000u);            // * 2^112: exact
   return bits_to_float(sign | float_to_bits(scaled));
 #endif
 }
@@ -55,8 +61,10 @@ inline void from_float(float v, bfloat16& out) {
 }
 
 inline void from_float(float v, half& out) {
-#if defined(__F16C__) || defined(__aarch64__)
-  const _Float16 h = static_cast<_Float16>(v);
+#if defined(__F16C__)
+  out.bits = _cvtss_sh(v, 0);  // to nearest, ties to even
+#elif defined(__aarch64__)
+  const __fp16 h = static_cast<__fp16>(v);
   memcpy(&out.bits, &h, sizeof h);
 #else
   const uint32_t bits = float_to_bits(v);

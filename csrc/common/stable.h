@@ -25,9 +25,9 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
 // Refuses an argument. Reads as: MUSTDROP_CHECK(ok, op, "scores", " must be (B, L), got ", shape_of(scores)).
-#define MUSTDROP_CHECK(ok, op, argument, ...)                   \
-  do {                                                          \
-    if (!(ok)) ::mustdrop::refuse(op, argument, __VA_ARGS__);   \
+#define MUSTDROP_CHECK(ok, op, argument, ...)                 \
+  do {                                                        \
+    if (!(ok)) ::mustdrop::refuse(op, argument, __VA_ARGS__); \
   } while (false)
 
 template <class... Parts>
@@ -64,8 +64,7 @@ inline void check_float(const char* op, const std::string& argument, const Tenso
 }
 
 inline void check_dtype(const char* op, const std::string& argument, const Tensor& t, ScalarType type) {
-  MUSTDROP_CHECK(t.scalar_type() == type, op, argument, " must be ", name_of(type), ", got ",
-                 name_of(t.scalar_type()));
+  MUSTDROP_CHECK(t.scalar_type() == type, op, argument, " must be ", name_of(type), ", got ", name_of(t.scalar_type()));
 }
 
 inline void check_dim(const char* op, const std::string& argument, const Tensor& t, int64_t dim, const char* shape) {
@@ -73,8 +72,8 @@ inline void check_dim(const char* op, const std::string& argument, const Tensor&
 }
 
 inline void check_shape(const char* op, const std::string& argument, const Tensor& t, std::vector<int64_t> shape) {
-  const bool same = t.dim() == static_cast<int64_t>(shape.size()) &&
-                    std::equal(shape.begin(), shape.end(), t.sizes().begin());
+  const bool same =
+      t.dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), t.sizes().begin());
   MUSTDROP_CHECK(same, op, argument, " must be ", to_text(shape), ", got ", shape_of(t));
 }
 

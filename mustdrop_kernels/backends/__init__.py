@@ -69,6 +69,8 @@ class Backend:
 _registered: dict[str, Backend] = {}
 _serving: dict[str, str] = {}  # device type -> backend behind torch.ops.mustdrop.*
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("mustdrop_backend", default=None)
+# The same for torch.compile, which cannot trace a ContextVar but compiles again when a global has changed.
+_traced_choice: str | None = None
 _libraries: list[torch.library.Library] = []  # kept alive: a registration lives as long as its Library
 
 
@@ -106,17 +108,24 @@ def use_backend(name: str) -> Iterator[Backend]:
     Raises:
         BackendError: there is no backend of this name.
     """
+    global _traced_choice
     backend = get(name)
-    token = _chosen.set(name)
+    token, before = _chosen.set(name), _traced_choice
+    _traced_choice = name
     try:
         yield backend
     finally:
         _chosen.reset(token)
+        _traced_choice = before
 
 
 def serving(device_type: str) -> str | None:
     """The name of the backend behind ``torch.ops.mustdrop.*`` on a device, None where nobody serves."""
     return _serving.get(device_type)
+
+
+def _chosen_now() -> str | None:
+    return _traced_choice if torch.compiler.is_compiling() else _chosen.get()
 
 
 def explicit(op: str, device_type: str, name: str | None) -> Implementation | None:
@@ -125,7 +134,7 @@ def explicit(op: str, device_type: str, name: str | None) -> Implementation | No
     Raises:
         BackendError: the choice does not exist or does not serve this operator on this device.
     """
-    name = name or _chosen.get()
+    name = name or _chosen_now()
     if name is None or name == _serving.get(device_type):
         return None
     backend = get(name)

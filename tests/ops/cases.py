@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -100,16 +101,14 @@ class Watch:
     @staticmethod
     def _flat(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
-        return torch.empty(0, dtype=torch.uint8, device=t.device).set_(
-            storage, 0, (storage.nbytes(),), (1,)
-        )
+        return torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage, 0, (storage.nbytes(),), (1,))
 
     def nothing_changed(self) -> bool:
-        return all(torch.equal(self._flat(t), old) for t, old in zip(self.tensors, self.before))
+        return all(torch.equal(self._flat(t), old) for t, old in zip(self.tensors, self.before, strict=True))
 
     def outside_unchanged(self, *views: Tensor) -> bool:
         """No byte changed but those that belong to an element of `views` (or of the tensors watched)."""
-        for t, old in zip(self.tensors, self.before):
+        for t, old in zip(self.tensors, self.before, strict=True):
             allowed = torch.zeros_like(old, dtype=torch.bool)
             for view in views or self.tensors:
                 if view.untyped_storage().data_ptr() == t.untyped_storage().data_ptr() and view.numel():
@@ -212,9 +211,7 @@ def attention(
     if types is None:
         sides = ("left", "right")
         pads = [(3 * b) % max(1, length // 3) for b in range(batch)]
-        types = [
-            prompt(length, images=1 + b % 2, pad=pads[b], side=sides[(b + seed) % 2]) for b in range(batch)
-        ]
+        types = [prompt(length, images=1 + b % 2, pad=pads[b], side=sides[(b + seed) % 2]) for b in range(batch)]
     kinds = types_tensor(types, device).reshape(batch, length)
     if layout != "plain":
         order = {"window": (0, 1, 2, 3), "blhd": (0, 2, 1, 3)}[layout]
@@ -272,7 +269,7 @@ def dual_margin(total, peak, types, global_threshold: float, individual_threshol
 def order_margin(values: np.ndarray) -> float:
     """Smallest relative gap between two neighbours in sorted order."""
     ordered = np.sort(values)
-    gaps = [relative_gap(a, b) for a, b in zip(ordered[:-1], ordered[1:])]
+    gaps = [relative_gap(a, b) for a, b in itertools.pairwise(ordered)]
     return min(gaps, default=math.inf)
 
 

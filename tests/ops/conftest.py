@@ -22,7 +22,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 class BackendUnderTest:
-    """The public functions bound to one backend and one device; skips, with the backend's own reason, where it does not serve."""
+    """The public functions bound to one backend and device; skips, with its reason, what the backend does not serve."""
 
     def __init__(self, name: str, device: str) -> None:
         self.name, self.device = name, device

@@ -30,14 +30,14 @@ class Merge(NamedTuple):
 
 def window_members(grid: list[int], window: list[int]) -> tuple[list[list[int]], list[bool]]:
     """Token indices of each window in raster order, and whether the window is whole (not cut by the border)."""
-    steps = [range(0, g, w) for g, w in zip(grid, window)]
+    steps = [range(0, g, w) for g, w in zip(grid, window, strict=True)]
     members, whole = [], []
     for origin in itertools.product(*steps):
-        ranges = [range(o, min(o + w, g)) for o, w, g in zip(origin, window, grid)]
+        ranges = [range(o, min(o + w, g)) for o, w, g in zip(origin, window, grid, strict=True)]
         tokens = []
         for place in itertools.product(*ranges):
             index = 0
-            for coordinate, extent in zip(place, grid):
+            for coordinate, extent in zip(place, grid, strict=True):
                 index = index * extent + coordinate
             tokens.append(index)
         members.append(tokens)
@@ -240,13 +240,13 @@ def text_vision_attention(q, k, token_types, scale, max_query, lse=None) -> np.n
 def spans(cumulative: np.ndarray, extent: int) -> list[tuple[int, int]]:
     """(start, end) of each sequence, clamped to the packed tensor."""
     clamped = [max(0, min(int(c), extent)) for c in cumulative]
-    return [(a, max(a, b)) for a, b in zip(clamped[:-1], clamped[1:])]
+    return [(a, max(a, b)) for a, b in itertools.pairwise(clamped)]
 
 
 def text_vision_scores_varlen(q, k, token_types, cu_seqlens_q, cu_seqlens_k, scale, lse=None):
     """q (total_q, Hq, D), k (total_k, Hk, D), token_types (total_k), lse (Hq, total_q) -> two (total_k,)."""
     total, peak = np.zeros(len(token_types)), np.zeros(len(token_types))
-    for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q, len(q)), spans(cu_seqlens_k, len(k))):
+    for (q0, q1), (k0, k1) in zip(spans(cu_seqlens_q, len(q)), spans(cu_seqlens_k, len(k)), strict=True):
         part = None if lse is None else lse[:, q0:q1]
         total[k0:k1], peak[k0:k1] = scores(
             q[q0:q1].transpose(1, 0, 2), k[k0:k1].transpose(1, 0, 2), token_types[k0:k1], scale, part
@@ -373,7 +373,7 @@ def compact_paged_kv(
     """cache (blocks, slots, Hk, bytes) -> (what it holds after, which slots are specified).
 
     Unspecified are only positions of a listed block from which the survivors have gone: past `counts`, or before the
-    aligned end. Blocks that no sequence lists, and positions from seq_lens on where the end is aligned, stay as they are.
+    aligned end. Blocks that no sequence lists, and positions past an aligned end, stay as they are.
     """
     blocks, slots, heads, _ = cache.shape
     batch, max_blocks = block_table.shape
@@ -397,7 +397,7 @@ def compact_paged_kv(
             for src, dst in moves(stream, count, end, align_end):
                 source, target = place(b, src), place(b, dst)
                 if target is not None:
-                    told[target + (h,)] = True
+                    told[(*target, h)] = True
                     if source is not None:
-                        after[target + (h,)] = cache[source + (h,)]
+                        after[(*target, h)] = cache[(*source, h)]
     return after, told

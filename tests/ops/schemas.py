@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public contract: every op's schema, held literally. A change adds a keyword with a default, or an op; nothing else."""
+"""The public contract: every op's schema, held literally. A change may add a keyword with a default, or an op."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def counts_of(lead: Sequence[int], top: int, seed: int) -> Tensor:
 
 def verify(before: list, after: list, keeps: list, counts: list, align_end: bool) -> None:
     """Every slot that the contract specifies, bit for bit."""
-    for layer, (old, new) in enumerate(zip(before, after)):
+    for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         keep = keeps[layer if len(keeps) > 1 else 0].cpu().numpy()
         count = counts[layer if len(counts) > 1 else 0].cpu().numpy()
         want, told = oracle.compact_kv(old, keep, count, align_end)
@@ -167,7 +167,9 @@ def test_keep_views(backend, align_end):
 
 
 @pytest.mark.parametrize("align_end", [False, True])
-@pytest.mark.parametrize("pattern", ["all", "none", "first", "last", "all but first", "all but last", "even", "odd", "runs"])
+@pytest.mark.parametrize(
+    "pattern", ["all", "none", "first", "last", "all but first", "all but last", "even", "odd", "runs"]
+)
 def test_patterns(backend, pattern, align_end):
     length = 70
     positions = {
@@ -191,7 +193,7 @@ def test_patterns(backend, pattern, align_end):
         old = [t.clone() for t in (*keys, *values)]
         backend.compact_kv_(keys, values, [keep.to(backend.device)], [counts], align_end=align_end)
         if pattern == "all":
-            assert all(same_bits(a, b) for a, b in zip(old, (*keys, *values)))
+            assert all(same_bits(a, b) for a, b in zip(old, (*keys, *values), strict=True))
 
 
 @pytest.mark.parametrize("align_end", [False, True])
@@ -243,7 +245,7 @@ def test_garbage_on_the_device(backend, seed, align_end):
 
 
 def test_only_listed_sequences_change(backend):
-    """A count of zero leaves its sequence as it was up to what is unspecified; a neighbour's slots are never touched."""
+    """A count of zero moves nothing in its sequence, and a neighbour's moves do not reach into it."""
     keys, values = caches(1, (3, 2, 20, 8), torch.float32, backend.device)
     counts = torch.tensor([4, 0, 4], dtype=torch.int32)
     keep = ascending((3,), 20, 4, counts, 1).to(backend.device)
@@ -306,7 +308,7 @@ def test_same_bits_every_run(backend, threads, align_end):
         specified = [slice(257 - n, 257) if align_end else slice(0, n) for n in counts.tolist()]
         results.append([t[b, :, specified[b]].clone() for t in (*keys, *values) for b in range(2)])
     for other in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0], other))
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_nan_payloads_move(backend):

@@ -70,7 +70,7 @@ def check(backend, p: Pool, keeps: list, counts: list, align_end: bool = False) 
     assert inputs.nothing_changed()
     assert caches.outside_unchanged(), "a byte outside the caches was written"
     lengths = p.seq_lens.cpu().numpy()
-    for i, (old, new) in enumerate(zip(before, everything)):
+    for i, (old, new) in enumerate(zip(before, everything, strict=True)):
         layer = i % len(p.keys)
         keep = keeps[layer if len(keeps) > 1 else 0].cpu().numpy()
         count = counts[layer if len(counts) > 1 else 0].cpu().numpy()
@@ -194,7 +194,8 @@ def test_aligned_end_frees_leading_blocks(backend, slots):
     check(backend, p, [keep], [counts], True)
     for b, n in enumerate(lengths):
         kept, dropped = int(counts[b]), n - int(counts[b])
-        assert dropped % slots == 0 and dropped > 0
+        assert dropped % slots == 0
+        assert dropped > 0
         shifted = p.table[b, dropped // slots :]
         for i in range(kept):
             source = int(keep[b, i])
@@ -252,7 +253,7 @@ def test_seq_lens_without_align_end_changes_nothing(backend):
         wrong = torch.tensor([3, 4], dtype=torch.int32, device=backend.device)
         backend.compact_paged_kv_(p.keys, p.values, p.table, [keep], [counts], seq_lens=wrong if given else None)
         results.append([(p.keys[0][int(p.table[0, i // 4]), i % 4]).clone() for i in range(int(counts[0]))])
-    assert all(same_bits(a, b) for a, b in zip(*results))
+    assert all(same_bits(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0], [1]], ids=str)
@@ -286,15 +287,18 @@ def test_same_bits_every_run(backend, threads, align_end):
         threads(count)
         p = pool([257, 130], 16, dims=(64, 64), device=backend.device)
         keep, counts = chosen(p, (2,), 0.4, 1)
-        backend.compact_paged_kv_(
-            p.keys, p.values, p.table, [keep], [counts], seq_lens=p.seq_lens, align_end=align_end
-        )
-        ends = [(n - c, n) if align_end else (0, c) for n, c in zip(p.seq_lens.tolist(), counts.tolist())]
+        backend.compact_paged_kv_(p.keys, p.values, p.table, [keep], [counts], seq_lens=p.seq_lens, align_end=align_end)
+        ends = [(n - c, n) if align_end else (0, c) for n, c in zip(p.seq_lens.tolist(), counts.tolist(), strict=True)]
         results.append(
-            [t[int(p.table[b, i // 16]), i % 16].clone() for t in (*p.keys, *p.values) for b in range(2) for i in range(*ends[b])]
+            [
+                t[int(p.table[b, i // 16]), i % 16].clone()
+                for t in (*p.keys, *p.values)
+                for b in range(2)
+                for i in range(*ends[b])
+            ]
         )
     for other in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0], other))
+        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 def test_slot_pool(backend):

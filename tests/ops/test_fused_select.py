@@ -20,7 +20,6 @@ from .cases import (
     dtype_id,
     dual_margin,
     dual_thresholds,
-    f64,
     generator,
     prompt,
     relative_gap,
@@ -30,7 +29,7 @@ from .tolerance import assert_probabilities
 
 
 def clear_budget(total: np.ndarray, types: np.ndarray, wanted: int, protected=None, drop_multiple: int = 1) -> int:
-    """The budget nearest to the one wanted for which no close pair decides, in any sequence, also after drop_multiple."""
+    """The budget nearest to the one wanted that no close pair decides, in any sequence, also after drop_multiple."""
 
     def clear(budget: int) -> bool:
         for b in range(len(total)):
@@ -58,10 +57,13 @@ def check_common(backend, case: Attention, got, want_keep, capacity, lse=None) -
     assert got.counts.tolist() == counts.tolist()
     assert got.keep.tolist() == keep.tolist()
     separate = backend.text_vision_scores(*case.arguments, lse=lse)
-    assert same_bits(separate.total, got.total) and same_bits(separate.peak, got.peak)
+    assert same_bits(separate.total, got.total)
+    assert same_bits(separate.peak, got.peak)
 
 
-def check_dual(backend, case: Attention, quantiles=(0.5, 0.5), *, lse=None, protected=None, capacity=None, drop_multiple=1):
+def check_dual(
+    backend, case: Attention, quantiles=(0.5, 0.5), *, lse=None, protected=None, capacity=None, drop_multiple=1
+):
     total, peak = case.oracle_scores(lse)
     types = case.types.cpu().numpy()
     thresholds = dual_thresholds(total, peak, types, quantiles)
@@ -74,11 +76,14 @@ def check_dual(backend, case: Attention, quantiles=(0.5, 0.5), *, lse=None, prot
     want = oracle.select_dual(total, peak, types, *thresholds, mask, drop_multiple)
     check_common(backend, case, got, want, capacity, lse)
     separate = backend.select_dual(got.total, got.peak, case.types, *thresholds, **options)
-    assert same_bits(separate.keep, got.keep) and same_bits(separate.counts, got.counts)
+    assert same_bits(separate.keep, got.keep)
+    assert same_bits(separate.counts, got.counts)
     return want
 
 
-def check_topk(backend, case: Attention, wanted, *, lse=None, budgets=None, protected=None, capacity=None, drop_multiple=1):
+def check_topk(
+    backend, case: Attention, wanted, *, lse=None, budgets=None, protected=None, capacity=None, drop_multiple=1
+):
     total, _ = case.oracle_scores(lse)
     types = case.types.cpu().numpy()
     mask = None if protected is None else protected.cpu().numpy()
@@ -91,7 +96,8 @@ def check_topk(backend, case: Attention, wanted, *, lse=None, budgets=None, prot
     want = oracle.select_topk(total, types, budget, rows, mask, drop_multiple)
     check_common(backend, case, got, want, capacity, lse)
     separate = backend.select_topk(got.total, case.types, budget, **options)
-    assert same_bits(separate.keep, got.keep) and same_bits(separate.counts, got.counts)
+    assert same_bits(separate.keep, got.keep)
+    assert same_bits(separate.counts, got.counts)
     return want
 
 
@@ -170,9 +176,7 @@ def test_token_types(backend, types):
     got = backend.dual_attention_select(*case.arguments, 0.1, 0.1)
     total, peak = case.oracle_scores()
     if dual_margin(total, peak, case.types.cpu().numpy(), 0.1, 0.1) > 1e-4:
-        check_common(
-            backend, case, got, oracle.select_dual(total, peak, case.types.cpu().numpy(), 0.1, 0.1), None
-        )
+        check_common(backend, case, got, oracle.select_dual(total, peak, case.types.cpu().numpy(), 0.1, 0.1), None)
     check_topk(backend, case, 2)
 
 
@@ -212,4 +216,4 @@ def test_same_bits_every_run(backend, threads, dtype):
         dual = backend.dual_attention_select(*case.arguments, 0.01, 0.01, drop_multiple=4)
         runs.append([*dual, *backend.topk_attention_select(*case.arguments, 30)])
     for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other))
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))

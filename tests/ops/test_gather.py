@@ -14,7 +14,9 @@ from . import oracle
 from .cases import MOVABLE, Watch, as_bytes, dtype_id, generator, in_buffer, random_bits, same_bits
 
 
-def sets(batch: int, length: int, capacity: int, counts: list[int], seed: int = 0, device="cpu") -> tuple[Tensor, Tensor]:
+def sets(
+    batch: int, length: int, capacity: int, counts: list[int], seed: int = 0, device="cpu"
+) -> tuple[Tensor, Tensor]:
     """Ascending positions, -1 past the counts (which may be out of range themselves)."""
     keep = torch.full((batch, capacity), -1, dtype=torch.int64)
     for b, count in enumerate(counts):
@@ -32,7 +34,8 @@ def check(backend, x: Tensor, keep: Tensor, counts: Tensor, align_end: bool = Fa
     watch = Watch(x, keep, counts)
     got = backend.gather_tokens(x, keep, counts, align_end=align_end)
     assert watch.nothing_changed()
-    assert got.dtype == x.dtype and got.device == x.device
+    assert got.dtype == x.dtype
+    assert got.device == x.device
     assert tuple(got.shape) == (x.shape[0], keep.shape[1], *x.shape[2:])
     want = oracle.gather_tokens(rows(x), keep.cpu().numpy(), counts.cpu().numpy(), align_end)
     assert (rows(got) == want).all()
@@ -176,7 +179,8 @@ def test_same_bits_every_run(backend, threads):
     for count in (1, 2, 2):
         threads(count)
         runs.append(backend.gather_tokens(x, keep, counts))
-    assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
+    assert same_bits(runs[0], runs[1])
+    assert same_bits(runs[0], runs[2])
 
 
 def test_negative_zero_and_nan_payload(backend):

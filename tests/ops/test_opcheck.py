@@ -53,7 +53,7 @@ def test_in_place_ops_bump_versions(op, device):
     before = [t._version for t in tensors_in(given)]
     getattr(torch.ops.mustdrop, op)(**given)
     changed = {id(t) for name in ("keys", "values") for t in given[name]}
-    for tensor, version in zip(tensors_in(given), before):
+    for tensor, version in zip(tensors_in(given), before, strict=True):
         assert (tensor._version > version) == (id(tensor) in changed)
 
 
@@ -68,7 +68,7 @@ def test_fake_agrees_with_real(op, device):
         fake = getattr(torch.ops.mustdrop, op)(
             **{k: mode.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in given.items()}
         )
-    pairs = zip(real, fake) if isinstance(real, tuple) else [(real, fake)]
+    pairs = zip(real, fake, strict=True) if isinstance(real, tuple) else [(real, fake)]
     for a, b in pairs:
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
         assert a.device.type == b.device.type

@@ -330,7 +330,8 @@ def expect_refusal(call: Callable, op: str, argument: str, given: dict) -> None:
     message = str(refusal.value)
     assert message.startswith(f"mustdrop::{op}: {argument}"), message
     rest = message.removeprefix(f"mustdrop::{op}: {argument}")
-    assert rest[0] in " [" and len(rest) > 10, f"must name {argument} and say what is wrong: {message}"
+    assert rest[0] in " [", f"must name {argument}: {message}"
+    assert len(rest) > 10, f"must say what is wrong: {message}"
     assert watch is None or watch.nothing_changed()
 
 
@@ -368,7 +369,11 @@ def test_refused_on_fakes(op, device):
             return [fake(item) for item in t]
         return mode.from_tensor(t) if isinstance(t, torch.Tensor) else t
 
-    rows = [(argument, broken(op, argument, wrong, device)) for o, argument, wrong in ROWS if o == op and "twice" not in wrong]
+    rows = [
+        (argument, broken(op, argument, wrong, device))
+        for o, argument, wrong in ROWS
+        if o == op and "twice" not in wrong
+    ]
     rows += [(argument, broken_together(op, changes, device)) for o, argument, changes in TOGETHER if o == op]
     for argument, given in rows:
         with mode:

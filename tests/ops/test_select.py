@@ -143,14 +143,18 @@ def test_dual_comparisons_are_strict(backend):
 
 
 def test_dual_thresholds_are_float32(backend):
-    """0.1 in float32 is above 0.1: a peak of exactly float32(0.1) is not below the threshold 0.1."""
-    types = types_tensor([[VISION, VISION, QUERY]], backend.device)
-    tenth = torch.tensor(0.1).item()  # float32(0.1) as a double, larger than 0.1
-    below = float(np.nextafter(np.float32(0.1), np.float32(0)))
-    total = torch.tensor([[0.0, 0.0, 1.0]], device=backend.device)
-    peak = torch.tensor([[tenth, below, 0.0]], device=backend.device)
-    got = backend.select_dual(total, peak, types, 0.5, 0.1)
-    assert got.keep.tolist() == [[0, 2, -1]]
+    """0.7 in float32 is below 0.7: a value of exactly float32(0.7) is not below the threshold 0.7, and stays."""
+    rounded = torch.tensor(0.7).item()
+    assert rounded < 0.7
+    below = float(np.nextafter(np.float32(0.7), np.float32(0)))
+    types = types_tensor([[VISION, QUERY], [VISION, QUERY]], backend.device)
+    values = torch.tensor([[rounded, 1 - rounded], [below, 1 - below]], device=backend.device)
+    assert values.sum(1).tolist() == [1, 1]
+    zero = torch.zeros_like(values)
+    by_total = backend.select_dual(values, zero, types, 0.7, 1.0)
+    assert by_total.counts.tolist() == [2, 1]
+    by_peak = backend.select_dual(values, values, types, 2.0, 0.7)
+    assert by_peak.counts.tolist() == [2, 1]
 
 
 def test_dual_sum_runs_over_the_whole_row(backend):
@@ -162,7 +166,9 @@ def test_dual_sum_runs_over_the_whole_row(backend):
     assert got.keep.tolist() == [[0, 2, 3, -1, -1]]
 
 
-@pytest.mark.parametrize("thresholds", [(0.0, 0.0), (-1.0, 1.0), (math.inf, math.inf), (1.0, 2.0), (math.nan, 1.0)], ids=str)
+@pytest.mark.parametrize(
+    "thresholds", [(0.0, 0.0), (-1.0, 1.0), (math.inf, math.inf), (1.0, 2.0), (math.nan, 1.0)], ids=str
+)
 @pytest.mark.parametrize("fill", [0.0, 1.0, 1e-30, 3e38])
 def test_dual_all_equal(backend, thresholds, fill):
     types = types_for(2, 40, backend.device)
@@ -184,8 +190,10 @@ def test_dual_nan_and_infinity(backend):
     total[3, 5], total[3, 6] = math.inf, -math.inf
     want = check_dual(backend, total, peak, types, (1.0, 10.0), clear=False)
     padding = (types == PADDING).sum(1).tolist()
-    assert len(want[0]) == 30 - padding[0] and len(want[3]) == 30 - padding[3]
-    assert vision in want[1] and len(want[1]) == int((types[1] != VISION).sum()) - padding[1] + 1
+    assert len(want[0]) == 30 - padding[0]
+    assert len(want[3]) == 30 - padding[3]
+    assert vision in want[1]
+    assert len(want[1]) == int((types[1] != VISION).sum()) - padding[1] + 1
 
 
 def test_dual_negative_values(backend):
@@ -398,4 +406,4 @@ def test_same_bits_every_run(backend, threads, dtype):
         dual = backend.select_dual(total, peak, types, *thresholds, drop_multiple=4)
         runs.append([*dual, *backend.select_topk(total, types, 20, drop_multiple=4)])
     for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other))
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))

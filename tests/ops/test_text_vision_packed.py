@@ -55,7 +55,7 @@ class Packed:
     def lse(self) -> Tensor:
         """(Hq, total_q) float32."""
         out = np.full((self.q.shape[1], len(self.q)), -math.inf)
-        bounds = zip(oracle.spans(self.cu_q, len(self.q)), oracle.spans(self.cu_k, len(self.k)))
+        bounds = zip(oracle.spans(self.cu_q, len(self.q)), oracle.spans(self.cu_k, len(self.k)), strict=True)
         for (q0, q1), (k0, k1) in bounds:
             q, k = f64(self.q[q0:q1]).transpose(1, 0, 2), f64(self.k[k0:k1]).transpose(1, 0, 2)
             out[:, q0:q1] = oracle.log_sum_exp(q, k, self.types[k0:k1].cpu().numpy(), self.scale)
@@ -72,7 +72,7 @@ def packed(
     return Packed(
         normal((total_q, heads[0], dim), 2 * seed, dtype, device, 1.5),
         normal((total_k, heads[1], dim), 2 * seed + 1, dtype, device, 1.5),
-        types_tensor([sum(types, [])], device).reshape(-1),
+        types_tensor([[t for row in types for t in row]], device).reshape(-1),
         cumulative([q for q, _ in lengths], device),
         cumulative([k for _, k in lengths], device),
         1 / math.sqrt(dim),
@@ -158,7 +158,8 @@ def test_varlen_outside_every_sequence(backend):
     case.types = torch.nn.functional.pad(case.types, (3, 3), value=QUERY)
     case.cu_q, case.cu_k = case.cu_q + 3, case.cu_k + 3
     total = check(backend, case)
-    assert total.any() and np.isfinite(total).all()
+    assert total.any()
+    assert np.isfinite(total).all()
 
 
 def test_varlen_larger_maxima(backend):
@@ -171,7 +172,9 @@ def test_varlen_larger_maxima(backend):
     torch.testing.assert_close(exact.peak, loose.peak, rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("cu_q", [[0, 6, 10], [0, 99, 200], [6, 3, 10], [-5, 4, 10], [2**31 - 1, -(2**31), 3], [10, 6, 0]])
+@pytest.mark.parametrize(
+    "cu_q", [[0, 6, 10], [0, 99, 200], [6, 3, 10], [-5, 4, 10], [2**31 - 1, -(2**31), 3], [10, 6, 0]]
+)
 @pytest.mark.parametrize("cu_k", [[0, 8, 12], [0, 99, 200], [9, 3, 12], [-7, 5, 12], [2**31 - 1, -(2**31), 3]])
 def test_varlen_garbage_on_the_device(backend, cu_q, cu_k):
     """Lengths that run backwards or out of the tensors: clamped, and nothing outside is read (it is NaN) or written."""
@@ -185,7 +188,8 @@ def test_varlen_garbage_on_the_device(backend, cu_q, cu_k):
     q, k, types, cq, ck, _, _, scale = case.arguments
     for longest in (0, 1, 50):
         got = backend.text_vision_scores_varlen(q, k, types, cq, ck, longest, longest, scale)
-        assert tuple(got.total.shape) == (12,) and got.total.isfinite().all()
+        assert tuple(got.total.shape) == (12,)
+        assert got.total.isfinite().all()
     assert watch.nothing_changed()
 
 
@@ -249,7 +253,9 @@ def paged_lse(case: Paged) -> Tensor:
         where = [(int(case.table[b, p // slots]), p % slots) for p in range(length)]
         k = np.array([f64(case.k_cache[w]) for w in where]).reshape(length, *case.k_cache.shape[2:])
         types = case.types[b, :length].cpu().numpy()
-        out[:, q0:q1] = oracle.log_sum_exp(f64(case.q[q0:q1]).transpose(1, 0, 2), k.transpose(1, 0, 2), types, case.scale)
+        out[:, q0:q1] = oracle.log_sum_exp(
+            f64(case.q[q0:q1]).transpose(1, 0, 2), k.transpose(1, 0, 2), types, case.scale
+        )
     return expected(out).float().to(case.q.device)
 
 
@@ -388,7 +394,8 @@ def test_padding_inside_a_block(backend):
     case.k_cache[case.table[0, 0].long(), 0] = math.nan
     case.k_cache[case.table[0, 0].long(), 3] = math.nan
     total = check_paged(backend, case)
-    assert np.isfinite(total).all() and total.any()
+    assert np.isfinite(total).all()
+    assert total.any()
 
 
 @pytest.mark.slow
@@ -412,4 +419,4 @@ def test_same_bits_every_run(backend, threads, dtype):
             ]
         )
     for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other))
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))

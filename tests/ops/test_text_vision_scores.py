@@ -103,7 +103,7 @@ def test_views(backend, dtype, layout):
 
 
 def test_views_of_one_projection(backend):
-    """q and k as slices of one packed [B, L, Hq + 2 Hk, D] projection; an expanded batch; a mask with gaps between rows."""
+    """q and k as slices of one packed [B, L, Hq + 2 Hk, D] projection; an expanded batch."""
     qkv = torch.randn(2, 18, 8, 16, generator=torch.Generator().manual_seed(1)).to(backend.device)
     types = types_tensor([prompt(18), prompt(18, pad=4)], backend.device)
     q, k = qkv[:, :, :4].transpose(1, 2), qkv[:, :, 4:6].transpose(1, 2)
@@ -131,7 +131,8 @@ def test_last_rows_only(backend, rows, with_lse):
 def test_no_rows(backend):
     case = attention(2, (4, 2), 0, 12, 16, device=backend.device)
     total, peak = check(backend, case)
-    assert not total.any() and not peak.any()
+    assert not total.any()
+    assert not peak.any()
 
 
 @pytest.mark.parametrize("pieces", [[24], [10, 14], [1] * 24, [7, 16, 1]], ids=str)
@@ -178,7 +179,8 @@ def test_token_types(backend, name, with_lse):
     case = attention(1, (4, 2), None, len(types), 8, device=backend.device, types=[types])
     total, peak = check(backend, case, case.lse() if with_lse else None)
     if VISION not in types or QUERY not in types:
-        assert not total.any() and not peak.any()
+        assert not total.any()
+        assert not peak.any()
 
 
 def test_batch_rows_are_independent(backend):
@@ -204,7 +206,8 @@ def test_sharp_attention(backend):
     """Scores far beyond exp's range: one column takes all."""
     case = attention(2, (4, 2), None, 30, 16, device=backend.device, gain=60.0)
     got = backend.text_vision_scores(*case.arguments)
-    assert got.total.isfinite().all() and got.peak.isfinite().all()
+    assert got.total.isfinite().all()
+    assert got.peak.isfinite().all()
     assert float(got.peak.max()) <= 1 + 1e-6
     total, _ = case.oracle_scores()
     # Scores of thousands are known to a few 1e-4: compare what that leaves, loosely, and exactly where it is clear.
@@ -232,7 +235,8 @@ def test_padding_is_not_read(backend):
     case.q[:, :, 9:] = math.nan
     check(backend, case)
     dirty = backend.text_vision_scores(*case.arguments)
-    assert same_bits(clean.total, dirty.total) and same_bits(clean.peak, dirty.peak)
+    assert same_bits(clean.total, dirty.total)
+    assert same_bits(clean.peak, dirty.peak)
 
 
 @pytest.mark.parametrize("where", ["q", "k"])
@@ -245,7 +249,8 @@ def test_nan_spreads_as_in_the_formula(backend, where):
     else:
         case.k[0, 1, 2, 0] = math.nan
     total, peak = check(backend, case)
-    assert np.isnan(total[0, [1, 2]]).all() and np.isnan(peak[0, [1, 2]]).all()
+    assert np.isnan(total[0, [1, 2]]).all()
+    assert np.isnan(peak[0, [1, 2]]).all()
     assert np.isnan(total[0, 5]) == (where == "k")
     assert np.isfinite(total[1]).all()
 
@@ -266,12 +271,14 @@ def test_minus_infinity(backend):
     case.k[0, :, 4, 0] = -math.inf
     case.k[1, ..., 0] = -math.inf
     total, peak = check(backend, case)
-    assert total[0, 4] == 0 and total[0].any()
-    assert not total[1].any() and not peak[1].any()
+    assert total[0, 4] == 0
+    assert total[0].any()
+    assert not total[1].any()
+    assert not peak[1].any()
 
 
 def test_lse_of_minus_infinity(backend):
-    """A row whose normaliser says that it sees nothing gives zeros; normalisers of rows that do not vote are not used."""
+    """A row whose normaliser says that it sees nothing gives zeros; those of rows that do not vote are not used."""
     case = attention(1, (4, 2), None, 12, 8, device=backend.device, types=[prompt(12, queries=3)])
     lse = case.lse().clone()
     lse[:, :, :9] = math.nan
@@ -342,7 +349,7 @@ def test_map_token_types(backend, name):
 
 
 def test_map_gives_total_and_peak(backend):
-    """Sum and maximum over the map's rows are total and peak; averaging maps over head groups is the tensor-parallel way."""
+    """Sum and maximum over the map's rows are total and peak; averaging over head groups is tensor parallelism."""
     case = attention(2, (8, 4), None, 40, 16, device=backend.device)
     rows = query_rows(case)
     whole = backend.text_vision_attention(*case.arguments, rows)
@@ -350,7 +357,9 @@ def test_map_gives_total_and_peak(backend):
     assert_probabilities(whole.sum(1), total, "sum of the map")
     assert_probabilities(whole.amax(1), peak, "maximum of the map")
     halves = [
-        backend.text_vision_attention(case.q[:, 4 * r : 4 * r + 4], case.k[:, 2 * r : 2 * r + 2], case.types, case.scale, rows)
+        backend.text_vision_attention(
+            case.q[:, 4 * r : 4 * r + 4], case.k[:, 2 * r : 2 * r + 2], case.types, case.scale, rows
+        )
         for r in range(2)
     ]
     average = (halves[0] + halves[1]) / 2
@@ -369,7 +378,8 @@ def test_map_nan(backend):
     case = attention(1, (4, 2), None, 7, 8, device=backend.device, types=types)
     case.q[0, 1, 4, 0] = math.nan
     want = check_map(backend, case, 3)
-    assert np.isnan(want[0, 0, 1]) and np.isfinite(want[0, 1]).all()
+    assert np.isnan(want[0, 0, 1])
+    assert np.isfinite(want[0, 1]).all()
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
@@ -384,4 +394,4 @@ def test_same_bits_every_run(backend, threads, dtype, with_lse):
         scored = backend.text_vision_scores(*case.arguments, lse=lse)
         runs.append([*scored, backend.text_vision_attention(*case.arguments, 40, lse=lse)])
     for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other))
+        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How far a backend may be from the float64 oracle, and why. Decisions (merge, keep) have no tolerance at all.
 
-Probabilities. A score s = scale * q.k is a float32 sum over head_dim, so it is off by about sqrt(D) * 6e-8 * |q||k| * scale:
-under 3e-6 for the sizes tested (|s| up to about 15). exp turns that absolute error into a relative one of the same size, the
-normaliser adds as much, the mean over heads and the sum over rows add no relative error to speak of, all terms being positive.
-2e-5 relative leaves a factor of three; 1e-6 absolute covers what is far below a uniform share of 1 / L. Half-precision inputs are
-exact in float32 and the outputs are float32, so they have the same tolerance: a backend that rounds q.k fails here.
+Probabilities. A score s = scale * q.k is a float32 sum over head_dim, so it is off by about
+sqrt(D) * 6e-8 * |q||k| * scale: under 3e-6 for the sizes tested (|s| up to about 15). exp makes of that absolute error
+a relative one of the same size; the normaliser adds as much; the mean over heads and the sum over rows have positive
+terms only and add next to nothing. 2e-5 relative leaves a factor of three; 1e-6 absolute covers what is far below a
+uniform share of 1 / L. Half-precision inputs are exact in float32 and the outputs are float32, so they have the same
+tolerance: a backend that rounds q.k fails.
 
-Merged tokens. A float32 weighted mean of n <= 32 terms is within 4e-6 of the mean of the |terms|; then it is rounded once,
-half a unit in the last place of the dtype.
+Merged tokens. A float32 weighted mean of n <= 32 terms is within 4e-6 of the mean of the |terms|; then it is rounded
+once, half a unit in the last place of the dtype.
 """
 
 from __future__ import annotations

@@ -10,15 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import create_causal_mask
+from torch import Tensor
+from transformers import AttentionInterface, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .cache import Past
-
 NAME = "mustdrop"
-_TRANSFORMERS_5 = "inputs_embeds" in inspect.signature(create_causal_mask).parameters
 
 
 def scoring_config(config: Any) -> Any:
@@ -30,14 +26,14 @@ def scoring_config(config: Any) -> Any:
 
 
 def scoring_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,  # (B, Hq, L, D) after RoPE
     key: Tensor,  # (B, Hk, L, D) after RoPE
     value: Tensor,  # (B, Hk, L, D)
     attention_mask: Any,
-    mustdrop: Any = None,  # the prompt that is being read, if it has images
+    mustdrop: Any = None,  # the Prefill, if a prompt with images is being read
     **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
+) -> Any:
     """The attention that the model was set to, and a look at its queries and keys."""
     scoring = module.config
     module.config = scoring.plain_config  # flash attention finds its kernel by the name that stands there
@@ -50,7 +46,7 @@ def scoring_attention(
     return output
 
 
-def _implementation(module: nn.Module) -> Callable[..., Any]:
+def _implementation(module: Any) -> Callable[..., Any]:
     name = module.config._attn_implementation
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
@@ -60,30 +56,50 @@ def _implementation(module: nn.Module) -> Callable[..., Any]:
 AttentionInterface.register(NAME, scoring_attention)
 
 
+class _Past:
+    """Says to transformers' mask function, in place of a cache, how many tokens stand before the new ones."""
+
+    is_compileable = False
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.length
+
+    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        new = query if isinstance(query, int) else query.shape[0]
+        return self.length + new, 0
+
+
+_create_causal_mask: Callable[..., Any] = masking_utils.create_causal_mask
+_TRANSFORMERS_5 = "inputs_embeds" in inspect.signature(_create_causal_mask).parameters
+
+
 def causal_mask(
     config: Any,
     hidden: Tensor,  # (B, L, C) of the new tokens
-    alive: Tensor | None,  # (B, past + L), nonzero where there is a token; None: everywhere
+    alive: Tensor | None,  # (B, past + L) bool; None: no padding
     past: int,
 ) -> Any:
     """transformers' own causal mask, in the form that the model's attention takes, for `past` tokens before these."""
-    mask = None if alive is None else alive.long()
     if _TRANSFORMERS_5:
-        return create_causal_mask(config=config, inputs_embeds=hidden, attention_mask=mask, past_key_values=Past(past))
-    position = torch.arange(past, past + hidden.shape[1], device=hidden.device)
-    return create_causal_mask(
+        return _create_causal_mask(
+            config=config, inputs_embeds=hidden, attention_mask=alive, past_key_values=_Past(past)
+        )
+    return _create_causal_mask(
         config=config,
         input_embeds=hidden,
-        attention_mask=mask,
-        cache_position=position,
-        past_key_values=Past(past),
+        attention_mask=alive,
+        cache_position=torch.arange(past, past + hidden.shape[1], device=hidden.device),
+        past_key_values=_Past(past),
     )
 
 
-def padding_mask(config: Any, real: Tensor, dtype: torch.dtype) -> Tensor:  # real (B, S) bool
-    """A vision layer's mask of the real tokens of each image, in the form that its attention takes."""
-    if "flash" in config._attn_implementation:
+def padding_mask(config: Any, real: Tensor, dtype: torch.dtype) -> Tensor:
+    """A vision layer's mask for (B, S) real tokens, in the form that its attention takes."""
+    if "flash" in str(config._attn_implementation):
         return real.long()
-    length = real.shape[1]
-    mask = torch.zeros(real.shape[0], 1, length, length, dtype=dtype, device=real.device)
+    batch, length = real.shape
+    mask = torch.zeros(batch, 1, length, length, dtype=dtype, device=real.device)
     return mask.masked_fill(~real[:, None, None, :], torch.finfo(dtype).min)

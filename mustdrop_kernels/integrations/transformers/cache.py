@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -35,10 +34,12 @@ class Held:
 
     @classmethod
     def of(cls, tokens: Tokens) -> Held:
+        """What is needed of `tokens` once the prompt is read."""
         alive = tokens.types != TokenType.PADDING if tokens.padded else None
         return cls(tokens.length, tokens.counts, alive)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Does to the batch what was done to keys and values."""
         self.counts = change(self.counts)
         self.alive = None if self.alive is None else change(self.alive)
 
@@ -53,6 +54,7 @@ class DropLayer(DynamicLayer):
         self.dropped = 0  # slots of the plain prompt that this layer does not hold
 
     def get_seq_length(self) -> int:
+        """Length of the plain sequence."""
         return super().get_seq_length() + self.dropped
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
@@ -61,26 +63,35 @@ class DropLayer(DynamicLayer):
         return super().get_seq_length() + new, self.dropped
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Only a whole cache can be cropped."""
         if self.dropped:
             raise RuntimeError("a cache that drop_tokens has shortened cannot be cropped")
         super().crop(*args, **kwargs)
 
 
 class DropCache(DynamicCache):
-    """``DynamicCache`` until a prompt's tokens are dropped; then ``held`` says what each layer still has."""
+    """A ``DynamicCache`` until tokens of its prompt are dropped; then ``held`` says what each layer still has."""
+
+    layers: list[Any]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         other = {type(layer).__name__ for layer in self.layers if type(layer) is not DynamicLayer}
         if other:
             raise ValueError(f"drop_tokens needs full attention in every layer, this model's cache has {other}")
+        self.lifetime = Lifetime()
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything."""
         self.layers = [DropLayer() for _ in self.layers]
         self.held: list[Held] = []  # per layer, shared by layers that hold the same tokens; empty: nothing dropped
         self.prompt_length = 0  # of the plain prompt, padding included
-        self.lifetime = Lifetime()
+        self.renumbered = False  # positions count what a layer holds
 
     @property
     def shortened(self) -> bool:
+        """Whether tokens were dropped."""
         return bool(self.held)
 
     @property
@@ -88,53 +99,48 @@ class DropCache(DynamicCache):
         """Tokens behind the prompt."""
         return self.get_seq_length() - self.prompt_length
 
-    def shorten(self, prompt_length: int, held: Sequence[Tokens]) -> None:
+    @property
+    def slot_bytes(self) -> int:
+        """Keys and values of one position of one layer, of the whole batch."""
+        return sum(x[:, :, 0].numel() * x.element_size() for x in self.stored(0))
+
+    def stored(self, layer: int) -> tuple[Tensor, Tensor]:  # (B, Hk, L, D) each
+        """Keys and values of a layer."""
+        return self.layers[layer].keys, self.layers[layer].values
+
+    def store(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Puts others in their place."""
+        self.layers[layer].keys, self.layers[layer].values = keys, values
+
+    def shorten(self, prompt_length: int, held: Sequence[Tokens], *, renumbered: bool) -> None:
         """Declares what each layer holds of a prompt of this length."""
         entries = {id(tokens): Held.of(tokens) for tokens in held}
         self.held = [entries[id(tokens)] for tokens in held]
-        self.prompt_length = prompt_length
-        for layer, entry in zip(self.layers, self.held):
+        self.prompt_length, self.renumbered = prompt_length, renumbered
+        for layer, entry in zip(self.layers, self.held, strict=True):
             layer.dropped = prompt_length - entry.length
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Appends to a layer; where nobody makes masks for a shortened cache, refuses."""
         if self.shortened and not self.lifetime.open:
             raise RuntimeError("this cache was shortened by drop_tokens; it can only be continued inside drop_tokens")
         return super().update(*args, **kwargs)
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
+        """Row i becomes what row beam_idx[i] was."""
         super().reorder_cache(beam_idx)
         self._change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row `repeats` times."""
         super().batch_repeat_interleave(repeats)
         self._change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        """Only these rows."""
         super().batch_select_indices(indices)
         self._change_rows(lambda rows: rows[indices])
-
-    def reset(self) -> None:
-        super().reset()
-        self.held, self.prompt_length = [], 0
-        for layer in self.layers:
-            layer.dropped = 0
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         for entry in {id(entry): entry for entry in self.held}.values():
             entry.change_rows(change)
-
-
-class Past:
-    """Says to transformers' mask functions, in place of a cache, how many tokens stand before the new ones."""
-
-    is_compileable = False
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.length
-
-    def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
-        new = query if isinstance(query, int) else query.shape[0]
-        return self.length + new, 0

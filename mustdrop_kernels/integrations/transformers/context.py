@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...config import MustDropConfig
 from ...report import Report, Stopwatch
@@ -18,7 +18,7 @@ from .cache import DropCache, Lifetime
 from .decode import Decode
 from .llava import Llava, hidden_of, with_hidden
 from .prefill import Prefill
-from .vision import VisionStage
+from .vision import EncodedImage, VisionStage
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -86,7 +86,7 @@ class _Session:
         for i in self.config.pruning_layers:
             layer = llava.layers[i]
             # Before transformers' own hook, which records hidden states.
-            after = functools.partial(self._after_pruning_layer, i)
+            after = functools.partial(self._after_layer, i)
             stack.callback(layer.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
             _patch(stack, layer.self_attn, "config", scoring_config(layer.self_attn.config))
 
@@ -118,49 +118,43 @@ class _Session:
         cache = kwargs.get("past_key_values")
         if isinstance(cache, DropCache):
             cache.lifetime = self.lifetime
-        given = kwargs.get("mm_encoder_outputs") or {}
-        images = given.get("image")
         step: Prefill | Decode
-        if images is not None or kwargs.get("pixel_values") is not None:
-            step = self._begin_prompt(kwargs, images)
+        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+            kwargs["past_key_values"] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
+            features, images = self._take_images(kwargs)
+            step = Prefill(self.llava, self.config, self.stopwatch, features, images, kwargs)
         elif isinstance(cache, DropCache) and cache.shortened:
-            step = Decode(self.llava, self.config, cache, kwargs)
+            step = Decode(self.llava, cache, kwargs)
         else:
             return None
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
 
-    def _begin_prompt(self, kwargs: dict[str, Any], images: Any) -> Prefill:
-        """Takes what belongs to the images out of `kwargs`, and puts a cache in."""
-        if kwargs.get("input_ids") is None:
-            raise ValueError("drop_tokens finds the images by their placeholders: pass input_ids, not inputs_embeds")
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length() > 0:
+    def _cache_for_prompt(self, given: Any, use_cache: bool | None) -> DropCache | None:
+        if given is None:
+            wanted = self.llava.language_model.config.use_cache if use_cache is None else use_cache
+            return self._new_cache() if wanted else None
+        if not isinstance(given, DropCache):
+            raise TypeError(f"past_key_values is a {type(given).__name__}; inside drop_tokens pass none")
+        if given.get_seq_length() > 0:
             raise ValueError("an image that comes after cached tokens cannot be dropped from; begin a new prompt")
-        use_cache = kwargs.get("use_cache")
-        if use_cache is None:
-            use_cache = self.llava.language_model.config.use_cache
-        if cache is None and use_cache:
-            kwargs["past_key_values"] = self._new_cache()
-        elif cache is not None and not isinstance(cache, DropCache):
-            raise TypeError(f"past_key_values is a {type(cache).__name__}; inside drop_tokens pass none")
+        return given
 
-        settings = ("vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-        chosen = {name: kwargs.pop(name, None) for name in settings}
-        pixel_values = kwargs.pop("pixel_values", None)
-        kwargs.pop("mm_encoder_outputs", None)
-        if images is None:
-            chosen = {name: value for name, value in chosen.items() if value is not None}
-            images = self.llava.body.get_image_features(pixel_values, **chosen)
-        features = list(getattr(images, "pooler_output", images))
+    def _take_images(self, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[EncodedImage]]:
+        """Features (N, C) of each image, and what stage 1 made of it. Takes what belongs to images out of `kwargs`."""
+        names = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
+        inputs = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
+        output = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")  # transformers 5 may have them already
+        if output is None:
+            output = self.llava.body.get_image_features(**inputs)
+        features = list(getattr(output, "pooler_output", output))
         if any(feature not in self.vision.encoded for feature in features):
             raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
-        encoded = [self.vision.encoded[feature] for feature in features]
-        return Prefill(self.llava, self.config, self.stopwatch, features, encoded, kwargs)
+        return features, [self.vision.encoded[feature] for feature in features]
 
     def _after_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         step = kwargs.get("mustdrop")
         if isinstance(step, Prefill):
-            self.report.prompts.append(step.finish(kwargs.get("past_key_values")))
+            self.report.prompts.append(step.finish(kwargs["past_key_values"]))
 
     # The decoder layers.
 
@@ -173,7 +167,7 @@ class _Session:
             kwargs["mustdrop"] = step  # goes on to the attention function
         return args, kwargs
 
-    def _after_pruning_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    def _after_layer(self, index: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         step = kwargs.get("mustdrop")
         if step is None:
             return None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going on after a prompt whose tokens were dropped: one token, or a whole next turn."""
+"""Going on after a prompt whose tokens were dropped: by one token, or by a whole next turn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...config import MustDropConfig
 from .attention import causal_mask
 from .cache import DropCache, Held
 from .llava import Llava
@@ -20,11 +19,10 @@ class Decode:
     The model would build one mask for all layers, from the plain prompt's length.
     """
 
-    def __init__(self, llava: Llava, config: MustDropConfig, cache: DropCache, inputs: dict[str, Any]) -> None:
+    def __init__(self, llava: Llava, cache: DropCache, inputs: dict[str, Any]) -> None:
         self.llava = llava
-        self.config = config
         self.cache = cache
-        tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
         self.new = tokens.shape[1]
         self.generated = cache.generated  # before this pass
         self.behind = self._behind_prompt(inputs.get("attention_mask"))
@@ -34,16 +32,18 @@ class Decode:
         """The columns of the caller's mask that stand behind the prompt; the cache knows the prompt's."""
         if mask is None:
             return None
-        prompt = self.cache.prompt_length
-        length = prompt + self.generated + self.new
+        length = self.cache.prompt_length + self.generated + self.new
         if mask.dim() != 2 or mask.shape[1] != length:
-            raise ValueError(f"attention_mask must be (B, {length}), the plain prompt and all after it, got {tuple(mask.shape)}")
-        return mask[:, prompt:].bool()
+            shapes = f"(B, {length}), the plain prompt and all that follows, got {tuple(mask.shape)}"
+            raise ValueError(f"attention_mask must be {shapes}")
+        return mask[:, self.cache.prompt_length :].bool()
 
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return {**inputs, "attention_mask": None}  # each layer gets its own
+        """The LLaVA body's inputs; each layer gets a mask of its own."""
+        return {**inputs, "attention_mask": None}
 
     def layer_inputs(self, layer: int, inputs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
+        """A decoder layer's inputs, for the tokens that it holds."""
         held = self.cache.held[layer]
         if id(held) not in self._shared:
             self._shared[id(held)] = self._inputs_for(held, hidden)
@@ -51,9 +51,9 @@ class Decode:
 
     def _inputs_for(self, held: Held, hidden: Tensor) -> dict[str, Any]:
         model = self.llava.language_model
-        alive = self._alive(held, hidden)
-        inputs = {"attention_mask": causal_mask(model.config, hidden, alive, past=held.length + self.generated)}
-        if self.config.positions == "published":
+        mask = causal_mask(model.config, hidden, self._alive(held, hidden), past=held.length + self.generated)
+        inputs = {"attention_mask": mask}
+        if self.cache.renumbered:
             place = self.generated + torch.arange(self.new, device=hidden.device)
             positions = held.counts[:, None].long() + place
             inputs["position_embeddings"] = model.rotary_emb(hidden, position_ids=positions)
@@ -62,9 +62,8 @@ class Decode:
     def _alive(self, held: Held, hidden: Tensor) -> Tensor | None:  # (B, held.length + generated + new)
         if held.alive is None and self.behind is None:
             return None
-        batch = hidden.shape[0]
 
         def filled(mask: Tensor | None, length: int) -> Tensor:
-            return torch.ones(batch, length, dtype=torch.bool, device=hidden.device) if mask is None else mask
+            return mask if mask is not None else hidden.new_ones(hidden.shape[0], length, dtype=torch.bool)
 
         return torch.cat([filled(held.alive, held.length), filled(self.behind, self.generated + self.new)], dim=1)

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the pytest-benchmark suites: which shapes, dtypes, device and backends. `make bench` runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from mustdrop_kernels.bench.cases import FLOAT32_ONLY, Case
+from mustdrop_kernels.bench.run import Contender, Options, all_ops, contenders, default_backends
+from mustdrop_kernels.bench.shapes import parse_shapes
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("mustdrop")
+    group.addoption("--shapes", default="llava-1.5", help="as in mustdrop bench")
+    group.addoption("--dtypes", default="float32", help="float32, bfloat16, float16, with commas between")
+    group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
+    group.addoption("--backends", help="default: the one that serves the device")
+    group.addoption("--compiled", action="store_true", help="with the peers that torch.compile makes")
+    group.addoption("--threads", type=int)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--threads"):
+        torch.set_num_threads(config.getoption("--threads"))
+
+
+def _contenders(config: pytest.Config) -> Iterator[tuple[Case, Contender]]:
+    device = torch.device(config.getoption("--bench-device"))
+    chosen = config.getoption("--backends")
+    shapes = tuple(parse_shapes(config.getoption("--shapes")))
+    dtypes = tuple(getattr(torch, name) for name in config.getoption("--dtypes").split(","))
+    backends = tuple(chosen.split(",")) if chosen else default_backends(device.type)
+    quick = not config.getoption("--compiled")
+    options = Options(all_ops(), shapes, dtypes, device, backends, quick=quick)
+    for op in options.ops:
+        for shape in shapes:
+            for dtype in (torch.float32,) if op in FLOAT32_ONLY else dtypes:
+                case = Case(op, shape, dtype, device)
+                yield from ((case, one) for one in contenders(case, options))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "contender" in metafunc.fixturenames:
+        found = list(_contenders(metafunc.config))
+        ids = [f"{case.label}-{one.name}".replace(" ", "-") for case, one in found]
+        metafunc.parametrize(("case", "contender"), found, ids=ids)

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cases of `mustdrop bench` for pytest-benchmark: its statistics, its storage, its comparisons.
+
+Here one contender runs after another; `mustdrop bench` interleaves them, so take ratios from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+
+import pytest
+import torch
+
+from mustdrop_kernels.bench import check
+from mustdrop_kernels.bench.cases import Case, Inputs
+from mustdrop_kernels.bench.run import Contender, backend_call, copies_of, default_backends
+from mustdrop_kernels.bench.timing import Rotation
+
+
+@functools.lru_cache(maxsize=1)  # the contenders of a case come one after another
+def _copies(case: Case) -> list[Inputs]:
+    gc.collect()
+    return copies_of(case, case.inputs(), hot=False)
+
+
+def _ours(case: Case) -> dict[str, torch.Tensor]:
+    inputs = case.inputs()
+    call = backend_call(case.op, case.device.type, default_backends(case.device.type)[0])
+    return case.spec.canonical(call(inputs), inputs)
+
+
+def test_op(benchmark, case: Case, contender: Contender) -> None:
+    if contender.why_not is not None:
+        pytest.skip(contender.why_not)
+    benchmark.group = case.label
+    with torch.inference_mode():
+        call = contender.call or contender.peer.build(case)
+        if contender.kind == "peer":
+            inputs = case.inputs()
+            reason = check.difference(case, _ours(case), contender.canonical(case, call(inputs), inputs))
+            assert reason is None, reason
+            del inputs
+        rotation = Rotation(_copies(case))
+
+        def once() -> None:
+            call(rotation.take())
+            if case.device.type == "cuda":
+                torch.cuda.synchronize()
+
+        benchmark(once)
+    benchmark.extra_info.update(bytes=case.work.bytes, flops=case.work.flops, tokens=case.shape.length)

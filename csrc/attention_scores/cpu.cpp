@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// text_vision_scores in its layouts and text_vision_attention on the CPU: checks, and where each sequence is.
+#include "attention_scores/cpu.h"
+
+#include <algorithm>
+
+#include "attention_scores/cpu_plan.h"
+#include "common/arguments.h"
+
+namespace mustdrop {
+namespace {
+
+constexpr int64_t kNoLimit = INT64_MAX;
+
+// ---------------------------------------------------------------------------------------------- checks
+
+void check_heads(const char* op, const char* argument, int64_t heads, int64_t kv_heads) {
+  if (heads != 0 && (kv_heads <= 0 || heads % kv_heads != 0))
+    refuse_argument(op, argument, " must have a number of heads that divides the query's ", heads, ", got ", kv_heads);
+}
+
+void check_query(const char* op, const Tensor& q, Extents shape) {
+  check_extents(op, "q", q, shape);
+  check_computed(op, "q", q);
+  check_last_dense(op, "q", q);
+}
+
+void check_packed_query(const char* op,
+                        const Tensor& q,              // [total_q, Hq, D]
+                        const Tensor& cu_seqlens_q,   // [B+1]
+                        const OptionalTensor& lse) {  // [Hq, total_q]
+  check_query(op, q, {"total_q", "Hq", "D"});
+  check_tensor(op, "cu_seqlens_q", cu_seqlens_q, {"B+1"}, ScalarType::Int, q);
+  check_at_least(op, "cu_seqlens_q", cu_seqlens_q.size(0), 1);
+  if (lse) check_tensor(op, "lse", *lse, {q.size(1), q.size(0)}, ScalarType::Float, q, true);
+}
+
+// ---------------------------------------------------------------------------------------------- layouts
+
+const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
+const uint8_t* uint8_data(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
+float* float_data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
+
+// The fields that do not depend on the layout; dimensions of q and k (k_row: of keys) are given by number.
+ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Tensor& k, int64_t k_heads,
+                      int64_t k_rows, double scale, const OptionalTensor& lse) {
+  const int64_t last = q.dim() - 1;
+  ScoreInputs inputs{};
+  inputs.q = q.const_data_ptr(), inputs.k = k.const_data_ptr();
+  inputs.element = element_of(q);
+  inputs.heads = q.size(q_heads), inputs.kv_heads = k.size(k_heads), inputs.dim = q.size(last);
+  inputs.q_head = q.stride(q_heads), inputs.q_row = q.stride(q_rows);
+  inputs.k_head = k.stride(k_heads), inputs.k_row = k.stride(k_rows);
+  inputs.k_dim = k.size(k.dim() - 1) > 1 ? k.stride(k.dim() - 1) : 1;
+  inputs.scale = static_cast<float>(scale);
+  if (lse) {
+    inputs.lse = static_cast<const float*>(lse->const_data_ptr());
+    inputs.lse_head = lse->stride(lse->dim() - 2), inputs.lse_row = lse->stride(lse->dim() - 1);
+  }
+  return inputs;
+}
+
+// Sequence b of dense tensors; results are filled in by the caller.
+ScoreSequence dense_sequence(const Tensor& q, const Tensor& k, const Tensor& token_types, const OptionalTensor& lse,
+                             int64_t b) {
+  ScoreSequence sequence{};
+  sequence.rows = q.size(2), sequence.length = k.size(2);
+  sequence.q_begin = b * q.stride(0), sequence.k_begin = b * k.stride(0);
+  sequence.lse_begin = lse ? b * lse->stride(0) : 0;
+  sequence.types = uint8_data(token_types) + b * token_types.stride(0);
+  sequence.max_rows = kNoLimit;
+  return sequence;
+}
+
+// Where a sequence is in a packed tensor, clamped to it and to the longest allowed.
+struct Span {
+  int64_t begin, length;
+};
+
+Span span_of(const int32_t* cumulative, int64_t b, int64_t extent, int64_t longest) {
+  const int64_t begin = std::clamp<int64_t>(cumulative[b], 0, extent);
+  const int64_t end = std::clamp<int64_t>(cumulative[b + 1], 0, extent);
+  return {begin, std::clamp<int64_t>(end - begin, 0, std::min(extent, longest))};
+}
+
+}  // namespace
+
+void check_text_vision_scores(const char* op, const Tensor& q, const Tensor& k, const Tensor& token_types,
+                              const OptionalTensor& lse) {
+  check_query(op, q, {"B", "Hq", "Lq", "D"});
+  check_tensor(op, "k", k, {q.size(0), "Hk", "Lk", q.size(3)}, q.scalar_type(), q);
+  check_heads(op, "k", q.size(1), k.size(1));
+  if (q.size(2) > k.size(2))
+    refuse_argument(op, "q", " must not have more rows than k, ", k.size(2), ", got ", q.size(2));
+  check_tensor(op, "token_types", token_types, {q.size(0), k.size(2)}, ScalarType::Byte, q);
+  if (lse) check_tensor(op, "lse", *lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q, true);
+}
+
+std::tuple<Tensor, Tensor> text_vision_scores(const char* op, const Tensor& q, const Tensor& k,
+                                              const Tensor& token_types, double scale, const OptionalTensor& lse) {
+  check_text_vision_scores(op, q, k, token_types, lse);
+  const int64_t length = k.size(2);
+  Tensor total = new_zeros(q, {q.size(0), length}, ScalarType::Float);
+  Tensor peak = new_zeros(q, {q.size(0), length}, ScalarType::Float);
+  std::vector<ScoreSequence> sequences;
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    sequences.push_back(dense_sequence(q, k, token_types, lse, b));
+    sequences.back().total = float_data(total) + b * length;
+    sequences.back().peak = float_data(peak) + b * length;
+  }
+  run_scores(inputs_of(q, 1, 2, k, 1, 2, scale, lse), sequences, q);
+  return {total, peak};
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor> text_vision_scores_op(const Tensor& q,            // [B, Hq, Lq, D]
+                                                 const Tensor& k,            // [B, Hk, Lk, D]
+                                                 const Tensor& token_types,  // [B, Lk]
+                                                 double scale,
+                                                 const OptionalTensor& lse) {  // [B, Hq, Lq]
+  return text_vision_scores("text_vision_scores", q, k, token_types, scale, lse);
+}
+
+Tensor text_vision_attention(const Tensor& q,            // [B, Hq, Lq, D]
+                             const Tensor& k,            // [B, Hk, Lk, D]
+                             const Tensor& token_types,  // [B, Lk]
+                             double scale, int64_t max_query,
+                             const OptionalTensor& lse) {  // [B, Hq, Lq]
+  constexpr const char* op = "text_vision_attention";
+  check_text_vision_scores(op, q, k, token_types, lse);
+  check_at_least(op, "max_query", max_query, 0);
+  const int64_t length = k.size(2);
+  Tensor map = new_zeros(q, {q.size(0), max_query, length}, ScalarType::Float);
+  std::vector<ScoreSequence> sequences;
+  for (int64_t b = 0; b < q.size(0); ++b) {
+    sequences.push_back(dense_sequence(q, k, token_types, lse, b));
+    sequences.back().map = float_data(map) + b * max_query * length;
+    sequences.back().map_stride = length;
+    sequences.back().max_rows = max_query;
+  }
+  run_scores(inputs_of(q, 1, 2, k, 1, 2, scale, lse), sequences, q);
+  return map;
+}
+
+std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,             // [total_q, Hq, D]
+                                                     const Tensor& k,             // [total_k, Hk, D]
+                                                     const Tensor& token_types,   // [total_k]
+                                                     const Tensor& cu_seqlens_q,  // [B+1]
+                                                     const Tensor& cu_seqlens_k,  // [B+1]
+                                                     int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
+                                                     const OptionalTensor& lse) {  // [Hq, total_q]
+  constexpr const char* op = "text_vision_scores_varlen";
+  check_packed_query(op, q, cu_seqlens_q, lse);
+  check_tensor(op, "k", k, {"total_k", "Hk", q.size(2)}, q.scalar_type(), q);
+  check_heads(op, "k", q.size(1), k.size(1));
+  check_tensor(op, "token_types", token_types, {k.size(0)}, ScalarType::Byte, q);
+  check_tensor(op, "cu_seqlens_k", cu_seqlens_k, {cu_seqlens_q.size(0)}, ScalarType::Int, q);
+  check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
+  check_at_least(op, "max_seqlen_k", max_seqlen_k, 0);
+
+  Tensor total = new_zeros(q, {k.size(0)}, ScalarType::Float), peak = new_zeros(q, {k.size(0)}, ScalarType::Float);
+  const int64_t lse_row = lse ? lse->stride(1) : 0;
+  std::vector<ScoreSequence> sequences;
+  int64_t taken = 0;  // results up to here belong to earlier sequences
+  for (int64_t b = 0; b + 1 < cu_seqlens_q.size(0); ++b) {
+    const Span rows = span_of(int32_data(cu_seqlens_q), b, q.size(0), max_seqlen_q);
+    const Span keys = span_of(int32_data(cu_seqlens_k), b, k.size(0), max_seqlen_k);
+    ScoreSequence sequence{};
+    sequence.rows = rows.length, sequence.length = keys.length;
+    sequence.q_begin = rows.begin * q.stride(0), sequence.k_begin = keys.begin * k.stride(0);
+    sequence.lse_begin = rows.begin * lse_row;
+    sequence.types = uint8_data(token_types) + keys.begin;
+    sequence.total = float_data(total) + keys.begin, sequence.peak = float_data(peak) + keys.begin;
+    sequence.max_rows = kNoLimit;
+    sequence.overwrites = keys.begin < taken;
+    taken = std::max(taken, keys.begin + keys.length);
+    sequences.push_back(sequence);
+  }
+  run_scores(inputs_of(q, 1, 0, k, 1, 0, scale, lse), sequences, q);
+  return {total, peak};
+}
+
+std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,             // [total_q, Hq, D]
+                                                    const Tensor& k_cache,       // [blocks, slots, Hk, D]
+                                                    const Tensor& block_table,   // [B, max_blocks]
+                                                    const Tensor& seq_lens,      // [B]
+                                                    const Tensor& token_types,   // [B, max_len]
+                                                    const Tensor& cu_seqlens_q,  // [B+1]
+                                                    int64_t max_seqlen_q, double scale,
+                                                    const OptionalTensor& lse) {  // [Hq, total_q]
+  constexpr const char* op = "text_vision_scores_paged";
+  check_packed_query(op, q, cu_seqlens_q, lse);
+  check_tensor(op, "k_cache", k_cache, {"blocks", "slots", "Hk", q.size(2)}, q.scalar_type(), q, true);
+  check_at_least(op, "k_cache", k_cache.size(1), 1);
+  check_heads(op, "k_cache", q.size(1), k_cache.size(2));
+  const int64_t batch = cu_seqlens_q.size(0) - 1;
+  check_tensor(op, "block_table", block_table, {batch, "max_blocks"}, ScalarType::Int, q);
+  check_tensor(op, "seq_lens", seq_lens, {batch}, ScalarType::Int, q);
+  check_tensor(op, "token_types", token_types, {batch, "max_len"}, ScalarType::Byte, q);
+  check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
+
+  const int64_t longest = token_types.size(1), slots = k_cache.size(1);
+  Tensor total = new_zeros(q, {batch, longest}, ScalarType::Float);
+  Tensor peak = new_zeros(q, {batch, longest}, ScalarType::Float);
+  ScoreInputs inputs = inputs_of(q, 1, 0, k_cache, 2, 1, scale, lse);
+  inputs.blocks = k_cache.size(0), inputs.slots = slots, inputs.k_block = k_cache.stride(0);
+  const int64_t lse_row = lse ? lse->stride(1) : 0;
+  std::vector<ScoreSequence> sequences;
+  for (int64_t b = 0; b < batch; ++b) {
+    const Span rows = span_of(int32_data(cu_seqlens_q), b, q.size(0), max_seqlen_q);
+    ScoreSequence sequence{};
+    sequence.rows = rows.length;
+    sequence.length = std::clamp<int64_t>(int32_data(seq_lens)[b], 0, std::min(longest, block_table.size(1) * slots));
+    sequence.q_begin = rows.begin * q.stride(0);
+    sequence.lse_begin = rows.begin * lse_row;
+    sequence.table = int32_data(block_table) + b * block_table.stride(0);
+    sequence.types = uint8_data(token_types) + b * token_types.stride(0);
+    sequence.total = float_data(total) + b * longest, sequence.peak = float_data(peak) + b * longest;
+    sequence.max_rows = kNoLimit;
+    sequences.push_back(sequence);
+  }
+  run_scores(inputs, sequences, q);
+  return {total, peak};
+}
+
+}  // namespace
+}  // namespace mustdrop
+
+STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) {
+  m.impl("text_vision_scores", TORCH_BOX(&mustdrop::text_vision_scores_op));
+  m.impl("text_vision_scores_varlen", TORCH_BOX(&mustdrop::text_vision_scores_varlen));
+  m.impl("text_vision_scores_paged", TORCH_BOX(&mustdrop::text_vision_scores_paged));
+  m.impl("text_vision_attention", TORCH_BOX(&mustdrop::text_vision_attention));
+}

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// cls_attention on the CPU: checks and launch.
+#include <algorithm>
+
+#include "attention_scores/cpu_kernel_cls.h"
+#include "common/arguments.h"
+#include "common/workers.h"
+
+namespace mustdrop {
+namespace {
+
+constexpr const char* kOp = "cls_attention";
+constexpr int64_t kGrainBytes = 64 << 10;      // least of k that a thread reads
+constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at
+
+Tensor cls_attention(const Tensor& q,  // [B, H, D]
+                     const Tensor& k,  // [B, H, S, D]
+                     double scale,
+                     const OptionalTensor& counts,  // [B]
+                     int64_t num_prefix_tokens) {
+  check_extents(kOp, "q", q, {"B", "H", "D"});
+  check_computed(kOp, "q", q);
+  check_last_dense(kOp, "q", q);
+  check_tensor(kOp, "k", k, {q.size(0), q.size(1), "S", q.size(2)}, q.scalar_type(), q);
+  if (counts) check_tensor(kOp, "counts", *counts, {q.size(0)}, ScalarType::Int, q, true);
+  check_at_least(kOp, "num_prefix_tokens", num_prefix_tokens, 0);
+
+  const int64_t batch = q.size(0), heads = q.size(1), span = k.size(2), dim = q.size(2);
+  Tensor out = new_zeros(q, {batch, span}, ScalarType::Float);
+  if (batch * heads * span == 0) return out;
+
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t round = std::clamp<int64_t>(kWorkspaceFloats / (heads * span), 1, batch);  // sequences at a time
+  Tensor workspace = new_empty(q, {round * heads * span + threads * dim}, ScalarType::Float);
+  float* scratch = static_cast<float*>(workspace.mutable_data_ptr());
+
+  cpu::ClsJob job{};
+  job.q = q.const_data_ptr(), job.k = k.const_data_ptr();
+  job.q_batch = q.stride(0), job.q_head = q.stride(1);
+  job.k_batch = k.stride(0), job.k_head = k.stride(1), job.k_row = k.stride(2);
+  job.heads = heads, job.span = span, job.dim = dim;
+  job.prefix = num_prefix_tokens;
+  job.counts = counts ? static_cast<const int32_t*>(counts->const_data_ptr()) : nullptr;
+  job.count_stride = counts ? counts->stride(0) : 0;
+  job.scale = static_cast<float>(scale), job.element = element_of(q);
+  job.probabilities = scratch + threads * dim;
+  job.out = static_cast<float*>(out.mutable_data_ptr());
+
+  const auto share = [&](void (*kernel)(const cpu::ClsTask&, int64_t, int64_t), int64_t items, int64_t cost) {
+    const int64_t workers = std::min(worker_count(items, cost, kGrainBytes), threads);
+    share_items(items, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+      kernel({&job, scratch + worker * dim}, begin, end);
+    });
+  };
+  const int64_t element = q.element_size();
+  for (job.first = 0; job.first < batch; job.first += round) {
+    const int64_t sequences = std::min(round, batch - job.first);
+    share(cpu::cls_softmax, sequences * heads, span * dim * element);
+    share(cpu::cls_average, sequences, heads * span * element);
+  }
+  return out;
+}
+
+}  // namespace
+}  // namespace mustdrop
+
+STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) { m.impl("cls_attention", TORCH_BOX(&mustdrop::cls_attention)); }

@@ -1,0 +1,425 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scores on the CPU, compiled per instruction set: see cpu_kernel.h for the data and common/cpu.h for the rules.
+//
+// Products: the query rows of a key head are packed once, transposed, into tiles [dim, width * kLanes]; a block of kKeys keys
+// is multiplied with a tile by broadcasting one key element at a time, so that keys need no transposition and sums stay in
+// registers. Where a vector would stand nearly empty (few lanes), keys are read once, with dot products. Exponentials are taken against the maximum of their chunk, so that each score is computed once: when all chunks
+// are known, a factor per chunk and lane turns them into probabilities.
+#include "attention_scores/cpu_kernel.h"
+
+#include "common/cpu_dot.h"
+
+namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
+namespace {
+
+// The register block: kKeys * kWidth sums, kWidth query vectors and a broadcast key have to fit into the register file.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kKeys = 8, kWidth = 3;  // of 32
+#elif defined(__AVX2__)
+constexpr int kKeys = 4, kWidth = 3;  // of 16
+#else
+constexpr int kKeys = 4, kWidth = 2;
+#endif
+static_assert(kChunk % kKeys == 0 && kLaneStep % kLanes == 0 && kWidth * kLanes <= kMaxTile, "blocks must tile chunks");
+
+constexpr int64_t kFewLanes = 3;  // up to here dot products are faster; a fourth costs as much as a full vector
+
+constexpr float kHuge = 3.402823466e38f;
+
+// Calls body(first vector, width as a compile-time constant) for tiles that cover `vectors`.
+template <int N>
+struct Width {
+  static constexpr int value = N;
+};
+
+template <class Body>
+inline void for_each_tile(int64_t vectors, const Body& body) {
+  int64_t v = 0;
+  while (v < vectors) {
+    const int64_t left = vectors - v;
+    if (kWidth == 3 && left >= 3 && left != 4) {
+      body(v, Width<kWidth>{});
+      v += 3;
+    } else if (left >= 2) {
+      body(v, Width<2>{});
+      v += 2;
+    } else {
+      body(v, Width<1>{});
+      v += 1;
+    }
+  }
+}
+
+inline int64_t vectors_of(int64_t n) { return (n + kLanes - 1) / kLanes; }
+
+// ---------------------------------------------------------------------------------------------- keys and queries
+
+template <class T>
+void convert_row(const T* from, int64_t stride, int64_t n, float* to) {
+  int64_t i = 0;
+  if (stride == 1)
+    for (; i + kLanes <= n; i += kLanes) store(to + i, load(from + i));
+  for (; i < n; ++i) to[i] = to_float(from[i * stride]);
+}
+
+// One chunk's keys in float32; zeros up to the next multiple of kKeys.
+template <class T>
+void convert_keys(const ScoreJob& job, const T* k,
+                  const int64_t* offset,  // [count]
+                  int64_t count,
+                  float* keys) {  // [kChunk, dim]
+  for (int64_t i = 0; i < count; ++i) convert_row(k + offset[i], job.k_dim, job.dim, keys + i * job.dim);
+  const int64_t blocks = (count + kKeys - 1) / kKeys;
+  memset(keys + count * job.dim, 0, (blocks * kKeys - count) * job.dim * sizeof *keys);
+}
+
+template <class T>
+const T* query_row(const ScoreJob& job, int64_t head, int64_t lane) {
+  const int64_t query_head = head * job.group + lane / job.rows;
+  return static_cast<const T*>(job.q) + query_head * job.q_head + job.row_offset[lane % job.rows];
+}
+
+// One key head's scaled query rows: [lanes, dim] where they are few, else [dim, width * kLanes] per tile, zeros past the lanes.
+template <class T>
+void pack_rows(const ScoreJob& job, int64_t head, float* query) {
+  if (job.lanes <= kFewLanes && job.k_dim == 1) {
+    for (int64_t lane = 0; lane < job.lanes; ++lane) {
+      const T* row = query_row<T>(job, head, lane);
+      for (int64_t d = 0; d < job.dim; ++d) query[lane * job.dim + d] = job.scale * to_float(row[d]);
+    }
+    return;
+  }
+  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
+    constexpr int64_t kTile = decltype(width)::value * kLanes;
+    float* tile = query + v * kLanes * job.dim;
+    for (int64_t i = 0; i < kTile; ++i) {
+      const int64_t lane = v * kLanes + i;
+      if (lane >= job.lanes) {
+        for (int64_t d = 0; d < job.dim; ++d) tile[d * kTile + i] = 0.0f;
+        continue;
+      }
+      const T* row = query_row<T>(job, head, lane);
+      for (int64_t d = 0; d < job.dim; ++d) tile[d * kTile + i] = job.scale * to_float(row[d]);
+    }
+  });
+}
+
+void pack_lse(const ScoreJob& job, int64_t head, float* lane_lse) {  // [lane_stride]
+  for (int64_t lane = 0; lane < job.lane_stride; ++lane) {
+    const int64_t query_head = head * job.group + lane / job.rows;
+    lane_lse[lane] = lane < job.lanes ? job.lse[query_head * job.lse_head + job.lse_offset[lane % job.rows]] : 0.0f;
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- products
+
+// scores = keys . query for one chunk and one tile.
+template <int W>
+void multiply_tile(const float* keys,  // [kChunk, dim]
+                   int64_t count,
+                   const float* query,  // [dim, W * kLanes]
+                   int64_t dim,
+                   float* scores) {  // [kChunk, W * kLanes]; past count: unspecified
+  for (int64_t first = 0; first < count; first += kKeys, keys += kKeys * dim) {
+    VecFloat sums[kKeys][W];
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 3
+      for (int w = 0; w < W; ++w) sums[i][w] = VecFloat{};
+    for (int64_t d = 0; d < dim; ++d) {
+      VecFloat q[W];
+#pragma GCC unroll 3
+      for (int w = 0; w < W; ++w) q[w] = load(query + (d * W + w) * kLanes);
+#pragma GCC unroll 8
+      for (int i = 0; i < kKeys; ++i) {
+        const VecFloat key = splat(keys[i * dim + d]);
+#pragma GCC unroll 3
+        for (int w = 0; w < W; ++w) sums[i][w] += key * q[w];
+      }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < kKeys; ++i)
+#pragma GCC unroll 3
+      for (int w = 0; w < W; ++w) store(scores + ((first + i) * W + w) * kLanes, sums[i][w]);
+  }
+}
+
+// The same for few lanes, straight from k; zeros past the lanes.
+template <class T>
+void dot_keys(const ScoreJob& job, const T* k,
+              const int64_t* offset,  // [count]
+              int64_t count,
+              const float* query,  // [lanes, dim]
+              float* scores) {     // [kChunk, kLanes]
+  memset(scores, 0, count * kLanes * sizeof *scores);
+  int64_t i = 0;
+  for (; i + kDotRows <= count; i += kDotRows) {
+    const T* rows[kDotRows];
+    for (int j = 0; j < kDotRows; ++j) rows[j] = k + offset[i + j];
+    for (int64_t lane = 0; lane < job.lanes; ++lane)
+      dot_rows(query + lane * job.dim, rows, job.dim, scores + i * kLanes + lane, kLanes);
+  }
+  for (; i < count; ++i) {
+    const T* const row[1] = {k + offset[i]};
+    for (int64_t lane = 0; lane < job.lanes; ++lane)
+      dot_rows(query + lane * job.dim, row, job.dim, scores + i * kLanes + lane, kLanes);
+  }
+}
+
+struct Chunk {
+  const int64_t* offset;    // [count]
+  const int32_t* position;  // [count]
+  int64_t count;
+  bool vision;
+  bool hidden;  // some row does not see some key
+};
+
+Chunk chunk_at(const ScoreJob& job, int64_t c) {
+  const bool vision = c < job.vision_chunks;
+  const int64_t first = (vision ? c : c - job.vision_chunks) * kChunk;
+  const int64_t rest = (vision ? job.vision : job.text) - first;
+  const int64_t count = rest < kChunk ? rest : kChunk;
+  const int32_t* position = (vision ? job.vision_position : job.text_position) + first;
+  return {(vision ? job.vision_offset : job.text_offset) + first, position, count, vision,
+          position[count - 1] > job.first_position};
+}
+
+// Calls use(first lane, width, scores [count, width * kLanes]) for all tiles of lanes of one key head and one chunk.
+template <class T, class Use>
+void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
+  const T* k = static_cast<const T*>(job.k) + head * job.k_head;
+  const float* query = job.query + head * job.dim * job.lane_stride;
+  float *keys = scratch, *scores = scratch + kChunk * job.dim;
+  if (job.lanes <= kFewLanes && job.k_dim == 1) {
+    dot_keys(job, k, chunk.offset, chunk.count, query, scores);
+    return use(0, Width<1>{}, scores);
+  }
+  convert_keys(job, k, chunk.offset, chunk.count, keys);
+  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
+    multiply_tile<decltype(width)::value>(keys, chunk.count, query + v * kLanes * job.dim, job.dim, scores);
+    use(v * kLanes, width, scores);
+  });
+}
+
+template <class Use>
+void score_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
+  switch (job.element) {
+    case Element::f32:
+      return score_tiles_of<float>(job, head, chunk, scratch, use);
+    case Element::f16:
+      return score_tiles_of<half>(job, head, chunk, scratch, use);
+    case Element::bf16:
+      return score_tiles_of<bfloat16>(job, head, chunk, scratch, use);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- without lse
+
+// -inf where a row does not see a key.
+template <int W>
+void hide(float* scores,            // [count, W * kLanes]
+          const int32_t* position,  // [count] of the keys
+          int64_t count,
+          const int32_t* rows_at) {  // [W * kLanes] positions of the lanes' rows
+  for (int64_t i = 0; i < count; ++i)
+    for (int w = 0; w < W; ++w) {
+      float* at = scores + (i * W + w) * kLanes;
+      const VecInt hidden = load_as<VecInt>(rows_at + w * kLanes) < position[i] - VecInt{};
+      store(at, hidden ? splat(-__builtin_inff()) : load(at));
+    }
+}
+
+// Weights (of a vision chunk), maximum and sum of exponentials of one chunk and one tile.
+template <int W>
+void weigh_tile(const float* scores,  // [count, W * kLanes]
+                int64_t count, int64_t lane_stride,
+                float* weights,  // [count, lane_stride] or null
+                float* stats) {  // [2, lane_stride]
+  VecFloat maximum[W], sum[W];
+  for (int w = 0; w < W; ++w) maximum[w] = splat(-kHuge), sum[w] = VecFloat{};
+  for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 3
+    for (int w = 0; w < W; ++w) maximum[w] = larger(maximum[w], load(scores + (i * W + w) * kLanes));
+  // Finite, so that neither a row of -inf nor one with +inf subtracts infinities.
+  for (int w = 0; w < W; ++w) maximum[w] = maximum[w] > splat(kHuge) ? splat(kHuge) : maximum[w];
+  for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 3
+    for (int w = 0; w < W; ++w) {
+      const VecFloat e = exp_of(load(scores + (i * W + w) * kLanes) - maximum[w]);
+      sum[w] += e;
+      if (weights) store(weights + i * lane_stride + w * kLanes, e);
+    }
+  for (int w = 0; w < W; ++w) {
+    store(stats + w * kLanes, maximum[w]);
+    store(stats + lane_stride + w * kLanes, sum[w]);
+  }
+}
+
+void score_chunk(const ScoreJob& job, int64_t local_head, int64_t c, float* scratch) {
+  const Chunk chunk = chunk_at(job, c);
+  float* stats = job.stats + (local_head * (job.vision_chunks + job.text_chunks) + c) * 2 * job.lane_stride;
+  float* weights = job.weights + (local_head * job.vision_chunks + c) * kChunk * job.lane_stride;
+  score_tiles(job, job.first_head + local_head, chunk, scratch, [&](int64_t lane, auto width, float* scores) {
+    constexpr int W = decltype(width)::value;
+    if (chunk.hidden) hide<W>(scores, chunk.position, chunk.count, job.lane_position + lane);
+    weigh_tile<W>(scores, chunk.count, job.lane_stride, chunk.vision ? weights + lane : nullptr, stats + lane);
+  });
+}
+
+// Turns a lane vector's maxima into what its weights have to be multiplied with to be probabilities.
+void normalise_lanes(const ScoreJob& job, int64_t local_head, int64_t lane) {
+  const int64_t chunks = job.vision_chunks + job.text_chunks;
+  float* stats = job.stats + local_head * chunks * 2 * job.lane_stride + lane;
+  VecFloat maximum = splat(-kHuge), sum{};
+  for (int64_t c = 0; c < chunks; ++c) maximum = larger(maximum, load(stats + c * 2 * job.lane_stride));
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float* of_chunk = stats + c * 2 * job.lane_stride;
+    sum += load(of_chunk + job.lane_stride) * exp_of(load(of_chunk) - maximum);
+  }
+  const VecFloat inverse = sum == VecFloat{} ? VecFloat{} : 1.0f / sum;
+  for (int64_t c = 0; c < job.vision_chunks; ++c) {
+    float* of_chunk = stats + c * 2 * job.lane_stride;
+    store(of_chunk, exp_of(load(of_chunk) - maximum) * inverse);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------- mean and results
+
+// mean += weights * factor, head by head of one key head's group; `factor` null: 1.
+void add_heads(const ScoreJob& job, int64_t count,
+               const float* weights,  // [count, lane_stride]
+               const float* factor,   // [lane_stride]
+               float* mean) {         // [count, row_stride]
+  const int64_t vectors = vectors_of(job.rows);
+  for (int64_t i = 0; i < count; ++i)
+    for (int64_t g = 0; g < job.group; ++g)
+      for (int64_t v = 0; v < vectors; ++v) {
+        // The last vector of a head's rows runs into the next head's: past the rows anything may stand until the end.
+        const int64_t lane = g * job.rows + v * kLanes;
+        VecFloat w = load(weights + i * job.lane_stride + lane);
+        if (factor) w *= load(factor + lane);
+        float* to = mean + i * job.row_stride + v * kLanes;
+        store(to, load(to) + w);
+      }
+}
+
+// The results of one vision chunk: rows that do not see a key count as zero.
+void finish_chunk(const ScoreJob& job, const Chunk& chunk, float* mean) {  // [kChunk, row_stride]
+  const int64_t vectors = vectors_of(job.rows);
+  for (int64_t i = 0; i < chunk.count; ++i) {
+    const int32_t position = chunk.position[i];
+    VecFloat sum{}, maximum{};
+    for (int64_t v = 0; v < vectors; ++v) {
+      float* at = mean + i * job.row_stride + v * kLanes;
+      const VecInt seen = load_as<VecInt>(job.row_position + v * kLanes) >= position - VecInt{};
+      const VecFloat p = seen ? load(at) / static_cast<float>(job.heads) : VecFloat{};
+      sum += p;
+      maximum = larger_or_nan(maximum, p);
+      store(at, p);
+    }
+    if (!job.total) continue;
+    job.total[position] += sum_of(sum);
+    float peak = job.peak[position];
+    for (int lane = 0; lane < kLanes; ++lane)
+      peak = maximum[lane] > peak || maximum[lane] != maximum[lane] ? maximum[lane] : peak;
+    job.peak[position] = peak;
+  }
+  if (!job.map) return;
+  for (int64_t r = 0; r < job.rows; ++r)
+    for (int64_t i = 0; i < chunk.count; ++i)
+      job.map[r * job.map_stride + chunk.position[i]] = mean[i * job.row_stride + r];
+}
+
+void clear(float* values, int64_t n) { memset(values, 0, n * sizeof *values); }
+
+// ---------------------------------------------------------------------------------------------- with lse
+
+template <int W>
+void weigh_tile_normalised(const float* scores,  // [count, W * kLanes]
+                           int64_t count, int64_t lane_stride,
+                           const float* lse,  // [W * kLanes]
+                           float* weights) {  // [count, lane_stride]
+  VecFloat minus[W];
+  VecInt live[W];
+  for (int w = 0; w < W; ++w) {
+    minus[w] = load(lse + w * kLanes);
+    live[w] = minus[w] != splat(-__builtin_inff());  // a row that sees nothing
+  }
+  for (int64_t i = 0; i < count; ++i)
+#pragma GCC unroll 3
+    for (int w = 0; w < W; ++w) {
+      const VecFloat e = exp_of(load(scores + (i * W + w) * kLanes) - minus[w]);
+      store(weights + i * lane_stride + w * kLanes, live[w] ? e : VecFloat{});
+    }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------- entry points
+
+void pack_query(const ScoreTask& task, int64_t begin, int64_t end) {
+  const ScoreJob& job = *task.job;
+  for (int64_t head = begin; head < end; ++head) {
+    float* query = job.query + head * job.dim * job.lane_stride;
+    switch (job.element) {
+      case Element::f32:
+        pack_rows<float>(job, head, query);
+        break;
+      case Element::f16:
+        pack_rows<half>(job, head, query);
+        break;
+      case Element::bf16:
+        pack_rows<bfloat16>(job, head, query);
+        break;
+    }
+    if (job.lse) pack_lse(job, head, job.lane_lse + head * job.lane_stride);
+  }
+}
+
+void score_chunks(const ScoreTask& task, int64_t begin, int64_t end) {
+  const int64_t chunks = task.job->vision_chunks + task.job->text_chunks;
+  for (int64_t item = begin; item < end; ++item) score_chunk(*task.job, item / chunks, item % chunks, task.scratch);
+}
+
+void normalise(const ScoreTask& task, int64_t begin, int64_t end) {
+  const ScoreJob& job = *task.job;
+  const int64_t groups = job.lane_stride / kLaneStep;
+  for (int64_t item = begin; item < end; ++item) {
+    const int64_t lane = item % groups * kLaneStep;
+    for (int64_t i = lane; i < lane + kLaneStep && i < job.lanes; i += kLanes) normalise_lanes(job, item / groups, i);
+  }
+}
+
+void average_heads(const ScoreTask& task, int64_t begin, int64_t end) {
+  const ScoreJob& job = *task.job;
+  const int64_t chunks = job.vision_chunks + job.text_chunks;
+  for (int64_t c = begin; c < end; ++c) {
+    const Chunk chunk = chunk_at(job, c);
+    float* mean = job.mean + c * kChunk * job.row_stride;
+    if (job.first_head == 0) clear(mean, chunk.count * job.row_stride);
+    for (int64_t h = 0; h < job.block_heads; ++h)
+      add_heads(job, chunk.count, job.weights + (h * job.vision_chunks + c) * kChunk * job.lane_stride,
+                job.stats + (h * chunks + c) * 2 * job.lane_stride, mean);
+    if (job.first_head + job.block_heads == job.kv_heads) finish_chunk(job, chunk, mean);
+  }
+}
+
+void score_normalised(const ScoreTask& task, int64_t begin, int64_t end) {
+  const ScoreJob& job = *task.job;
+  float* weights = task.scratch + kChunk * (job.dim + kMaxTile);
+  for (int64_t c = begin; c < end; ++c) {
+    const Chunk chunk = chunk_at(job, c);
+    float* mean = job.mean + c * kChunk * job.row_stride;
+    clear(mean, chunk.count * job.row_stride);
+    for (int64_t head = 0; head < job.kv_heads; ++head) {
+      const float* lse = job.lane_lse + head * job.lane_stride;
+      score_tiles(job, head, chunk, task.scratch, [&](int64_t lane, auto width, float* scores) {
+        weigh_tile_normalised<decltype(width)::value>(scores, chunk.count, job.lane_stride, lse + lane, weights + lane);
+      });
+      add_heads(job, chunk.count, weights, nullptr, mean);
+    }
+    finish_chunk(job, chunk, mean);
+  }
+}
+
+}  // namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL

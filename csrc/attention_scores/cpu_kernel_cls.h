@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the CPU kernels of cls_attention work on: cpu_cls.cpp fills it in, cpu_kernel_cls.cpp computes.
+#pragma once
+
+#include <cstdint>
+
+#include "common/cpu.h"
+
+namespace mustdrop::cpu {
+
+struct ClsJob {
+  const void* q;                                    // [B, heads, dim]
+  const void* k;                                    // [B, heads, span, dim]
+  int64_t q_batch, q_head, k_batch, k_head, k_row;  // strides in elements
+  int64_t heads, span, dim;
+  int64_t prefix;         // first columns of the result that stay zero
+  const int32_t* counts;  // [B], null: span
+  int64_t count_stride;
+  float scale;
+  Element element;
+  int64_t first;         // sequence of the first item
+  float* probabilities;  // [sequences of this round, heads, span]
+  float* out;            // [B, span], zero at first
+};
+
+struct ClsTask {
+  const ClsJob* job;
+  float* scratch;  // this thread's, [dim]
+};
+
+// How many columns of sequence b there are.
+inline int64_t cls_columns(const ClsJob& job, int64_t b) {
+  const int64_t count = job.counts ? job.counts[b * job.count_stride] : job.span;
+  return count < 0 ? 0 : count > job.span ? job.span : count;
+}
+
+}  // namespace mustdrop::cpu
+
+MUSTDROP_CPU_KERNEL(cls_softmax, ClsTask)  // items: (sequence of this round, head)
+MUSTDROP_CPU_KERNEL(cls_average, ClsTask)  // items: sequences of this round

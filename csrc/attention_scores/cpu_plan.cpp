@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attention_scores/cpu_plan.h"
+
+#include <algorithm>
+#include <memory>
+
+#include "common/workers.h"
+
+namespace mustdrop {
+namespace {
+
+using cpu::kChunk;
+using cpu::kLaneStep;
+using cpu::ScoreJob;
+using cpu::ScoreTask;
+
+constexpr uint8_t kPadding = 0, kVision = 2, kQuery = 3;
+constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at: 4 MiB, about what two cores' level-2 caches hold
+constexpr int64_t kMaxRows = 128;              // of a job
+constexpr int64_t kMaxLanes = 1024;            // of a job, so that a chunk's weights stay in the cache
+constexpr int64_t kGrain = 1 << 18;            // least multiplications of a thread
+
+int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+int64_t chunks_of(int64_t keys) { return (keys + kChunk - 1) / kChunk; }
+
+// The voting rows of one sequence and the keys that the last of them sees.
+struct Contents {
+  std::vector<int64_t> row_offset, lse_offset;
+  std::vector<int32_t> row_position;
+  std::vector<int64_t> vision_offset, text_offset;
+  std::vector<int32_t> vision_position, text_position;
+};
+
+Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
+  Contents contents;
+  const auto exists = [&](int64_t p) {
+    if (!inputs.slots) return true;
+    const int64_t block = sequence.table[p / inputs.slots];
+    return block >= 0 && block < inputs.blocks;
+  };
+  const int64_t first = sequence.length - sequence.rows;
+  for (int64_t p = std::max<int64_t>(first, 0); p < sequence.length; ++p) {
+    if (sequence.types[p] != kQuery || !exists(p)) continue;
+    if (static_cast<int64_t>(contents.row_position.size()) == sequence.max_rows) break;
+    contents.row_position.push_back(static_cast<int32_t>(p));
+    contents.row_offset.push_back(sequence.q_begin + (p - first) * inputs.q_row);
+    contents.lse_offset.push_back(sequence.lse_begin + (p - first) * inputs.lse_row);
+  }
+  const int64_t end = contents.row_position.empty() ? 0 : contents.row_position.back() + 1;
+  for (int64_t p = 0; p < end; ++p) {
+    const bool vision = sequence.types[p] == kVision;
+    if (sequence.types[p] == kPadding || (inputs.lse && !vision) || !exists(p)) continue;
+    const int64_t offset = inputs.slots
+                               ? sequence.table[p / inputs.slots] * inputs.k_block + p % inputs.slots * inputs.k_row
+                               : sequence.k_begin + p * inputs.k_row;
+    (vision ? contents.vision_offset : contents.text_offset).push_back(offset);
+    (vision ? contents.vision_position : contents.text_position).push_back(static_cast<int32_t>(p));
+  }
+  return contents;
+}
+
+// A job and what its pointers point to.
+struct Planned {
+  ScoreJob job;
+  const ScoreSequence* sequence;
+  std::shared_ptr<const Contents> contents;
+  std::vector<int32_t> row_position, lane_position;
+};
+
+// Sizes of a job's workspace in floats, in the order in which they are laid out.
+struct Sizes {
+  int64_t query, lane_lse, stats, weights, mean;
+
+  explicit Sizes(const ScoreJob& job) {
+    const int64_t vision = job.vision_chunks * kChunk;
+    query = job.kv_heads * job.dim * job.lane_stride;
+    lane_lse = job.lse ? job.kv_heads * job.lane_stride : 0;
+    stats = job.lse ? 0 : job.block_heads * (job.vision_chunks + job.text_chunks) * 2 * job.lane_stride + kLaneStep;
+    weights = job.lse ? 0 : job.block_heads * vision * job.lane_stride + kLaneStep;
+    mean = vision * job.row_stride;
+  }
+  int64_t sum() const { return round_up(query + lane_lse + stats + weights + mean, kLaneStep); }
+};
+
+void place(ScoreJob& job, float* workspace) {
+  const Sizes sizes(job);
+  job.query = workspace;
+  job.lane_lse = job.query + sizes.query;
+  job.stats = job.lane_lse + sizes.lane_lse;
+  job.weights = job.stats + sizes.stats;
+  job.mean = job.weights + sizes.weights;
+}
+
+// Rows of a job: as many as the workspace holds for one key head, and no fewer than fill a vector.
+int64_t rows_of_job(int64_t rows, int64_t group, int64_t vision) {
+  int64_t most = std::min(kMaxRows, std::max<int64_t>(1, kMaxLanes / group));
+  while (most * group > kLaneStep && most > 1 && vision * (group + 1) * most > kWorkspaceFloats) most /= 2;
+  const int64_t jobs = (rows + most - 1) / most;
+  return (rows + jobs - 1) / jobs;
+}
+
+Planned plan_job(const ScoreInputs& inputs, const ScoreSequence& sequence, std::shared_ptr<const Contents> contents,
+                 int64_t first_row, int64_t rows) {
+  Planned planned{{}, &sequence, contents, {}, {}};
+  ScoreJob& job = planned.job;
+  const Contents& from = *contents;
+  job.heads = inputs.heads, job.kv_heads = inputs.kv_heads, job.dim = inputs.dim;
+  job.group = inputs.heads / inputs.kv_heads;
+  job.rows = rows, job.row_stride = round_up(rows, kLaneStep);
+  job.lanes = job.group * rows, job.lane_stride = round_up(job.lanes, kLaneStep);
+  job.scale = inputs.scale, job.element = inputs.element;
+  job.q = inputs.q, job.q_head = inputs.q_head;
+  job.k = inputs.k, job.k_head = inputs.k_head, job.k_dim = inputs.k_dim;
+  job.lse = inputs.lse, job.lse_head = inputs.lse_head;
+  job.row_offset = from.row_offset.data() + first_row;
+  job.lse_offset = from.lse_offset.data() + first_row;
+  job.first_position = from.row_position[first_row];
+
+  const int32_t last = from.row_position[first_row + rows - 1];
+  const auto seen = [last](const std::vector<int32_t>& keys) {
+    return std::upper_bound(keys.begin(), keys.end(), last) - keys.begin();
+  };
+  job.vision = seen(from.vision_position), job.text = seen(from.text_position);
+  job.vision_chunks = chunks_of(job.vision), job.text_chunks = chunks_of(job.text);
+  job.vision_offset = from.vision_offset.data(), job.vision_position = from.vision_position.data();
+  job.text_offset = from.text_offset.data(), job.text_position = from.text_position.data();
+
+  planned.row_position.assign(job.row_stride, -1);
+  std::copy_n(from.row_position.begin() + first_row, rows, planned.row_position.begin());
+  planned.lane_position.assign(job.lane_stride, -1);
+  for (int64_t lane = 0; lane < job.lanes; ++lane) planned.lane_position[lane] = planned.row_position[lane % rows];
+  job.row_position = planned.row_position.data(), job.lane_position = planned.lane_position.data();
+
+  job.block_heads = 1;
+  const int64_t fixed = Sizes(job).mean, one_head = job.vision_chunks * kChunk * job.lane_stride;
+  job.block_heads = std::clamp((kWorkspaceFloats - fixed) / std::max<int64_t>(1, one_head), int64_t{1}, job.kv_heads);
+
+  job.total = sequence.total, job.peak = sequence.peak;
+  job.map = sequence.map ? sequence.map + first_row * sequence.map_stride : nullptr;
+  job.map_stride = sequence.map_stride;
+  return planned;
+}
+
+// Jobs of different sequences that are computed together; one job where its heads need several rounds.
+class Batch {
+ public:
+  explicit Batch(const Tensor& like) : like_(like) {}
+
+  void add(Planned planned) {
+    const int64_t floats = Sizes(planned.job).sum();
+    const bool whole = planned.job.block_heads == planned.job.kv_heads;
+    const bool fits = jobs_.empty() || (whole_ && whole && floats_ + floats <= kWorkspaceFloats &&
+                                        jobs_.back()->sequence != planned.sequence);
+    if (!fits) run();
+    whole_ = whole;
+    floats_ += floats;
+    jobs_.push_back(std::make_unique<Planned>(std::move(planned)));
+  }
+
+  void run() {
+    if (jobs_.empty()) return;
+    prepare();
+    const ScoreJob& first = jobs_.front()->job;
+    const auto chunks = [](const ScoreJob& job) { return job.vision_chunks + job.text_chunks; };
+    phase(
+        cpu::pack_query, [](const ScoreJob& job) { return job.kv_heads; },
+        [](const ScoreJob& job) { return 4 * job.dim * job.lanes; });
+    if (first.lse) {
+      phase(
+          cpu::score_normalised, [](const ScoreJob& job) { return job.vision_chunks; },
+          [](const ScoreJob& job) { return job.kv_heads * kChunk * job.dim * job.lane_stride; });
+    } else {
+      for (int64_t head = 0, block = first.block_heads; head < first.kv_heads; head += block) {
+        for (auto& planned : jobs_) {
+          planned->job.first_head = head;
+          planned->job.block_heads = std::min(block, first.kv_heads - head);
+        }
+        phase(
+            cpu::score_chunks, [&](const ScoreJob& job) { return job.block_heads * chunks(job); },
+            [](const ScoreJob& job) { return kChunk * (job.dim + 16) * job.lane_stride; });
+        phase(
+            cpu::normalise, [](const ScoreJob& job) { return job.block_heads * (job.lane_stride / kLaneStep); },
+            [&](const ScoreJob& job) { return 64 * chunks(job) * kLaneStep; });
+        phase(
+            cpu::average_heads, [](const ScoreJob& job) { return job.vision_chunks; },
+            [](const ScoreJob& job) { return 4 * job.block_heads * kChunk * job.lane_stride; });
+      }
+    }
+    jobs_.clear();
+    floats_ = 0;
+  }
+
+ private:
+  void prepare() {
+    int64_t scratch = 0;
+    for (auto& planned : jobs_) scratch = std::max(scratch, round_up(scratch_floats(planned->job), kLaneStep));
+    const int64_t threads = torch::stable::get_num_threads();
+    const int64_t floats = floats_ + threads * scratch;
+    if (floats > capacity_) {
+      memory_ = new_empty(like_, {floats}, ScalarType::Float);
+      capacity_ = floats;
+    }
+    float* next = static_cast<float*>(memory_->mutable_data_ptr());
+    scratch_.clear();
+    for (int64_t t = 0; t < threads; ++t, next += scratch) scratch_.push_back(next);
+    for (auto& planned : jobs_) {
+      place(planned->job, next);
+      next += Sizes(planned->job).sum();
+    }
+  }
+
+  // Runs one kernel on the items of all jobs.
+  template <class Items, class Cost>
+  void phase(void (*kernel)(const ScoreTask&, int64_t, int64_t), const Items& items_of, const Cost& cost_of) {
+    int64_t items = 0, cost = 0;
+    for (auto& planned : jobs_) {
+      items += items_of(planned->job);
+      cost += items_of(planned->job) * cost_of(planned->job);
+    }
+    if (items == 0) return;
+    const int64_t workers = std::min<int64_t>(worker_count(items, cost / items, kGrain), scratch_.size());
+    share_items(items, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+      for (auto& planned : jobs_) {
+        const int64_t count = items_of(planned->job);
+        if (begin < count && end > 0)
+          kernel({&planned->job, scratch_[worker]}, std::max<int64_t>(begin, 0), std::min(end, count));
+        begin -= count, end -= count;
+      }
+    });
+  }
+
+  Tensor like_;
+  std::vector<std::unique_ptr<Planned>> jobs_;
+  bool whole_ = true;  // all heads of the jobs are computed in one round
+  int64_t floats_ = 0;
+  std::optional<Tensor> memory_;
+  int64_t capacity_ = 0;
+  std::vector<float*> scratch_;
+};
+
+}  // namespace
+
+void run_scores(const ScoreInputs& inputs, const std::vector<ScoreSequence>& sequences, const Tensor& like) {
+  if (inputs.heads == 0) return;
+  Batch batch(like);
+  for (const ScoreSequence& sequence : sequences) {
+    if (sequence.overwrites && sequence.total) {
+      batch.run();
+      std::fill_n(sequence.total, sequence.length, 0.0f);
+      std::fill_n(sequence.peak, sequence.length, 0.0f);
+    }
+    const auto contents = std::make_shared<const Contents>(read_types(inputs, sequence));
+    const int64_t rows = contents->row_position.size(), vision = contents->vision_position.size();
+    if (rows == 0 || vision == 0) continue;
+    const int64_t step = rows_of_job(rows, inputs.heads / inputs.kv_heads, vision);
+    for (int64_t first = 0; first < rows; first += step) {
+      Planned planned = plan_job(inputs, sequence, contents, first, std::min(step, rows - first));
+      if (planned.job.vision > 0) batch.add(std::move(planned));
+    }
+  }
+  batch.run();
+}
+
+}  // namespace mustdrop

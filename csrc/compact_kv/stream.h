@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// One stream of a compaction: the kept positions of one sequence, of one or several heads of one cache, moved in place.
+//
+// Kept positions ascend, so position keep[i] >= i moves towards the front; taken in order, a move only overwrites what
+// moves before it have read already. Towards the end (align_end) the same holds from the last move to the first. Streams
+// touch different bytes, so they need no order among themselves.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace mustdrop {
+
+// What one position holds in a stream: heads x dims pieces of `run` bytes. Strides are in bytes.
+struct Record {
+  int64_t heads;
+  int64_t head_stride;
+  int64_t dims;  // 1 where head_dim is contiguous
+  int64_t dim_stride;
+  int64_t run;
+};
+
+// Where positions are: position p in block table[p / slots], slot p % slots. A dense cache is one block without a table.
+struct Places {
+  const int32_t* table;  // [blocks of the sequence]; null: position block n is block n
+  int64_t table_size;
+  int64_t blocks;  // of the cache
+  int64_t slots;
+  int64_t block_stride;  // bytes
+  int64_t slot_stride;
+};
+
+struct Stream {
+  char* data;  // the cache at the stream's first head
+  Record record;
+  Places places;
+  const int64_t* keep;  // [K]
+  int64_t count;        // moves
+  int64_t target;       // where the first one goes; it may be negative
+  bool backward;        // align_end: the last move comes first
+};
+
+// Finds positions, remembering the block of the last one: most neighbours are in the same block.
+class Finder {
+ public:
+  explicit Finder(const Places& places) : places_(places) {}
+
+  // Offset of a position in bytes; false where it is outside the cache.
+  bool find(int64_t position, int64_t& offset) {
+    if (position < begin_ || position >= end_) {
+      if (!enter_block(position)) return false;
+    }
+    offset = base_ + (position - begin_) * places_.slot_stride;
+    return true;
+  }
+
+ private:
+  bool enter_block(int64_t position) {
+    if (position < 0) return false;
+    const int64_t entry = position / places_.slots;
+    if (entry >= places_.table_size) return false;
+    const int64_t block = places_.table ? places_.table[entry] : entry;
+    if (block < 0 || block >= places_.blocks) return false;
+    begin_ = entry * places_.slots;
+    end_ = begin_ + places_.slots;
+    base_ = block * places_.block_stride;
+    return true;
+  }
+
+  const Places& places_;
+  int64_t begin_ = 0, end_ = 0, base_ = 0;  // of the block: positions [begin, end), offset
+};
+
+// Positions that follow each other in memory, at their source and at their target.
+struct Run {
+  int64_t from;  // offsets in bytes of the lowest position
+  int64_t to;
+  int64_t count;
+};
+
+// `count` elements `stride` bytes apart, in order or from the last to the first.
+template <class Element>
+void move_elements(char* to, const char* from, int64_t count, int64_t stride, bool backward) {
+  for (int64_t n = 0; n < count; ++n) {
+    const int64_t i = backward ? count - 1 - n : n;
+    Element value;
+    std::memcpy(&value, from + i * stride, sizeof value);
+    std::memcpy(to + i * stride, &value, sizeof value);
+  }
+}
+
+inline void move_pieces(char* to, const char* from, int64_t count, int64_t stride, int64_t bytes, bool backward) {
+  switch (bytes) {
+    case 1:
+      return move_elements<uint8_t>(to, from, count, stride, backward);
+    case 2:
+      return move_elements<uint16_t>(to, from, count, stride, backward);
+    case 4:
+      return move_elements<uint32_t>(to, from, count, stride, backward);
+    case 8:
+      return move_elements<uint64_t>(to, from, count, stride, backward);
+    default:
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t i = backward ? count - 1 - n : n;
+        std::memmove(to + i * stride, from + i * stride, bytes);
+      }
+  }
+}
+
+// Pieces of one position, at different heads and dims: they do not overlap each other, so their order is free.
+inline void move_position(const Record& record, char* to, const char* from) {
+  for (int64_t h = 0; h < record.heads; ++h)
+    move_pieces(to + h * record.head_stride, from + h * record.head_stride, record.dims, record.dim_stride, record.run,
+                false);
+}
+
+inline void move_run(const Stream& stream, const Run& run) {
+  const Record& record = stream.record;
+  char* to = stream.data + run.to;
+  const char* from = stream.data + run.from;
+  const int64_t stride = stream.places.slot_stride;
+  if (run.count > 1 && stride == record.run) {  // positions lie together: one move for each piece
+    for (int64_t h = 0; h < record.heads; ++h)
+      for (int64_t d = 0; d < record.dims; ++d) {
+        const int64_t offset = h * record.head_stride + d * record.dim_stride;
+        std::memmove(to + offset, from + offset, run.count * record.run);
+      }
+    return;
+  }
+  for (int64_t n = 0; n < run.count; ++n) {
+    const int64_t i = stream.backward ? run.count - 1 - n : n;
+    move_position(record, to + i * stride, from + i * stride);
+  }
+}
+
+// Sources are scattered, which no hardware prefetcher follows: ask for a record this many moves before it is needed.
+constexpr int64_t kLookahead = 8;
+constexpr int64_t kLookaheadBytes = 1024;  // of each record; longer ones prefetch themselves
+
+class Lookahead {
+ public:
+  explicit Lookahead(const Stream& stream) : stream_(stream), finder_(stream.places) {}
+
+  void at(int64_t n) {
+    n += kLookahead;
+    int64_t offset;
+    if (n >= stream_.count) return;
+    if (!finder_.find(stream_.keep[stream_.backward ? stream_.count - 1 - n : n], offset)) return;
+    const char* from = stream_.data + offset;
+    for (int64_t byte = 0; byte < stream_.record.run && byte < kLookaheadBytes; byte += 64)
+      __builtin_prefetch(from + byte);
+  }
+
+ private:
+  const Stream& stream_;
+  Finder finder_;
+};
+
+inline void compact(const Stream& stream) {
+  Finder sources(stream.places), targets(stream.places);
+  Lookahead lookahead(stream);
+  const int64_t step = stream.places.slot_stride;
+  Run run{0, 0, 0};
+  for (int64_t n = 0; n < stream.count; ++n) {
+    const int64_t i = stream.backward ? stream.count - 1 - n : n;
+    int64_t from, to;
+    lookahead.at(n);
+    if (!sources.find(stream.keep[i], from) || !targets.find(stream.target + i, to) || from == to) continue;
+    const int64_t next =
+        stream.backward ? -step : run.count * step;  // where the run would go on, from its lowest position
+    if (run.count && from == run.from + next && to == run.to + next) {
+      if (stream.backward) run.from = from, run.to = to;
+      ++run.count;
+      continue;
+    }
+    if (run.count) move_run(stream, run);
+    run = {from, to, 1};
+  }
+  if (run.count) move_run(stream, run);
+}
+
+}  // namespace mustdrop

@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+// spatial_merge on the CPU: checks, which windows merge, where each token goes.
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+
+#include "common/arguments.h"
+#include "common/workers.h"
+#include "spatial_merge/cpu_kernel.h"
+
+namespace mustdrop {
+namespace {
+
+constexpr const char* kOp = "spatial_merge";
+constexpr int64_t kGrainBytes = 256 << 10;  // least work of a thread
+
+struct Options {
+  float threshold;
+  OptionalInt budget;
+  bool uniform, merged_first;
+};
+
+int64_t product(const std::vector<int64_t>& values) {
+  int64_t result = 1;
+  for (const int64_t value : values) {
+    // Past any tensor's size: stays there, so that the comparison with x refuses it.
+    if (__builtin_mul_overflow(result, value, &result)) return INT64_MAX;
+  }
+  return result;
+}
+
+void check_grid(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
+                int64_t num_prefix_tokens) {
+  if (grid.size() != 2 && grid.size() != 3)
+    refuse_argument(kOp, "grid", " must be [H, W] or [T, H, W], got ", to_text(grid));
+  if (window.size() != grid.size())
+    refuse_argument(kOp, "window", " must have as many entries as grid, got ", to_text(window));
+  for (size_t axis = 0; axis < grid.size(); ++axis) {
+    if (grid[axis] < 0) refuse_argument(kOp, "grid", " must not be negative, got ", to_text(grid));
+    if (window[axis] < 1) refuse_argument(kOp, "window", " must be positive, got ", to_text(window));
+  }
+  check_at_least(kOp, "num_prefix_tokens", num_prefix_tokens, 0);
+  const int64_t patches = product(grid);
+  if (patches > x.size(1) || num_prefix_tokens != x.size(1) - patches)
+    refuse_argument(kOp, "x", " must have num_prefix_tokens + prod(grid) = ", num_prefix_tokens, " + ", patches,
+                    " tokens, got ", x.size(1));
+}
+
+void check_budget(const std::vector<int64_t>& grid, const std::vector<int64_t>& window, int64_t budget, bool uniform) {
+  if (uniform) refuse_argument(kOp, "uniform", " must not be set together with budget");
+  int64_t windows = 1;
+  for (size_t axis = 0; axis < grid.size(); ++axis) {
+    if (grid[axis] % window[axis] != 0)
+      refuse_argument(kOp, "window", " must tile the grid ", to_text(grid), " where budget is set, got ",
+                      to_text(window));
+    windows *= grid[axis] / window[axis];
+  }
+  check_at_least(kOp, "budget", budget, 0);
+  if (budget > windows)
+    refuse_argument(kOp, "budget", " must be at most the number of windows, ", windows, ", got ", budget);
+  if (budget > 0 && product(window) == 1)
+    refuse_argument(kOp, "budget", " must be 0 with windows of one token, got ", budget);
+}
+
+// Grid and window as [T, H, W].
+cpu::MergeJob describe(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
+                       int64_t num_prefix_tokens, const OptionalTensor& sizes) {
+  cpu::MergeJob job{};
+  job.prefix = num_prefix_tokens, job.length = x.size(1), job.channels = x.size(2);
+  job.windows = 1;
+  for (int axis = 0; axis < 3; ++axis) {
+    const int given = axis - (3 - static_cast<int>(grid.size()));
+    job.grid[axis] = given < 0 ? 1 : grid[given];
+    job.window[axis] = given < 0 ? 1 : window[given];
+    // The same as ceil(grid / window), with no overflow for huge windows.
+    job.windows_per[axis] = job.grid[axis] / job.window[axis] + (job.grid[axis] % job.window[axis] != 0);
+    job.windows *= job.windows_per[axis];
+  }
+  job.x = x.const_data_ptr(), job.x_batch = x.stride(0), job.x_row = x.stride(1);
+  job.element = element_of(x);
+  if (sizes) job.sizes = static_cast<const float*>(sizes->const_data_ptr()), job.sizes_batch = sizes->stride(0);
+  return job;
+}
+
+// Higher similarity first, ties to the lower index, NaN last.
+struct Falling {
+  const float* similarity;
+  bool operator()(int64_t i, int64_t j) const {
+    const float a = similarity[i], b = similarity[j];
+    if ((a != a) != (b != b)) return b != b;
+    return a > b || (!(a < b) && i < j);
+  }
+};
+
+// Which windows merge and where each token goes, image by image.
+class Assignment {
+ public:
+  Assignment(const cpu::MergeJob& job, const Options& options, uint8_t* merged, int64_t* source, int32_t* counts)
+      : job_(job), options_(options), merged_(merged), source_(source), counts_(counts), complete_(job.windows) {
+    const int64_t tokens = job.window[0] * job.window[1] * job.window[2];
+    for (int64_t w = 0; w < job.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
+  }
+
+  // Windows that reach the threshold; with `uniform` only those that the border does not cut.
+  int64_t merge_similar(int64_t b) {
+    uint8_t* merged = merged_ + b * job_.windows;
+    int64_t count = 0;
+    for (int64_t w = 0; w < job_.windows; ++w) {
+      merged[w] = similarity(b)[w] >= options_.threshold && (complete_[w] || !options_.uniform);
+      count += merged[w];
+    }
+    return count;
+  }
+
+  // The most similar windows of those that the border does not cut.
+  void merge_top(int64_t b, int64_t number) {
+    uint8_t* merged = merged_ + b * job_.windows;
+    std::vector<int64_t> order;
+    for (int64_t w = 0; w < job_.windows; ++w)
+      if (complete_[w]) order.push_back(w);
+    std::nth_element(order.begin(), order.begin() + number, order.end(), Falling{similarity(b)});
+    std::fill_n(merged, job_.windows, uint8_t{0});
+    for (int64_t i = 0; i < number; ++i) merged[order[i]] = 1;
+  }
+
+  // Fills in the rows and the count of image b.
+  void place(int64_t b) {
+    const uint8_t* merged = merged_ + b * job_.windows;
+    std::vector<int64_t> row(job_.windows, -1);  // of the windows that have one
+    int64_t next = job_.prefix;
+    if (options_.merged_first)
+      for (const int64_t w : by_similarity(b)) row[w] = next++;
+    int64_t* source = source_ + b * job_.length;
+    std::iota(source, source + job_.prefix, 0);
+    source += job_.prefix;
+    for (int64_t t = 0; t < job_.grid[0]; ++t)
+      for (int64_t h = 0; h < job_.grid[1]; ++h)
+        for (int64_t w = 0; w < job_.grid[2]; ++w, ++source) {
+          const int64_t window = window_of(t, h, w);
+          if (!merged[window]) {
+            *source = next++;
+          } else {
+            if (row[window] < 0) row[window] = next++;
+            *source = row[window];
+          }
+        }
+    counts_[b] = static_cast<int32_t>(next);
+  }
+
+ private:
+  const float* similarity(int64_t b) const { return job_.similarity + b * job_.windows; }
+
+  std::vector<int64_t> by_similarity(int64_t b) const {
+    std::vector<int64_t> order;
+    for (int64_t w = 0; w < job_.windows; ++w)
+      if (merged_[b * job_.windows + w]) order.push_back(w);
+    std::sort(order.begin(), order.end(), Falling{similarity(b)});
+    return order;
+  }
+
+  int64_t window_of(int64_t t, int64_t h, int64_t w) const {
+    return (t / job_.window[0] * job_.windows_per[1] + h / job_.window[1]) * job_.windows_per[2] + w / job_.window[2];
+  }
+
+  int64_t extent_tokens(int64_t window) const {
+    int64_t tokens = 1;
+    for (int axis = 2; axis >= 0; --axis) {
+      const int64_t begin = window % job_.windows_per[axis] * job_.window[axis];
+      tokens *= std::min(job_.window[axis], job_.grid[axis] - begin);
+      window /= job_.windows_per[axis];
+    }
+    return tokens;
+  }
+
+  const cpu::MergeJob& job_;
+  const Options& options_;
+  uint8_t* merged_;                // [B, windows]
+  int64_t* source_;                // [B, length]
+  int32_t* counts_;                // [B]
+  std::vector<uint8_t> complete_;  // [windows] more than one token, and the border does not cut it
+};
+
+void copy_prefix(const cpu::MergeJob& job, int64_t b, int64_t element_size) {
+  const int64_t row = job.channels * element_size;
+  for (int64_t token = 0; token < job.prefix; ++token) {
+    std::memcpy(static_cast<char*>(job.tokens) + (b * job.capacity + token) * row,
+                static_cast<const char*>(job.x) + (b * job.x_batch + token * job.x_row) * element_size, row);
+    job.out_sizes[b * job.capacity + token] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
+  }
+}
+
+void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& options, int64_t batch,
+           int64_t element_size) {
+  const int64_t window_bytes = job.length * job.channels * element_size / std::max<int64_t>(1, job.windows);
+  const int64_t workers = worker_count(batch * job.windows, window_bytes, kGrainBytes);
+  std::vector<float> sums(workers * job.channels);
+  const auto task = [&](int64_t worker) { return cpu::MergeTask{&job, sums.data() + worker * job.channels}; };
+  const auto place = [&](int64_t b) {
+    assignment.place(b);
+    copy_prefix(job, b, element_size);
+  };
+
+  if (batch >= workers && !options.uniform) {  // image by image: the second read of an image finds it in the cache
+    share_items(batch, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        cpu::window_similarity(task(worker), b * job.windows, (b + 1) * job.windows);
+        options.budget ? assignment.merge_top(b, *options.budget) : static_cast<void>(assignment.merge_similar(b));
+        place(b);
+        cpu::write_windows(task(worker), b * job.windows, (b + 1) * job.windows);
+      }
+    });
+    return;
+  }
+  share_items(batch * job.windows, workers,
+              [&](int64_t worker, int64_t begin, int64_t end) { cpu::window_similarity(task(worker), begin, end); });
+  int64_t number = options.budget.value_or(job.windows);
+  if (!options.budget)
+    for (int64_t b = 0; b < batch; ++b) number = std::min(number, assignment.merge_similar(b));
+  for (int64_t b = 0; b < batch; ++b) {
+    if (options.budget || options.uniform) assignment.merge_top(b, number);
+    place(b);
+  }
+  share_items(batch * job.windows, workers,
+              [&](int64_t worker, int64_t begin, int64_t end) { cpu::write_windows(task(worker), begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B, P+N, C]
+                                                         std::vector<int64_t> grid, std::vector<int64_t> window,
+                                                         double threshold, OptionalInt budget, bool uniform,
+                                                         int64_t num_prefix_tokens,
+                                                         const OptionalTensor& sizes,  // [B, P+N]
+                                                         bool merged_first) {
+  check_extents(kOp, "x", x, {"B", "P+N", "C"});
+  check_computed(kOp, "x", x);
+  check_last_dense(kOp, "x", x);
+  check_grid(x, grid, window, num_prefix_tokens);
+  if (sizes) check_tensor(kOp, "sizes", *sizes, {x.size(0), x.size(1)}, ScalarType::Float, x);
+  if (budget) check_budget(grid, window, *budget, uniform);
+
+  cpu::MergeJob job = describe(x, grid, window, num_prefix_tokens, sizes);
+  job.capacity = job.length - (budget ? *budget * (product(window) - 1) : 0);
+  const int64_t batch = x.size(0);
+  Tensor tokens = new_empty(x, {batch, job.capacity, job.channels}, x.scalar_type());
+  Tensor counts = new_empty(x, {batch}, ScalarType::Int);
+  Tensor source = new_empty(x, {batch, job.length}, ScalarType::Long);
+  Tensor out_sizes = new_empty(x, {batch, job.capacity}, ScalarType::Float);
+
+  std::vector<float> similarity(batch * job.windows);
+  std::vector<uint8_t> merged(batch * job.windows);
+  job.similarity = similarity.data(), job.merged = merged.data();
+  auto* source_data = static_cast<int64_t*>(source.mutable_data_ptr());
+  auto* counts_data = static_cast<int32_t*>(counts.mutable_data_ptr());
+  job.source = source_data, job.counts = counts_data;
+  job.tokens = tokens.mutable_data_ptr(), job.out_sizes = static_cast<float*>(out_sizes.mutable_data_ptr());
+
+  const Options options{static_cast<float>(threshold), budget, uniform, merged_first};
+  Assignment assignment(job, options, merged.data(), source_data, counts_data);
+  merge(job, assignment, options, batch, static_cast<int64_t>(x.element_size()));
+  return {tokens, counts, source, out_sizes};
+}
+
+}  // namespace
+}  // namespace mustdrop
+
+STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) { m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge)); }

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory there is, and how much a call takes at its peak on top of what is there."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+_CLEAR = Path("/proc/self/clear_refs")
+
+
+def available(device: torch.device) -> int:
+    """Bytes that can still be taken."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return 8 << 30
+
+
+def _resident(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"{_STATUS} has no {field}")
+
+
+def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes at the peak of a call, its results included, above what was held before; None where it cannot be told.
+
+    On a CPU this is the growth of the resident set, so it covers what libraries allocate by themselves, and it is good
+    to some ten kilobytes. On a GPU it is torch's allocator that counts.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    if not sys.platform.startswith("linux"):
+        call()
+        return None
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide the growth
+        _CLEAR.write_text("5")  # resets the peak
+        before = _resident("VmRSS")
+    except (OSError, AttributeError):
+        call()
+        return None
+    call()
+    return max(0, _resident("VmHWM") - before)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a peer is."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..cases import Canonical, Case, Inputs, Raw
+
+Call = Callable[[Inputs], Raw]
+
+
+def _serves(case: Case) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """Another way to compute what some operators compute."""
+
+    name: str
+    ops: tuple[str, ...]
+    build: Callable[[Case], Call]  # for this case; what it returns is timed
+    what: str  # one sentence
+    # What is compared with the operator's result; None: nothing, since it computes something else.
+    canonical: Callable[[Raw, Inputs], Canonical] | None
+    why_not: Callable[[Case], str | None] = _serves
+    scratch: Callable[[Case], int] = lambda case: 0  # bytes that it allocates on the way
+    in_place: bool = False
+    compiles: bool = False
+
+
+def compiled(peer: Peer) -> Peer:
+    """torch.compile of a peer."""
+
+    def build(case: Case) -> Call:
+        torch._dynamo.reset()  # each case compiles by itself: no recompilation limit is met, nothing becomes dynamic
+        eager = peer.build(case)
+        return torch.compile(eager, dynamic=False)
+
+    def why_not(case: Case) -> str | None:
+        reason = peer.why_not(case)
+        if reason is None and case.device.type == "cpu" and shutil.which("g++") is None:
+            reason = "torch.compile needs a C++ compiler"
+        return reason
+
+    return dataclasses.replace(
+        peer, name=f"compile({peer.name})", build=build, why_not=why_not, what=f"torch.compile of: {peer.what}",
+        compiles=True,
+    )  # fmt: skip
+
+
+def as_pair(raw: Any, inputs: Inputs) -> Canonical:
+    """(total, peak)."""
+    return {"total": raw[0], "peak": raw[1]}

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Peers of the operators that move tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..cases import SLOTS, Canonical, Case, Inputs, Raw, canonical_compact, canonical_compact_paged
+from .base import Call, Peer, compiled
+
+
+def _index_select(case: Case) -> Call:
+    def call(inputs: Inputs) -> Raw:
+        x, keep, _ = inputs.args
+        return torch.stack([row.index_select(0, index) for row, index in zip(x, keep, strict=True)])
+
+    return call
+
+
+def _gather(case: Case) -> Call:
+    def call(inputs: Inputs) -> Raw:
+        x, keep, _ = inputs.args
+        return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
+
+    return call
+
+
+def _tokens(raw: Raw, inputs: Inputs) -> Canonical:
+    return {"tokens": raw}
+
+
+def _select_layers(case: Case) -> Call:
+    """New tensors, one after another; the old ones can be freed when the caller lets go of them."""
+
+    def cut(cache: Tensor, keep: Tensor) -> Tensor:
+        if len(cache) == 1:
+            return cache.index_select(2, keep[0])
+        return torch.stack([row.index_select(1, index) for row, index in zip(cache, keep, strict=True)])
+
+    def call(inputs: Inputs) -> Raw:
+        keys, values, keep, _ = inputs.args
+        return [cut(cache, keep[0]) for cache in keys], [cut(cache, keep[0]) for cache in values]
+
+    return call
+
+
+def _copy_back(case: Case) -> Call:
+    """In place, through a copy of what stays."""
+
+    def call(inputs: Inputs) -> Raw:
+        keys, values, keep, _ = inputs.args
+        kept = keep[0].shape[1]
+        for cache in (*keys, *values):
+            for row, index in zip(cache, keep[0], strict=True):
+                row[:, :kept] = row.index_select(1, index)
+
+    return call
+
+
+def _paged_copy(case: Case) -> Call:
+    def call(inputs: Inputs) -> Raw:
+        keys, values, table, keep, _ = inputs.args
+        index = keep[0]
+        position = torch.arange(index.shape[1], device=index.device).expand_as(index)
+        pages = table.long()
+        source = (pages.gather(1, index // SLOTS) * SLOTS + index % SLOTS).flatten()
+        target = (pages.gather(1, position // SLOTS) * SLOTS + position % SLOTS).flatten()
+        for cache in (*keys, *values):
+            slots = cache.flatten(0, 1)  # a view
+            slots.index_copy_(0, target, slots.index_select(0, source))
+
+    return call
+
+
+def _result_bytes(case: Case) -> int:
+    return case.input_bytes * case.shape.kept // case.shape.length
+
+
+SELECT = Peer(
+    "index_select", ("gather_tokens",), _index_select, "index_select of each sequence, and stack", _tokens,
+    scratch=_result_bytes,
+)  # fmt: skip
+GATHER = Peer("torch.gather", ("gather_tokens",), _gather, "torch.gather of whole rows", _tokens, scratch=_result_bytes)
+LAYERS = Peer(
+    "index_select", ("compact_kv_",), _select_layers, "index_select of K and of V in each layer into new tensors",
+    canonical_compact, scratch=_result_bytes,
+)  # fmt: skip
+COPY_BACK = Peer(
+    "index_select + copy back", ("compact_kv_",), _copy_back, "in place: index_select, then a copy into the cache",
+    canonical_compact, scratch=_result_bytes, in_place=True,
+)  # fmt: skip
+PAGED = Peer(
+    "index_select + index_copy_", ("compact_paged_kv_",), _paged_copy,
+    "in place: slots gathered by index_select and written by index_copy_, layer by layer",
+    canonical_compact_paged, scratch=_result_bytes, in_place=True,
+)  # fmt: skip
+PEERS = (SELECT, GATHER, compiled(GATHER), LAYERS, COPY_BACK, PAGED)

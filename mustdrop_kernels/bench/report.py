@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The document as tables, as JSON, and beside an older one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .cases import Case
+from .run import FORMAT, Contender, Document, Row
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def write(document: Document, path: Path) -> None:
+    """As JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def read(path: Path) -> Document:
+    """A document that ``write`` wrote.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a document of mustdrop bench ({FORMAT})")
+    return document
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What a row is about, without who computed it."""
+    return row["op"], row["shape"], row["dtype"], row["device"]
+
+
+def duration(us: float) -> str:
+    """Three digits, in a unit that fits: "85.1 us", "1.24 ms"."""
+    for limit, unit, factor in ((1e3, "us", 1.0), (1e6, "ms", 1e-3), (float("inf"), "s", 1e-6)):
+        if us < limit:
+            return f"{us * factor:.3g} {unit}" if us * factor < 100 else f"{us * factor:.0f} {unit}"
+    raise AssertionError
+
+
+def size(count: float | None) -> str:
+    """Bytes, in a unit that fits."""
+    if count is None:
+        return ""
+    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB")):
+        if count < limit:
+            return f"{count / limit * 1e3:.3g} {unit}"
+    return f"{count / 1e9:.3g} GB"
+
+
+def _spread(row: Row) -> str:
+    """Half the distance between the quartiles, in percent of the median."""
+    return f"±{100 * (row['q3_us'] - row['q1_us']) / 2 / row['median_us']:.0f}%"
+
+
+def factor(value: float) -> str:
+    """Two digits from 10 on, two decimals below."""
+    return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f}%" if value >= 0.0995 else f"{100 * value:.1f}%" if value else ""
+
+
+def cells(row: Row) -> list[str]:
+    """A timed row's figures as text, under ``HEADINGS``."""
+    ratio = row.get("ratio")
+    return [
+        f"{duration(row['median_us'])} {_spread(row):>4}",
+        _percent(row["copy_fraction"]),
+        _percent(row["matrix_fraction"]),
+        size(row["peak_extra_bytes"]),
+        "" if row["host_us"] is None else duration(row["host_us"]),
+        factor(ratio["median"]) if ratio is not None else "",
+    ]
+
+
+HEADINGS = ("time", "copy", "matrix", "memory", "host", "ratio")
+
+
+def tables(document: Document) -> Iterator[Table]:
+    """One for each shape and dtype; no wider than 80 columns, but for a GPU."""
+    from rich import box
+    from rich.table import Table
+
+    gpu = document["machine"]["device"] == "cuda"
+    by_shape = sorted(document["rows"], key=lambda row: (row["shape"], row["dtype"]))
+    for (shape, dtype), rows in groupby(by_shape, key=lambda row: (row["shape"], row["dtype"])):
+        table = Table(title=f"{shape}, {dtype}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+        table.add_column("computed by")
+        for name in HEADINGS:
+            if gpu or name != "host":
+                table.add_column(name, justify="right", no_wrap=True)
+        for op, group in groupby(rows, key=lambda row: row["op"]):
+            table.add_row(f"[bold underline]{op}[/]")
+            for row in group:
+                if row["status"] != "skipped":  # the notes say why
+                    table.add_row(*_line(row, gpu))
+            table.add_section()
+        yield table
+
+
+def _line(row: Row, gpu: bool) -> list[str]:
+    name = f"  [bold]{row['contender']}[/]" if row["kind"] == "backend" else f"  {row['contender']}"
+    if row["status"] == "wrong":
+        return [name, "[red]wrong[/]"]
+    return [name, *(text for text, heading in zip(cells(row), HEADINGS, strict=True) if gpu or heading != "host")]
+
+
+def notes(document: Document) -> list[str]:
+    """What the tables leave out: the machine, what was not timed and why, and how to read the figures."""
+    machine = document["machine"]
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in machine["matrix_rate"].items())
+    lines = [
+        f"{machine['name']}, {machine['threads']} threads, torch {machine['torch']}, "
+        f"mustdrop_kernels {machine['mustdrop_kernels']}" + (f" at {machine['commit']}" if machine["commit"] else ""),
+        f"measured here: copy {machine['copy_bandwidth'] / 1e9:.1f} GB/s, matrix product {rates}",
+        "time: median, and half the distance between the quartiles. copy, matrix: the bytes that have to move and the "
+        "FLOPs, over the time, as a part of these rates. memory: the peak of a call, results included. "
+        "ratio: the time over that of the operator's first row, both from the same rounds.",
+    ]
+    load = machine.get("load")
+    if load and load[0] > 1.5 * machine["threads"]:
+        lines.append(f"the machine was busy with other things (load {load[0]:.1f}): do not trust these times")
+    if document["quick"]:
+        lines.append("quick: few rounds, no compiled peers; not for comparisons")
+    reasons: dict[str, list[str]] = {}
+    for row in document["rows"]:
+        if row["status"] != "timed":
+            about = f"{row['op']} {row['shape']} {row['dtype']}"
+            reasons.setdefault(f"{row['contender']}: {row['status']}: {row['reason']}", []).append(about)
+    for reason, where in reasons.items():
+        lines.append(f"{reason} ({', '.join(where[:3])}{', ...' if len(where) > 3 else ''})")
+    return lines
+
+
+def comparison(old: Document, new: Document) -> Iterator[dict[str, Any]]:
+    """Rows that both have: how many times as fast the new one is, and whether that is more than the spread."""
+    timed = {(*key(row), row["contender"]): row for row in old["rows"] if row["status"] == "timed"}
+    for row in new["rows"]:
+        before = timed.get((*key(row), row["contender"]))
+        if before is None or row["status"] != "timed":
+            continue
+        apart = before["q1_us"] > row["q3_us"] or before["q3_us"] < row["q1_us"]
+        yield {
+            **{name: row[name] for name in ("op", "shape", "dtype", "device", "contender", "kind")},
+            "old_us": before["median_us"],
+            "new_us": row["median_us"],
+            "speedup": before["median_us"] / row["median_us"],
+            "apart": apart,
+        }
+
+
+def comparison_table(old: Document, new: Document) -> Table:
+    """Old and new times side by side."""
+    from rich.table import Table
+
+    table = Table(title="against the older document", title_justify="left", title_style="bold")
+    for name in ("case", "computed by"):
+        table.add_column(name)
+    for name in ("old", "new", "faster"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in comparison(old, new):
+        colour = ("green" if row["speedup"] > 1 else "red") if row["apart"] else "dim"
+        case = f"{row['op']} {row['shape']} {row['dtype']}"
+        times = duration(row["old_us"]), duration(row["new_us"])
+        table.add_row(case, row["contender"], *times, f"[{colour}]{factor(row['speedup'])}[/]")
+    return table
+
+
+def comparison_notes(old: Document, new: Document) -> list[str]:
+    """What makes the two hard to compare."""
+    names = ("name", "threads", "torch", "torch_cpu_capability", "mustdrop_cpu_capability")
+    lines = [
+        f"{name}: {old['machine'].get(name)} then, {new['machine'].get(name)} now"
+        for name in names
+        if old["machine"].get(name) != new["machine"].get(name)
+    ]
+    drift = new["machine"]["copy_bandwidth"] / old["machine"]["copy_bandwidth"]
+    lines.append(f"the machine's copy bandwidth is {factor(drift)} what it was; dim: within the spread of the two")
+    return lines
+
+
+def plan_lines(planned: Iterable[tuple[Case, list[Contender]]]) -> Iterator[str]:
+    """What would be timed, and why not what would not."""
+    for case, found in planned:
+        work = case.work
+        flops = f", {work.flops / 1e9:.3g} GFLOP" if work.flops else ""
+        yield (
+            f"{case.label}: {case.shape.length} tokens, inputs {size(case.input_bytes)}, "
+            f"at least {size(work.bytes)} moved{flops}"
+        )
+        for kind, title in (("backend", "ours"), ("peer", "peers"), ("context", "context")):
+            names = [one.name for one in found if one.kind == kind and not one.why_not]
+            if names:
+                yield f"  {title}: {'; '.join(names)}"
+        yield from (f"  not timed: {one.name}: {one.why_not}" for one in found if one.why_not)
+
+
+def markdown(document: Document) -> str:
+    """The backends' rows with their ratios to every peer, for a README."""
+    lines = ["| operator | shape | dtype | time | peers: how many times as long they take |", "|---|---|---|---|---|"]
+    for _, group in groupby(document["rows"], key=key):
+        rows = list(group)
+        base = next((row for row in rows if row["kind"] == "backend" and row["status"] == "timed"), None)
+        if base is None:
+            continue
+        peers = [
+            f"{row['contender']} {factor(row['ratio']['median'])}"
+            for row in rows
+            if row["kind"] == "peer" and row["status"] == "timed"
+        ]
+        where = f"`{base['op']}` | {base['shape']} | {base['dtype']}"
+        lines.append(f"| {where} | {duration(base['median_us'])} {_spread(base)} | {', '.join(peers)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans what is timed, checks it, times it, and makes the document of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from .. import backends
+from . import check, machine, memory, timing
+from .cases import CASES, FLOAT32_ONLY, Case, Inputs, Raw
+from .peers import Peer, peers_of
+from .shapes import Shape
+
+FORMAT = "mustdrop-bench/1"
+# Copies of the inputs: at most so many, in at most this share of the memory that is left.
+MOST_COPIES, MEMORY_SHARE = 512, 0.4
+Document = dict[str, Any]
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to time."""
+
+    ops: tuple[str, ...]
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[torch.dtype, ...]
+    device: torch.device
+    backends: tuple[str, ...]
+    peers: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where quick
+    quick: bool = False
+    hot: bool = False  # the same inputs every time, so that what fits stays in the cache
+
+    @property
+    def effort(self) -> timing.Effort:
+        """How long to measure."""
+        return timing.QUICK if self.quick else timing.FULL
+
+
+@dataclasses.dataclass
+class Contender:
+    """One way to compute a case."""
+
+    name: str
+    op_in_place: bool
+    kind: str  # "backend", "peer", "context" (it computes something else, that ours is a share of)
+    what: str
+    call: Callable[[Inputs], Raw] | None = None
+    peer: Peer | None = None
+    why_not: str | None = None
+    wrong: str | None = None
+    compared: list[str] = dataclasses.field(default_factory=list)
+    peak_extra: int | None = None
+
+    @property
+    def in_place(self) -> bool:
+        """Whether a call changes its inputs."""
+        return self.peer.in_place if self.peer is not None else self.op_in_place
+
+    def canonical(self, case: Case, raw: Raw, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Its result in the form that is compared."""
+        if self.peer is None:
+            return case.spec.canonical(raw, inputs)
+        if self.peer.canonical is None:
+            return {}
+        return self.peer.canonical(raw, inputs)
+
+    def drop(self, error: Exception) -> None:
+        """It failed: it is not timed, and the report says why."""
+        text = str(error).strip().splitlines()
+        self.why_not = f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
+        self.call = None
+
+
+def _nothing(inputs: Inputs) -> dict[str, Any]:
+    return {}
+
+
+def backend_call(
+    op: str, device_type: str, name: str, more: Callable[[Inputs], dict[str, Any]] = _nothing
+) -> timing.Call:
+    """The operator as a function of its inputs; torch.ops for the backend that serves it there."""
+    function = backends.explicit(op, device_type, name) or getattr(torch.ops.mustdrop, op)
+
+    def call(inputs: Inputs) -> Raw:
+        return function(*inputs.args, **inputs.kwargs, **more(inputs))
+
+    return call
+
+
+def default_backends(device_type: str) -> tuple[str, ...]:
+    """The backend that serves the device, else the reference."""
+    return (backends.serving(device_type) or "reference",)
+
+
+def plan(options: Options) -> Iterator[Case]:
+    """All cases, those of a shape together."""
+    for shape in options.shapes:
+        for dtype in options.dtypes:
+            for op in options.ops:
+                if op in FLOAT32_ONLY and dtype != torch.float32 and torch.float32 in options.dtypes:
+                    continue  # the same again
+                yield Case(op, shape, torch.float32 if op in FLOAT32_ONLY else dtype, options.device)
+
+
+def contenders(case: Case, options: Options, build: bool = True) -> list[Contender]:
+    """Ours first, then the peers; with the reason where one does not take part."""
+    found = []
+    kind = case.device.type
+    for name in options.backends:
+        why_not = backends.get(name).why_not(case.op, kind)
+        for variant, more in {"": _nothing, **case.spec.variants}.items():
+            label = f"{name}, {variant}" if variant else name
+            ours = Contender(label, case.spec.in_place, "backend", backends.get(name).description, why_not=why_not)
+            if why_not is None and build:
+                ours.call = backend_call(case.op, kind, name, more)
+            found.append(ours)
+    for peer in peers_of(case.op):
+        if options.peers is not None and peer.name not in options.peers:
+            continue
+        if options.peers is None and options.quick and peer.compiles:
+            continue
+        theirs = Contender(
+            peer.name, case.spec.in_place, "context" if peer.canonical is None else "peer", peer.what, peer=peer
+        )
+        theirs.why_not = peer.why_not(case) or _too_large(case, peer.scratch(case))
+        found.append(theirs)
+    return found
+
+
+def _too_large(case: Case, extra: int) -> str | None:
+    needed, left = 2 * case.input_bytes + extra, memory.available(case.device)
+    if needed > 0.8 * left:
+        return f"it needs {needed / 1e9:.1f} GB, {left / 1e9:.1f} GB are left"
+    return None
+
+
+def run(
+    options: Options,
+    command: Sequence[str] = (),
+    tell: Callable[[str, float], None] = lambda what, share: None,
+) -> Document:
+    """Time everything.
+
+    Args:
+        options: what to time.
+        command: the command line, for the record.
+        tell: is told what is being done and which share of all is done.
+    """
+    cases = list(plan(options))
+    about = machine.describe(options.device, torch.get_num_threads())
+    tell("measuring the machine", 0.0)
+    rates = machine.measure(options.device, sorted({case.dtype for case in cases}, key=str), options.quick)
+    measured = []
+    for i, case in enumerate(cases):
+        share = i / len(cases)
+        try:
+            measured.append((case, *_measure(case, options, lambda what, done, at=share: tell(what, at + done))))  # type: ignore[misc]
+        except (RuntimeError, MemoryError) as error:
+            measured.append(
+                (case, [Contender("all", case.spec.in_place, "backend", "", why_not=str(error).splitlines()[0])], {}, 0)
+            )
+    # Once more: on a machine that others use too, the better figure is the machine's.
+    again = machine.measure(options.device, sorted({case.dtype for case in cases}, key=str), options.quick)
+    rates["copy_bandwidth"] = max(rates["copy_bandwidth"], again["copy_bandwidth"])
+    rates["matrix_rate"] = {name: max(rate, again["matrix_rate"][name]) for name, rate in rates["matrix_rate"].items()}
+    after = machine.describe(options.device, torch.get_num_threads())
+    rows = [row for case, found, times, copies in measured for row in _rows(case, found, times, copies, rates)]
+    return {
+        "format": FORMAT,
+        "command": list(command),
+        "machine": {**about, **rates, "load_after": after["load"]},
+        "quick": options.quick,
+        "hot": options.hot,
+        "rows": rows,
+    }
+
+
+@torch.inference_mode()
+def _measure(
+    case: Case, options: Options, tell: Callable[[str, float], None]
+) -> tuple[list[Contender], dict[str, timing.Timing], int]:
+    found = contenders(case, options)
+    reason = _too_large(case, 0)
+    if reason is not None:
+        for one in found:
+            one.call, one.why_not = None, one.why_not or reason
+        return found, {}, 0
+    tell(f"{case.label}: inputs", 0.0)
+    inputs = case.inputs()
+    _check_all(case, found, inputs, lambda name: tell(f"{case.label}: checking {name}", 0.0))
+    copies = copies_of(case, inputs, options.hot)
+    calls = {one.name: one.call for one in found if one.call is not None}
+    times = timing.interleaved(calls, copies, case.device, options.effort)
+    count = len(copies)
+    del copies, inputs
+    gc.collect()
+    return found, times, count
+
+
+def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callable[[str], None]) -> None:
+    """Call each once, compare what it returns with ours, and measure the memory that it takes."""
+    ours: dict[str, torch.Tensor] | None = None
+    for one in found:
+        if one.why_not is not None:
+            continue
+        tell(one.name)
+        fresh = inputs.clone() if one.in_place else inputs
+        try:
+            if one.call is None and one.peer is not None:
+                one.call = one.peer.build(case)
+            raw, seconds = _called(one, fresh, case.device)
+            result = one.canonical(case, raw, fresh)
+        except Exception as error:
+            one.drop(error)
+            continue
+        if ours is None:
+            ours = {name: tensor.clone() for name, tensor in result.items()}  # it may be a view of what is changed next
+        elif one.kind != "context":
+            one.wrong = check.difference(case, ours, result)
+            one.compared = [name for name in result if name in ours]
+            if one.wrong is not None:
+                one.call = None
+        del raw, result
+        if one.call is not None and seconds < 5:
+            one.peak_extra = memory.peak_extra(lambda call=one.call, given=fresh: call(given), case.device)  # type: ignore[misc]
+        del fresh
+
+
+def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, float]:
+    """Its result, and the seconds that a call takes."""
+    assert one.call is not None
+    if one.peer is not None and one.peer.compiles and not one.in_place:
+        one.call(inputs)  # compiles
+    start = time.perf_counter()
+    raw = one.call(inputs)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return raw, time.perf_counter() - start
+
+
+def copies_of(case: Case, inputs: Inputs, hot: bool) -> list[Inputs]:
+    """Enough of them to be past the cache when one's turn comes again."""
+    if hot:
+        return [inputs]
+    size = max(case.input_bytes, 1)
+    past = -(-2 * machine.last_level_cache(case.device) // size)
+    room = int(MEMORY_SHARE * memory.available(case.device)) // size
+    return [inputs] + [inputs.clone() for _ in range(max(1, min(past, room, MOST_COPIES)) - 1)]
+
+
+def _rows(
+    case: Case, found: list[Contender], times: dict[str, timing.Timing], copies: int, rates: dict[str, Any]
+) -> Iterator[Row]:
+    work = case.work
+    base = next((times[one.name] for one in found if one.kind == "backend" and one.name in times), None)
+    for one in found:
+        row: Row = {
+            "op": case.op,
+            "shape": case.shape.label,
+            "batch": case.shape.batch,
+            "tokens": case.shape.length,
+            "dtype": case.dtype_name,
+            "device": case.device.type,
+            "contender": one.name,
+            "kind": one.kind,
+            "what": one.what,
+            "status": "wrong" if one.wrong else "timed" if one.name in times else "skipped",
+            "reason": one.wrong or one.why_not,
+            "bytes": work.bytes,
+            "flops": work.flops,
+        }
+        if one.name in times:
+            row.update(_figures(times[one.name], base, work.bytes, work.flops, case, rates))
+            row.update(peak_extra_bytes=one.peak_extra, compared=one.compared, copies_of_inputs=copies)
+        yield row
+
+
+def _figures(
+    measured: timing.Timing, base: timing.Timing | None, moved: int, flops: int, case: Case, rates: dict[str, Any]
+) -> Row:
+    first, median, third = measured.quartiles
+    figures: Row = {
+        "median_us": 1e6 * median,
+        "q1_us": 1e6 * first,
+        "q3_us": 1e6 * third,
+        "min_us": 1e6 * min(measured.samples.values()),
+        "rounds": len(measured.samples),
+        "calls_a_round": measured.calls,
+        "how": measured.how,
+        "host_us": None if measured.host is None else 1e6 * measured.host,
+        "copy_fraction": moved / median / rates["copy_bandwidth"],
+        "matrix_fraction": flops / median / rates["matrix_rate"][case.dtype_name],
+    }
+    if base is not None:
+        low, middle, high = measured.ratio_to(base)
+        figures["ratio"] = {"q1": low, "median": middle, "q3": high}
+    return figures
+
+
+def command_line() -> list[str]:
+    """How this process was started, without folders."""
+    return [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
+
+
+def all_ops() -> tuple[str, ...]:
+    """Everything that can be timed."""
+    return tuple(CASES)

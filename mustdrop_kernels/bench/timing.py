@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Interleaved rounds: every contender is timed a little in each round, so that drift of the machine hits all alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .cases import Inputs, Raw
+
+Call = Callable[[Inputs], Raw]
+CHUNK = 1e-3  # seconds of calls that are timed as one
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """How long to measure."""
+
+    seconds: float  # for each contender of a case
+    least: int  # rounds of a contender that takes less than a second
+    most: int = 200
+
+    def rounds(self, chunk_seconds: float) -> int:
+        """Rounds for a contender whose chunk takes so long: slow ones get few, and the report says how many."""
+        least = self.least if chunk_seconds < 1 else min(self.least, 3) if chunk_seconds < 8 else 1
+        return max(least, min(self.most, int(self.seconds / chunk_seconds)))
+
+
+FULL = Effort(seconds=2.0, least=7)
+QUICK = Effort(seconds=0.1, least=3)
+
+
+@dataclasses.dataclass
+class Timing:
+    """Times of one contender in seconds a call, one for each of its rounds."""
+
+    samples: dict[int, float]  # round -> seconds
+    calls: int  # in each round
+    how: str  # "cpu", "graph" (a CUDA graph is replayed), "eager" (it cannot be captured)
+    host: float | None = None  # seconds that the host is busy with a call, on a GPU
+
+    @property
+    def quartiles(self) -> tuple[float, float, float]:
+        """(first quartile, median, third quartile)."""
+        return quartiles(list(self.samples.values()))
+
+    def ratio_to(self, base: Timing) -> tuple[float, float, float]:
+        """Quartiles of how many times the base's time this one takes, both taken from the same rounds."""
+        pairs = [seconds / base.samples[r] for r, seconds in self.samples.items() if r in base.samples]
+        if not pairs:
+            pairs = [seconds / base.quartiles[1] for seconds in self.samples.values()]
+        return quartiles(pairs)
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """(first quartile, median, third quartile), all the same where there is one value."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+class Rotation:
+    """Hands out copies of the inputs in turn, so that none is in the cache when its turn comes again."""
+
+    def __init__(self, copies: Sequence[Inputs]) -> None:
+        self.copies = copies
+        self._next = 0
+
+    def take(self) -> Inputs:
+        """The next copy."""
+        inputs = self.copies[self._next]
+        self._next = (self._next + 1) % len(self.copies)
+        return inputs
+
+
+def _taking_part(rounds: int, total: int) -> set[int]:
+    """Which of all rounds, evenly spread."""
+    return {math.floor(i * total / rounds) for i in range(rounds)}
+
+
+class _OnCpu:
+    how = "cpu"
+
+    def __init__(self, call: Call, rotation: Rotation, device: torch.device) -> None:
+        self.call, self.rotation = call, rotation
+        self.calls = 1
+        single = min(self.seconds() for _ in range(2))
+        self.calls = max(1, min(1000, math.ceil(CHUNK / max(single, 1e-7))))
+        self.estimate = single * self.calls
+        self.host: float | None = None
+
+    def seconds(self) -> float:
+        """Of a chunk of calls."""
+        call, chosen = self.call, [self.rotation.take() for _ in range(self.calls)]
+        start = time.perf_counter()
+        for inputs in chosen:
+            call(inputs)
+        return time.perf_counter() - start
+
+
+class _OnCuda:
+    """All copies of the inputs in one CUDA graph; calls that synchronise with the host run one by one instead."""
+
+    def __init__(self, call: Call, rotation: Rotation, device: torch.device) -> None:
+        self.call, self.copies = call, rotation.copies
+        self.calls = len(self.copies)
+        self.graph = self._capture()
+        self.how = "eager" if self.graph is None else "graph"
+        self.host = self._host_seconds()
+        self.estimate = self.seconds()
+
+    def _all(self) -> None:
+        for inputs in self.copies:
+            self.call(inputs)
+
+    def _capture(self) -> torch.cuda.CUDAGraph | None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self.call(self.copies[0])
+        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._all()
+        except RuntimeError:  # it asks the device for a value, or allocates by it
+            torch.cuda.synchronize()
+            return None
+        return graph
+
+    def _host_seconds(self) -> float:
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for inputs in self.copies[:20]:
+            self.call(inputs)
+        passed = time.perf_counter() - start
+        torch.cuda.synchronize()
+        return passed / len(self.copies[:20])
+
+    def seconds(self) -> float:
+        """Of one call on each copy."""
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        if self.graph is None:
+            self._all()
+        else:
+            self.graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+def interleaved(
+    calls: dict[str, Call],
+    copies: Sequence[Inputs],
+    device: torch.device,
+    effort: Effort,
+    tell: Callable[[float], None] = lambda share: None,
+) -> dict[str, Timing]:
+    """Time all of them. They have been called before, so nothing is compiled or allocated for the first time here.
+
+    Args:
+        calls: by name.
+        copies: inputs with the same values in different memory.
+        device: where they are.
+        effort: how long to measure.
+        tell: is told which share of the rounds is done.
+    """
+    rotation = Rotation(copies)
+    make = _OnCuda if device.type == "cuda" else _OnCpu
+    runners = {name: make(call, rotation, device) for name, call in calls.items()}
+    rounds = {name: effort.rounds(max(runner.estimate, 1e-7)) for name, runner in runners.items()}
+    total = max(rounds.values(), default=0)
+    turns = {name: _taking_part(n, total) for name, n in rounds.items()}
+    samples: dict[str, dict[int, float]] = {name: {} for name in runners}
+    names = list(runners)
+    for r in range(total):
+        first = r % len(names)  # nobody always comes after the same one
+        for name in names[first:] + names[:first]:
+            if r in turns[name]:
+                samples[name][r] = runners[name].seconds() / runners[name].calls
+        tell((r + 1) / total)
+    return {name: Timing(samples[name], runner.calls, runner.how, runner.host) for name, runner in runners.items()}

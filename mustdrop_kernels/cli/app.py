@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands. Each one's work is in its own module; here are its options and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .. import __version__
+from . import Refusal
+from .bench import bench
+
+app = typer.Typer(
+    name="mustdrop",
+    help="Drop vision tokens over their whole life in a multimodal model: look at it, check it, time it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"mustdrop_kernels {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(document, indent=2, allow_nan=False))
+
+
+@contextlib.contextmanager
+def steps(shown: bool) -> Iterator[Callable[[str], None]]:
+    """Says on standard error, while it lasts, what is being done."""
+    console = Console(stderr=True, quiet=not shown)
+    with console.status("starting") as status:
+        yield lambda what: status.update(f"{what} ...")
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say who serves each operator here, why others do not, and what to do next.
+
+    Ends with status 1 if something is wrong.
+    """
+    from .doctor import examine, show
+
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        show(found, Console())
+    raise typer.Exit(0 if found["ok"] else 1)
+
+
+@app.command()
+def demo(
+    image: Annotated[Path | None, typer.Option(help="A picture. Default: a photograph of scikit-image.")] = None,
+    prompt: Annotated[str, typer.Option(help="The question about it.")] = "What is in the image?",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: a small untrained one, made here."),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="Thresholds or budgets. Default: 192 for a checkpoint, budget-128 for the untrained model."),
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Who computes. Default: who serves the device.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the untrained model's weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a picture through a LLaVA with and without dropping; print what it saves and draw what it dropped."""
+    from . import demo as work
+
+    wish = work.Wish(image, prompt, model, preset, backend, out, max_new_tokens, seed)
+    try:
+        with steps(shown=not as_json) as step:
+            outcome = work.run(wish, step)
+    except Refusal as refusal:
+        print(f"mustdrop: {refusal}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if as_json:
+        print_json(work.to_dict(outcome))
+    else:
+        work.show(outcome, Console())
+
+
+app.command()(bench)

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop bench``: time the operators beside their peers."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..bench.run import Document, Options
+
+Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: who serves the device.")]
+Peers = Annotated[str | None, typer.Option(help='Names with commas between, or "none". Default: all.')]
+Shapes = Annotated[
+    str,
+    typer.Option(help="llava-1.5, llava-next, video-mha, video-gqa, tiny, images-N, sweep; NAME:B for a batch of B."),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, with commas between.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few rounds, no compiled peers: a look, not a measurement.")]
+Hot = Annotated[bool, typer.Option("--hot", help="The same inputs every time, so that they may stay in the cache.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the document here.")]
+Plot = Annotated[Path | None, typer.Option(help="Write pictures into this folder (needs matplotlib).")]
+Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table instead of the tables.")]
+Compare = Annotated[Path | None, typer.Option(help="An older document to compare with.")]
+Load = Annotated[Path | None, typer.Option(help="Show this document instead of timing anything.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be timed, and why not what would not.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def bench(
+    ops: Ops = None,
+    device: Device = "cpu",
+    backends: Backends = None,
+    peers: Peers = None,
+    shapes: Shapes = "llava-1.5,llava-next",
+    dtype: Dtype = None,
+    quick: Quick = False,
+    hot: Hot = False,
+    json: Json = None,
+    plot: Plot = None,
+    markdown: Markdown = False,
+    compare: Compare = None,
+    load: Load = None,
+    dry_run: DryRun = False,
+    threads: Threads = None,
+) -> None:
+    """Time the operators beside other ways of computing the same, in interleaved rounds of one run.
+
+    Each peer's result is compared with ours first; one that differs is not timed, and the command ends with status 1.
+    """
+    from ..bench import report
+    from ..bench.run import command_line, contenders, plan, run
+
+    console = Console()
+    try:
+        options = _options(ops or [], device, backends, peers, shapes, dtype, quick, hot)
+        older = None if compare is None else report.read(compare)
+        document = None if load is None else report.read(load)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"mustdrop: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    if plot is not None and importlib.util.find_spec("matplotlib") is None:
+        print("mustdrop: --plot needs matplotlib: pip install 'mustdrop_kernels[bench]'", file=sys.stderr)
+        raise typer.Exit(2)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if dry_run:
+        for line in report.plan_lines((case, contenders(case, options, build=False)) for case in plan(options)):
+            console.print(line, markup=False, highlight=False)
+        return
+    if document is None:
+        with _progress() as tell:
+            document = run(options, command_line(), tell)
+    if json is not None:
+        report.write(document, json)
+    _show(document, older, markdown, console)
+    if plot is not None:
+        from ..bench import plots
+
+        for path in plots.write_all(document, plot):
+            console.print(f"wrote {path}", highlight=False)
+    if any(row["status"] == "wrong" for row in document["rows"]):
+        raise typer.Exit(1)
+
+
+def _show(document: Document, older: Document | None, markdown: bool, console: Console) -> None:
+    from ..bench import report
+
+    if markdown:
+        console.print(report.markdown(document), markup=False, highlight=False, soft_wrap=True)
+        return
+    for table in report.tables(document):
+        console.print(table)
+    for line in report.notes(document):
+        console.print(line, style="dim", markup=False, highlight=False)
+    if older is not None:
+        console.print(report.comparison_table(older, document))
+        for line in report.comparison_notes(older, document):
+            console.print(line, style="dim", markup=False, highlight=False)
+
+
+def _options(
+    ops: list[str],
+    device: str,
+    backends: str | None,
+    peers: str | None,
+    shapes: str,
+    dtype: str | None,
+    quick: bool,
+    hot: bool,
+) -> Options:
+    """Raises a ValueError that says what there is where a name is unknown."""
+    from .. import backends as registry
+    from ..bench.peers import names as peer_names
+    from ..bench.run import Options, all_ops, default_backends
+    from ..bench.shapes import parse_shapes
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    _known("operator", ops, all_ops())
+    chosen_backends = default_backends(device) if backends is None else _names(backends)
+    _known("backend", chosen_backends, registry.registered())
+    chosen_peers = None if peers is None else () if peers == "none" else _names(peers)
+    _known("peer", chosen_peers or (), peer_names())
+    chosen_dtypes = _names(dtype) if dtype is not None else ("float32",) if device == "cpu" else ("bfloat16",)
+    _known("dtype", chosen_dtypes, _DTYPES)
+    return Options(
+        ops=tuple(ops) or all_ops(),
+        shapes=tuple(parse_shapes(shapes)),
+        dtypes=tuple(getattr(torch, name) for name in chosen_dtypes),
+        device=torch.device(device),
+        backends=chosen_backends,
+        peers=chosen_peers,
+        quick=quick,
+        hot=hot,
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _known(kind: str, names: Collection[str], there: Collection[str]) -> None:
+    for name in names:
+        if name not in there:
+            raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(there)}")
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)

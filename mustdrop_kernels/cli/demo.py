@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop demo``: one image through a LLaVA, plainly and with MustDrop, side by side, and a picture of it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
+
+from .. import backends
+from ..config import MustDropConfig
+from . import Refusal
+from .subject import Subject, load_image, load_model, require_extras
+
+if TYPE_CHECKING:
+    from ..report import PromptReport, Report
+    from .measure import Run
+
+PICTURE = "mustdrop_demo.png"
+REPORT = "mustdrop_report.json"
+UNTRAINED_PRESET = "budget-128"
+TRAINED_PRESET = "192"
+UNTRAINED_NOTE = (
+    "The model is untrained: its answers are noise, and so is what its text looks at. "
+    "The published thresholds mean nothing to it, so a fixed number of tokens is kept."
+)
+_WARM_UP_TOKENS = 2
+_REPEATS = 3
+_LONG_S = 2.0  # a model whose warm-up takes longer than this is measured once
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The command line."""
+
+    image: Path | None = None
+    prompt: str = "What is in the image?"
+    model: str | None = None
+    preset: str | None = None
+    backend: str | None = None
+    out: Path = Path("out")
+    max_new_tokens: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demo found."""
+
+    wish: Wish
+    subject: Subject
+    image: str
+    preset: str
+    report: Report
+    plain: Run
+    dropped: Run
+    repeats: int
+    picture: Path
+    report_file: Path
+
+    @property
+    def prompt(self) -> PromptReport:
+        """The measured prompt."""
+        return self.report.last
+
+    @property
+    def answers(self) -> tuple[str, str]:
+        """Plain, with MustDrop."""
+        decode = self.subject.processor.tokenizer.decode
+        plain, dropped = (decode(run.tokens, skip_special_tokens=True) for run in (self.plain, self.dropped))
+        return plain.strip(), dropped.strip()
+
+    @property
+    def same_tokens(self) -> int:
+        """How many tokens the two answers begin with in common."""
+        pairs = list(zip(self.plain.tokens, self.dropped.tokens, strict=False))
+        return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+
+
+def run(wish: Wish, step: Callable[[str], None]) -> Outcome:
+    """The demo. `step` is told what comes next.
+
+    Raises:
+        Refusal: something that was asked for cannot be done.
+    """
+    config = _config(wish)
+    require_extras()
+    image, credit = load_image(wish.image)
+    device = _device(config)
+    _make_folder(wish.out)
+
+    step("loading transformers")
+    from ..integrations.transformers import drop_tokens
+
+    _quiet_transformers()
+    step(f"loading {wish.model}" if wish.model else "building a small untrained LLaVA")
+    subject = load_model(wish.model, wish.seed, device)
+    layers = subject.model.config.text_config.num_hidden_layers
+    config = config.for_depth(layers)
+    inputs = subject.inputs(image, wish.prompt)
+    try:
+        with drop_tokens(subject.model, config):
+            pass
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"{subject.name}: {error}") from None
+
+    plain, dropped, report, repeats = _measure(subject, inputs, config, wish.max_new_tokens, step)
+    step("drawing")
+    outcome = Outcome(
+        wish, subject, credit, _preset(wish), report, plain, dropped, repeats, wish.out / PICTURE, wish.out / REPORT
+    )
+    _draw(outcome, subject.seen(inputs["pixel_values"]))
+    outcome.report_file.write_text(json.dumps(report.to_dict()) + "\n")
+    return outcome
+
+
+def _preset(wish: Wish) -> str:
+    return wish.preset or (TRAINED_PRESET if wish.model else UNTRAINED_PRESET)
+
+
+def _config(wish: Wish) -> MustDropConfig:
+    names = list(MustDropConfig.presets())
+    if _preset(wish) not in names:
+        raise Refusal(f"--preset: there is no {wish.preset!r}; there are {', '.join(names)}")
+    if wish.backend is not None and wish.backend not in backends.registered():
+        raise Refusal(f"--backend: there is no {wish.backend!r}; there are {', '.join(backends.registered())}")
+    return MustDropConfig.preset(_preset(wish), backend=wish.backend)
+
+
+def _device(config: MustDropConfig) -> str:
+    """The GPU where somebody serves it, else the CPU."""
+    import torch
+
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    reasons = {}
+    for device in devices:
+        name = config.backend or backends.serving(device)
+        if name is None:
+            reasons[device] = "nobody serves the operators (`mustdrop doctor` says why)"
+            continue
+        refused = {backends.get(name).why_not(op, device) for op in backends.OPS} - {None}
+        if not refused:
+            return device
+        reasons[device] = f"{name}: {refused.pop()}"
+    told = "; ".join(f"on {device} {reason}" for device, reason in reasons.items())
+    hint = "" if config.backend else "; --backend reference runs without the library"
+    raise Refusal(f"{told}{hint}")
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise Refusal(f"--out: {folder} cannot be made: {error.strerror}") from None
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _measure(
+    subject: Subject, inputs: Any, config: MustDropConfig, max_new_tokens: int, step: Callable[[str], None]
+) -> tuple[Run, Run, Report, int]:
+    """Both ways in turn, after a warm-up of each, so that a busy machine slows both alike."""
+    from ..integrations.transformers import drop_tokens
+    from . import measure
+
+    def with_mustdrop(tokens: int) -> tuple[Run, Report]:
+        with drop_tokens(subject.model, config) as report:
+            return measure.generate(subject.model, inputs, tokens), report
+
+    step("warming up")
+    begin = time.perf_counter()
+    measure.generate(subject.model, inputs, _WARM_UP_TOKENS)
+    repeats = 1 if time.perf_counter() - begin > _LONG_S else _REPEATS
+    with_mustdrop(_WARM_UP_TOKENS)
+    plain, dropped = [], []
+    for turn in range(1, repeats + 1):
+        step(f"plain generation, run {turn} of {repeats}")
+        plain.append(measure.generate(subject.model, inputs, max_new_tokens))
+        step(f"generation with MustDrop, run {turn} of {repeats}")
+        found, report = with_mustdrop(max_new_tokens)
+        dropped.append(found)
+    return measure.median(plain), measure.median(dropped), report, repeats
+
+
+def _draw(outcome: Outcome, image: Any) -> None:
+    from ..plots import draw_stages, save
+
+    first = outcome.prompt.images[0]
+    left = list(first.kept.values())[-1] if first.kept else first.tokens
+    plain, final = outcome.prompt.plain_cache.bytes, outcome.prompt.final_cache.bytes
+    title = f"MustDrop: {first.patches} image tokens become {left}, the KV cache shrinks {plain / final:.1f} times"
+    note = f"Preset {outcome.preset}. Image: {outcome.image}. Model: {outcome.subject.description}."
+    if not outcome.subject.trained:
+        note += "\n" + UNTRAINED_NOTE
+    save(draw_stages(image, outcome.prompt, title=title, footnote=note), outcome.picture)
+
+
+# --------------------------------------------------------------------------------------------------------- results
+
+
+def to_dict(outcome: Outcome) -> dict[str, Any]:
+    """Plain JSON types. The maps of the picture are in the report's file."""
+    from .measure import WHAT
+
+    prompt, wish = outcome.prompt, outcome.wish
+    image = prompt.images[0]
+    caches = {"plain": prompt.plain_cache, "before_stage_3": prompt.prefill_cache, "after_stage_3": prompt.final_cache}
+    plain, dropped = outcome.answers
+    return {
+        "model": {
+            "name": outcome.subject.name,
+            "trained": outcome.subject.trained,
+            "description": outcome.subject.description,
+            "seed": None if outcome.subject.trained else wish.seed,
+        },
+        "image": outcome.image,
+        "prompt": wish.prompt,
+        "preset": outcome.preset,
+        "config": outcome.report.config.to_dict(),
+        "tokens": {
+            "patches": image.patches,
+            "merged_windows": len(image.windows),
+            "after_merge": image.tokens,
+            "key_tokens": image.key_tokens,
+            "after_layer": {str(layer): kept for layer, kept in image.kept.items()},
+            "mean_per_layer": prompt.mean_tokens,
+        },
+        "kv_cache": {name: {"bytes": cache.bytes, "lengths": cache.lengths} for name, cache in caches.items()},
+        "timing": {
+            "what": f"{WHAT}; milliseconds, median of {outcome.repeats} run(s) after a warm-up",
+            "runs": outcome.repeats,
+            "plain": {"prefill_ms": outcome.plain.prefill_ms, "decode_ms_per_token": outcome.plain.decode_ms},
+            "mustdrop": {"prefill_ms": outcome.dropped.prefill_ms, "decode_ms_per_token": outcome.dropped.decode_ms},
+            "stages_ms": prompt.milliseconds,
+        },
+        "answers": {"plain": plain, "mustdrop": dropped, "same_tokens": outcome.same_tokens},
+        "files": {"picture": str(outcome.picture), "report": str(outcome.report_file)},
+        "note": None if outcome.subject.trained else UNTRAINED_NOTE,
+    }
+
+
+def show(outcome: Outcome, console: Console) -> None:
+    """The tables."""
+    console.print(f"\n[bold]MustDrop[/], preset {outcome.preset}, on {escape(outcome.image)}")
+    console.print(f"Model: {escape(outcome.subject.description)}", highlight=False)
+    if not outcome.subject.trained:
+        console.print(f"[yellow]{UNTRAINED_NOTE}[/]")
+    console.print(Group("", outcome.report.table(outcome.prompt), "", _comparison(outcome)))
+    console.print(f"\nPicture: [bold]{outcome.picture}[/]    maps and counts: {outcome.report_file}", soft_wrap=True)
+
+
+def _comparison(outcome: Outcome) -> Table:
+    from .measure import WHAT
+
+    caption = f"{WHAT}. Median of {outcome.repeats} run(s) after a warm-up."
+    table = Table(title="Plain generation and MustDrop", caption=caption, caption_justify="left")
+    table.add_column("")
+    table.add_column("plain", overflow="fold")
+    table.add_column("MustDrop", overflow="fold")
+
+    def row(name: str, plain: float | None, dropped: float | None, unit: str) -> None:
+        if plain is not None and dropped is not None:
+            table.add_row(name, f"{plain:.1f} {unit}", f"{dropped:.1f} {unit}, {_ratio(plain, dropped)}")
+
+    cache = (outcome.prompt.plain_cache.bytes / 1e6, outcome.prompt.final_cache.bytes / 1e6)
+    row("KV cache", *cache, "MB")
+    row("prefill", outcome.plain.prefill_ms, outcome.dropped.prefill_ms, "ms")
+    row("decode, per token", outcome.plain.decode_ms, outcome.dropped.decode_ms, "ms")
+    table.add_section()
+    plain, dropped = outcome.answers
+    table.add_row("answer", escape(plain), escape(dropped))
+    table.add_row("", "", f"[dim]{_agreement(outcome)}[/]")
+    return table
+
+
+def _ratio(plain: float, dropped: float) -> str:
+    if max(plain, dropped) < 1.05 * min(plain, dropped):
+        return "about the same"
+    return f"{plain / dropped:.1f} times less" if plain > dropped else f"{dropped / plain:.1f} times more"
+
+
+def _agreement(outcome: Outcome) -> str:
+    same, tokens = outcome.same_tokens, max(len(outcome.plain.tokens), len(outcome.dropped.tokens))
+    return "the same" if same == tokens else f"the first {same} of {tokens} tokens are the same"

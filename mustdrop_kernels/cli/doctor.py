@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop doctor``: who serves what, why others do not, and what to do next. Never raises."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .. import _load, backends
+from . import facts, selfcheck
+
+REFERENCE_ONLY = "the reference backend works: mustdrop_kernels.use_backend('reference')"
+_REBUILD = "Rebuild in the source folder: pip install --force-reinstall --no-deps ."
+
+
+def examine() -> dict[str, Any]:
+    """Everything that `mustdrop doctor` knows, in plain JSON types."""
+    absent = {device: facts.absent(device) for device in backends.ORDER}
+    present = [device for device, reason in absent.items() if reason is None]
+    found: dict[str, Any] = {
+        "versions": facts.versions(),
+        "machine": facts.machine(),
+        "environment": facts.environment(),
+        "libraries": facts.libraries(),
+        "build": facts.build(),
+        "backends": {name: backend.description for name, backend in backends.registered().items()},
+        "devices": [{"device": device, "absent": reason} for device, reason in absent.items()],
+        "operators": facts.operators(),
+        "self_check": [check.to_dict() for device in present for check in selfcheck.check_all(device)],
+    }
+    problems, advice = judge(found, present)
+    return {"ok": not problems, **found, "problems": problems, "next": advice}
+
+
+# ------------------------------------------------------------------------------------------------ what to do next
+
+
+def judge(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[str]]:
+    """What is wrong (the exit status says whether anything is), and what to do about it, in a line or two."""
+    if not _load.core.loaded:
+        return [str(_load.core.problem)], _repair_library(found)
+    asked = os.environ.get("MUSTDROP_BACKEND")
+    if asked and asked not in backends.registered():
+        names = ", ".join(backends.registered())
+        problem = f"MUSTDROP_BACKEND={asked}: there is no such backend, so every operator refuses"
+        return [problem], [f"Unset MUSTDROP_BACKEND, or set it to one of {names}."]
+    problems, advice = [], []
+    if failed := [check for check in found["self_check"] if check["status"] != "passes"]:
+        names = ", ".join(sorted({f"{check['op']} on {check['backend']}" for check in failed}))
+        problems.append(f"the self-check failed: {names}")
+        advice.append(f"{_REBUILD}; if that does not help, report it with the output of `mustdrop doctor --json`.")
+    unserved = {device: _unserved(found, device) for device in backends.ORDER}
+    if all(unserved[device] for device in present):
+        problems.append(f"no device here has every operator; the CPU lacks {', '.join(unserved['cpu'])}")
+        remedy = f"Unset MUSTDROP_BACKEND={asked}" if asked else _REBUILD
+        advice.append(f"{remedy}; {REFERENCE_ONLY}.")
+    advice += _advice_for_gpu(found, unserved["cuda"])
+    if isinstance(found["build"], dict) and found["build"].get("version") != found["versions"]["mustdrop_kernels"]:
+        advice.append(f"The library is of version {found['build'].get('version')}. {_REBUILD}.")
+    return problems, advice or [_try_it()]
+
+
+def _unserved(found: dict[str, Any], device: str) -> list[str]:
+    return [row["op"] for row in found["operators"] if row["device"] == device and row["served_by"] is None]
+
+
+def _repair_library(found: dict[str, Any]) -> list[str]:
+    if _load.core.path.is_file():
+        first = f"{_REBUILD} (this torch is {found['versions']['torch']})."
+    elif found["versions"]["C++ compiler"] is None:
+        first = "Install a C++ compiler (Debian: apt install g++), then in the source folder: pip install ."
+    else:
+        first = "Build the library in the source folder: pip install . (in place: python setup.py build_ext --inplace)."
+    return [first, f"Until then {REFERENCE_ONLY}."]
+
+
+def _advice_for_gpu(found: dict[str, Any], unserved: list[str]) -> list[str]:
+    if facts.absent("cuda") is not None:
+        hidden = isinstance(found["machine"]["GPUs"], list) and found["machine"]["GPUs"]
+        return ["There is a GPU that torch does not see: install a torch with CUDA (pytorch.org)."] if hidden else []
+    if not unserved:
+        return []
+    if facts.find_nvcc():
+        return [
+            "Nobody serves the GPU: build the CUDA library, nvcc is there: pip install --force-reinstall --no-deps ."
+        ]
+    return ["Nobody serves the GPU: pip install triton, or install the CUDA toolkit (nvcc) and build again."]
+
+
+def _try_it() -> str:
+    wanted = ("transformers", "PIL", "matplotlib")
+    missing = [name for name in wanted if importlib.util.find_spec(name) is None]
+    if missing:
+        return "The operators work. For the demo: pip install 'mustdrop_kernels[demo]', then `mustdrop demo`."
+    return "The operators work. See them on a picture: `mustdrop demo`."
+
+
+# --------------------------------------------------------------------------------------------------------- printing
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    """Print what `examine` found."""
+    console.print(_pairs("Versions", found["versions"], missing="not installed"))
+    console.print(_pairs("Machine", found["machine"], missing="unknown"))
+    build = found["build"] if isinstance(found["build"], dict) else {"_native": found["build"]}
+    console.print(_pairs("This build", build, missing="none"))
+    console.print(_pairs("Environment", found["environment"] or {"MUSTDROP_*": "none is set"}, missing=""))
+    console.print(_libraries(found["libraries"]))
+    console.print(_operators(found))
+    console.print(_reasons(found))
+    _ending(found, console)
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", show_edge=False, box=None)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _text(value: Any, missing: str = "") -> str:
+    if isinstance(value, (list, tuple)):
+        return escape(", ".join(map(str, value))) or "none"
+    if value is None or value == "":
+        return f"[dim]{missing}[/]"
+    text = escape(str(value))
+    return f"[red]{text}[/]" if text.startswith("broken:") else text
+
+
+def _pairs(title: str, values: dict[str, Any], missing: str) -> Table:
+    table = _table(f"\n{title}", "", "")
+    table.show_header = False
+    for name, value in values.items():
+        table.add_row(f"  {escape(name)}", _text(value, missing))
+    return table
+
+
+def _libraries(rows: list[dict[str, Any]]) -> Table:
+    table = _table("\nLibraries", "", "", "")
+    table.show_header = False
+    for row in rows:
+        state = "[green]loaded[/]" if row["loaded"] else "[yellow]not loaded[/]"
+        table.add_row(f"  {row['name']}", state, escape(row["problem"] or row["path"]))
+    return table
+
+
+def _operators(found: dict[str, Any]) -> Table:
+    absent = {row["device"]: row["absent"] for row in found["devices"]}
+    served = {(row["op"], row["device"]): row["served_by"] for row in found["operators"]}
+    table = _table("\nOperators: who serves torch.ops.mustdrop", "  operator", *absent, "self-check against reference")
+    for op in backends.OPS:
+        cells = [_server(served[op, device], absent[device]) for device in absent]
+        table.add_row(f"  {op}", *cells, _verdicts([check for check in found["self_check"] if check["op"] == op]))
+    return table
+
+
+def _server(name: str | None, absent: str | None) -> str:
+    if name is None:
+        return "[dim]no device[/]" if absent else "[red]nobody[/]"
+    return f"[green]{escape(name)}[/]" if not name.startswith("broken:") else f"[red]{escape(name)}[/]"
+
+
+def _verdicts(checks: list[dict[str, Any]]) -> str:
+    if not checks:
+        return "[dim]nothing to compare[/]"
+    verdicts = []
+    for check in checks:
+        who = f"{check['backend']} on {check['device']}"
+        passed = check["status"] == "passes"
+        verdicts.append(
+            f"[green]{who} passes[/]" if passed else f"[red]{who} {check['status']}:[/] {_text(check['detail'])}"
+        )
+    return "; ".join(verdicts)
+
+
+def _reasons(found: dict[str, Any]) -> Table:
+    """One line for all operators that share device, backend and reason."""
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in found["operators"]:
+        for name, reason in row["why_not"].items():
+            if reason is not None:
+                reasons.setdefault((row["device"], name, reason), []).append(row["op"])
+    table = _table("\nWhy the other backends do not", "  device", "backend", "operators", "reason")
+    for (device, name, reason), ops in sorted(reasons.items()):
+        table.add_row(f"  {device}", name, _which(ops), escape(reason))
+    return table
+
+
+def _which(ops: list[str]) -> str:
+    if len(ops) == len(backends.OPS):
+        return "all"
+    return ", ".join(ops) if len(ops) <= 3 else f"{len(ops)} of {len(backends.OPS)}"
+
+
+def _ending(found: dict[str, Any], console: Console) -> None:
+    console.print()
+    for problem in found["problems"]:
+        console.print(f"[red bold]Problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
+    for line in found["next"]:
+        console.print(f"[bold]Next:[/] {escape(line)}", highlight=False, soft_wrap=True)

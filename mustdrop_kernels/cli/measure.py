@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Times of one ``generate`` call: until its first token, and per token after that."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+WHAT = "prefill: from the call to the first token, vision tower included; decode: mean of the tokens after it"
+
+
+class _Clock(BaseStreamer):
+    """Notes when each new token is on the host."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt = True
+
+    def put(self, value: Any) -> None:
+        """Called with the prompt, then with each token."""
+        if self._prompt:
+            self._prompt = False
+        else:
+            self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called at the end; there is nothing to flush."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call."""
+
+    tokens: list[int]
+    """Without the prompt."""
+    prefill_ms: float
+    decode_ms: float | None
+    """Per token; None where only one was generated."""
+
+
+def generate(model: Any, inputs: Any, max_new_tokens: int) -> Run:
+    """Greedy generation for one prompt, timed."""
+    clock = _Clock()
+    with torch.inference_mode():
+        start = time.perf_counter()
+        sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)
+    first, last, steps = clock.times[0], clock.times[-1], len(clock.times) - 1
+    return Run(
+        tokens=sequences[0, inputs["input_ids"].shape[1] :].tolist(),
+        prefill_ms=1000 * (first - start),
+        decode_ms=1000 * (last - first) / steps if steps else None,
+    )
+
+
+def median(runs: list[Run]) -> Run:
+    """The same answer with the median of each time."""
+    decode = [run.decode_ms for run in runs if run.decode_ms is not None]
+    return Run(
+        tokens=runs[-1].tokens,
+        prefill_ms=statistics.median(run.prefill_ms for run in runs),
+        decode_ms=statistics.median(decode) if decode else None,
+    )

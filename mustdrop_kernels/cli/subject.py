@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo runs on: an image and a model, from the command line's words or the defaults."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import Refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+# Shipped in scikit-image's wheel; SpaceX put it into the public domain.
+_PHOTOGRAPH = "rocket.jpg"
+_CREDIT = "rocket.jpg of scikit-image (photograph: SpaceX, public domain)"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is ready to generate, and its processor."""
+
+    model: Any
+    processor: Any
+    name: str
+    trained: bool
+
+    @property
+    def description(self) -> str:
+        """One phrase for people."""
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        where = f"{millions:,.0f} million weights, {self.model.dtype}, {self.model.device}".replace("torch.", "")
+        return f"{self.name} ({where})" if self.trained else f"a small untrained LLaVA ({where})"
+
+    def inputs(self, image: Image, prompt: str) -> Any:
+        """The processor's tensors for one image and a question about it."""
+        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
+        template = getattr(self.processor, "chat_template", None) or getattr(
+            self.processor.tokenizer, "chat_template", None
+        )
+        if template:
+            chat = [{"role": "user", "content": parts}]
+            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        else:
+            text = f"USER: <image>\n{prompt} ASSISTANT:"
+        batch = self.processor(images=image, text=text, return_tensors="pt")
+        batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        return batch.to(self.model.device)
+
+    def seen(self, pixel_values: Any) -> np.ndarray:  # (height, width, 3) uint8
+        """The image as the vision tower got it: resized, cropped, and here made visible again."""
+        processor = self.processor.image_processor
+        pixels = pixel_values[0].float().cpu().permute(1, 2, 0)
+        mean, deviation = pixels.new_tensor(processor.image_mean), pixels.new_tensor(processor.image_std)
+        return ((pixels * deviation + mean).clamp(0, 1) * 255).round().byte().numpy()
+
+
+def require_extras() -> None:
+    """Refuse where a package is missing that the demo needs."""
+    needed = {"transformers": "transformers", "PIL": "pillow", "matplotlib": "matplotlib"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise Refusal(f"the demo needs {' and '.join(missing)}: pip install 'mustdrop_kernels[demo]'")
+
+
+def load_image(path: Path | None) -> tuple[Image, str]:
+    """The image and what to call it."""
+    from PIL import Image, UnidentifiedImageError
+
+    credit = _CREDIT if path is None else path.name
+    if path is None:
+        path = _default_photograph()
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB"), credit
+    except FileNotFoundError:
+        raise Refusal(f"--image: there is no file {path}") from None
+    except UnidentifiedImageError:
+        raise Refusal(f"--image: {path} is not an image that Pillow can read") from None
+    except OSError as error:
+        raise Refusal(f"--image: {path} cannot be read: {error}") from None
+
+
+def _default_photograph() -> Path:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise Refusal("the default photograph comes with scikit-image: pip install scikit-image, or give --image")
+    path = Path(package.origin).parent / "data" / _PHOTOGRAPH
+    if not path.is_file():
+        raise Refusal(f"this scikit-image does not ship {_PHOTOGRAPH}: give --image")
+    return path
+
+
+def load_model(name: str | None, seed: int, device: str) -> Subject:
+    """The checkpoint of this name or in this folder; without one the untrained model."""
+    model: Any
+    if name is None:
+        from .untrained import build
+
+        model, processor = build(seed)
+        return Subject(model.to(device), processor, "untrained", trained=False)
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    try:
+        kind = AutoConfig.from_pretrained(name).model_type
+        if kind == "llava":
+            model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto").eval()
+            processor = AutoProcessor.from_pretrained(name)
+    except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"--model: {name} cannot be loaded: {reason}") from error
+    if kind != "llava":
+        raise Refusal(f"--model: {name} is a {kind!r} model; the demo runs LLaVA (LlavaForConditionalGeneration)")
+    return Subject(model.to(device), processor, name, trained=True)

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes: chosen by argument, context manager or MUSTDROP_BACKEND, and never someone else in silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import mustdrop_kernels as mk
+from mustdrop_kernels import backends
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def gather_arguments() -> tuple:
+    x = torch.arange(12.0).reshape(1, 6, 2)
+    return x, torch.tensor([[1, 4, 5]]), torch.tensor([3], dtype=torch.int32)
+
+
+class Recorder:
+    """A third party's backend: it serves gather_tokens on CPU tensors, and remembers that it was asked."""
+
+    def __init__(self, name: str = "recorder") -> None:
+        self.calls: list[str] = []
+        self.backend = backends.Backend(name, self.implementation, self.why_not)
+
+    def why_not(self, op: str, device_type: str) -> str | None:
+        return None if (op, device_type) == ("gather_tokens", "cpu") else "it only gathers"
+
+    def implementation(self, op: str):
+        def gather(x, keep, counts, *, align_end=False):
+            self.calls.append(op)
+            return x[:, keep[0]] + 100
+
+        return gather
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    third_party = Recorder()
+    mk.register_backend(third_party.backend)
+    return third_party
+
+
+def test_what_is_there():
+    assert {"reference", "cpu", "cuda"} <= set(backends.registered())
+    assert "tensors" in backends.registered()["cpu"].why_not("gather_tokens", "cuda")
+    assert "tensors" in backends.registered()["cuda"].why_not("gather_tokens", "cpu")
+    with pytest.raises(TypeError):
+        backends.registered()["mine"] = None
+
+
+def test_by_argument(recorder):
+    arguments = gather_arguments()
+    plain = mk.gather_tokens(*arguments)
+    chosen = mk.gather_tokens(*arguments, backend="recorder")
+    assert recorder.calls == ["gather_tokens"]
+    assert torch.equal(chosen, plain + 100)
+    assert torch.equal(mk.gather_tokens(*arguments, backend="reference"), plain)
+    assert recorder.calls == ["gather_tokens"]
+
+
+def test_by_context(recorder):
+    arguments = gather_arguments()
+    plain = mk.gather_tokens(*arguments)
+    with mk.use_backend("recorder") as backend:
+        assert backend is recorder.backend
+        assert torch.equal(mk.gather_tokens(*arguments), plain + 100)
+        with mk.use_backend("reference"):
+            assert torch.equal(mk.gather_tokens(*arguments), plain)
+        assert torch.equal(mk.gather_tokens(*arguments), plain + 100)
+        assert torch.equal(mk.gather_tokens(*arguments, backend="reference"), plain), "the argument wins"
+        assert torch.equal(torch.ops.mustdrop.gather_tokens(*arguments), plain), "torch.ops do not listen"
+    assert torch.equal(mk.gather_tokens(*arguments), plain)
+    assert len(recorder.calls) == 2
+
+
+def test_context_ends_with_an_exception(recorder):
+    with pytest.raises(KeyError), mk.use_backend("recorder"):
+        raise KeyError
+    mk.gather_tokens(*gather_arguments())
+    assert recorder.calls == []
+
+
+def test_context_is_per_thread(recorder):
+    seen = []
+
+    def work() -> None:
+        mk.gather_tokens(*gather_arguments())
+        seen.extend(recorder.calls)
+
+    with mk.use_backend("recorder"):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == []
+
+
+def test_never_a_silent_fallback(recorder):
+    """A backend that does not serve an op says so; nobody steps in."""
+    scores, types = torch.rand(1, 4), torch.full((1, 4), 2, dtype=torch.uint8)
+    with pytest.raises(backends.BackendError, match=r"recorder.*select_topk.*cpu.*it only gathers"):
+        mk.select_topk(scores, types, 2, backend="recorder")
+    with mk.use_backend("recorder"), pytest.raises(backends.BackendError, match="it only gathers"):
+        mk.select_topk(scores, types, 2)
+    if not torch.cuda.is_available():
+        with pytest.raises(backends.BackendError, match="cuda"):
+            mk.select_topk(scores, types, 2, backend="cuda")
+    assert issubclass(backends.BackendError, RuntimeError)
+
+
+def test_unknown_names(recorder):
+    for attempt in (
+        lambda: mk.gather_tokens(*gather_arguments(), backend="nobody"),
+        lambda: mk.use_backend("nobody").__enter__(),
+        lambda: backends.get("nobody"),
+    ):
+        with pytest.raises(backends.BackendError, match=r"nobody.*recorder"):
+            attempt()
+
+
+def test_names_are_taken_once(recorder):
+    with pytest.raises(ValueError, match="recorder"):
+        mk.register_backend(Recorder().backend)
+    other = Recorder()
+    mk.register_backend(other.backend, replace=True)
+    mk.gather_tokens(*gather_arguments(), backend="recorder")
+    assert (recorder.calls, other.calls) == ([], ["gather_tokens"])
+
+
+def test_third_party_gets_gradients(recorder):
+    """Autograd belongs to the op, not to the backend."""
+    x, keep, counts = gather_arguments()
+    x.requires_grad_()
+    mk.gather_tokens(x, keep, counts, backend="recorder").sum().backward()
+    assert recorder.calls
+    assert x.grad[0, :, 0].tolist() == [0, 1, 0, 0, 1, 1]
+
+
+# ---------------------------------------------------------------------------------------------- MUSTDROP_BACKEND
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("MUSTDROP_")}
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=300
+    )
+
+
+PROGRAM = """
+import os, sys, torch
+import mustdrop_kernels as mk
+from mustdrop_kernels import backends
+
+os.environ["MUSTDROP_BACKEND"] = "changed-too-late"
+x, keep = torch.arange(12.0).reshape(1, 6, 2), torch.tensor([[1, 4, 5]])
+counts = torch.tensor([3], dtype=torch.int32)
+files = set()
+sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename))
+outcomes = []
+for call in (torch.ops.mustdrop.gather_tokens, mk.gather_tokens):
+    try:
+        assert torch.equal(call(x, keep, counts), x[:, [1, 4, 5]])
+        outcomes.append("ok")
+    except RuntimeError as error:
+        outcomes.append(str(error).splitlines()[0])
+sys.setprofile(None)
+explicit = mk.gather_tokens(x, keep, counts, backend="reference")
+assert torch.equal(explicit, x[:, [1, 4, 5]])
+print(backends.serving("cpu"), any("reference" in f for f in files), *outcomes, sep="|")
+"""
+
+
+def outcome(**environment: str) -> list[str]:
+    done = python(PROGRAM, **environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip().split("|")
+
+
+def test_variable_names_the_reference():
+    assert outcome(MUSTDROP_BACKEND="reference") == ["reference", "True", "ok", "ok"]
+
+
+@pytest.mark.parametrize("environment", [{}, {"MUSTDROP_BACKEND": ""}, {"MUSTDROP_BACKEND": "cpu"}], ids=str)
+def test_default_is_the_cpu_library(environment):
+    assert outcome(**environment) == ["cpu", "False", "ok", "ok"]
+
+
+@pytest.mark.parametrize("name", ["cuda", "nobody"])
+def test_variable_names_one_that_does_not_serve(name):
+    """The import works, so that the choice can be looked into; every op refuses, with the reason."""
+    serving, reference_ran, *refusals = outcome(MUSTDROP_BACKEND=name)
+    assert (serving, reference_ran) == ("None", "False")
+    assert len(refusals) == 2
+    for refusal in refusals:
+        assert name in refusal
+        assert "gather_tokens" in refusal
+
+
+def test_conformance_suite_runs_on_a_third_party(tmp_path):
+    """A package of one's own registers itself, and the suite tests it: what it serves, and nothing else."""
+    (tmp_path / "mine.py").write_text(
+        "from mustdrop_kernels import register_backend\n"
+        "from mustdrop_kernels.backends import Backend, registered\n"
+        "def why_not(op, device_type):\n"
+        "    return None if op == 'gather_tokens' else 'it only gathers'\n"
+        "register_backend(Backend('mine', registered()['reference'].implementation, why_not))\n"
+    )
+
+    def pytest_on(chosen: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "mine", "-p", "no:cacheprovider"]
+        tests = [f"tests/ops/test_gather.py::{t}" for t in ("test_all_and_none", "test_after_select")]
+        paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        environment = {**os.environ, "PYTHONPATH": paths, "MUSTDROP_TEST_BACKENDS": chosen}
+        return subprocess.run(
+            [*command, *tests], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
+        )
+
+    done = pytest_on("mine")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed, 1 skipped" in done.stdout
+    assert "mine does not serve select_topk on cpu: it only gathers" in done.stdout
+    unknown = pytest_on("mine,typo")
+    assert unknown.returncode != 0
+    assert "typo" in unknown.stdout + unknown.stderr

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop demo`` on its defaults and on a checkpoint, and everything that it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import LlamaConfig
+
+from mustdrop_kernels.cli import untrained
+from mustdrop_kernels.cli.subject import load_image, load_model
+from mustdrop_kernels.config import MustDropConfig
+
+
+@pytest.fixture(scope="module")
+def default_run(mustdrop, as_json, tmp_path_factory):
+    """`mustdrop demo --json`: the document and the folder."""
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    result = mustdrop("demo", "--json", "--out", out, "--max-new-tokens", 3)
+    assert result.exit_code == 0, result.output
+    assert result.stderr == ""
+    return as_json(result), out
+
+
+def test_default_run_says_that_the_model_is_untrained(default_run) -> None:
+    found, _ = default_run
+    assert found["model"]["trained"] is False
+    assert "untrained" in found["note"]
+    assert "public domain" in found["image"]
+    assert found["preset"] == "budget-128"
+
+
+def test_default_run_keeps_what_the_preset_says(default_run) -> None:
+    found, _ = default_run
+    config = MustDropConfig.preset("budget-128")
+    tokens = found["tokens"]
+    assert tokens["patches"] == 576
+    assert tokens["merged_windows"] == config.merge_budget
+    assert tokens["after_merge"] == 576 - 8 * config.merge_budget
+    assert tokens["after_layer"] == {str(n): k for n, k in zip(config.pruning_layers, config.budgets, strict=True)}
+
+
+def test_default_run_saves_cache(default_run) -> None:
+    found, _ = default_run
+    plain, before, after = (found["kv_cache"][name] for name in ("plain", "before_stage_3", "after_stage_3"))
+    assert plain["bytes"] > before["bytes"] > after["bytes"] > 0
+    assert len(set(plain["lengths"])) == 1
+    assert after["lengths"][-1] == plain["lengths"][-1] - 576 + 80
+
+
+def test_default_run_times_and_answers(default_run) -> None:
+    found, _ = default_run
+    for way in ("plain", "mustdrop"):
+        assert found["timing"][way]["prefill_ms"] > 0
+        assert found["timing"][way]["decode_ms_per_token"] > 0
+        assert found["answers"][way].replace(" ", "").isalpha(), "noise, but of words"
+    assert 0 <= found["answers"]["same_tokens"] <= 3
+
+
+def test_default_run_draws(default_run) -> None:
+    found, out = default_run
+    assert Path(found["files"]["picture"]).parent == out
+    with Image.open(found["files"]["picture"]) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    height, width = pixels.shape[:2]
+    assert width > 1500
+    assert 0.8 < height / width < 1.4, "two rows of panels above the cache"
+    assert len(np.unique(pixels @ [65536, 256, 1])) > 5000
+    for name, color in {"merged windows": (0, 169, 189), "key tokens": (255, 196, 0)}.items():
+        assert (np.abs(pixels - color).sum(-1) < 30).sum() > 500, name
+
+
+def test_default_run_writes_the_maps(default_run) -> None:
+    found, _ = default_run
+    written = json.loads(Path(found["files"]["report"]).read_text())
+    image = written["prompts"][-1]["images"][0]
+    assert np.shape(image["token_of_patch"]) == (24, 24)
+    assert written["config"] == found["config"]
+
+
+def test_sky_merges_and_rocket_does_not(default_run) -> None:
+    """Stage 1 sees the picture, though the model is untrained."""
+    found, _ = default_run
+    written = json.loads(Path(found["files"]["report"]).read_text())
+    merged = np.zeros((24, 24), bool)
+    for top, left, rows, columns in written["prompts"][-1]["images"][0]["windows"]:
+        merged[top : top + rows, left : left + columns] = True
+    assert merged[:6].mean() > 0.95, "the sky above everything"
+    assert merged[-6:].mean() < 0.5, "the launch pad and its lights"
+
+
+def test_checkpoint_in_words(mustdrop, checkpoint, picture, tmp_path) -> None:
+    result = mustdrop(
+        "demo", "--model", checkpoint, "--image", picture, "--prompt", "What is red?", "--out", tmp_path,
+        "--max-new-tokens", 4,
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in ("preset 192", "half_flat.png", "after layer 2", "after layer 6", "KV cache", "prefill", "decode"):
+        assert words in result.stdout
+    assert "after layer 10" not in result.stdout, "the model has 8 layers"
+    assert "untrained" not in result.stdout
+    assert "answer" in result.stdout
+    assert (tmp_path / "mustdrop_demo.png").stat().st_size > 20_000
+
+
+def test_checkpoint_with_another_preset(mustdrop, as_json, checkpoint, picture, tmp_path) -> None:
+    words = ("--model", checkpoint, "--image", picture, "--out", tmp_path, "--max-new-tokens", 1, "--json")
+    found = as_json(mustdrop("demo", "--preset", "keep-all", *words))
+    assert found["tokens"]["after_layer"] == {"2": 144, "6": 144}
+    assert found["answers"]["plain"] == found["answers"]["mustdrop"]
+    assert found["kv_cache"]["plain"] == found["kv_cache"]["after_stage_3"]
+    assert found["timing"]["plain"]["decode_ms_per_token"] is None, "one token, nothing to decode"
+    assert found["model"]["trained"] is True
+
+
+@pytest.fixture
+def damaged(checkpoint, tmp_path) -> Path:
+    shutil.copytree(checkpoint, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"no weights")
+    return tmp_path / "damaged"
+
+
+@pytest.fixture
+def llama(tmp_path) -> Path:
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--image", "{tmp}/none.png"], "there is no file"),
+        (["--image", "{tmp}"], "cannot be read"),
+        (["--image", "{tmp}/text.png"], "not an image"),
+        (["--preset", "65"], "there is no '65'; there are 192, 128, 64, 64-strict, budget-192"),
+        (["--backend", "none"], "there is no 'none'; there are cpu"),
+        (["--backend", "cuda"], "it serves CUDA tensors"),
+        (["--model", "{tmp}/nothing"], "cannot be loaded"),
+        (["--model", "{tmp}/llama"], "is a 'llama' model"),
+        (["--model", "{tmp}/damaged"], "cannot be loaded"),
+        (["--out", "{tmp}/text.png"], "cannot be made"),
+    ],
+    ids=["no file", "folder", "no image", "preset", "backend", "device", "no model", "other model", "damaged", "out"],
+)
+def test_refusals_are_one_sentence(words, sentence, mustdrop, llama, damaged, tmp_path, monkeypatch) -> None:
+    if "cuda" in words and torch.cuda.is_available():
+        pytest.skip("the backend may serve here")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no pixels")
+    result = mustdrop("demo", "--json", *(word.format(tmp=tmp_path) for word in words))
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("mustdrop: ")
+    assert result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+
+
+@pytest.mark.parametrize("module", ["transformers", "matplotlib", "PIL"])
+def test_missing_packages_are_one_sentence(module, mustdrop, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    result = mustdrop("demo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert result.stderr.strip().endswith("pip install 'mustdrop_kernels[demo]'")
+
+
+def test_without_scikit_image_another_picture_is_asked_for(mustdrop, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    result = mustdrop("demo", "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "--image" in result.stderr
+
+
+def test_zero_tokens_are_refused(mustdrop) -> None:
+    assert mustdrop("demo", "--max-new-tokens", 0).exit_code == 2
+
+
+def test_gray_and_transparent_pictures_are_read(tmp_path) -> None:
+    for mode in ("L", "RGBA", "P", "CMYK"):
+        suffix = "jpg" if mode == "CMYK" else "png"
+        Image.new(mode, (20, 10)).save(tmp_path / f"{mode}.{suffix}")
+        image, name = load_image(tmp_path / f"{mode}.{suffix}")
+        assert (image.mode, image.size) == ("RGB", (20, 10))
+        assert name == f"{mode}.{suffix}"
+
+
+def test_the_untrained_model_is_the_seeds() -> None:
+    first, again, other = (untrained.build(seed)[0].state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    name = "model.language_model.layers.3.self_attn.q_proj.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+def test_prompt_and_picture_reach_the_model() -> None:
+    subject = load_model(None, 0, "cpu")
+    image, _ = load_image(None)
+    inputs = subject.inputs(image, "Where is the naïve zebra?")
+    ids = inputs["input_ids"][0]
+    assert int((ids == subject.model.config.image_token_index).sum()) == 576
+    text = subject.processor.tokenizer.decode(ids, skip_special_tokens=True)
+    assert "Where is the naïve zebra? ASSISTANT:" in text
+    seen = subject.seen(inputs["pixel_values"])
+    assert seen.shape == (336, 336, 3)
+    # What the tower saw is the middle of the photograph, 336 pixels high.
+    middle = image.resize((round(image.width * 336 / image.height), 336))
+    left = (middle.width - 336) // 2
+    middle = np.asarray(middle.crop((left, 0, left + 336, 336))).astype(int)
+    assert np.abs(middle - seen).mean() < 3

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny LLaVA and prompts of every kind."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_llava
+import torch
+from prompts import PROMPTS, make_inputs
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def processor():
+    return tiny_llava.processor()
+
+
+@pytest.fixture(scope="session")
+def models():
+    """One model per attention implementation, with the same weights."""
+    return {attention: tiny_llava.model(attention=attention) for attention in ("sdpa", "eager")}
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def model(request, models):
+    return models[request.param]
+
+
+@pytest.fixture
+def sdpa(models):
+    return models["sdpa"]
+
+
+@pytest.fixture(params=PROMPTS)
+def inputs(request, processor):
+    return make_inputs(processor, request.param)
+
+
+@pytest.fixture
+def one(processor):
+    return make_inputs(processor, "one")
+
+
+@pytest.fixture
+def padded(processor):
+    return make_inputs(processor, "padded")

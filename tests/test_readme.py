@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README tells the truth: its code runs, its commands exist, its files are there."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_llava
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.exists(), reason="not in a source checkout")
+
+# Where each command of the README is run; the others are run below.
+RUN_ELSEWHERE = {
+    "make demo": ".ci/run",
+    "make test": ".ci/run",
+    "pip install .": "tests/packaging/test_install.py",
+    "pip install '.[demo]'": "Makefile, with every extra",
+    "MUSTDROP_CUDA_ARCHS=90a pip install .": "tests/packaging/test_install.py",
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [line.split(" #")[0].strip() for line in lines if line.strip()]
+
+
+def test_commands_that_are_run_elsewhere_are_there() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    for command, where in RUN_ELSEWHERE.items():
+        assert command in commands()
+        if where == ".ci/run":
+            assert re.search(rf"^{command}\b", script, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c not in RUN_ELSEWHERE] if README.exists() else [])
+def test_command_runs(command: str, tmp_path: Path) -> None:
+    words = shlex.split(command)
+    assert words[0] == "mustdrop", f"{command} is run by no test"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    assert shutil.which("mustdrop", path=path)
+    subprocess.run(words, check=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True)
+
+
+@pytest.mark.parametrize("number", range(len(blocks("python")) if README.exists() else 0))
+def test_python_runs(number: int) -> None:
+    inputs = tiny_llava.processor()(images=tiny_llava.picture(), text=tiny_llava.PROMPT, return_tensors="pt")
+    space = {"model": tiny_llava.model(layers=16), "inputs": inputs}
+    exec(compile(blocks("python")[number], f"README.md, Python block {number}", "exec"), space)
+
+
+def test_links_lead_somewhere() -> None:
+    targets = re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text())
+    assert targets
+    assert [t for t in targets if not (ROOT / t).exists()] == []
