@@ -90,7 +90,7 @@ def compile_source(nvcc: str, source: Path, target: str) -> tuple[Path, str]:
     """Compile to machine code for one target; the code and what ptxas said, kept until something changes."""
     flags = [
         "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-lineinfo", "-Werror=all-warnings", "-DUSE_CUDA",
-        "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", f"-isystem{torch_include()}",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000", f"-I{ROOT / 'csrc'}", "-isystem", str(torch_include()),
         f"-gencode=arch=compute_{target},code=sm_{target}", "-Xptxas=-v,-warn-spills,-warn-lmem-usage",
     ]  # fmt: skip
     texts = [p.read_bytes() for p in sorted((ROOT / "csrc").glob("*/*")) if p.suffix in (".h", ".cuh", ".cu")]

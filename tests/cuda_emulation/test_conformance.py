@@ -14,10 +14,7 @@ import pytest
 
 from . import build as building
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(building.why_not() is not None, reason=building.why_not() or ""),
-]
+pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=building.why_not() or "")
 
 SUITES = {
     "moves": ["test_gather.py", "test_compact_kv.py", "test_compact_paged_kv.py"],
@@ -45,14 +42,13 @@ def run_suite(suite: str, seed: int, capability: int, sanitizer: str) -> None:
         "MUSTDROP_EMULATION_CAPABILITY": str(capability),
         "PYTHONPATH": os.pathsep.join([str(building.ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    for name in [name for name in environment if name.startswith("PYTEST_")]:
-        del environment[name]  # of a run that this one is part of
+    environment.pop("PYTEST_XDIST_WORKER", None)
     if sanitizer == "address":
         building.build(sanitizer)  # the compiler does not need the runtime
         environment["LD_PRELOAD"] = preload()
         environment["ASAN_OPTIONS"] = "detect_leaks=0:alloc_dealloc_mismatch=0"
     files = [str(building.ROOT / "tests" / "ops" / name) for name in SUITES[suite]]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=building.ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout, done.stdout
@@ -63,6 +59,7 @@ def test_under_address_sanitizer(suite):
     run_suite(suite, seed=1, capability=90, sanitizer="address")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize(("seed", "capability"), [(2, 80), (3, 90), (4, 80)])
 def test_other_orders_of_the_threads(suite, seed, capability):
