@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Static evidence about the CUDA kernels, on a machine without a GPU.
 
-Compiles every csrc/*/cuda.cu for every target with warnings as errors, prints registers, shared memory and spills of each
-kernel, refuses spills, and looks in the disassembly for 16-byte accesses and matrix instructions inside the loops.
+Compiles every csrc/*/cuda.cu for every target with warnings as errors, prints registers, shared memory and spills of
+each kernel, refuses spills, and looks in the disassembly for 16-byte accesses and matrix instructions inside the loops.
 
     python bench/check_cuda.py                       # all targets: 80, 90a, 100a, 120
     python bench/check_cuda.py --targets 90a --sources gather
 
-Needs nvcc, of the system or of the wheel nvidia-cuda-nvcc; without one it says so and ends with status 0 (--require: 1).
+Needs nvcc, of the system or of the wheel nvidia-cuda-nvcc; without one it says so and ends with status 0
+(--require: 1).
 nvdisasm comes with the CUDA toolkit and with Triton's wheel; without it the disassembly is left out, and said to be.
 """
 
@@ -33,7 +34,12 @@ TARGETS = ("80", "90a", "100a", "120")
 
 # Kernels whose loops have to hold these instructions: a pattern of the demangled name, then patterns of instructions.
 # Plain loads may be LDG or, through generic addresses, LD; cp.async is LDGSTS.
-LOAD16, STORE16, ASYNC16, SHARED16 = r"\bLDG?\.[\w.]*128", r"\bSTG?\.[\w.]*128", r"\bLDGSTS\.[\w.]*128", r"\bLDS\.[\w.]*128"
+LOAD16, STORE16, ASYNC16, SHARED16 = (
+    r"\bLDG?\.[\w.]*128",
+    r"\bSTG?\.[\w.]*128",
+    r"\bLDGSTS\.[\w.]*128",
+    r"\bLDS\.[\w.]*128",
+)
 EXPECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"gather_kernel<uint4", (LOAD16, STORE16)),
     (r"compact_kernel<uint4", (LOAD16, STORE16)),
@@ -65,14 +71,23 @@ class CheckError(RuntimeError):
 def find_nvcc() -> str | None:
     """nvcc of the environment, of the system, or of the wheel."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [os.environ.get("MUSTDROP_NVCC"), os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", shutil.which("nvcc")]
+    candidates = [
+        os.environ.get("MUSTDROP_NVCC"),
+        os.environ.get("CUDACXX"),
+        home and f"{home}/bin/nvcc",
+        shutil.which("nvcc"),
+    ]
     candidates += ["/usr/local/cuda/bin/nvcc", *map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc"))]
     return next((path for path in candidates if path and Path(path).is_file()), None)
 
 
 def find_nvdisasm(nvcc: str) -> str | None:
     """nvdisasm beside nvcc, on the PATH, or in Triton's wheel."""
-    candidates = [shutil.which("nvdisasm"), str(Path(nvcc).resolve().parent / "nvdisasm"), "/usr/local/cuda/bin/nvdisasm"]
+    candidates = [
+        shutil.which("nvdisasm"),
+        str(Path(nvcc).resolve().parent / "nvdisasm"),
+        "/usr/local/cuda/bin/nvdisasm",
+    ]
     if spec := importlib.util.find_spec("triton"):
         candidates += [str(Path(str(spec.origin)).parent / "backends" / "nvidia" / "bin" / "nvdisasm")]
     return next((path for path in candidates if path and Path(path).is_file()), None)
@@ -113,7 +128,9 @@ def demangle(names: list[str]) -> dict[str, str]:
     if tool is None or not names:
         return {name: name for name in names}
     done = subprocess.run([tool], input="\n".join(names), capture_output=True, text=True, check=True)
-    readable = [line.removeprefix("void ").replace("mustdrop::", "").split("(mustdrop")[0] for line in done.stdout.splitlines()]
+    readable = [
+        line.removeprefix("void ").replace("mustdrop::", "").split("(mustdrop")[0] for line in done.stdout.splitlines()
+    ]
     return dict(zip(names, [re.sub(r"\((?!int\)).*$", "", line) for line in readable], strict=True))
 
 
@@ -121,8 +138,9 @@ def parse_ptxas(text: str, target: str) -> list[Kernel]:
     """The kernels of a ptxas report."""
     found: list[Kernel] = []
     pattern = re.compile(
-        r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-        r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+        r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+        r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+        r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
         re.DOTALL,
     )
     for match in pattern.finditer(text):
@@ -141,9 +159,8 @@ def loops_of(code: list[str]) -> Iterator[str]:
     for number, line in enumerate(code):
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = number
-        elif branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line):
-            if branch[1] in labels:
-                inside.update(range(labels[branch[1]], number))
+        elif (branch := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)) and branch[1] in labels:
+            inside.update(range(labels[branch[1]], number))
     return (code[number] for number in sorted(inside))
 
 
@@ -168,12 +185,16 @@ def table(kernels: list[Kernel], targets: list[str]) -> str:
     names = sorted({kernel.name for kernel in kernels})
     by_key = {(kernel.name, kernel.target): kernel for kernel in kernels}
     width = max((len(name) for name in names), default=6)
-    lines = ["registers".ljust(width) + "".join(f"{'sm_' + target:>9}" for target in targets) + "   shared  stack  spills"]
+    lines = [
+        "registers".ljust(width) + "".join(f"{'sm_' + target:>9}" for target in targets) + "   shared  stack  spills"
+    ]
     for name in names:
         row = [by_key.get((name, target)) for target in targets]
         there = [kernel for kernel in row if kernel]
         cells = "".join(f"{kernel.registers if kernel else '-':>9}" for kernel in row)
-        worst = [max(getattr(kernel, field) for kernel in there) for field in ("shared_bytes", "stack_bytes", "spill_bytes")]
+        worst = [
+            max(getattr(kernel, field) for kernel in there) for field in ("shared_bytes", "stack_bytes", "spill_bytes")
+        ]
         lines.append(f"{name:<{width}}{cells}{worst[0]:>9}{worst[1]:>7}{worst[2]:>8}")
     return "\n".join(lines)
 
@@ -188,7 +209,9 @@ def main() -> int:
     options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
-        print("check-cuda: skipped, nvcc was not found (set MUSTDROP_NVCC or CUDA_HOME, or pip install nvidia-cuda-nvcc)")
+        print(
+            "check-cuda: skipped, nvcc was not found (set MUSTDROP_NVCC or CUDA_HOME, or pip install nvidia-cuda-nvcc)"
+        )
         return int(options.require)
     nvdisasm = find_nvdisasm(nvcc)
     sources = sorted((ROOT / "csrc").glob("*/cuda.cu"))
@@ -208,7 +231,9 @@ def main() -> int:
             if nvdisasm:
                 problems += [f"sm_{target}: {problem}" for problem in check_disassembly(nvdisasm, code)]
     print(table(kernels, targets))
-    print(f"\n{len(kernels)} kernels, compiled with {nvcc}; disassembly: {nvdisasm or 'left out, nvdisasm was not found'}")
+    print(
+        f"\n{len(kernels)} kernels, compiled with {nvcc}; disassembly: {nvdisasm or 'left out, nvdisasm was not found'}"
+    )
     problems += [f"sm_{k.target}: {k.name} spills {k.spill_bytes} bytes" for k in kernels if k.spill_bytes]
     problems += [f"sm_{k.target}: {k.name} has {k.stack_bytes} bytes of local memory" for k in kernels if k.stack_bytes]
     if sources and not kernels:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every CUDA operator once, at sizes that take each of its ways; for compute-sanitizer. With --graph: the operators of a
-whole stage captured in one CUDA graph and replayed on new contents, against the reference.
+"""Every CUDA operator once, at sizes that take each of its ways; for compute-sanitizer. With --graph: the operators of
+a whole stage captured in one CUDA graph and replayed on new contents, against the reference.
 
     compute-sanitizer --tool racecheck python bench/gpu_once.py
     python bench/gpu_once.py --graph
@@ -47,7 +47,10 @@ def once() -> None:
             cu_k = torch.tensor([0, 200, 400], dtype=torch.int32, device=DEVICE)
             packed_q, packed_k = q.transpose(1, 2).reshape(180, 8, dim), k.transpose(1, 2).reshape(400, 4, dim)
             mustdrop.text_vision_scores_varlen(packed_q, packed_k, types.flatten(), cu_q, cu_k, 90, 200, dim**-0.5)
-            cache, table = packed_k.reshape(25, 16, 4, dim), torch.arange(24, dtype=torch.int32, device=DEVICE).view(2, 12)
+            cache, table = (
+                packed_k.reshape(25, 16, 4, dim),
+                torch.arange(24, dtype=torch.int32, device=DEVICE).view(2, 12),
+            )
             lengths = torch.tensor([190, 180], dtype=torch.int32, device=DEVICE)
             mustdrop.text_vision_scores_paged(packed_q, cache, table, lengths, types, cu_q, 90, dim**-0.5)
             mustdrop.cls_attention(q[:, :4, 0], k, dim**-0.5)

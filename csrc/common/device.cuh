@@ -51,7 +51,7 @@ __device__ __forceinline__ float to_float(bfloat16_t v) { return bits_to_float(s
 __device__ __forceinline__ float to_float(half_t v) {
 #if defined(MUSTDROP_CUDA_EMULATED)
   const uint32_t sign = (v.bits & 0x8000u) << 16, rest = v.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);  // inf, NaN
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);               // inf, NaN
   return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000u)));  // * 2^112
 #else
   float result;
@@ -320,10 +320,10 @@ __device__ __forceinline__ void multiply_add_16x8x16(float (&d)[4], const uint32
       d[i] += part(row.a[i / 2 + k / 8 * 2], k % 2) * part(column.b[k / 8], k % 2);
     }
 #else
-#define MUSTDROP_MMA(TYPE)                                                                             \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                                  \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                  \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                        \
+#define MUSTDROP_MMA(TYPE)                                                            \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
   if constexpr (T::kIsHalf) {
     MUSTDROP_MMA("f16");

@@ -28,9 +28,9 @@ struct Grid {
 };
 
 struct DeviceFacts {
-  int capability;        // times ten: 80, 90, ...
-  int multiprocessors;   // on the whole device
-  int shared_bytes;      // that a block may ask for
+  int capability;       // times ten: 80, 90, ...
+  int multiprocessors;  // on the whole device
+  int shared_bytes;     // that a block may ask for
 };
 
 #if defined(MUSTDROP_CUDA_EMULATED)
@@ -42,14 +42,16 @@ class Device {
 
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {
-    cuda_emulation::run({grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes}, [&] { kernel(arguments...); });
+    cuda_emulation::run({grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes},
+                        [&] { kernel(arguments...); });
   }
 };
 
 #else
 
 inline void check_cuda(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("mustdrop: ") + what + ": " + cudaGetErrorString(error));
+  if (error != cudaSuccess)
+    throw std::runtime_error(std::string("mustdrop: ") + what + ": " + cudaGetErrorString(error));
 }
 
 template <int>
@@ -94,8 +96,8 @@ class Device {
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {
     if (grid.shared_bytes > 48u << 10)
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(grid.shared_bytes)),
+      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
                  "cudaFuncSetAttribute");
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;

@@ -17,10 +17,10 @@ inline void check_not_expanded(const char* op, const std::string& argument, cons
 }
 
 // Pairs of caches: 4-D, equal but for head_dim, alike in their first `shared` dimensions.
-inline void check_caches(const char* op, const Tensors& keys, const Tensors& values, const Tensor& like, const char* shape,
-                         int64_t shared, bool any_strides) {
-  MUSTDROP_CHECK(values.size() == keys.size(), op, "values", " must hold as many tensors as keys (", keys.size(), "), got ",
-                 values.size());
+inline void check_caches(const char* op, const Tensors& keys, const Tensors& values, const Tensor& like,
+                         const char* shape, int64_t shared, bool any_strides) {
+  MUSTDROP_CHECK(values.size() == keys.size(), op, "values", " must hold as many tensors as keys (", keys.size(),
+                 "), got ", values.size());
   for (size_t i = 0; i < keys.size(); ++i) {
     const Tensor &key = keys[i], &value = values[i];
     check_dim(op, item("keys", i), key, 4, shape);
@@ -55,8 +55,8 @@ inline void check_distinct(const char* op, const Tensors& keys, const Tensors& v
 }
 
 // One keep set: (B, K) with (B), or (B, Hk, K) with (B, Hk).
-inline void check_keep_set(const char* op, size_t i, const Tensor& keep, const Tensor& counts, int64_t batch, int64_t heads,
-                           const Tensor& like) {
+inline void check_keep_set(const char* op, size_t i, const Tensor& keep, const Tensor& counts, int64_t batch,
+                           int64_t heads, const Tensor& like) {
   const std::string name = item("keep", i);
   MUSTDROP_CHECK(keep.dim() == 2 || keep.dim() == 3, op, name, " must be (B, K) or (B, Hk, K), got ", shape_of(keep));
   std::vector<int64_t> leading{batch};
@@ -76,10 +76,10 @@ inline void check_keep_set(const char* op, size_t i, const Tensor& keep, const T
 inline void check_keep(const char* op, const Tensors& keep, const Tensors& counts, const Tensors& keys, int64_t batch,
                        int64_t head_dim, const Tensor& like) {
   const size_t layers = keys.size();
-  MUSTDROP_CHECK(keep.size() == 1 || keep.size() == layers, op, "keep", " must hold one tensor or one per layer (", layers,
-                 "), got ", keep.size());
-  MUSTDROP_CHECK(counts.size() == keep.size(), op, "counts", " must hold as many tensors as keep (", keep.size(), "), got ",
-                 counts.size());
+  MUSTDROP_CHECK(keep.size() == 1 || keep.size() == layers, op, "keep", " must hold one tensor or one per layer (",
+                 layers, "), got ", keep.size());
+  MUSTDROP_CHECK(counts.size() == keep.size(), op, "counts", " must hold as many tensors as keep (", keep.size(),
+                 "), got ", counts.size());
   for (size_t i = 0; i < keep.size(); ++i) {
     check_keep_set(op, i, keep[i], counts[i], batch, keys[i].size(head_dim), like);
     if (keep[i].dim() == 2 || keep.size() > 1) continue;

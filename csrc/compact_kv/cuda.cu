@@ -28,7 +28,8 @@ struct Plan {
 CompactCache describe_cache(const Tensor& t, int64_t head_dim, Plan& plan) {
   const int64_t size = t.element_size();
   const auto stride = [&](int64_t d) { return t.size(d) > 1 ? t.stride(d) * size : 0; };
-  CompactCache cache{mutable_data<char>(t), stride(0), stride(head_dim), stride(3 - head_dim), size, size, t.size(3) * size};
+  CompactCache cache{mutable_data<char>(t), stride(0), stride(head_dim), stride(3 - head_dim), size, size,
+                     t.size(3) * size};
   if (t.size(3) > 1 && t.stride(3) != 1) {
     cache.element_stride = t.stride(3) * size;
     plan.fit_piece(size);  // elements with gaps: a piece holds no more than one
@@ -43,8 +44,8 @@ CompactCache describe_cache(const Tensor& t, int64_t head_dim, Plan& plan) {
 
 CompactKeep describe_keep(const Tensor& keep, const Tensor& counts) {
   const bool per_head = keep.dim() == 3;
-  return {data<int64_t>(keep), data<int32_t>(counts), keep.size(keep.dim() - 1), keep.stride(0),
-          per_head ? keep.stride(1) : 0, counts.stride(0), per_head ? counts.stride(1) : 0};
+  return {data<int64_t>(keep),           data<int32_t>(counts), keep.size(keep.dim() - 1),      keep.stride(0),
+          per_head ? keep.stride(1) : 0, counts.stride(0),      per_head ? counts.stride(1) : 0};
 }
 
 Plan describe(const Tensors& keys, const Tensors& values, const Tensors& keep, const Tensors& counts, int64_t head_dim,
@@ -55,7 +56,9 @@ Plan describe(const Tensors& keys, const Tensors& values, const Tensors& keep, c
   for (size_t i = 0; i < keys.size(); ++i) {
     const size_t set = keep.size() > 1 ? i : 0;
     CompactLayer layer{{describe_cache(keys[i], head_dim, plan), describe_cache(values[i], head_dim, plan)},
-                       describe_keep(keep[set], counts[set]), keys[i].size(3 - head_dim), keys[i].size(head_dim)};
+                       describe_keep(keep[set], counts[set]),
+                       keys[i].size(3 - head_dim),
+                       keys[i].size(head_dim)};
     plan.heads = std::max(plan.heads, layer.heads);
     plan.layers.push_back(layer);
   }
@@ -94,11 +97,16 @@ void launch_all(const Device& device, const Plan& plan) {
 void run(const Device& device, const Plan& plan) {
   if (plan.batch * plan.heads * plan.row_bytes == 0) return;
   switch (plan.piece) {
-    case 16: return launch_all<uint4>(device, plan);
-    case 8: return launch_all<uint2>(device, plan);
-    case 4: return launch_all<uint32_t>(device, plan);
-    case 2: return launch_all<uint16_t>(device, plan);
-    default: return launch_all<uint8_t>(device, plan);
+    case 16:
+      return launch_all<uint4>(device, plan);
+    case 8:
+      return launch_all<uint2>(device, plan);
+    case 4:
+      return launch_all<uint32_t>(device, plan);
+    case 2:
+      return launch_all<uint16_t>(device, plan);
+    default:
+      return launch_all<uint8_t>(device, plan);
   }
 }
 
@@ -124,8 +132,13 @@ void compact_paged_kv_(const Tensors keys,              // [blocks, slots, Hk, D
   if (keys.empty()) return;
   const Device device(block_table);
   Plan plan = describe(keys, values, keep, counts, 2, block_table.size(0), align_end);
-  plan.pages = {data<int32_t>(block_table), seq_lens ? data<int32_t>(*seq_lens) : nullptr, block_table.stride(0),
-                seq_lens ? seq_lens->stride(0) : 0, block_table.size(1), keys[0].size(1), keys[0].size(0)};
+  plan.pages = {data<int32_t>(block_table),
+                seq_lens ? data<int32_t>(*seq_lens) : nullptr,
+                block_table.stride(0),
+                seq_lens ? seq_lens->stride(0) : 0,
+                block_table.size(1),
+                keys[0].size(1),
+                keys[0].size(0)};
   if (plan.pages.max_blocks == 0 || plan.pages.blocks == 0) return;
   run(device, plan);
 }

@@ -20,8 +20,8 @@ constexpr int kCompactChunk = 1024;  // moves that are looked up together
 constexpr int kCompactUnroll = 4;    // pieces that a thread has under way, twice
 
 struct CompactCache {
-  char* base;              // [B, Hk, L, row bytes], or [blocks, slots, Hk, row bytes]
-  int64_t outer_stride;    // of a sequence, or of a block; all strides in bytes
+  char* base;            // [B, Hk, L, row bytes], or [blocks, slots, Hk, row bytes]
+  int64_t outer_stride;  // of a sequence, or of a block; all strides in bytes
   int64_t head_stride;
   int64_t slot_stride;
   int64_t element_stride;  // of the last dimension
@@ -30,9 +30,9 @@ struct CompactCache {
 };
 
 struct CompactKeep {
-  const int64_t* keep;    // [B, K] or [B, Hk, K]
-  const int32_t* counts;  // [B] or [B, Hk]
-  int64_t capacity;       // K
+  const int64_t* keep;                                                                 // [B, K] or [B, Hk, K]
+  const int32_t* counts;                                                               // [B] or [B, Hk]
+  int64_t capacity;                                                                    // K
   int64_t keep_batch_stride, keep_head_stride, count_batch_stride, count_head_stride;  // 0 where heads share a set
 };
 
@@ -94,8 +94,8 @@ struct CompactRows {
 };
 
 template <class Piece>
-__device__ __forceinline__ void compact_load(Piece (&held)[kCompactUnroll], const CompactMove* moves, const char* column,
-                                             const CompactRows& rows, int tile) {
+__device__ __forceinline__ void compact_load(Piece (&held)[kCompactUnroll], const CompactMove* moves,
+                                             const char* column, const CompactRows& rows, int tile) {
 #pragma unroll
   for (int u = 0; u < kCompactUnroll; ++u) {
     const int row = rows.first + (tile * kCompactUnroll + u) * rows.step;
@@ -106,8 +106,8 @@ __device__ __forceinline__ void compact_load(Piece (&held)[kCompactUnroll], cons
 }
 
 template <class Piece>
-__device__ __forceinline__ void compact_store(const Piece (&held)[kCompactUnroll], const CompactMove* moves, char* column,
-                                              const CompactRows& rows, int tile) {
+__device__ __forceinline__ void compact_store(const Piece (&held)[kCompactUnroll], const CompactMove* moves,
+                                              char* column, const CompactRows& rows, int tile) {
 #pragma unroll
   for (int u = 0; u < kCompactUnroll; ++u) {
     const int row = rows.first + (tile * kCompactUnroll + u) * rows.step;
@@ -134,7 +134,8 @@ __device__ __forceinline__ void compact_chunk(const CompactMove* moves, char* co
 }
 
 template <class Piece, int kLayers>
-__global__ void __launch_bounds__(kCompactThreads) compact_kernel(const __grid_constant__ CompactParameters<kLayers> p) {
+__global__ void __launch_bounds__(kCompactThreads)
+    compact_kernel(const __grid_constant__ CompactParameters<kLayers> p) {
   MUSTDROP_SHARED_MEMORY(shared);
   CompactMove* moves = reinterpret_cast<CompactMove*>(shared);  // [kCompactChunk]
   const CompactLayer& layer = p.layers[blockIdx.z];

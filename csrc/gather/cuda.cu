@@ -77,11 +77,20 @@ Tensor gather_tokens(const Tensor& x_given,  // [B, L, ...]
   p.align_end = align_end;
   const int64_t token_bytes = out.numel() / p.tokens * static_cast<int64_t>(x.element_size());
   switch (piece_bytes(p)) {
-    case 16: launch_gather<uint4>(device, p, token_bytes); break;
-    case 8: launch_gather<uint2>(device, p, token_bytes); break;
-    case 4: launch_gather<uint32_t>(device, p, token_bytes); break;
-    case 2: launch_gather<uint16_t>(device, p, token_bytes); break;
-    default: launch_gather<uint8_t>(device, p, token_bytes);
+    case 16:
+      launch_gather<uint4>(device, p, token_bytes);
+      break;
+    case 8:
+      launch_gather<uint2>(device, p, token_bytes);
+      break;
+    case 4:
+      launch_gather<uint32_t>(device, p, token_bytes);
+      break;
+    case 2:
+      launch_gather<uint16_t>(device, p, token_bytes);
+      break;
+    default:
+      launch_gather<uint8_t>(device, p, token_bytes);
   }
   return out;
 }

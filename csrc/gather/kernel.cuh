@@ -14,17 +14,17 @@ constexpr int kGatherThreads = 256;
 constexpr int kGatherOuterDims = 4;
 
 struct GatherParameters {
-  const char* x;          // [B, L, outer..., run bytes]
-  const int64_t* keep;    // [B, K]
-  const int32_t* counts;  // [B]
-  char* out;              // [B, K, outer..., run bytes], packed
-  int64_t length, capacity, tokens;         // L, K, B K
-  int64_t batch_stride, row_stride;         // of x, in bytes
-  int64_t keep_stride, count_stride;        // in elements
-  int64_t outer_size[kGatherOuterDims];     // trailing dimensions but the contiguous run, last first
-  int64_t outer_stride[kGatherOuterDims];   // in bytes
-  int64_t run, pieces;                      // bytes of a run; pieces of a token
-  int group;                                // threads of a token
+  const char* x;                           // [B, L, outer..., run bytes]
+  const int64_t* keep;                     // [B, K]
+  const int32_t* counts;                   // [B]
+  char* out;                               // [B, K, outer..., run bytes], packed
+  int64_t length, capacity, tokens;        // L, K, B K
+  int64_t batch_stride, row_stride;        // of x, in bytes
+  int64_t keep_stride, count_stride;       // in elements
+  int64_t outer_size[kGatherOuterDims];    // trailing dimensions but the contiguous run, last first
+  int64_t outer_stride[kGatherOuterDims];  // in bytes
+  int64_t run, pieces;                     // bytes of a run; pieces of a token
+  int group;                               // threads of a token
   bool align_end;
 };
 

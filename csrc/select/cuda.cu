@@ -8,9 +8,9 @@ namespace {
 
 using Selection2 = std::tuple<Tensor, Tensor>;
 
-Selection2 select_dual(const Tensor& total,            // [B, L]
-                       const Tensor& peak,             // [B, L]
-                       const Tensor& token_types,      // [B, L]
+Selection2 select_dual(const Tensor& total,        // [B, L]
+                       const Tensor& peak,         // [B, L]
+                       const Tensor& token_types,  // [B, L]
                        double global_threshold, double individual_threshold,
                        const OptionalTensor& protect,  // [B, L]
                        OptionalInt capacity, int64_t drop_multiple) {
@@ -21,8 +21,8 @@ Selection2 select_dual(const Tensor& total,            // [B, L]
   return {result.keep, result.counts};
 }
 
-Selection2 select_topk(const Tensor& scores,           // [B, L]
-                       const Tensor& token_types,      // [B, L]
+Selection2 select_topk(const Tensor& scores,       // [B, L]
+                       const Tensor& token_types,  // [B, L]
                        int64_t k,
                        const OptionalTensor& budgets,  // [B]
                        const OptionalTensor& protect,  // [B, L]

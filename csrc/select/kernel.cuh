@@ -15,8 +15,8 @@
 
 namespace mustdrop {
 
-constexpr int kSelectDigits = 2048;       // buckets of a digit
-constexpr int kSelectItems = 4;           // consecutive tokens of a thread
+constexpr int kSelectDigits = 2048;                 // buckets of a digit
+constexpr int kSelectItems = 4;                     // consecutive tokens of a thread
 constexpr uint32_t kKeyPadding = 0, kKeyStays = 1;  // below every ordered_key()
 
 struct SelectParameters {
@@ -45,8 +45,8 @@ struct SelectShared {
 
 template <class T>
 struct SelectRow {
-  const T* scores;     // [L]
-  const T* peak;       // [L] or null
+  const T* scores;  // [L]
+  const T* peak;    // [L] or null
   const uint8_t* types;
   const bool* protect;
   float limit, individual;
@@ -106,14 +106,15 @@ __device__ __forceinline__ void count_digit(const SelectPart<T>& part, SelectSha
     const uint32_t digit = key >> shift & ((1u << bits) - 1);
     // Scores share their exponents: lanes with one digit count once, so that few addresses do not serialise a warp.
     const unsigned alike = __match_any_sync(kFullMask, counted ? digit : ~0u);
-    if (counted && lane_id() == unsigned(__ffs(alike) - 1)) atomicAdd(&shared.histogram[digit], uint32_t(__popc(alike)));
+    if (counted && lane_id() == unsigned(__ffs(alike) - 1))
+      atomicAdd(&shared.histogram[digit], uint32_t(__popc(alike)));
   }
   __syncthreads();
 }
 
 // Finds the bucket that holds the `open`-th best (open >= 1): shared.bucket, and how many are above it: shared.above.
 __device__ __forceinline__ void find_bucket(SelectShared& shared, uint32_t open) {
-  cluster_barrier();  // all histograms are complete
+  cluster_barrier();                                              // all histograms are complete
   const int each = kSelectDigits / static_cast<int>(blockDim.x);  // buckets of a thread, from the highest down
   uint32_t count[kSelectDigits / 256], mine = 0;
 #pragma unroll
@@ -171,7 +172,8 @@ __device__ __forceinline__ uint32_t number_of(uint64_t stays, uint32_t ties) {
 
 // What the blocks before this one keep, and what all keep.
 template <class T>
-__device__ __forceinline__ uint64_t stays_before(const SelectPart<T>& part, const SelectLimit& limit, SelectShared& shared) {
+__device__ __forceinline__ uint64_t stays_before(const SelectPart<T>& part, const SelectLimit& limit,
+                                                 SelectShared& shared) {
   if (cluster_size() == 1) return 0;
   uint64_t mine = 0;
   for (int64_t j = part.begin + threadIdx.x; j < part.end; j += blockDim.x) mine += stays_of(part.key(j), limit);
@@ -186,8 +188,8 @@ __device__ __forceinline__ uint64_t stays_before(const SelectPart<T>& part, cons
 
 // Writes the positions that stay; returns how many of the tokens up to this block's end do.
 template <class T>
-__device__ __forceinline__ uint32_t write_kept(const SelectPart<T>& part, const SelectLimit& limit, SelectShared& shared,
-                                               int64_t* keep, int64_t capacity) {
+__device__ __forceinline__ uint32_t write_kept(const SelectPart<T>& part, const SelectLimit& limit,
+                                               SelectShared& shared, int64_t* keep, int64_t capacity) {
   uint64_t base = stays_before(part, limit, shared);
   int turn = 0;
   for (int64_t first = part.begin; first < part.end; first += int64_t(blockDim.x) * kSelectItems, turn ^= 1) {
@@ -247,8 +249,10 @@ __global__ void __launch_bounds__(1024) select_kernel(const __grid_constant__ Se
   open += (candidates - open) % p.drop_multiple;
 
   SelectLimit limit{uint64_t(1) << 32, 0};  // open == 0: no candidate stays
-  if (open == candidates) limit = {kKeyStays, 0};
-  else if (open > 0) limit = radix_select(part, shared, static_cast<uint32_t>(open));
+  if (open == candidates)
+    limit = {kKeyStays, 0};
+  else if (open > 0)
+    limit = radix_select(part, shared, static_cast<uint32_t>(open));
 
   int64_t* keep = p.keep + b * p.capacity;
   const uint32_t kept = write_kept(part, limit, shared, keep, p.capacity);

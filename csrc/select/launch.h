@@ -39,7 +39,8 @@ constexpr int64_t kSelectAlone = 20480;
 
 inline Selected launch_select(const Device& device, const Selection& s, SelectParameters p) {
   const int64_t batch = s.scores.size(0);
-  Selected result{new_empty(s.scores, {batch, p.capacity}, ScalarType::Long), new_empty(s.scores, {batch}, ScalarType::Int)};
+  Selected result{new_empty(s.scores, {batch, p.capacity}, ScalarType::Long),
+                  new_empty(s.scores, {batch}, ScalarType::Int)};
   if (batch == 0) return result;
   p.keep = mutable_data<int64_t>(result.keep);
   p.counts = mutable_data<int32_t>(result.counts);
@@ -58,8 +59,8 @@ inline Selected launch_select(const Device& device, const Selection& s, SelectPa
   return result;
 }
 
-inline Selected launch_select_dual(const Device& device, const Selection& s, const Tensor& peak, double global_threshold,
-                                   double individual_threshold) {
+inline Selected launch_select_dual(const Device& device, const Selection& s, const Tensor& peak,
+                                   double global_threshold, double individual_threshold) {
   SelectParameters p = describe(s, s.capacity.value_or(s.scores.size(1)));
   p.peak = peak.const_data_ptr();
   p.peak_stride = peak.stride(0);

@@ -33,7 +33,8 @@ __host__ __device__ inline MergeLayout merge_layout(const MergeParameters& p, in
 
 // By one warp: starts the copies of a window's tokens into shared memory.
 template <class T, int V>
-__device__ __forceinline__ void fetch_window(const MergeParameters& p, const MergeWindow& w, const MergeTokens<T>& from, T* to) {
+__device__ __forceinline__ void fetch_window(const MergeParameters& p, const MergeWindow& w, const MergeTokens<T>& from,
+                                             T* to) {
   for (int32_t m = 0; m < w.count; ++m) {
     const T* token = from.at(p, w, m);
     for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V)
@@ -47,13 +48,13 @@ __global__ void __launch_bounds__(kMergeThreads) merge_cluster_kernel(const __gr
   const int32_t blocks = static_cast<int32_t>(cluster_size()), rank = static_cast<int32_t>(cluster_rank());
   const int32_t part = (p.window_count + blocks - 1) / blocks;
   const MergeLayout at = merge_layout(p, part, p.channels * int64_t(sizeof(T)));
-  float* similarity = reinterpret_cast<float*>(memory + at.similarity);       // [W], of the whole image
-  int32_t* order = reinterpret_cast<int32_t*>(memory + at.rank);              // [W]
-  int32_t* window_row = reinterpret_cast<int32_t*>(memory + at.window_row);   // [W]
-  int32_t* row = reinterpret_cast<int32_t*>(memory + at.row);                 // [N]
-  float* inverse = reinterpret_cast<float*>(memory + at.inverse);             // [part, n]
-  int32_t* scratch = reinterpret_cast<int32_t*>(memory + at.scratch);         // [warps]
-  T* held = reinterpret_cast<T*>(memory + at.tokens);                         // [part, n, C]
+  float* similarity = reinterpret_cast<float*>(memory + at.similarity);      // [W], of the whole image
+  int32_t* order = reinterpret_cast<int32_t*>(memory + at.rank);             // [W]
+  int32_t* window_row = reinterpret_cast<int32_t*>(memory + at.window_row);  // [W]
+  int32_t* row = reinterpret_cast<int32_t*>(memory + at.row);                // [N]
+  float* inverse = reinterpret_cast<float*>(memory + at.inverse);            // [part, n]
+  int32_t* scratch = reinterpret_cast<int32_t*>(memory + at.scratch);        // [warps]
+  T* held = reinterpret_cast<T*>(memory + at.tokens);                        // [part, n, C]
   const int64_t b = blockIdx.x / blocks, window_elements = int64_t(p.window_size) * p.channels;
   const int32_t first = rank * part, own = clamp_to(p.window_count - first, 0, part);
 
@@ -71,7 +72,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_cluster_kernel(const __gr
   cluster_barrier();
 
   if (p.rule != MergeRule::threshold || p.merged_first)
-    for (int32_t w = threadIdx.x; w < p.window_count; w += kMergeThreads) order[w] = count_before(p, similarity, w, 0, 1);
+    for (int32_t w = threadIdx.x; w < p.window_count; w += kMergeThreads)
+      order[w] = count_before(p, similarity, w, 0, 1);
   const int32_t rows = assign_rows(p, similarity, order, p.budget, window_row, row, scratch);
   if (rank == 0 && threadIdx.x == 0) p.counts[b] = rows;
 
@@ -79,7 +81,8 @@ __global__ void __launch_bounds__(kMergeThreads) merge_cluster_kernel(const __gr
     const MergeTokens<T> tokens{held + i * window_elements, p.channels, true};
     write_window<T, V>(p, b, window_at(p, first + i), tokens, window_row[first + i], row);
   }
-  for (int32_t i = rank * kMergeWarps + static_cast<int32_t>(warp_id()); i < p.prefix + p.capacity; i += blocks * kMergeWarps)
+  for (int32_t i = rank * kMergeWarps + static_cast<int32_t>(warp_id()); i < p.prefix + p.capacity;
+       i += blocks * kMergeWarps)
     write_other<T, V>(p, b, i, rows);
 }
 

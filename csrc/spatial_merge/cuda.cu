@@ -8,8 +8,8 @@
 namespace mustdrop {
 namespace {
 
-constexpr int kMergeCluster = 8;          // the most that every device with clusters takes
-constexpr int kRankedInBlock = 512;       // windows that a block of a cluster puts in order by itself
+constexpr int kMergeCluster = 8;     // the most that every device with clusters takes
+constexpr int kRankedInBlock = 512;  // windows that a block of a cluster puts in order by itself
 
 int32_t narrow(int64_t value) {
   if (value > INT_MAX) throw std::runtime_error("mustdrop::spatial_merge: x is too large");
@@ -43,8 +43,9 @@ bool launch_cluster(const Device& device, const MergeParameters& p) {
   const int32_t part = narrow(ceil_div(p.window_count, kMergeCluster));
   const MergeLayout layout = merge_layout(p, part, p.channels * static_cast<int64_t>(sizeof(T)));
   if (layout.total > facts.shared_bytes) return false;
-  device.launch({dim3(blocks(int64_t(p.batch) * kMergeCluster)), kMergeThreads, static_cast<size_t>(layout.total), kMergeCluster},
-                merge_cluster_kernel<T, V>, p);
+  device.launch(
+      {dim3(blocks(int64_t(p.batch) * kMergeCluster)), kMergeThreads, static_cast<size_t>(layout.total), kMergeCluster},
+      merge_cluster_kernel<T, V>, p);
   return true;
 }
 
@@ -61,11 +62,13 @@ void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
   const dim3 per_window(blocks(ceil_div(windows, kMergeWarps)));
   if (windows > 0) {
     device.launch({per_window, kMergeThreads}, merge_similarity_kernel<T, V>, p);
-    if (p.rule != MergeRule::threshold || p.merged_first) device.launch({per_window, kMergeThreads}, merge_rank_kernel, p);
+    if (p.rule != MergeRule::threshold || p.merged_first)
+      device.launch({per_window, kMergeThreads}, merge_rank_kernel, p);
   }
   device.launch({dim3(blocks(p.batch)), kMergeThreads, 2 * kWarp * sizeof(int32_t)}, merge_assign_kernel, p);
   const int64_t items = (int64_t(p.window_count) + p.prefix + p.capacity) * p.batch;
-  if (items > 0) device.launch({dim3(blocks(ceil_div(items, kMergeWarps))), kMergeThreads}, merge_write_kernel<T, V>, p);
+  if (items > 0)
+    device.launch({dim3(blocks(ceil_div(items, kMergeWarps))), kMergeThreads}, merge_write_kernel<T, V>, p);
 }
 
 template <class T, int V>

@@ -20,17 +20,17 @@ constexpr int kMergeWarps = kMergeThreads / kWarp;
 enum class MergeRule : int32_t { threshold, budget, uniform };
 
 struct MergeParameters {
-  const void* x;       // [B, P+N, C]
-  const float* sizes;  // [B, P+N], or null: ones
-  void* tokens;        // [B, capacity, C]
-  int32_t* counts;     // [B]
-  int64_t* source;     // [B, P+N]
-  float* out_sizes;    // [B, capacity]
-  float* similarity;   // [B, W]
-  float* inverse;      // [B, W, n]: 1 / |x|
-  int32_t* rank;       // [B, W]: place among the candidates, by falling similarity
-  int32_t* window_row; // [B, W]: row of a merged window, -1 where it does not merge
-  int32_t* row;        // [B, N]: row of a token that stands for itself
+  const void* x;                                  // [B, P+N, C]
+  const float* sizes;                             // [B, P+N], or null: ones
+  void* tokens;                                   // [B, capacity, C]
+  int32_t* counts;                                // [B]
+  int64_t* source;                                // [B, P+N]
+  float* out_sizes;                               // [B, capacity]
+  float* similarity;                              // [B, W]
+  float* inverse;                                 // [B, W, n]: 1 / |x|
+  int32_t* rank;                                  // [B, W]: place among the candidates, by falling similarity
+  int32_t* window_row;                            // [B, W]: row of a merged window, -1 where it does not merge
+  int32_t* row;                                   // [B, N]: row of a token that stands for itself
   int64_t batch_stride, row_stride, size_stride;  // in elements
   int32_t grid[3], window[3], windows[3];         // T, H, W; windows along each axis
   int32_t batch, channels, prefix, patches, window_count, window_size, capacity, budget;
@@ -72,8 +72,8 @@ __device__ __forceinline__ int32_t window_of(const MergeParameters& p, int32_t p
 // Where a warp finds the tokens of its window: in global memory, or side by side in shared memory.
 template <class T>
 struct MergeTokens {
-  const T* base;      // of the image's first patch, or of the window's first token
-  int64_t stride;     // between patches, or between members
+  const T* base;   // of the image's first patch, or of the window's first token
+  int64_t stride;  // between patches, or between members
   bool in_shared;
 
   __device__ __forceinline__ const T* at(const MergeParameters& p, const MergeWindow& w, int32_t m) const {
@@ -83,8 +83,8 @@ struct MergeTokens {
 
 // By one warp. `inverse` [count] is left filled.
 template <class T, int V>
-__device__ __forceinline__ float window_similarity(const MergeParameters& p, const MergeWindow& w, const MergeTokens<T>& x,
-                                                   float* inverse) {
+__device__ __forceinline__ float window_similarity(const MergeParameters& p, const MergeWindow& w,
+                                                   const MergeTokens<T>& x, float* inverse) {
   float squares = 0.0f;
   for (int32_t m = 0; m < w.count; ++m) {
     const T* token = x.at(p, w, m);
@@ -171,8 +171,8 @@ __device__ __forceinline__ int32_t assign_rows(const MergeParameters& p, const f
 
 // By one warp: the rows that a window gives.
 template <class T, int V>
-__device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b, const MergeWindow& w, const MergeTokens<T>& x,
-                                             int32_t merged_row, const int32_t* row) {
+__device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b, const MergeWindow& w,
+                                             const MergeTokens<T>& x, int32_t merged_row, const int32_t* row) {
   T* tokens = static_cast<T*>(p.tokens) + b * p.capacity * p.channels;
   float* out_sizes = p.out_sizes + b * p.capacity;
   int64_t* source = p.source + b * (p.prefix + p.patches) + p.prefix;

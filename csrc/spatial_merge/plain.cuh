@@ -50,8 +50,8 @@ static __global__ void __launch_bounds__(kMergeThreads) merge_assign_kernel(cons
   int32_t* scratch = reinterpret_cast<int32_t*>(memory);  // [2 kMergeWarps]
   const int64_t b = blockIdx.x, first = b * p.window_count;
   const int32_t most = p.rule == MergeRule::uniform ? fewest_alike(p, scratch + kMergeWarps) : p.budget;
-  const int32_t rows = assign_rows(p, p.similarity + first, p.rank + first, most, p.window_row + first,
-                                   p.row + b * p.patches, scratch);
+  const int32_t rows =
+      assign_rows(p, p.similarity + first, p.rank + first, most, p.window_row + first, p.row + b * p.patches, scratch);
   if (threadIdx.x == 0) p.counts[b] = rows;
 }
 

@@ -53,4 +53,6 @@ def _why_not(op: str, device_type: str) -> str | None:
 def register() -> None:
     """Make the backend known to mustdrop_kernels, once."""
     if NAME not in backends.registered():
-        backends.register_backend(backends.Backend(NAME, _implementation, _why_not, "CUDA kernels emulated on the host"))
+        backends.register_backend(
+            backends.Backend(NAME, _implementation, _why_not, "CUDA kernels emulated on the host")
+        )

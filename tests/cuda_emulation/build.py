@@ -26,7 +26,8 @@ SANITIZERS = {
 }
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-    "-Wno-unused-parameter", "-fno-omit-frame-pointer", "-DMUSTDROP_CUDA_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Wno-unused-parameter", "-fno-omit-frame-pointer", "-DMUSTDROP_CUDA_EMULATED",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
 ]  # fmt: skip
 RENAMED = {
     "STABLE_TORCH_LIBRARY(mustdrop, m)": "STABLE_TORCH_LIBRARY(mustdrop_emulated, m)",
@@ -91,10 +92,22 @@ def build(sanitizer: str, extra: tuple[Path, ...] = ()) -> Path:
     """
     BUILD.mkdir(parents=True, exist_ok=True)
     torch = _torch()
-    include = [f"-I{ROOT / 'csrc'}", f"-I{HERE}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}"]
+    include = [
+        f"-I{ROOT / 'csrc'}",
+        f"-I{HERE}",
+        f"-isystem{torch / 'include'}",
+        f"-isystem{sysconfig.get_path('include')}",
+    ]
     flags = [*FLAGS, *SANITIZERS[sanitizer], *include, "-include", str(HERE / "cuda_emulation.h")]
-    shared = sorted((ROOT / "csrc").glob("*/*.cuh")) + sorted((ROOT / "csrc").glob("*/*.h")) + [HERE / "cuda_emulation.h"]
-    sources = [HERE / "scheduler.cpp", ROOT / "csrc" / "schemas.cpp", *sorted((ROOT / "csrc").glob("*/cuda.cu")), *extra]
+    shared = (
+        sorted((ROOT / "csrc").glob("*/*.cuh")) + sorted((ROOT / "csrc").glob("*/*.h")) + [HERE / "cuda_emulation.h"]
+    )
+    sources = [
+        HERE / "scheduler.cpp",
+        ROOT / "csrc" / "schemas.cpp",
+        *sorted((ROOT / "csrc").glob("*/cuda.cu")),
+        *extra,
+    ]
     objects = []
     for source in sources:
         own = [p for p in shared if p.parent.name in ("common", "cuda_emulation") or _uses(source, p)]

@@ -23,7 +23,7 @@ namespace cuda_emulation {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;  // of a fiber; touched pages alone cost memory
-constexpr long kMostPauses = 20'000'000;   // of all threads without any other progress: nobody will end this wait
+constexpr long kMostPauses = 20'000'000;  // of all threads without any other progress: nobody will end this wait
 
 struct Settings {
   unsigned seed = 0;
@@ -132,7 +132,8 @@ struct Exchange {
   unsigned mask, arrived = 0, left;
   size_t bytes;
   std::vector<char> data;
-  Exchange(const char* w, unsigned m, size_t b) : what(w), mask(m), left(__builtin_popcount(m)), bytes(b), data(32 * b) {}
+  Exchange(const char* w, unsigned m, size_t b)
+      : what(w), mask(m), left(__builtin_popcount(m)), bytes(b), data(32 * b) {}
 };
 
 struct Cluster;
@@ -244,8 +245,14 @@ void Launching::start_thread(Block& block, unsigned linear, dim3 index, unsigned
   t.block = &block;
   t.linear = linear;
   t.stack = stacks.take();
-  t.here = {dim3(linear % d.x, linear / d.x % d.y, linear / (d.x * d.y)), index, d, launch_.grid, rank, launch_.cluster,
-            block.shared, static_cast<unsigned>(launch_.shared_bytes)};
+  t.here = {dim3(linear % d.x, linear / d.x % d.y, linear / (d.x * d.y)),
+            index,
+            d,
+            launch_.grid,
+            rank,
+            launch_.cluster,
+            block.shared,
+            static_cast<unsigned>(launch_.shared_bytes)};
   make_context(t.context, t.stack, fiber_main);
   ready(&t);
 }
@@ -289,7 +296,8 @@ std::string Launching::who_waits() const {
   int left = 0;
   for (const auto& [key, cluster] : running_)
     for (const auto& block : cluster->blocks)
-      for (const Thread& t : block->threads) t.done ? void(++left) : void(++waits[t.waits_for ? t.waits_for : "nothing"]);
+      for (const Thread& t : block->threads)
+        t.done ? void(++left) : void(++waits[t.waits_for ? t.waits_for : "nothing"]);
   std::string text = "threads that wait for ever:";
   for (const auto& [what, n] : waits) text += " " + std::to_string(n) + " at " + what + ";";
   return text + " " + std::to_string(left) + " of their blocks have left";
@@ -297,7 +305,8 @@ std::string Launching::who_waits() const {
 
 void Launching::run() {
   const unsigned blocks = launch_.grid.x * launch_.grid.y * launch_.grid.z;
-  if (launch_.cluster == 0 || launch_.grid.x % launch_.cluster) throw std::runtime_error("grid.x is no multiple of the cluster");
+  if (launch_.cluster == 0 || launch_.grid.x % launch_.cluster)
+    throw std::runtime_error("grid.x is no multiple of the cluster");
   if (launch_.block.x * launch_.block.y * launch_.block.z % 32) throw std::runtime_error("a block of incomplete warps");
   std::vector<unsigned> order(blocks / launch_.cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i * launch_.cluster;
@@ -388,7 +397,8 @@ char* cluster_shared(void* mine, unsigned rank) {
   const Block& block = *current->self->block;
   const ptrdiff_t offset = static_cast<char*>(mine) - block.shared;
   if (rank >= block.cluster->blocks.size()) fail("a rank outside the cluster");
-  if (offset < 0 || offset > static_cast<ptrdiff_t>(here().shared_bytes)) fail("a cluster address outside shared memory");
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(here().shared_bytes))
+    fail("a cluster address outside shared memory");
   return block.cluster->blocks[rank]->shared + offset;
 }
 
@@ -415,8 +425,7 @@ void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes
     current->suspend(what);
   }
   std::memcpy(out, e->data.data(), 32 * bytes);
-  if (--e->left == 0)
-    open.erase(std::find_if(open.begin(), open.end(), [&](const auto& x) { return x.get() == e; }));
+  if (--e->left == 0) open.erase(std::find_if(open.begin(), open.end(), [&](const auto& x) { return x.get() == e; }));
 }
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned size) {

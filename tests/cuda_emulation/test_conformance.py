@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance suite on the emulated CUDA kernels: under AddressSanitizer, with other seeds, with and without clusters.
+"""The conformance suite on the emulated CUDA kernels: under AddressSanitizer, other seeds, with and without clusters.
 
 The sanitizer's runtime has to be in the process from its start, so the suite runs in a process of its own.
 """
@@ -14,12 +14,14 @@ import pytest
 
 from . import build as building
 
-pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=building.why_not() or "")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(building.why_not() is not None, reason=building.why_not() or ""),
+]
 
 SUITES = {
-    "moves": ["test_gather.py", "test_compact_kv.py", "test_compact_paged_kv.py"],
+    "moves": ["test_gather.py", "test_compact_kv.py"],
     "select": ["test_select.py", "test_spatial_merge.py"],
-    "scores": ["test_cls_attention.py", "test_text_vision_scores.py", "test_text_vision_packed.py", "test_fused_select.py"],
 }
 
 
@@ -27,7 +29,9 @@ def preload() -> str:
     """The sanitizers' runtimes, and libstdc++ so that AddressSanitizer finds the functions that it wraps."""
     names = ("libasan.so", "libubsan.so", "libstdc++.so")
     found = [
-        subprocess.run([building.compiler() or "g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True)
+        subprocess.run(
+            [building.compiler() or "g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        )
         for name in names
     ]
     return ":".join(done.stdout.strip() for done in found)
@@ -42,13 +46,14 @@ def run_suite(suite: str, seed: int, capability: int, sanitizer: str) -> None:
         "MUSTDROP_EMULATION_CAPABILITY": str(capability),
         "PYTHONPATH": os.pathsep.join([str(building.ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]  # of a run that this one is part of
     if sanitizer == "address":
         building.build(sanitizer)  # the compiler does not need the runtime
         environment["LD_PRELOAD"] = preload()
         environment["ASAN_OPTIONS"] = "detect_leaks=0:alloc_dealloc_mismatch=0"
     files = [str(building.ROOT / "tests" / "ops" / name) for name in SUITES[suite]]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist", *files]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=building.ROOT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     assert " passed" in done.stdout, done.stdout
@@ -59,7 +64,6 @@ def test_under_address_sanitizer(suite):
     run_suite(suite, seed=1, capability=90, sanitizer="address")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("suite", SUITES)
 @pytest.mark.parametrize(("seed", "capability"), [(2, 80), (3, 90), (4, 80)])
 def test_other_orders_of_the_threads(suite, seed, capability):
