@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tokens stay. A selection is a set of candidates of which the best `open` stay, by order_key and then by index; the
 // key that divides them is found by radix selection, 11 bits at a time, so nothing is sorted and every input, also one
-// whose scores are all equal, costs the same few passes.
+// whose scores are all equal, costs the same few passes. Flags are bytes, so that the passes vectorise.
 #include "select/cpu_kernel.h"
 
-#include "common/float_types.h"
 #include "common/order.h"
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
@@ -13,55 +12,74 @@ namespace {
 enum Fate : uint8_t { kGone = 0, kStays = 1, kCandidate = 2 };
 constexpr uint8_t kPadding = 0, kVision = 2;  // token types
 
-constexpr int kDigits = 3;
-constexpr int kShift[kDigits] = {21, 10, 0};
-constexpr uint32_t kBins[kDigits] = {2048, 2048, 1024};
+// Protected candidates stay; returns how many candidates are left.
+int64_t protect(const uint8_t* keeps, int64_t length, uint8_t* fates) {
+  if (keeps)
+    for (int64_t j = 0; j < length; ++j)
+      fates[j] = (fates[j] == kCandidate) & (keeps[j] != 0) ? static_cast<uint8_t>(kStays) : fates[j];
+  int64_t candidates = 0;
+  for (int64_t j = 0; j < length; ++j) candidates += fates[j] == kCandidate;
+  return candidates;
+}
 
-template <class T>
-void make_keys(const T* score, int64_t length, uint32_t* keys) {
-  for (int64_t j = 0; j < length; ++j) keys[j] = order_key(to_float(score[j]));
+// Candidates are the vision tokens; returns their number.
+int64_t topk_fates(const uint8_t* types, int64_t length, uint8_t* fates) {
+  int64_t vision = 0;
+  for (int64_t j = 0; j < length; ++j) {
+    fates[j] = types[j] == kPadding ? kGone : types[j] == kVision ? kCandidate : kStays;
+    vision += types[j] == kVision;
+  }
+  return vision;
 }
 
 // The same bits on every machine: sixteen running sums, added pairwise at the end.
 template <class T>
 float sum(const T* value, int64_t length) {
-  constexpr int kLanes = 16;
-  float lane[kLanes] = {};
+  constexpr int kSums = 16;
+  float lane[kSums] = {};
   int64_t j = 0;
-  for (; j + kLanes <= length; j += kLanes)
-    for (int l = 0; l < kLanes; ++l) lane[l] += to_float(value[j + l]);
+  for (; j + kSums <= length; j += kSums)
+    for (int l = 0; l < kSums; ++l) lane[l] += to_float(value[j + l]);
   for (int l = 0; j + l < length; ++l) lane[l] += to_float(value[j + l]);
-  for (int half = kLanes / 2; half > 0; half /= 2)
+  for (int half = kSums / 2; half > 0; half /= 2)
     for (int l = 0; l < half; ++l) lane[l] += lane[l + half];
   return lane[0];
 }
 
-// Candidates are the vision tokens that are not protected; returns their number.
-int64_t topk_fates(const uint8_t* types, const uint8_t* keeps, int64_t length, uint8_t* fates, int64_t& safe) {
-  int64_t candidates = 0, kept = 0;
-  for (int64_t j = 0; j < length; ++j) {
-    const bool vision = types[j] == kVision, keep = keeps && keeps[j] != 0;
-    fates[j] = types[j] == kPadding ? kGone : vision && !keep ? kCandidate : kStays;
-    candidates += vision && !keep;
-    kept += vision && keep;
-  }
-  safe = kept;
-  return candidates;
-}
-
-// Candidates are the tokens that both thresholds would drop; returns their number.
+// Candidates are the vision tokens that are below both thresholds.
 template <class T>
-int64_t dual_fates(const T* total, const T* peak, const uint8_t* types, const uint8_t* keeps, int64_t length,
-                   float total_limit, float peak_limit, uint8_t* fates) {
-  int64_t candidates = 0;
+void dual_fates(const T* total, const T* peak, const uint8_t* types, int64_t length, float total_limit,
+                float peak_limit, uint8_t* fates) {
   for (int64_t j = 0; j < length; ++j) {
     const bool low = (to_float(total[j]) < total_limit) & (to_float(peak[j]) < peak_limit);
-    const bool drop = low & (types[j] == kVision) & !(keeps && keeps[j] != 0);
+    const bool drop = low & (types[j] == kVision);
     fates[j] = types[j] == kPadding ? kGone : drop ? kCandidate : kStays;
-    candidates += drop;
   }
-  return candidates;
 }
+
+// 0 where the token is no candidate, as for NaN.
+template <class T>
+void make_keys(const T* score, const uint8_t* fates, int64_t length, uint32_t* keys) {
+  for (int64_t j = 0; j < length; ++j) keys[j] = fates[j] == kCandidate ? order_key(score[j]) : 0u;
+}
+
+// Calls use(j) for each j in [0, length) whose flag is 1 and not 0, in order, while use returns true. Flags go on with
+// zeros to a multiple of 64.
+template <class Use>
+void for_each_set(const uint8_t* flags, int64_t length, Use use) {
+  for (int64_t base = 0; base < length; base += 64) {
+    uint64_t mask = 0;  // bit i: flag base + i
+    for (int part = 0; part < 8; ++part) {
+      uint64_t bytes;
+      memcpy(&bytes, flags + base + 8 * part, sizeof bytes);
+      mask |= bytes * 0x0102040810204080u >> 56 << 8 * part;  // the lowest bits of eight bytes, side by side
+    }
+    for (; mask; mask &= mask - 1)
+      if (!use(base + __builtin_ctzll(mask))) return;
+  }
+}
+
+void clear_past(uint8_t* flags, int64_t length) { memset(flags + length, 0, (length + 63) / 64 * 64 - length); }
 
 // What divides the candidates: those above `key` stay, and the first `ties` that equal it.
 struct Cut {
@@ -69,55 +87,84 @@ struct Cut {
   int64_t ties;
 };
 
-// The bin that holds the open-th highest of the keys counted, and how many of that bin are still wanted.
-uint32_t cut_bin(const uint32_t* histogram, uint32_t bins, int64_t& open) {
-  uint32_t bin = bins;
-  while (bin > 1 && histogram[bin - 1] < open) open -= histogram[--bin];
-  return bin - 1;
+constexpr int kBins = 2048;
+constexpr int kCopies = 4;  // of the counters: equal digits in a row do not wait for each other
+
+// Finds the digit of the open-th highest key; `open` becomes how many keys with that digit are still wanted.
+uint32_t cut_digit(const uint32_t* keys, int64_t count, int shift, int64_t& open) {
+  uint32_t counters[kCopies][kBins] = {};
+  for (int64_t i = 0; i < count; ++i) ++counters[i % kCopies][keys[i] >> shift & (kBins - 1)];
+  for (uint32_t digit = kBins - 1;; --digit) {
+    const int64_t number =
+        static_cast<int64_t>(counters[0][digit]) + counters[1][digit] + counters[2][digit] + counters[3][digit];
+    if (number >= open || digit == 0) return digit;
+    open -= number;
+  }
 }
 
-// 0 < open < number of candidates.
-Cut find_cut(const SelectArgs& args, int64_t open) {
-  uint32_t histogram[2048 + 1] = {};  // the last one takes what is no candidate
-  for (int64_t j = 0; j < args.length; ++j)
-    ++histogram[args.fates[j] == kCandidate ? args.keys[j] >> kShift[0] : kBins[0]];
-  uint32_t prefix = cut_bin(histogram, kBins[0], open);
-
-  int64_t left = 0;  // keys that share the prefix
-  for (int64_t j = 0; j < args.length; ++j) {
-    args.narrow[left] = args.keys[j];
-    left += (args.fates[j] == kCandidate) & (args.keys[j] >> kShift[0] == prefix);
+// 0 < open < number of candidates. `flags` is overwritten.
+Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow, uint8_t* flags) {
+  const uint32_t top = cut_digit(keys, length, 21, open);
+  if (top == 0) return {0, open};  // only NaN has keys that low
+  for (int64_t j = 0; j < length; ++j) flags[j] = keys[j] >> 21 == top;
+  clear_past(flags, length);
+  int64_t left = 0;  // keys that begin like the one wanted
+  for_each_set(flags, length, [&](int64_t j) {
+    narrow[left++] = keys[j];
+    return true;
+  });
+  const uint32_t middle = cut_digit(narrow, left, 10, open), upper = top << 11 | middle;
+  int64_t same = 0;
+  for (int64_t i = 0; i < left; ++i) {
+    const uint32_t key = narrow[i];
+    narrow[same] = key & 1023;  // the ten bits that are left
+    same += key >> 10 == upper;
   }
-  for (int digit = 1; digit < kDigits; ++digit) {
-    const int shift = kShift[digit];
-    const uint32_t mask = kBins[digit] - 1;
-    memset(histogram, 0, sizeof histogram);
-    for (int64_t i = 0; i < left; ++i) ++histogram[args.narrow[i] >> shift & mask];
-    const uint32_t bin = cut_bin(histogram, kBins[digit], open);
-    int64_t same = 0;
-    for (int64_t i = 0; i < left; ++i) {
-      const uint32_t key = args.narrow[i];
-      args.narrow[same] = key;
-      same += (key >> shift & mask) == bin;
+  const uint32_t lower = cut_digit(narrow, same, 0, open);
+  return {upper << 10 | lower, open};
+}
+
+// Lets the first candidates that tie with the cut stay.
+void keep_ties(const uint32_t* keys, int64_t length, Cut cut, const uint8_t* fates, uint8_t* flags) {
+  int64_t ties = cut.ties;
+  for (int64_t base = 0; base < length && ties > 0; base += 64) {
+    const int64_t end = base + 64 < length ? base + 64 : length;
+    bool any = false;
+    for (int64_t j = base; j < end; ++j) any |= keys[j] == cut.key;
+    for (int64_t j = base; any && j < end && ties > 0; ++j) {
+      const bool tie = fates[j] == kCandidate && keys[j] == cut.key;
+      flags[j] |= tie;
+      ties -= tie;
     }
-    left = same;
-    prefix = prefix * kBins[digit] + bin;
   }
-  return {prefix, open};
 }
 
-// Writes the tokens that stay, in order, as far as there is room; returns their number.
-int64_t write_keep(const SelectArgs& args, Cut cut, int64_t* keep) {
-  int64_t kept = 0, ties = cut.ties;
-  for (int64_t j = 0; j < args.length; ++j) {
-    const bool candidate = args.fates[j] == kCandidate, tie = candidate & (args.keys[j] == cut.key);
-    const bool stays = (args.fates[j] == kStays) | (candidate & (args.keys[j] > cut.key)) | (tie & (ties > 0));
-    ties -= tie;
-    if (kept < args.capacity) keep[kept] = j;
-    kept += stays;
+// Flags the tokens that stay.
+template <class T>
+void decide(const SelectArgs& args, const T* score, int64_t candidates, int64_t open) {
+  const int64_t length = args.length;
+  if (open == 0 || open == candidates) {
+    for (int64_t j = 0; j < length; ++j) args.flags[j] = open ? args.fates[j] != kGone : args.fates[j] == kStays;
+  } else {
+    make_keys(score, args.fates, length, args.keys);
+    const Cut cut = find_cut(args.keys, length, open, args.narrow, args.flags);
+    for (int64_t j = 0; j < length; ++j) args.flags[j] = (args.fates[j] == kStays) | (args.keys[j] > cut.key);
+    keep_ties(args.keys, length, cut, args.fates, args.flags);
   }
-  for (int64_t i = kept; i < args.capacity; ++i) keep[i] = -1;
-  return kept;
+  clear_past(args.flags, length);
+}
+
+// Writes the flagged tokens in order, as far as there is room; returns their number.
+int64_t write_keep(const uint8_t* flags, int64_t length, int64_t* keep, int64_t capacity) {
+  int64_t number = 0, written = 0;
+  for (int64_t j = 0; j < length; ++j) number += flags[j];
+  if (capacity > 0)
+    for_each_set(flags, length, [&](int64_t j) {
+      keep[written++] = j;
+      return written < capacity;
+    });
+  if (written < capacity) memset(keep + written, 0xff, (capacity - written) * sizeof *keep);  // -1
+  return number;
 }
 
 template <class T>
@@ -125,26 +172,23 @@ void select_row(const SelectArgs& args, int64_t b) {
   const T* score = static_cast<const T*>(args.score) + b * args.score_stride;
   const uint8_t* types = args.types + b * args.types_stride;
   const uint8_t* keeps = args.keeps ? args.keeps + b * args.keeps_stride : nullptr;
-  int64_t candidates, open;
+  int64_t candidates, open = 0;
   if (args.rule == Rule::topk) {
-    int64_t safe;
-    candidates = topk_fates(types, keeps, args.length, args.fates, safe);
+    const int64_t vision = topk_fates(types, args.length, args.fates);
+    candidates = protect(keeps, args.length, args.fates);
     int64_t budget = args.budgets ? args.budgets[b * args.budgets_stride] : args.k;
-    budget = (budget < 0 ? 0 : budget) - safe;
+    budget = (budget < 0 ? 0 : budget) - (vision - candidates);  // the protected come first
     open = budget < 0 ? 0 : budget < candidates ? budget : candidates;
   } else {
     const T* peak = static_cast<const T*>(args.peak) + b * args.peak_stride;
     const float limit = args.global_threshold * sum(score, args.length);
-    candidates = dual_fates(score, peak, types, keeps, args.length, limit, args.individual_threshold, args.fates);
-    open = 0;
+    dual_fates(score, peak, types, args.length, limit, args.individual_threshold, args.fates);
+    candidates = protect(keeps, args.length, args.fates);
   }
   open += (candidates - open) % args.drop_multiple;  // the best of those that would go are spared
-
-  make_keys(score, args.length, args.keys);
-  Cut cut{0xffffffffu, 0};                         // above every key: no candidate stays
-  if (open == candidates) cut = {0, args.length};  // every candidate stays
-  if (open > 0 && open < candidates) cut = find_cut(args, open);
-  args.counts[b] = static_cast<int32_t>(write_keep(args, cut, args.keep + b * args.capacity));
+  decide(args, score, candidates, open);
+  args.counts[b] =
+      static_cast<int32_t>(write_keep(args.flags, args.length, args.keep + b * args.capacity, args.capacity));
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 
+import emulated_flash
 import pytest
 import torch
 
@@ -46,6 +47,11 @@ def test_whole_turn_equals_token_by_token(evict, config, model, inputs):
             for i in range(len(TURN))
         ]
     torch.testing.assert_close(whole, torch.cat(alone, 1), atol=1e-4, rtol=0)
+
+
+def test_whole_turn_with_masks_for_flash_attention(config, sdpa, inputs):
+    with emulated_flash.on(sdpa):
+        test_whole_turn_equals_token_by_token(False, config, sdpa, inputs)
 
 
 def test_generate_goes_on_from_the_cache(config, model, padded):

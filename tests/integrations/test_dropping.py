@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import emulated_flash
 import pytest
 import tiny_llava
 import torch
@@ -49,8 +50,16 @@ def run(model, config, inputs, **settings):
     [("sdpa", name) for name in CONFIGS] + [("eager", name) for name in ("thresholds", "budgets", "no eviction")],
 )
 def test_equals_masked_reference(attention, name, models, inputs):
-    model = models[attention]
-    config = MustDropConfig(**CONFIGS[name])
+    check_against_masked_reference(models[attention], MustDropConfig(**CONFIGS[name]), inputs)
+
+
+@pytest.mark.parametrize("name", ["thresholds", "budgets", "no eviction"])
+def test_masks_for_flash_attention(name, sdpa, inputs):
+    with emulated_flash.on(sdpa):
+        check_against_masked_reference(sdpa, MustDropConfig(**CONFIGS[name]), inputs)
+
+
+def check_against_masked_reference(model, config, inputs):
     output, report = run(model, config, inputs)
     reference = MaskedReference(model, config)
     tokens, logits = reference.generate(inputs, NEW_TOKENS)

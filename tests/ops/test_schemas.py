@@ -48,7 +48,7 @@ def test_python_function_has_the_schema_s_arguments(op):
     assert [p.name for p in parameters] == [a.name for a in arguments] + ["backend"]
     assert parameters[-1].kind is inspect.Parameter.KEYWORD_ONLY
     assert parameters[-1].default is None
-    for parameter, argument in zip(parameters, arguments, strict=True):
+    for parameter, argument in zip(parameters[:-1], arguments, strict=True):
         assert (parameter.kind is inspect.Parameter.KEYWORD_ONLY) == argument.kwarg_only, parameter.name
         if argument.has_default_value():
             assert parameter.default == argument.default_value, parameter.name
