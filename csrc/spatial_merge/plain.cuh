@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// spatial_merge in three or four launches: similarities, ranks where an order is asked for, rows, tokens.
+#pragma once
+
+#include "spatial_merge/kernel.cuh"
+
+namespace mustdrop {
+
+// A warp to a window of an image.
+template <class T, int V>
+__global__ void __launch_bounds__(kMergeThreads) merge_similarity_kernel(const __grid_constant__ MergeParameters p) {
+  const int64_t item = blockIdx.x * int64_t(kMergeWarps) + warp_id();
+  if (item >= int64_t(p.batch) * p.window_count) return;
+  const int64_t b = item / p.window_count;
+  const MergeWindow w = window_at(p, static_cast<int32_t>(item % p.window_count));
+  const float value = window_similarity<T, V>(p, w, tokens_in_global<T>(p, b), p.inverse + item * p.window_size);
+  if (lane_id() == 0) p.similarity[item] = value;
+}
+
+// A warp to a window of an image.
+static __global__ void __launch_bounds__(kMergeThreads) merge_rank_kernel(const __grid_constant__ MergeParameters p) {
+  const int64_t item = blockIdx.x * int64_t(kMergeWarps) + warp_id();
+  if (item >= int64_t(p.batch) * p.window_count) return;
+  const float* similarity = p.similarity + item / p.window_count * p.window_count;
+  const int32_t index = static_cast<int32_t>(item % p.window_count);
+  const int32_t before = warp_sum(count_before(p, similarity, index, static_cast<int32_t>(lane_id()), kWarp));
+  if (lane_id() == 0) p.rank[item] = before;
+}
+
+// With `uniform`: the smallest number of whole windows of an image that reach the threshold. By one block.
+__device__ __forceinline__ int32_t fewest_alike(const MergeParameters& p, int32_t* fewest) {  // fewest [kMergeWarps]
+  int32_t least = p.window_count;
+  for (int64_t b = warp_id(); b < p.batch; b += kMergeWarps) {
+    const float* similarity = p.similarity + b * p.window_count;
+    int32_t alike = 0;
+    for (int32_t w = lane_id(); w < p.window_count; w += kWarp)
+      alike += is_candidate(p, similarity, w) && similarity[w] >= p.threshold;
+    alike = warp_sum(alike);
+    least = alike < least ? alike : least;
+  }
+  if (lane_id() == 0) fewest[warp_id()] = least;
+  __syncthreads();
+  for (int i = 0; i < kMergeWarps; ++i) least = fewest[i] < least ? fewest[i] : least;
+  return least;
+}
+
+// A block to an image.
+static __global__ void __launch_bounds__(kMergeThreads) merge_assign_kernel(const __grid_constant__ MergeParameters p) {
+  MUSTDROP_SHARED_MEMORY(memory);
+  int32_t* scratch = reinterpret_cast<int32_t*>(memory);  // [2 kMergeWarps]
+  const int64_t b = blockIdx.x, first = b * p.window_count;
+  const int32_t most = p.rule == MergeRule::uniform ? fewest_alike(p, scratch + kMergeWarps) : p.budget;
+  const int32_t rows =
+      assign_rows(p, p.similarity + first, p.rank + first, most, p.window_row + first, p.row + b * p.patches, scratch);
+  if (threadIdx.x == 0) p.counts[b] = rows;
+}
+
+// A warp to a window, a prefix token or a padding row of an image.
+template <class T, int V>
+__global__ void __launch_bounds__(kMergeThreads) merge_write_kernel(const __grid_constant__ MergeParameters p) {
+  const int64_t items = int64_t(p.window_count) + p.prefix + p.capacity;
+  const int64_t item = blockIdx.x * int64_t(kMergeWarps) + warp_id();
+  if (item >= items * p.batch) return;
+  const int64_t b = item / items;
+  const int32_t index = static_cast<int32_t>(item % items);
+  if (index < p.window_count) {
+    write_window<T, V>(p, b, window_at(p, index), tokens_in_global<T>(p, b), p.window_row[b * p.window_count + index],
+                       p.row + b * p.patches);
+  } else {
+    write_other<T, V>(p, b, index - p.window_count, p.counts[b]);
+  }
+}
+
+}  // namespace mustdrop

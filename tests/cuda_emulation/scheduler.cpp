@@ -1,0 +1,451 @@
+// SPDX-License-Identifier: Apache-2.0
+// The scheduler of the CUDA emulation: fibers, barriers, warp operations, clusters, held-back copies.
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "cuda_emulation.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+namespace cuda_emulation {
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;  // of a fiber; touched pages alone cost memory
+constexpr long kMostPauses = 20'000'000;  // of all threads without any other progress: nobody will end this wait
+
+struct Settings {
+  unsigned seed = 0;
+  int capability = 90;
+} settings;
+
+// ---------------------------------------------------------------------------------------------- stacks
+
+// Fiber stacks are kept for the next block: a test runs tens of thousands of threads.
+class Stacks {
+ public:
+  char* take() {
+    if (free_.empty()) {
+      void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (p == MAP_FAILED) throw std::runtime_error("cuda_emulation: no memory for a stack");
+      free_.push_back(static_cast<char*>(p));
+    }
+    char* stack = free_.back();
+    free_.pop_back();
+    return stack;
+  }
+  void give(char* stack) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(stack, kStackBytes);  // frames that were never returned from
+#endif
+    free_.push_back(stack);
+  }
+
+ private:
+  std::vector<char*> free_;
+} stacks;
+
+#if defined(__x86_64__)
+// swapcontext makes two system calls; this makes none. A context is its stack pointer.
+using Context = void*;
+extern "C" void cuda_emulation_switch(void** save, void* load);
+asm(R"(
+.text
+.globl cuda_emulation_switch
+.hidden cuda_emulation_switch
+.type cuda_emulation_switch, @function
+cuda_emulation_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_emulation_switch, .-cuda_emulation_switch
+)");
+void switch_context(Context& save, Context& load) { cuda_emulation_switch(&save, load); }
+void make_context(Context& context, char* stack, void (*entry)()) {
+  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+  *--top = nullptr;  // the entry's return address: it never returns
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  context = top;
+}
+#else
+using Context = ucontext_t;
+void switch_context(Context& save, Context& load) { swapcontext(&save, &load); }
+void make_context(Context& context, char* stack, void (*entry)()) {
+  getcontext(&context);
+  context.uc_stack.ss_sp = stack;
+  context.uc_stack.ss_size = kStackBytes;
+  context.uc_link = nullptr;
+  makecontext(&context, entry, 0);
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------- threads, blocks, clusters
+
+struct Copy {
+  void* to;
+  const void* from;
+  unsigned bytes, size;
+};
+
+struct Block;
+struct Thread {
+  Context context{};
+  char* stack = nullptr;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+  Here here{};
+  Block* block = nullptr;
+  unsigned linear = 0;
+  unsigned phase = 0;  // of the cluster's barrier: the one that it has arrived at
+  bool done = false;
+  const char* waits_for = nullptr;
+  std::deque<std::vector<Copy>> groups;  // committed copies, oldest first
+  std::vector<Copy> copies;              // not committed
+};
+
+// One warp operation under way: what its lanes have handed in.
+struct Exchange {
+  const char* what;
+  unsigned mask, arrived = 0, left;
+  size_t bytes;
+  std::vector<char> data;
+  Exchange(const char* w, unsigned m, size_t b)
+      : what(w), mask(m), left(__builtin_popcount(m)), bytes(b), data(32 * b) {}
+};
+
+struct Cluster;
+struct Block {
+  Cluster* cluster = nullptr;
+  std::unique_ptr<char, decltype(&std::free)> shared_memory{nullptr, &std::free};  // exactly the size asked for
+  char* shared = nullptr;
+  std::vector<Thread> threads;
+  std::vector<std::vector<std::unique_ptr<Exchange>>> exchanges;  // per warp
+  unsigned at_barrier = 0, left = 0;
+};
+
+struct Cluster {
+  std::vector<std::unique_ptr<Block>> blocks;
+  unsigned arrived = 0, phase = 0, left = 0;
+};
+
+class Launching {
+ public:
+  Launching(const Launch& launch, const std::function<void()>& kernel)
+      : launch_(launch), kernel_(kernel), random_(settings.seed * 7919u + 1) {}
+
+  void run();
+  void suspend(const char* why);  // the running thread; somebody else makes it ready
+  void ready(Thread* t) {
+    t->waits_for = nullptr;
+    ready_.push_back(t);
+    pauses_ = 0;
+  }
+  void pause() {
+    if (++pauses_ > kMostPauses) fail("a wait on memory that never ends");
+    ready_.push_back(self);
+    switch_out();
+  }
+  [[noreturn]] void stop(const std::string& what) {
+    error_ = what;
+    for (;;) switch_out();
+  }
+  void body() {
+    enter_fiber();
+    kernel_();
+    self->done = true;
+    for (;;) switch_out();
+  }
+  Thread* self = nullptr;
+
+ private:
+  void start_cluster(unsigned first);
+  void start_thread(Block& block, unsigned linear, dim3 index, unsigned rank);
+  void finish(Thread* t);
+  void switch_in(Thread* t);
+  void switch_out();
+  void enter_fiber();
+  std::string who_waits() const;
+
+  const Launch& launch_;
+  const std::function<void()>& kernel_;
+  std::mt19937 random_;
+  std::vector<Thread*> ready_;
+  std::map<Cluster*, std::unique_ptr<Cluster>> running_;
+  Context scheduler_{};
+  void* scheduler_fake_ = nullptr;
+  const void* scheduler_stack_ = nullptr;
+  size_t scheduler_stack_bytes_ = 0;
+  std::string error_;
+  long pauses_ = 0;
+};
+
+Launching* current = nullptr;
+
+void fiber_main() { current->body(); }
+
+void Launching::enter_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack_, &scheduler_stack_bytes_);
+#endif
+}
+
+void Launching::switch_in(Thread* t) {
+  self = t;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&scheduler_fake_, t->stack, kStackBytes);
+#endif
+  switch_context(scheduler_, t->context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
+#endif
+}
+
+void Launching::switch_out() {
+  Thread* t = self;
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_start_switch_fiber(&t->fake_stack, scheduler_stack_, scheduler_stack_bytes_);
+#endif
+  switch_context(t->context, scheduler_);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(t->fake_stack, &scheduler_stack_, &scheduler_stack_bytes_);
+#endif
+}
+
+void Launching::suspend(const char* why) {
+  self->waits_for = why;
+  switch_out();
+}
+
+void Launching::start_thread(Block& block, unsigned linear, dim3 index, unsigned rank) {
+  Thread& t = block.threads[linear];
+  const dim3 d = launch_.block;
+  t.block = &block;
+  t.linear = linear;
+  t.stack = stacks.take();
+  t.here = {dim3(linear % d.x, linear / d.x % d.y, linear / (d.x * d.y)),
+            index,
+            d,
+            launch_.grid,
+            rank,
+            launch_.cluster,
+            block.shared,
+            static_cast<unsigned>(launch_.shared_bytes)};
+  make_context(t.context, t.stack, fiber_main);
+  ready(&t);
+}
+
+void Launching::start_cluster(unsigned first) {
+  auto cluster = std::make_unique<Cluster>();
+  const unsigned threads = launch_.block.x * launch_.block.y * launch_.block.z;
+  const dim3 g = launch_.grid;
+  cluster->left = threads * launch_.cluster;
+  for (unsigned rank = 0; rank < launch_.cluster; ++rank) {
+    const unsigned linear = first + rank;
+    auto block = std::make_unique<Block>();
+    block->cluster = cluster.get();
+    void* shared = nullptr;
+    if (posix_memalign(&shared, 128, launch_.shared_bytes)) throw std::bad_alloc();
+    block->shared_memory.reset(static_cast<char*>(shared));
+    block->shared = static_cast<char*>(shared);
+    std::memset(block->shared, 0xFF, launch_.shared_bytes);
+    block->threads = std::vector<Thread>(threads);
+    block->exchanges.resize((threads + 31) / 32);
+    block->left = threads;
+    const dim3 index(linear % g.x, linear / g.x % g.y, linear / (g.x * g.y));
+    for (unsigned i = 0; i < threads; ++i) start_thread(*block, i, index, rank);
+    cluster->blocks.push_back(std::move(block));
+  }
+  Cluster* key = cluster.get();
+  running_[key] = std::move(cluster);
+}
+
+void Launching::finish(Thread* t) {
+  if (!t->groups.empty() || !t->copies.empty()) error_ = "a thread left with copies that it has not waited for";
+  stacks.give(t->stack);
+  t->stack = nullptr;
+  --t->block->left;
+  Cluster* cluster = t->block->cluster;
+  if (--cluster->left == 0) running_.erase(cluster);
+}
+
+std::string Launching::who_waits() const {
+  std::map<std::string, int> waits;
+  int left = 0;
+  for (const auto& [key, cluster] : running_)
+    for (const auto& block : cluster->blocks)
+      for (const Thread& t : block->threads)
+        t.done ? void(++left) : void(++waits[t.waits_for ? t.waits_for : "nothing"]);
+  std::string text = "threads that wait for ever:";
+  for (const auto& [what, n] : waits) text += " " + std::to_string(n) + " at " + what + ";";
+  return text + " " + std::to_string(left) + " of their blocks have left";
+}
+
+void Launching::run() {
+  const unsigned blocks = launch_.grid.x * launch_.grid.y * launch_.grid.z;
+  if (launch_.cluster == 0 || launch_.grid.x % launch_.cluster)
+    throw std::runtime_error("grid.x is no multiple of the cluster");
+  if (launch_.block.x * launch_.block.y * launch_.block.z % 32) throw std::runtime_error("a block of incomplete warps");
+  std::vector<unsigned> order(blocks / launch_.cluster);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i * launch_.cluster;
+  std::shuffle(order.begin(), order.end(), random_);
+  const size_t together = 1 + random_() % 3;  // clusters that run at the same time
+  size_t next = 0;
+  while (error_.empty()) {
+    while (next < order.size() && running_.size() < together) start_cluster(order[next++]);
+    if (running_.empty()) break;
+    if (ready_.empty()) {
+      error_ = who_waits();
+      break;
+    }
+    const size_t pick = random_() % ready_.size();
+    Thread* t = ready_[pick];
+    ready_[pick] = ready_.back();
+    ready_.pop_back();
+    switch_in(t);
+    if (t->done) finish(t);
+  }
+  for (auto& [key, cluster] : running_)
+    for (auto& block : cluster->blocks)
+      for (Thread& t : block->threads)
+        if (t.stack) stacks.give(t.stack);
+  if (!error_.empty()) throw std::runtime_error("cuda_emulation: " + error_);
+}
+
+void do_copy(const Copy& c) {
+  char* to = static_cast<char*>(c.to);
+  if (c.bytes) std::memcpy(to, c.from, c.bytes);
+  std::memset(to + c.bytes, 0, c.size - c.bytes);
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------- what kernels call
+
+const Here& here() { return current->self->here; }
+int capability() { return settings.capability; }
+void fail(const std::string& what) { current->stop(what); }
+void pause() { current->pause(); }
+
+void run(const Launch& launch, const std::function<void()>& kernel) {
+  if (current) throw std::runtime_error("cuda_emulation: a launch within a launch");
+  Launching launching(launch, kernel);
+  struct Guard {
+    ~Guard() { current = nullptr; }
+  } guard;
+  current = &launching;
+  launching.run();
+}
+
+void block_barrier() {
+  Block& block = *current->self->block;
+  if (block.left != block.threads.size()) fail("a thread left before others reached __syncthreads");
+  if (++block.at_barrier == block.left) {
+    block.at_barrier = 0;
+    for (Thread& t : block.threads)
+      if (&t != current->self) current->ready(&t);
+    pause();
+  } else {
+    current->suspend("__syncthreads");
+  }
+}
+
+void cluster_arrive() {
+  Cluster& cluster = *current->self->block->cluster;
+  const unsigned threads = static_cast<unsigned>(cluster.blocks.size() * cluster.blocks[0]->threads.size());
+  if (cluster.left != threads) fail("a thread left before others reached the cluster's barrier");
+  current->self->phase = cluster.phase + 1;
+  if (++cluster.arrived < threads) return;
+  cluster.arrived = 0;
+  ++cluster.phase;
+  for (auto& block : cluster.blocks)
+    for (Thread& t : block->threads)
+      if (t.waits_for && std::strcmp(t.waits_for, "the cluster's barrier") == 0) current->ready(&t);
+}
+
+void cluster_wait() {
+  Thread* t = current->self;
+  if (t->block->cluster->phase < t->phase)
+    current->suspend("the cluster's barrier");
+  else
+    pause();
+}
+
+char* cluster_shared(void* mine, unsigned rank) {
+  const Block& block = *current->self->block;
+  const ptrdiff_t offset = static_cast<char*>(mine) - block.shared;
+  if (rank >= block.cluster->blocks.size()) fail("a rank outside the cluster");
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(here().shared_bytes))
+    fail("a cluster address outside shared memory");
+  return block.cluster->blocks[rank]->shared + offset;
+}
+
+void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes, void* out) {
+  Thread& t = *current->self;
+  const unsigned lane = t.linear & 31, bit = 1u << lane;
+  if (!(mask & bit)) fail(std::string(what) + " by a lane that is not in its mask");
+  auto& open = t.block->exchanges[t.linear / 32];
+  Exchange* e = nullptr;
+  for (auto& candidate : open) {
+    if (candidate->arrived == candidate->mask || !(candidate->mask & mask)) continue;
+    if (candidate->mask != mask || candidate->bytes != bytes || std::strcmp(candidate->what, what) != 0)
+      fail(std::string("lanes of one warp are at different operations: ") + what + " and " + candidate->what);
+    e = candidate.get();
+  }
+  if (!e) e = open.emplace_back(std::make_unique<Exchange>(what, mask, bytes)).get();
+  std::memcpy(e->data.data() + lane * bytes, in, bytes);
+  e->arrived |= bit;
+  if (e->arrived == mask) {
+    Thread* warp = &t.block->threads[t.linear & ~31u];
+    for (unsigned i = 0; i < 32; ++i)
+      if ((mask >> i & 1u) && i != lane) current->ready(warp + i);
+  } else {
+    current->suspend(what);
+  }
+  std::memcpy(out, e->data.data(), 32 * bytes);
+  if (--e->left == 0) open.erase(std::find_if(open.begin(), open.end(), [&](const auto& x) { return x.get() == e; }));
+}
+
+void copy_later(void* to, const void* from, unsigned bytes, unsigned size) {
+  current->self->copies.push_back({to, from, bytes, size});
+}
+
+void copies_commit() {
+  Thread& t = *current->self;
+  t.groups.push_back(std::move(t.copies));
+  t.copies.clear();
+}
+
+void copies_wait(unsigned groups_left) {
+  Thread& t = *current->self;
+  for (; t.groups.size() > groups_left; t.groups.pop_front())
+    for (const Copy& c : t.groups.front()) do_copy(c);
+}
+
+}  // namespace cuda_emulation
+
+extern "C" __attribute__((visibility("default"))) void cuda_emulation_configure(unsigned seed, int capability) {
+  cuda_emulation::settings = {seed, capability};
+}
