@@ -6,6 +6,8 @@ No kernel runs here; what would be handed to the GPU's driver is compared betwee
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -59,14 +61,22 @@ class Driver:
         return run
 
 
+def compiled_functions() -> list[triton.runtime.JITFunction]:
+    modules = [module for name, module in sys.modules.items() if name.startswith(backend.__name__ + ".")]
+    return [f for module in modules for f in vars(module).values() if isinstance(f, triton.runtime.JITFunction)]
+
+
 @pytest.fixture
 def driver():
     fake = Driver()
     triton.runtime.driver.set_active(fake)
+    for function in compiled_functions():  # what they have compiled is bound to the driver of that time
+        function.device_caches.clear()
     launch.Plans.forget_all()
     yield fake
     launch.Plans.forget_all()
-    triton.runtime.driver.reset_active()
+    with contextlib.suppress(RuntimeError):  # where there is no GPU there is no driver to go back to
+        triton.runtime.driver.reset_active()
 
 
 @pytest.fixture
@@ -74,7 +84,9 @@ def arguments_analysed(monkeypatch):
     """How often Triton's own launch path runs."""
     calls = []
     run = triton.runtime.JITFunction.run
-    monkeypatch.setattr(triton.runtime.JITFunction, "run", lambda self, *a, **k: calls.append(self) or run(self, *a, **k))
+    monkeypatch.setattr(
+        triton.runtime.JITFunction, "run", lambda self, *a, **k: calls.append(self) or run(self, *a, **k)
+    )
     return calls
 
 

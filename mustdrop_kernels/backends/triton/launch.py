@@ -145,13 +145,19 @@ class Launch:
     def _launch(self, active: Any, device: int, pointers: tuple[Any, ...]) -> None:
         key = (device, *map(_alignment, pointers))
         compiled = self._compiled.get(key)
-        if compiled is None or triton.knobs.runtime.launch_enter_hook is not None:  # a hook: somebody is profiling
+        if compiled is None or _profiled():
             arguments = (*pointers, *self.scalars)
             self._compiled[key] = self.kernel.run(*arguments, grid=self.grid, warmup=False, **self.options)
             return
         stream = active.get_current_stream(device)
         function, metadata = compiled.function, compiled.packed_metadata
         compiled.run(*self.grid, stream, function, metadata, None, None, None, *pointers, *self.scalars)
+
+
+def _profiled() -> bool:
+    """Whether somebody watches launches; newer versions of Triton have a chain of hooks there, empty by default."""
+    hook = triton.knobs.runtime.launch_enter_hook
+    return hook is not None and bool(getattr(hook, "calls", True))
 
 
 def _device_index(pointers: tuple[Any, ...]) -> int:

@@ -151,7 +151,9 @@ def lse_kernel(
                 d = part + tl.arange(0, COLUMNS)
                 query = tl.load(q_at[:, None] + d[None, :], mask=there[:, None] & (d < D)[None, :], other=0.0)
                 key = tl.load(
-                    k_at[None, :] + (d.to(tl.int64) * k_column)[:, None], mask=exists[None, :] & (d < D)[:, None], other=0.0
+                    k_at[None, :] + (d.to(tl.int64) * k_column)[:, None],
+                    mask=exists[None, :] & (d < D)[:, None],
+                    other=0.0,
                 )
                 score = dot(query, key, score)
             visible = exists[None, :] & (column[None, :] <= position[:, None])
