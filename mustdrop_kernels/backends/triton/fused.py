@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from ... import checks
@@ -27,7 +29,7 @@ def dual_attention_select(
     drop_multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``mustdrop_kernels.dual_attention_select``."""
-    options = {"protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
+    options: dict[str, Any] = {"protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
     key = signature("dual", q, k, token_types, lse, protected, capacity, drop_multiple)
     if key not in _checked:
         checks.dual_attention_select(
@@ -53,7 +55,12 @@ def topk_attention_select(
     drop_multiple: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``mustdrop_kernels.topk_attention_select``."""
-    options = {"budgets": budgets, "protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
+    options: dict[str, Any] = {
+        "budgets": budgets,
+        "protected": protected,
+        "capacity": capacity,
+        "drop_multiple": drop_multiple,
+    }
     key = signature("topk", q, k, token_types, lse, budget, budgets, protected, capacity, drop_multiple)
     if key not in _checked:
         checks.topk_attention_select(q, k, token_types, scale, budget, lse=lse, **options)

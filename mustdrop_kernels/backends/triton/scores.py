@@ -251,9 +251,9 @@ def text_vision_scores_varlen(
         made = _Plan(q, k, token_types, scale, lse, cu_seqlens_q.shape[0] - 1, longest)
         plan = _plans["varlen"].add(key, made)
     # What lies in no sequence is zero, and no program owns it.
-    out = torch.zeros(2, k.shape[0], dtype=torch.float32, device=k.device).unbind(0)
-    plan.run(q, k, token_types, lse, out, cu_seqlens_q, cu_seqlens_k)
-    return out
+    total, peak = torch.zeros(2, k.shape[0], dtype=torch.float32, device=k.device)
+    plan.run(q, k, token_types, lse, (total, peak), cu_seqlens_q, cu_seqlens_k)
+    return total, peak
 
 
 def text_vision_scores_paged(
