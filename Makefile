@@ -42,7 +42,7 @@ test-all: build test-transformers-4  ## the full matrices, and a compile for CUD
 
 $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) \
-	  transformers==4.57.6 'tokenizers>=0.22,<=0.23.0' 'huggingface-hub>=0.34,<1.0' requests urllib3 charset-normalizer
+	  transformers==4.57.6 'tokenizers>=0.22,<=0.23.0' 'huggingface-hub>=0.34,<1.0' requests certifi idna urllib3 charset-normalizer
 	touch $@
 
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
