@@ -236,6 +236,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
   check_grid(x, grid, window, num_prefix_tokens);
   if (sizes) check_tensor(kOp, "sizes", *sizes, {x.size(0), x.size(1)}, ScalarType::Float, x);
   if (budget) check_budget(grid, window, *budget, uniform);
+  cpu::level();  // a wrong MUSTDROP_CPU_CAPABILITY is refused here, not inside a thread
 
   cpu::MergeJob job = describe(x, grid, window, num_prefix_tokens, sizes);
   job.capacity = job.length - (budget ? *budget * (product(window) - 1) : 0);
