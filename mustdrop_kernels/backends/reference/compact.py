@@ -49,7 +49,7 @@ def _physical(
     blocks: int,
     slots: int,
 ) -> tuple[Tensor, Tensor]:
-    """The slot of the whole cache that holds each position of its sequence, and whether the cache has it: [B, Hk, K]."""
+    """The slot of the whole cache that holds each position, and whether the cache has it: [B, Hk, K] each."""
     if block_table.shape[1] == 0:
         return position, torch.zeros_like(position, dtype=torch.bool)
     column = (position // max(slots, 1)).clamp(0, block_table.shape[1] - 1)
