@@ -19,9 +19,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from . import settings
 from .batch import Batch, Ledger
+from .keys import KeyLayer
 from .pages import READABLE, Paging, turning
 from .prefill import Prefill
-from .vision import VisionMerge, split
+from .vision import Marks, VisionStage, split
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -41,8 +42,8 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self._names = [layer.layer_name for layer in attention]
         self._paging = Paging(attention[0])
         self._prefill = Prefill(self.language_model.model, self.drop_config, self._paging)
-        self._merge = self._make_merge(hf_config) if self.drop_config.merge else None
-        self._empty: Tensor | None = None  # (rows) bool, of the step that is about to run
+        self._vision = self._make_vision_stage(vllm_config, prefix) if self.drop_config.needs_vision_stage else None
+        self._marks: Marks | None = None  # of the step that is about to run
 
     def _attention_layers(self) -> list[Any]:
         """One attention layer per decoder layer, all alike."""
@@ -56,23 +57,40 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 raise ValueError("mustdrop: sliding windows, soft caps and ALiBi are not served")
         return found
 
-    def _make_merge(self, hf_config: Any) -> VisionMerge:
+    def _make_vision_stage(self, vllm_config: Any, prefix: str) -> VisionStage:
+        """Stage 1 needs a tower with one CLS token before the patches, and features without it."""
+        hf_config, config = self.config, self.drop_config
         vision = hf_config.vision_config
         strategy = hf_config.vision_feature_select_strategy
         if vision.model_type != "clip_vision_model" or strategy != "default":
             raise ValueError(
-                "mustdrop: merge needs a CLIP vision tower with vision_feature_select_strategy='default', got "
-                f"{vision.model_type!r} with {strategy!r}; merge=False leaves the tower alone"
+                "mustdrop: merging and key tokens need a CLIP vision tower with "
+                f"vision_feature_select_strategy='default', got {vision.model_type!r} with {strategy!r}; merge=False and "
+                "key_rate=0.0 leave the tower alone"
             )
+        layers = self.vision_tower.vision_model.encoder.layers
+        running = list(layers)
+        key_layer = None
+        if config.key_rate > 0:
+            if len(running) != vision.num_hidden_layers - 1:
+                raise ValueError(
+                    "mustdrop: key_rate needs vision_feature_layer=-2, the input of the tower's last layer, got "
+                    f"{hf_config.vision_feature_layer}; key_rate=0.0 leaves the tower alone"
+                )
+            name = f"{prefix}.vision_tower" if prefix else "vision_tower"
+            name = f"{name}.vision_model.encoder.layers.{len(running)}"
+            with self._mark_tower_model(vllm_config, "image"):
+                key_layer = KeyLayer(vision, vllm_config.quant_config, name, config)
+            layers.append(key_layer)
         side = vision.image_size // vision.patch_size
-        return VisionMerge(self.vision_tower.vision_model.encoder.layers, (side, side), self.drop_config)
+        return VisionStage(running, (side, side), config, key_layer)
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
         features = super().embed_multimodal(**kwargs)
-        if self._merge is None or kwargs.get("pixel_values") is None:
+        if self._vision is None or kwargs.get("pixel_values") is None:
             return features
-        return self._merge.place(features)
+        return self._vision.place(features)
 
     def embed_input_ids(
         self,
@@ -81,13 +99,12 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Text and image embeddings; remembers, until the step runs, which placeholders are empty."""
-        self._empty = None
-        if self._merge is not None and multimodal_embeddings is not None and len(multimodal_embeddings):
+        """Text and image embeddings; remembers, until the step runs, what stage 1 has made of the placeholders."""
+        self._marks = None
+        if self._vision is not None and multimodal_embeddings is not None and len(multimodal_embeddings):
             assert is_multimodal is not None
-            multimodal_embeddings, holds = split(multimodal_embeddings, self.config.text_config.hidden_size)
-            where = is_multimodal.to(holds.device)
-            self._empty = torch.zeros_like(where).masked_scatter_(where, ~holds)
+            multimodal_embeddings, marks = split(multimodal_embeddings, self.config.text_config.hidden_size)
+            self._marks = Marks.spread(marks, is_multimodal.to(marks.device))
         return super().embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
     def forward(
@@ -99,7 +116,7 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         **kwargs: object,
     ) -> Any:
         """Hidden states of all rows; those of dropped rows are zero, and nobody reads them."""
-        empty, self._empty = self._empty, None
+        marks, self._marks = self._marks, None
         context = get_forward_context()
         metadata = self._metadata(context)
         if metadata is None or input_ids is None:
@@ -118,7 +135,7 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 inputs_embeds = self.language_model.embed_input_ids(input_ids)
             hidden = inputs_embeds[:rows]
             final, prompts = self._prefill.run(
-                batch, placeholders, None if empty is None else empty[:rows], hidden, positions[:rows], pages
+                batch, placeholders, None if marks is None else marks.first(rows), hidden, positions[:rows], pages
             )
         for i in prompts.members:
             self.ledger.record(batch.requests[i], prompts.lost[i])

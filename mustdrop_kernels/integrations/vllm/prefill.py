@@ -14,6 +14,7 @@ from ...config import MustDropConfig
 from .batch import Batch
 from .pages import Pages, Paging, Turner, cache_views, without_leading
 from .prompts import Prompts, survivors
+from .vision import Marks
 
 
 class Prefill:
@@ -34,7 +35,7 @@ class Prefill:
         self,
         batch: Batch,
         placeholders: Tensor,  # (rows) bool
-        empty: Tensor | None,  # (rows) bool, placeholders that stage 1 has emptied
+        marks: Marks | None,  # what stage 1 has made of the placeholders; None: nothing
         hidden: Tensor,  # (rows, C)
         positions: Tensor,  # (rows) int64
         pages: Turner,
@@ -42,17 +43,17 @@ class Prefill:
         """The final hidden states (rows, C), zero where a row was dropped, and what became of the prompts."""
         self._looking = True
         try:
-            return self._run(batch, placeholders, empty, hidden, positions, pages)
+            return self._run(batch, placeholders, marks, hidden, positions, pages)
         finally:
             self._looking, self._looked = False, None
 
     def _run(
-        self, batch: Batch, placeholders: Tensor, empty: Tensor | None, hidden: Tensor, positions: Tensor, pages: Turner
+        self, batch: Batch, placeholders: Tensor, marks: Marks | None, hidden: Tensor, positions: Tensor, pages: Turner
     ) -> tuple[Tensor, Prompts]:
-        prompts = Prompts(batch, placeholders, self._config)
+        prompts = Prompts(batch, placeholders, None if marks is None else marks.key, self._config)
         residual: Tensor | None = None
-        if empty is not None:
-            hidden, _, positions = self._take(prompts.leave_out(empty), hidden, None, positions)
+        if marks is not None and self._config.merge:
+            hidden, _, positions = self._take(prompts.leave_out(marks.empty), hidden, None, positions)
         pages.to(self._pages(prompts))
         held = []
         for index, layer in enumerate(self._model.layers):

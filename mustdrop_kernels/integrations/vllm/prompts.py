@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,12 +19,19 @@ from .batch import Batch
 class Prompts:
     """The rows of a step on their way through the layers. Rows of requests without a new image all stay."""
 
-    def __init__(self, batch: Batch, placeholders: Tensor, config: MustDropConfig) -> None:  # (rows) bool
+    def __init__(
+        self,
+        batch: Batch,
+        placeholders: Tensor,  # (rows) bool
+        key: Tensor | None,  # (rows) bool, key tokens; None: there are none
+        config: MustDropConfig,
+    ) -> None:
         self.batch, self.config = batch, config
         self.members = [i for i, image in enumerate(batch.images) if image]  # the requests that lose tokens
         self.counts = list(batch.new)  # rows left of each request
         self.rows = torch.arange(batch.rows, device=placeholders.device)  # (live) which rows they are
         self.types = torch.full_like(placeholders, int(TokenType.TEXT), dtype=torch.uint8)  # (live)
+        self.key = torch.zeros_like(placeholders) if key is None else key  # (live)
         place, real = self._padded()
         types = stages.token_types(placeholders[place] & real, real, config.votes)
         self.types[place[real]] = types[real]
@@ -73,7 +81,8 @@ class Prompts:
             query, key, self.types, bounds, bounds, longest, longest, scale, backend=backend
         )
         place, real = self._padded()
-        keep, counts = self._select(scores.total[place], scores.peak[place], self.types[place].masked_fill(~real, 0))
+        types, key_tokens = self.types[place].masked_fill(~real, 0), self.key[place]
+        keep, counts = self._select(scores.total[place], scores.peak[place], types, key_tokens)
         self._stage += 1
         pieces = list(torch.arange(len(self.rows), device=query.device).split(self.counts))
         for m, (i, count) in enumerate(zip(self.members, counts.tolist(), strict=True)):
@@ -81,19 +90,18 @@ class Prompts:
             self.counts[i] = count
         return self._go_on(torch.cat(pieces))
 
-    def _select(self, total: Tensor, peak: Tensor, types: Tensor) -> ops.Selection:  # (M, L) each
+    def _select(self, total: Tensor, peak: Tensor, types: Tensor, key: Tensor) -> ops.Selection:  # (M, L) each
         config = self.config
+        kept: dict[str, Any] = {"protected": key, "backend": config.backend}
         if config.budgets is None:
-            return ops.select_dual(
-                total, peak, types, config.global_threshold, config.individual_threshold, backend=config.backend
-            )
+            return ops.select_dual(total, peak, types, config.global_threshold, config.individual_threshold, **kept)
         # Where no text follows the images nobody says which tokens matter, so all stay.
         budget = config.budgets[self._stage]
         budgets = torch.where(self._voters, budget, types.shape[1]).int()
-        return ops.select_topk(total, types, budget, budgets=budgets, backend=config.backend)
+        return ops.select_topk(total, types, budget, budgets=budgets, **kept)
 
     def _go_on(self, chosen: Tensor) -> Tensor:
-        self.rows, self.types = self.rows[chosen], self.types[chosen]
+        self.rows, self.types, self.key = self.rows[chosen], self.types[chosen], self.key[chosen]
         return chosen
 
 

@@ -39,11 +39,6 @@ def _check(config: MustDropConfig) -> None:
             "mustdrop: merge needs merge_budget in vLLM, so that the images of a batch stay equally long; give a number "
             "of windows, or merge=False"
         )
-    if config.key_rate > 0:
-        raise ValueError(
-            "mustdrop: key_rate must be 0.0 in vLLM, which leaves out the last layer of the vision tower, whose CLS "
-            f"attention names the key tokens; got {config.key_rate}"
-        )
     if not config.evict:
         raise ValueError("mustdrop: evict must be True in vLLM, where all layers share one block table")
     if config.evict_from not in (None, 0):

@@ -40,6 +40,8 @@ PLANS = {
         "individual_threshold": 0.02,
     },
     "merge only": {"merge_budget": 7, "key_rate": 0.0, "pruning_layers": []},
+    "key tokens": {**BUDGETS, "key_rate": 0.2},
+    "all stages": {"merge_budget": 7, "merge_layer": 1, "pruning_layers": [1, 4], "global_threshold": 0.01},
     "last layer, last token votes": {**BUDGETS, "pruning_layers": [2, 7], "budgets": [50, 0], "votes": "last"},
 }
 

@@ -14,7 +14,7 @@ from vllm import _custom_ops
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.vllm.batch import Ledger
 from mustdrop_kernels.integrations.vllm.pages import cache_views, without_leading
-from mustdrop_kernels.integrations.vllm.vision import VisionMerge, split
+from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, split
 
 
 @pytest.mark.parametrize(("isa", "size", "dtype"), [("vec", 32, torch.float32), ("vec16", 80, torch.bfloat16)])
@@ -42,23 +42,30 @@ def test_table_without_leading_blocks():
 def test_merged_tokens_stand_at_their_first_patch():
     config = MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0)
     layer = torch.nn.Identity()
-    merge = VisionMerge([layer], (2, 4), config)
+    merge = VisionStage([layer], (2, 4), config)
     patches = torch.eye(9, 16)[None].clone()  # CLS and 2 x 4 patches
     patches[:, [3, 4, 7, 8]] = 1.0  # the right window is alike
     merged = layer(patches)
     assert merged.shape == (1, 6, 16)
     placed = merge.place(merged[:, 1:])
-    features, holds = split([placed[0]], 16)
-    assert holds.tolist() == [True, True, True, False, True, True, False, False]
+    features, marks = split([placed[0]], 16)
+    assert marks.tolist() == [TOKEN, TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, EMPTY, EMPTY]
     assert torch.equal(features[0][[0, 1, 4, 5]], patches[0, [1, 2, 5, 6]])
     assert torch.equal(features[0][2], torch.ones(16))
     assert features[0][[3, 6, 7]].count_nonzero() == 0
 
 
 def test_features_that_were_given_are_all_there():
-    features, holds = split([torch.ones(3, 4)], 4)
+    features, marks = split([torch.ones(3, 4)], 4)
     assert features[0].shape == (3, 4)
-    assert holds.tolist() == [True] * 3
+    assert marks.tolist() == [TOKEN] * 3
+
+
+def test_marks_go_to_their_rows():
+    rows = torch.tensor([False, True, True, False, True])
+    marks = Marks.spread(torch.tensor([KEY, EMPTY, TOKEN]), rows)
+    assert marks.key.tolist() == [False, True, False, False, False]
+    assert marks.empty.tolist() == [False, False, True, False, False]
 
 
 def test_ledger_tells_news_once():

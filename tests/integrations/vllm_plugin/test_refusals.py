@@ -12,7 +12,7 @@ from engines import ARCHITECTURE, BUDGETS, arguments
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations import vllm as plugin
-from mustdrop_kernels.integrations.vllm.vision import VisionMerge
+from mustdrop_kernels.integrations.vllm.vision import VisionStage
 
 SETTINGS = {
     "max_num_batched_tokens": (dict(max_num_batched_tokens=256), "max_num_batched_tokens .256. must be at least max_model"),
@@ -32,7 +32,6 @@ FIELDS = {
     "invalid": ({**BUDGETS, "budgets": [20, 40, 70]}, "budgets must be falling"),
     "too deep": ({**BUDGETS, "pruning_layers": [1, 3, 8]}, "has 8 layers, there is no 8"),
     "merge by threshold": ({**BUDGETS, "merge": True}, "merge needs merge_budget"),
-    "key tokens": ({**BUDGETS, "key_rate": 0.1}, "key_rate must be 0.0"),
     "no eviction": ({**BUDGETS, "evict": False}, "evict must be True"),
     "late eviction": ({**BUDGETS, "evict_from": 2}, "evict_from must be 0"),
     "positions": ({**BUDGETS, "positions": "published"}, "positions must be 'original'"),
@@ -81,7 +80,7 @@ def test_engine_is_set_up(checkpoint):
 def test_merge_layer_that_the_tower_does_not_run():
     layers = [torch.nn.Identity() for _ in range(3)]
     with pytest.raises(ValueError, match="merge_layer 3: the vision tower runs 3 layers"):
-        VisionMerge(layers, (12, 12), MustDropConfig(merge_layer=3, merge_budget=7))
+        VisionStage(layers, (12, 12), MustDropConfig(merge_layer=3, merge_budget=7))
 
 
 def test_registering_twice_changes_nothing():
