@@ -20,7 +20,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from . import settings
 from .batch import Batch, Ledger
 from .keys import KeyLayer
-from .pages import READABLE, Paging, turning
+from .pages import Paging, turning
 from .prefill import Prefill
 from .vision import Marks, VisionStage, split
 
@@ -85,6 +85,10 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         side = vision.image_size // vision.patch_size
         return VisionStage(running, (side, side), config, key_layer)
 
+    def check_cache(self) -> None:
+        """Refuses a cache that stage 3 cannot read; vLLM chooses it after the model is made."""
+        self._paging.check()
+
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
         features = super().embed_multimodal(**kwargs)
@@ -147,7 +151,4 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         found = context.attn_metadata
         if not found or self._names[0] not in found:
             return None
-        isa = self._paging.attention.isa
-        if isa not in READABLE:
-            raise RuntimeError(f"mustdrop: the CPU attention's cache layout {isa!r} is not served, only {READABLE}")
         return found[self._names[0]]

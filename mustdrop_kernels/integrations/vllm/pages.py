@@ -49,6 +49,14 @@ class Paging:
     def __init__(self, attention: Any) -> None:  # any attention layer of the language model
         self.attention = attention
 
+    def check(self) -> None:
+        """Refuses layouts of the cache that ``cache_views`` does not know."""
+        if self.attention.isa not in READABLE:
+            raise ValueError(
+                f"mustdrop: the CPU attention's {self.attention.isa!r} cache is not served, which vLLM takes for bfloat16 "
+                "on a processor with matrix tiles; dtype float16 or float32 has another"
+            )
+
     @property
     def block_slots(self) -> int:
         """Slots of a block."""

@@ -18,6 +18,11 @@ class MustDropCPUWorker(CPUWorker):
         self.ledger = runner.model.ledger
         self.ledger.requests = lambda: runner.input_batch.req_ids
 
+    def initialize_from_config(self, kv_cache_config: Any) -> None:
+        """Makes the cache, and refuses one that the model cannot work on."""
+        super().initialize_from_config(kv_cache_config)
+        self.model_runner.model.check_cache()
+
     def execute_model(self, scheduler_output: Any) -> Any:
         """Forgets requests that have ended, then runs the step."""
         self.ledger.forget(scheduler_output.finished_req_ids)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -13,7 +15,7 @@ from vllm import _custom_ops
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.vllm.batch import Ledger
-from mustdrop_kernels.integrations.vllm.pages import cache_views, without_leading
+from mustdrop_kernels.integrations.vllm.pages import Paging, cache_views, without_leading
 from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, split
 
 
@@ -32,6 +34,12 @@ def test_views_hold_what_vllm_writes(isa, size, dtype):
     assert torch.equal(keys[places // slots, places % slots], key)
     assert torch.equal(values[places // slots, places % slots], value)
     assert keys.count_nonzero() + values.count_nonzero() == key.count_nonzero() + value.count_nonzero()
+
+
+def test_other_layouts_are_refused():
+    Paging(types.SimpleNamespace(isa="vec")).check()
+    with pytest.raises(ValueError, match="mustdrop: the CPU attention's 'amx' cache is not served"):
+        Paging(types.SimpleNamespace(isa="amx")).check()
 
 
 def test_table_without_leading_blocks():
