@@ -47,8 +47,8 @@ EXPECTED: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"merge_write_kernel<\w*(half_t|bfloat16_t|float), (\(int\))?[48]>", (STORE16,)),
     (r"merge_cluster_kernel<", (ASYNC16, STORE16)),
     (r"cls_kernel<\w*(half_t|bfloat16_t|float), (\(int\))?[48]>", (LOAD16,)),
-    (r"(score|normaliser)_plain_kernel<\w*(half_t|bfloat16_t|float), (\(int\))?[48]>", (LOAD16,)),
-    (r"(score|normaliser)_matrix_kernel<", (LOAD16, ASYNC16, SHARED16, r"\bHMMA\.16816\.F32")),
+    (r"(score|normaliser)_kernel<\w*(half_t|bfloat16_t)>", (ASYNC16, r"\bLDSM\.16\.M88\.4", r"\bHMMA\.16816\.F32")),
+    (r"(score|normaliser)_kernel<float>", (ASYNC16, SHARED16, r"\bFFMA\b")),
 )
 
 

@@ -14,7 +14,7 @@ namespace mustdrop {
 
 constexpr int kClsThreads = 512;
 constexpr int kClsCluster = 8;
-constexpr int kClsKeys = 4;  // that a group of lanes has under way
+constexpr int kClsKeys = 5;  // that a group of lanes has under way; two rounds are 640 keys of 128 bytes
 
 struct ClsParameters {
   const void* q;          // [B, H, D]
@@ -25,6 +25,8 @@ struct ClsParameters {
   float* scores;          // [B, splits, S], workspace; null: in shared memory, and so are the sums
   int64_t q_batch, q_head, k_batch, k_head, k_row, count_stride;  // in elements
   int32_t batch, heads, span, dim, prefix, splits;
+  int32_t pieces, lanes,
+      groups;  // of a key: its loads, and the lanes that share them; keys that a block reads at a time
   float scale_log2, head_share;  // scale * log2(e), 1 / H
 };
 
@@ -45,20 +47,20 @@ __device__ __forceinline__ float cls_scores(const ClsParameters& p,
                                             const float* q,  // [D]
                                             int32_t count,
                                             float* scores) {  // [S]
-  const int32_t pieces = (p.dim + V - 1) / V;
-  int32_t lanes = 1;  // of a key
-  while (lanes < static_cast<int32_t>(kWarp) && lanes < pieces) lanes *= 2;
-  const int32_t lane = static_cast<int32_t>(lane_id()) % lanes, keys = kClsThreads / lanes;
-  const int32_t group = static_cast<int32_t>(threadIdx.x) / lanes;
+  const int32_t lane = static_cast<int32_t>(lane_id()) % p.lanes, group = static_cast<int32_t>(threadIdx.x) / p.lanes;
   float largest = -infinity();
-  for (int32_t first = 0; first < count; first += keys * kClsKeys) {
+#pragma unroll 1
+  for (int32_t round = 0; round < count; round += p.groups * kClsKeys) {
+    const int32_t first = round + group;
     float sums[kClsKeys] = {};
-    for (int32_t piece = lane; piece < pieces; piece += lanes) {
+#pragma unroll 1
+    for (int32_t piece = lane; piece < p.pieces; piece += p.lanes) {
+      const T* from = k + piece * V;
       Pack<T, V> key[kClsKeys];
 #pragma unroll
       for (int i = 0; i < kClsKeys; ++i) {
-        const int32_t j = first + i * keys + group;
-        key[i] = load_pack<T, V>(k + (j < count ? j : count - 1) * p.k_row + piece * V);
+        const int32_t j = first + i * p.groups;
+        key[i] = load_pack<T, V>(from + (j < count ? j : count - 1) * p.k_row);
       }
 #pragma unroll
       for (int v = 0; v < V; ++v) {
@@ -69,9 +71,8 @@ __device__ __forceinline__ float cls_scores(const ClsParameters& p,
     }
 #pragma unroll
     for (int i = 0; i < kClsKeys; ++i) {
-      for (int32_t delta = lanes / 2; delta > 0; delta /= 2)
-        sums[i] += __shfl_xor_sync(kFullMask, sums[i], delta);
-      const int32_t j = first + i * keys + group;
+      const int32_t j = first + i * p.groups;
+      for (int32_t delta = p.lanes / 2; delta > 0; delta /= 2) sums[i] += __shfl_xor_sync(kFullMask, sums[i], delta);
       if (lane > 0 || j >= count) continue;
       scores[j] = sums[i] * p.scale_log2;
       largest = fmaxf(largest, scores[j]);
@@ -90,18 +91,17 @@ __device__ __forceinline__ float cls_largest(float value, float* scratch) {  // 
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kClsThreads) cls_kernel(const __grid_constant__ ClsParameters p) {
+__global__ void __launch_bounds__(kClsThreads, 2) cls_kernel(const __grid_constant__ ClsParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
-  float* scratch = reinterpret_cast<float*>(memory);              // [2, warps]
+  float* scratch = reinterpret_cast<float*>(memory);                   // [2, warps]
   float* query = scratch + 2 * kClsThreads / static_cast<int>(kWarp);  // [D]
-  float* scores = query + ceil_div(p.dim, 8) * 8;                 // [S]
-  float* sums = scores + p.span;                                  // [S]
+  float* scores = query + ceil_div(p.dim, 8) * 8;                      // [S]
+  float* sums = scores + p.span;                                       // [S]
   const int32_t b = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
   if (p.scores) scores = p.scores + int64_t(blockIdx.x) * p.span;
   if (p.partials) sums = p.partials + int64_t(blockIdx.x) * p.span;
   const int32_t count = cls_count(p, b);
-  const int32_t begin = static_cast<int32_t>(int64_t(split) * p.heads / p.splits);
-  const int32_t end = static_cast<int32_t>(int64_t(split + 1) * p.heads / p.splits);
+  const int32_t begin = split * p.heads / p.splits, end = (split + 1) * p.heads / p.splits;
 
   for (int32_t head = begin; head < end; ++head) {
     const T* q = static_cast<const T*>(p.q) + b * p.q_batch + head * p.q_head;
@@ -128,8 +128,14 @@ __global__ void __launch_bounds__(kClsThreads) cls_kernel(const __grid_constant_
   for (int32_t j = static_cast<int32_t>(cluster_rank()) * kClsThreads + static_cast<int32_t>(threadIdx.x); j < p.span;
        j += static_cast<int32_t>(cluster_size()) * kClsThreads) {
     float total = 0.0f;
-    if (j >= p.prefix && j < count)
-      for (unsigned rank = 0; rank < cluster_size(); ++rank) total += cluster_shared(sums, rank)[j];
+    if (j >= p.prefix && j < count) {
+      float parts[kClsCluster];  // all under way at once
+#pragma unroll
+      for (unsigned rank = 0; rank < kClsCluster; ++rank)
+        parts[rank] = rank < cluster_size() ? cluster_shared(sums, rank)[j] : 0.0f;
+#pragma unroll
+      for (unsigned rank = 0; rank < kClsCluster; ++rank) total += parts[rank];
+    }
     p.out[int64_t(b) * p.span + j] = total;
   }
   cluster_barrier();  // nobody leaves while its shared memory is read
@@ -142,7 +148,8 @@ __global__ void __launch_bounds__(kClsThreads) cls_finish_kernel(const __grid_co
   if (j >= p.span) return;
   float total = 0.0f;
   if (j >= p.prefix && j < cls_count(p, b))
-    for (int32_t split = 0; split < p.splits; ++split) total += p.partials[(int64_t(b) * p.splits + split) * p.span + j];
+    for (int32_t split = 0; split < p.splits; ++split)
+      total += p.partials[(int64_t(b) * p.splits + split) * p.span + j];
   p.out[int64_t(b) * p.span + j] = total;
 }
 

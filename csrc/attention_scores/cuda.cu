@@ -10,11 +10,10 @@ namespace mustdrop {
 namespace {
 
 constexpr int64_t kNoLimit = INT_MAX;
-constexpr int kScoreCluster = 8;                // the most that every device with clusters takes
-constexpr int kScoreBlocks = 2;                 // of a multiprocessor
-constexpr int kNormaliserParts = 8;             // of the keys; every user of a row's normaliser reads all of its parts
-constexpr int64_t kMostPartials = 64ll << 20;   // bytes of workspace for the sums of blocks that share a tile
-constexpr int64_t kMostParts = 64ll << 20;      // bytes of workspace for normalisers, unless one part exceeds it
+constexpr int kScoreBlocks = 2;                // of a multiprocessor
+constexpr int kNormaliserParts = 8;            // of the keys; every user of a row's normaliser reads all of its parts
+constexpr int64_t kMostPartials = 64ll << 20;  // bytes of workspace for the sums of blocks that share a tile
+constexpr int64_t kMostParts = 64ll << 20;     // bytes of workspace for normalisers, unless one part exceeds it
 
 int32_t narrow(int64_t value) {
   if (value > INT_MAX) throw std::runtime_error("mustdrop: a tensor is too large for the attention scores");
@@ -110,8 +109,7 @@ void launch_scores(const Device& device, const Tensor& like, ScoreParameters p) 
                    plan.cluster ? static_cast<unsigned>(p.splits) : 1u},
                   score_kernel<T>, p);
   });
-  if (uses_partials)
-    device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared)}, score_finish_kernel, p);
+  if (uses_partials) device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared)}, score_finish_kernel, p);
 }
 
 // total and peak of this shape. `whole`: the kernel writes every place.
@@ -177,7 +175,8 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
   p.batch = narrow(cu_seqlens_q.size(0) - 1);
   p.rows = narrow(q.size(0)), p.max_rows_q = narrow(std::min(max_seqlen_q, q.size(0)));
   p.blocks = narrow(k_cache.size(0)), p.slots = narrow(k_cache.size(1)), p.max_blocks = narrow(block_table.size(1));
-  p.keys = narrow(token_types.size(1)), p.max_keys = narrow(std::min(token_types.size(1), block_table.size(1) * p.slots));
+  p.keys = narrow(token_types.size(1)),
+  p.max_keys = narrow(std::min(token_types.size(1), block_table.size(1) * p.slots));
   p.type_batch = token_types.stride(0), p.table_batch = block_table.stride(0), p.k_block = k_cache.stride(0);
   p.cu_q = data<int32_t>(cu_seqlens_q), p.seq_lens = data<int32_t>(seq_lens), p.table = data<int32_t>(block_table);
   const Scores scores = run_scores(device, q, p, {p.batch, p.keys}, true);
@@ -205,12 +204,17 @@ template <class T, int V>
 void launch_cls(const Device& device, const Tensor& q, ClsParameters p) {
   const DeviceFacts facts = device.facts();
   const bool cluster = has_clusters(facts);
+  p.pieces = narrow(ceil_div(p.dim, V));
+  p.lanes = 1;
+  while (p.lanes < static_cast<int32_t>(kWarp) && p.lanes < p.pieces) p.lanes *= 2;
+  p.groups = kClsThreads / p.lanes;
   p.splits = 1;
   while (p.splits < kClsCluster && 2 * p.splits <= p.heads) p.splits *= 2;
   const int64_t bytes = cls_shared_bytes(p.dim, p.span);
   const bool held = bytes <= facts.shared_bytes;
   const int64_t count = int64_t(p.batch) * p.splits * p.span;
-  const bool uses_partials = !(cluster && held);  // what other blocks have is read from their shared memory, or from here
+  const bool uses_partials =
+      !(cluster && held);  // what other blocks have is read from their shared memory, or from here
   Workspace workspace(q, uses_partials ? Workspace::size(count * 4) * (held ? 1 : 2) : 0);
   if (uses_partials) p.partials = workspace.take<float>(count);
   if (!held) p.scores = workspace.take<float>(count);

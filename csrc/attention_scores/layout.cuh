@@ -36,7 +36,7 @@ struct ScoreParameters {
   int64_t lse_batch, lse_head, lse_row;
   int64_t type_batch, table_batch;
   int32_t batch, heads, kv_heads, dim;
-  int32_t rows, keys;          // dense: Lq and Lk; packed: total_q and total_k; paged: total_q and max_len
+  int32_t rows, keys;            // dense: Lq and Lk; packed: total_q and total_k; paged: total_q and max_len
   int32_t max_rows_q, max_keys;  // the longest sequence there may be
   int32_t blocks, slots, max_blocks;
   int32_t max_rows;      // query rows past it are left out

@@ -115,8 +115,8 @@ __global__ void __launch_bounds__(kScoreThreads, 2) normaliser_kernel(const __gr
         RowPart sum = sums[eight][r];
 #pragma unroll
         for (int lanes = 4; lanes < 32; lanes *= 2)
-          sum = merge_parts(sum, {__shfl_xor_sync(kFullMask, sum.maximum, lanes),
-                                  __shfl_xor_sync(kFullMask, sum.sum, lanes)});
+          sum = merge_parts(
+              sum, {__shfl_xor_sync(kFullMask, sum.maximum, lanes), __shfl_xor_sync(kFullMask, sum.sum, lanes)});
         if (lane_id() < 4) shared.parts[warp_id() % 4][lane_row(eight) + r] = sum;
       }
     }

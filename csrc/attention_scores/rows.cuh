@@ -9,9 +9,9 @@
 
 namespace mustdrop {
 
-constexpr int kTileRows = 128;     // query rows of a tile
+constexpr int kTileRows = 128;      // query rows of a tile
 constexpr int kScoreThreads = 256;  // of every block in this folder but those of cls.cuh
-constexpr int kScanned = 64;       // positions of a thread
+constexpr int kScanned = 64;        // positions of a thread
 
 // A block's query rows, in shared memory.
 struct RowTile {
@@ -42,8 +42,8 @@ __device__ __forceinline__ uint32_t query_mask16(const uint8_t* types, int64_t p
 
 // Finds the next query rows from position `next` on, at most `limit` of them, and moves `next` behind them; their number.
 // By the whole block, with the same arguments; ends with a barrier.
-__device__ inline int32_t next_rows(const ScoreParameters& p, const Sequence& s, int32_t& next, int32_t limit,
-                                    RowTile& tile) {
+__device__ __forceinline__ int32_t next_rows(const ScoreParameters& p, const Sequence& s, int32_t& next, int32_t limit,
+                                             RowTile& tile) {
   for (int i = threadIdx.x; i < kTileRows; i += kScoreThreads) tile.position[i] = -1;
   __syncthreads();
   int32_t count = 0;
@@ -58,10 +58,10 @@ __device__ inline int32_t next_rows(const ScoreParameters& p, const Sequence& s,
       for (int i = 0; i < kScanned; ++i)
         if ((mask >> i & 1) && key_offset(p, s, static_cast<int32_t>(mine + i)) < 0) mask &= ~(uint64_t(1) << i);
     uint32_t found = 0;
-    int32_t place = count + static_cast<int32_t>(
-                                block_exclusive_scan<uint32_t>(static_cast<uint32_t>(__popc(uint32_t(mask))) +
-                                                                   static_cast<uint32_t>(__popc(uint32_t(mask >> 32))),
-                                                               tile.scan, found));
+    int32_t place =
+        count + static_cast<int32_t>(block_exclusive_scan<uint32_t>(
+                    static_cast<uint32_t>(__popc(uint32_t(mask))) + static_cast<uint32_t>(__popc(uint32_t(mask >> 32))),
+                    tile.scan, found));
     for (int i = 0; mask != 0 && i < kScanned; ++i, mask >>= 1) {
       if (!(mask & 1)) continue;
       if (place < limit) tile.position[place] = static_cast<int32_t>(mine + i);

@@ -13,14 +13,16 @@
 
 namespace mustdrop {
 
-constexpr int kHeldHeads = 8;  // heads whose row scales are in shared memory at a time
+constexpr int kHeldHeads = 8;     // heads whose row scales are in shared memory at a time
+constexpr int kScoreCluster = 8;  // blocks that share a tile at most: what every device with clusters takes
 
 struct ScoreShared {
   TileShared tile;
   RowTile rows;
   alignas(16) RowScale scale[kHeldHeads][kTileRows];  // read two rows at a time
-  uint32_t dead[kHeldHeads][kTileRows / kWarp];  // rows that see nothing
+  uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that see nothing
   float total[kScoreThreads], peak[kScoreThreads];
+  int64_t key_offset[kTileKeys];
   uint32_t vision[kTileKeys / kWarp];  // a bit a key
   uint8_t taken[kTileKeys];            // a later sequence has the same place in the results: the last one counts
 };
@@ -33,13 +35,15 @@ struct KeyTile {
 };
 
 // By the whole block; ends with a barrier.
-__device__ inline KeyTile describe_tile(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t tile,
-                                        ScoreShared& shared) {
+__device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t tile,
+                                                 ScoreShared& shared) {
   KeyTile result{};
   result.first = tile * kTileKeys;
   if (threadIdx.x < kTileKeys) {
     const int32_t position = result.first + static_cast<int32_t>(threadIdx.x);
-    const bool vision = key_offset(p, s, position) >= 0 && s.types[position] == kTypeVision;
+    const int64_t offset = key_offset(p, s, position);
+    const bool vision = offset >= 0 && s.types[position] == kTypeVision;
+    shared.key_offset[threadIdx.x] = vision ? offset : -1;  // no other key is read
     const uint32_t bits = __ballot_sync(kFullMask, vision);
     if (lane_id() == 0) shared.vision[warp_id()] = bits;
     shared.taken[threadIdx.x] = 0;
@@ -165,7 +169,7 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
     if (!resident || head == begin || head % group == 0)
       stage_slab(
           shared.tile.keys[key_slot(unit)], static_cast<const T*>(p.k) + head / group * p.k_head,
-          [&](int row) { return key_offset(p, s, tile.first + row); }, kTileKeys, p.dim, p.k_dim, p.vector, slab);
+          [&](int row) { return shared.key_offset[row]; }, kTileKeys, p.dim, p.k_dim, p.vector, slab);
     stage_slab(
         shared.tile.rows[unit % kStages], static_cast<const T*>(p.q) + s.q + head * p.q_head,
         [&](int row) { return row < rows.count ? (position[row] - s.first) * p.q_row : int64_t(-1); },
@@ -179,8 +183,8 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
       hold_scales(p, s, b, rows, first, first + kHeldHeads < end ? first + kHeldHeads : end, shared);
       __syncthreads();
     }
-    TileProduct<T>::add(shared.tile.keys[key_slot(unit)], shared.tile.rows[unit % kStages],
-                        slab_depth<T>(p.dim, slab), groups, scores);
+    TileProduct<T>::add(shared.tile.keys[key_slot(unit)], shared.tile.rows[unit % kStages], slab_depth<T>(p.dim, slab),
+                        groups, scores);
     if (slab + 1 < slabs) return;
     uint32_t dead = 0;
 #pragma unroll
@@ -215,8 +219,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
   const Sequence s = sequence_at(p, b);
   if (index % p.tiles * kTileKeys >= s.places) return;
   const KeyTile tile = describe_tile(p, s, b, index % p.tiles, shared);
-  const int32_t begin = static_cast<int32_t>(int64_t(split) * p.heads / p.splits);
-  const int32_t end = static_cast<int32_t>(int64_t(split + 1) * p.heads / p.splits);
+  const int32_t begin = split * p.heads / p.splits, end = (split + 1) * p.heads / p.splits;
   ColumnSums columns(tile);
 
   Rows rows(s);
@@ -237,9 +240,13 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
       }
     } else {
       columns.add(p, b, tile, rows, [&](int32_t row, int32_t key) {
-        float sum = 0.0f;
-        for (unsigned rank = 0; rank < cluster_size(); ++rank)
-          sum += cluster_shared(exchange, rank)[row * kScorePitch + key];
+        float parts[kScoreCluster];  // all under way at once
+#pragma unroll
+        for (unsigned rank = 0; rank < kScoreCluster; ++rank)
+          parts[rank] = rank < cluster_size() ? cluster_shared(exchange, rank)[row * kScorePitch + key] : 0.0f;
+        float sum = parts[0];
+#pragma unroll
+        for (unsigned rank = 1; rank < kScoreCluster; ++rank) sum += parts[rank];
         return sum;
       });
     }
@@ -249,7 +256,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
 }
 
 // Adds what the blocks of score_kernel that share a tile have left in the workspace.
-__global__ void __launch_bounds__(kScoreThreads) score_finish_kernel(const __grid_constant__ ScoreParameters p) {
+__global__ void __launch_bounds__(kScoreThreads, 2) score_finish_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   ScoreShared& shared = *reinterpret_cast<ScoreShared*>(memory);
   const int32_t index = blockIdx.x, b = index / p.tiles;

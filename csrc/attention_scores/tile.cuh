@@ -133,9 +133,11 @@ struct TileProduct<float> {
   static __device__ __forceinline__ void add(const char* keys,  // [kTileKeys, kSlabBytes]
                                              const char* rows,  // [kTileRows, kSlabBytes]
                                              int32_t depth, int groups, TileScores& scores) {
+    // Rows of different eights differ by multiples of 8, which leaves their permutation alone.
     const auto load = [](const char* slab, uint32_t row, uint32_t piece) {
       return load_pack<float, 4>(reinterpret_cast<const float*>(slab + piece_at(row, piece)));
     };
+    const uint32_t first_row = lane_row(0);
 #pragma unroll 1
     for (int piece = 0; piece * 4 < depth; ++piece) {
       const Pack<float, 4> key[2] = {load(keys, lane_key(), piece), load(keys, lane_key() + 8, piece)};
@@ -144,7 +146,7 @@ struct TileProduct<float> {
         if (eight / 2 >= groups) break;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const Pack<float, 4> row = load(rows, lane_row(eight) + r, piece);
+          const Pack<float, 4> row = load(rows + (eight / 2 * 32 + eight % 2 * 8) * kSlabBytes, first_row + r, piece);
 #pragma unroll
           for (int half = 0; half < 2; ++half)
 #pragma unroll
