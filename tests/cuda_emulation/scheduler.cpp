@@ -157,7 +157,9 @@ struct Cluster {
 class Launching {
  public:
   Launching(const Launch& launch, const std::function<void()>& kernel)
-      : launch_(launch), kernel_(kernel), random_(settings.seed * 7919u + 1) {}
+      : launch_(launch), kernel_(kernel), random_(settings.seed * 7919u + 1) {
+    if (random_() % 2) unfair_ = random_() | 1u;
+  }
 
   void run();
   void suspend(const char* why);  // the running thread; somebody else makes it ready
@@ -184,6 +186,7 @@ class Launching {
   Thread* self = nullptr;
 
  private:
+  size_t choose();
   void start_cluster(unsigned first);
   void start_thread(Block& block, unsigned linear, dim3 index, unsigned rank);
   void finish(Thread* t);
@@ -203,6 +206,7 @@ class Launching {
   size_t scheduler_stack_bytes_ = 0;
   std::string error_;
   long pauses_ = 0;
+  unsigned unfair_ = 0;  // 0: all threads are drawn alike
 };
 
 Launching* current = nullptr;
@@ -321,6 +325,18 @@ std::string Launching::who_waits() const {
   return text + " " + std::to_string(left) + " of their blocks have left";
 }
 
+// Which of the ready threads runs next. In every second launch some warps are much faster than others: fair draws alone keep
+// all threads close together, and a thread that is one barrier ahead of another is what bugs are made of.
+size_t Launching::choose() {
+  const auto draw = [this] { return random_() % ready_.size(); };
+  size_t best = draw();
+  if (!unfair_ || random_() % 4 == 0) return best;
+  const auto speed = [this](size_t i) { return (ready_[i]->who.thread / 32 + 1) * 2654435761u ^ unfair_; };
+  for (int i = 0; i < 8; ++i)
+    if (const size_t other = draw(); speed(other) > speed(best)) best = other;
+  return best;
+}
+
 void Launching::run() {
   const unsigned blocks = launch_.grid.x * launch_.grid.y * launch_.grid.z;
   races::begin_launch();
@@ -339,7 +355,7 @@ void Launching::run() {
       error_ = who_waits();
       break;
     }
-    const size_t pick = random_() % ready_.size();
+    const size_t pick = choose();
     Thread* t = ready_[pick];
     ready_[pick] = ready_.back();
     ready_.pop_back();
