@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
 LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 
-.PHONY: help demo bench test test-all test-transformers-4 lint format build clean
+.PHONY: help demo bench test test-all test-transformers-4 check-cuda lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -48,8 +48,8 @@ $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 tests/integrations
 
-check-cuda: $(VENV)/.packages  ## compile the CUDA kernels for every target; registers, spills, instructions (needs nvcc)
-	$(BIN)/python bench/check_cuda.py
+check-cuda: $(VENV)/.packages  ## compile the CUDA kernels for every target; registers, spills, instructions (needs nvcc; CHECK="--targets 90a,80")
+	$(BIN)/python bench/check_cuda.py $(CHECK)
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .

@@ -160,12 +160,11 @@ __device__ __forceinline__ int32_t assign_rows(const MergeParameters& p, const f
       heads = goes && !p.merged_first && member(p, window_at(p, window), 0) == patch;
     }
     const int32_t stands = patch < p.patches && (!goes || heads);
-    const int32_t place = base + block_exclusive_scan(stands, scratch, total);
-    __syncthreads();  // window_row has been read by all, scratch too
+    const int32_t place = base + block_exclusive_scan(stands, scratch, total);  // its barrier: window_row was read by all
     if (stands) (heads ? window_row[window] : row[patch]) = place;
     base += total;
+    __syncthreads();  // the rows are there; window_row and scratch are used again
   }
-  __syncthreads();
   return base;
 }
 

@@ -2,14 +2,19 @@
 """The `backend` fixture: every registered backend on every device present, for each op that it serves there.
 
 A new backend only registers itself; no test names one. MUSTDROP_TEST_BACKENDS=a,b tests those alone.
+
+The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), which is slow: of each test a
+sample of its cases runs, the others are marked slow. MUSTDROP_EMULATION_SAMPLE=n takes one in n (1: all; 0: none).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
+import cuda_emulation
 import pytest
 import torch
 
@@ -18,6 +23,7 @@ from mustdrop_kernels import backends
 
 from .schemas import OPS
 
+SAMPLE = int(os.environ.get("MUSTDROP_EMULATION_SAMPLE", "4"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -39,8 +45,14 @@ class BackendUnderTest:
         return partial(getattr(mustdrop_kernels, op), backend=self.name)
 
 
+def candidates() -> Mapping[str, backends.Backend]:
+    """All backends. The emulated one is registered for the length of its tests alone (``_emulation``)."""
+    emulated = {cuda_emulation.NAME: cuda_emulation.emulated()} if SAMPLE else {}
+    return {**backends.registered(), **emulated}
+
+
 def backends_to_test() -> list[str]:
-    names = list(backends.registered())
+    names = list(candidates())
     chosen = os.environ.get("MUSTDROP_TEST_BACKENDS")
     if not chosen:
         return names
@@ -54,7 +66,7 @@ def backends_to_test() -> list[str]:
 def pairs() -> list[BackendUnderTest]:
     """Pairs of backend and device with at least one op; one pair that serves nothing would only add skipped tests."""
     found = [BackendUnderTest(name, device) for device in DEVICES for name in backends_to_test()]
-    registry = backends.registered()
+    registry = candidates()
     return [p for p in found if any(registry[p.name].why_not(op, p.device) is None for op in OPS)]
 
 
@@ -77,3 +89,30 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture(autouse=True)
 def _repeatable_seed() -> None:
     torch.manual_seed(0)
+
+
+def _emulated(item: pytest.Item) -> bool:
+    parameters = getattr(item, "callspec", None)
+    backend = parameters.params.get("backend") if parameters else None
+    return isinstance(backend, BackendUnderTest) and backend.name == cuda_emulation.NAME
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the emulated cases of each test the first and one in SAMPLE of the others stay; the rest is slow."""
+    seen: set[str] = set()
+    for item in filter(_emulated, items):
+        test = item.nodeid.split("[")[0]
+        if test in seen and zlib.crc32(item.nodeid.encode()) % SAMPLE:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
+
+
+@pytest.fixture(autouse=True)
+def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the emulated backend while a test of it runs, with that test's own order of threads and device."""
+    if not _emulated(request.node):
+        return
+    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    backends.register_backend(cuda_emulation.emulated())
+    cuda_emulation.configure_for(request.node.name)
