@@ -54,7 +54,8 @@ __device__ __forceinline__ LaneKeys lane_keys(const ScoreParameters& p, const Se
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScoreThreads, 2) normaliser_kernel(const __grid_constant__ ScoreParameters p) {
+__global__ void __launch_bounds__(kScoreThreads, kResident<T>)
+    normaliser_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   NormaliserShared& shared = *reinterpret_cast<NormaliserShared*>(memory);
   const int32_t part = blockIdx.x % p.part_count, head = blockIdx.x / p.part_count % p.heads;
@@ -76,23 +77,24 @@ __global__ void __launch_bounds__(kScoreThreads, 2) normaliser_kernel(const __gr
     for (int eight = 0; eight < kEights; ++eight) sums[eight][0] = sums[eight][1] = {-kLargest, 0.0f};
     TileScores scores{};
 
-    const auto first_key = [&](int unit) { return static_cast<int32_t>(begin) + unit / slabs * kTileKeys; };
-    const auto stage = [&](int unit) {
-      const int32_t first = first_key(unit), slab = unit % slabs;
+    int32_t staged_key = static_cast<int32_t>(begin), staged_slab = 0, use_key = staged_key, use_slab = 0;
+    const auto stage = [&](int slot) {
       stage_slab(
-          shared.tile.keys[unit % kStages], k, [&](int row) { return key_offset(p, s, first + row); }, kTileKeys, p.dim,
-          p.k_dim, p.vector, slab);
+          shared.tile.keys[slot], k, [&](int row) { return key_offset(p, s, staged_key + row); }, kTileKeys, p.dim,
+          p.k_dim, p.vector, staged_slab);
       stage_slab(
-          shared.tile.rows[unit % kStages], q,
+          shared.tile.rows[slot], q,
           [&](int row) { return row < rows.count ? (position[row] - s.first) * p.q_row : int64_t(-1); },
-          (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, slab);
+          (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, staged_slab);
+      if (++staged_slab == slabs) staged_slab = 0, staged_key += kTileKeys;
     };
-    const auto use = [&](int unit) {
-      const int32_t slab = unit % slabs;
-      TileProduct<T>::add(shared.tile.keys[unit % kStages], shared.tile.rows[unit % kStages],
-                          slab_depth<T>(p.dim, slab), groups, scores);
-      if (slab + 1 < slabs) return;
-      const LaneKeys keys = lane_keys(p, s, first_key(unit));
+    const auto use = [&](int slot) {
+      TileProduct<T>::add(shared.tile.keys[slot], shared.tile.rows[slot], slab_depth<T>(p.dim, use_slab), groups,
+                          scores);
+      if (++use_slab < slabs) return;
+      use_slab = 0;
+      const LaneKeys keys = lane_keys(p, s, use_key);
+      use_key += kTileKeys;
 #pragma unroll
       for (int eight = 0; eight < kEights; ++eight) {
         if (eight / 2 >= groups) break;

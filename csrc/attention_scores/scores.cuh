@@ -21,20 +21,32 @@ struct ScoreShared {
   RowTile rows;
   alignas(16) RowScale scale[kHeldHeads][kTileRows];  // read two rows at a time
   uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that see nothing
-  float total[kScoreThreads], peak[kScoreThreads];
-  int64_t key_offset[kTileKeys];
-  uint32_t vision[kTileKeys / kWarp];  // a bit a key
-  uint8_t taken[kTileKeys];            // a later sequence has the same place in the results: the last one counts
+  float total[kScoreThreads], peak[kScoreThreads];    // of a thread's own rows and key
+  int64_t key_offset[kTileKeys];                      // -1: no vision token
+  uint32_t vision[kTileKeys / kWarp];                 // a bit a key
+  uint64_t taken[kScoreThreads / kWarp];              // a bit a key: a later sequence has the same place in the results
 };
 
 struct KeyTile {
-  int32_t first;                // position of its first key
-  uint64_t vision;              // a bit a key
-  int32_t lowest, highest;      // positions of its first and last vision key, where there is one
-  int32_t own_begin, own_keys;  // which keys' results this block of the cluster makes
+  int32_t first;            // position of its first key
+  int32_t lowest, highest;  // positions of its first and last vision token; lowest > highest: there is none
 };
 
-// By the whole block; ends with a barrier.
+// Which keys of a tile of sequence b are keys of a later sequence too, as far as this warp's share of those goes.
+__device__ __forceinline__ uint64_t taken_later(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t first) {
+  uint64_t taken = 0;
+  for (int32_t other = b + 1 + static_cast<int32_t>(threadIdx.x); other < p.batch; other += kScoreThreads) {
+    const Span span = span_at(p.cu_k, other, p.keys, p.max_keys);
+    const int64_t offset = span.begin - (s.out + first);
+    const int64_t begin = clamp_to(offset, 0, kTileKeys), end = clamp_to(offset + span.length, 0, kTileKeys);
+    if (begin < end) taken |= ~uint64_t(0) >> (kTileKeys - (end - begin)) << begin;
+  }
+#pragma unroll
+  for (int delta = 16; delta > 0; delta /= 2) taken |= __shfl_xor_sync(kFullMask, taken, delta);
+  return taken;
+}
+
+// By the whole block, with a barrier.
 __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t tile,
                                                  ScoreShared& shared) {
   KeyTile result{};
@@ -46,71 +58,68 @@ __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const
     shared.key_offset[threadIdx.x] = vision ? offset : -1;  // no other key is read
     const uint32_t bits = __ballot_sync(kFullMask, vision);
     if (lane_id() == 0) shared.vision[warp_id()] = bits;
-    shared.taken[threadIdx.x] = 0;
   }
-  __syncthreads();
   if (p.cu_k) {
-    for (int32_t other = b + 1 + static_cast<int32_t>(threadIdx.x); other < p.batch; other += kScoreThreads) {
-      const Span span = span_at(p.cu_k, other, p.keys, p.max_keys);
-      const int64_t offset = span.begin - (s.out + result.first);
-      for (int64_t i = clamp_to(offset, 0, kTileKeys); i < clamp_to(offset + span.length, 0, kTileKeys); ++i)
-        shared.taken[i] = 1;
-    }
-    __syncthreads();
+    const uint64_t taken = taken_later(p, s, b, result.first);
+    if (lane_id() == 0) shared.taken[warp_id()] = taken;
   }
-  result.vision = shared.vision[0] | uint64_t(shared.vision[1]) << 32;
-  const uint32_t low = uint32_t(result.vision), high = uint32_t(result.vision >> 32);
-  result.lowest = result.first + (low ? __ffs(static_cast<int>(low)) - 1 : 31 + __ffs(static_cast<int>(high)));
-  result.highest = result.first + (high ? 63 - __clz(static_cast<int>(high)) : 31 - __clz(static_cast<int>(low)));
-  result.own_keys = kTileKeys / static_cast<int32_t>(cluster_size());
-  result.own_begin = static_cast<int32_t>(cluster_rank()) * result.own_keys;
+  shared.total[threadIdx.x] = shared.peak[threadIdx.x] = 0.0f;
+  __syncthreads();
+  const int low = static_cast<int>(shared.vision[0]), high = static_cast<int>(shared.vision[1]);
+  result.lowest = result.first + (low ? __ffs(low) - 1 : high ? 31 + __ffs(high) : kTileKeys);
+  result.highest = result.first + (high ? 63 - __clz(high) : 31 - __clz(low));
   return result;
 }
 
 // ---------------------------------------------------------------------------------------------- results
 
-// A thread has one of the block's keys and every so-and-so-many-th row.
-struct ColumnSums {
-  int32_t key, lane, lanes;  // key in the tile; which of the rows' residues, of how many
-  float total, peak;
+// A thread has one of the keys that are its block's in the cluster, and every so-and-so-many-th row.
+struct Column {
+  int32_t keys, key, lane, lanes;  // keys of the block; key in the tile; which of the rows' residues, of how many
 
-  __device__ explicit ColumnSums(const KeyTile& tile)
-      : key(tile.own_begin + static_cast<int32_t>(threadIdx.x) % tile.own_keys),
-        lane(static_cast<int32_t>(threadIdx.x) / tile.own_keys),
-        lanes(kScoreThreads / tile.own_keys),
-        total(0.0f),
-        peak(0.0f) {}
-
-  // sum_at(row, key): the sum over all heads.
-  template <class SumAt>
-  __device__ __forceinline__ void add(const ScoreParameters& p, int32_t b, const KeyTile& tile, const Rows& rows,
-                                      const SumAt& sum_at) {
-    if (!(tile.vision >> key & 1)) return;
-    for (int32_t row = lane; row < rows.count; row += lanes) {
-      const float mean = sum_at(row, key) * p.head_share;
-      total += mean;
-      peak = max_nan(peak, mean);
-      if (p.map) p.map[(int64_t(b) * p.max_rows + rows.base + row) * p.keys + tile.first + key] = mean;
-    }
-  }
-
-  // By the whole block.
-  __device__ __forceinline__ void write(const ScoreParameters& p, const Sequence& s, const KeyTile& tile,
-                                        ScoreShared& shared) {
-    if (p.map) return;
-    shared.total[threadIdx.x] = total;
-    shared.peak[threadIdx.x] = peak;
-    __syncthreads();
-    const int32_t position = tile.first + key;
-    if (lane > 0 || position >= s.places || shared.taken[key]) return;
-    for (int32_t other = 1; other < lanes; ++other) {
-      total += shared.total[threadIdx.x + other * tile.own_keys];
-      peak = max_nan(peak, shared.peak[threadIdx.x + other * tile.own_keys]);
-    }
-    p.total[s.out + position] = total;
-    p.peak[s.out + position] = peak;
-  }
+  __device__ __forceinline__ Column()
+      : keys(kTileKeys / static_cast<int32_t>(cluster_size())),
+        key(static_cast<int32_t>(cluster_rank()) * keys + static_cast<int32_t>(threadIdx.x) % keys),
+        lane(static_cast<int32_t>(threadIdx.x) / keys),
+        lanes(kScoreThreads / keys) {}
 };
+
+// Adds a tile of rows to the results, sum_at(row, key) being the sum over all heads.
+template <class SumAt>
+__device__ __forceinline__ void add_rows(const ScoreParameters& p, int32_t b, const KeyTile& tile, const Rows& rows,
+                                         ScoreShared& shared, const SumAt& sum_at) {
+  const Column column;
+  if (shared.key_offset[column.key] < 0) return;
+  float total = shared.total[threadIdx.x], peak = shared.peak[threadIdx.x];
+  for (int32_t row = column.lane; row < rows.count; row += column.lanes) {
+    const float mean = sum_at(row, column.key) * p.head_share;
+    total += mean;
+    peak = max_nan(peak, mean);
+    if (p.map) p.map[(int64_t(b) * p.max_rows + rows.base + row) * p.keys + tile.first + column.key] = mean;
+  }
+  shared.total[threadIdx.x] = total;
+  shared.peak[threadIdx.x] = peak;
+}
+
+// Writes total and peak. By the whole block.
+__device__ __forceinline__ void write_columns(const ScoreParameters& p, const Sequence& s, const KeyTile& tile,
+                                              ScoreShared& shared) {
+  if (p.map) return;
+  __syncthreads();
+  const Column column;
+  const int32_t position = tile.first + column.key;
+  if (column.lane > 0 || position >= s.places) return;
+  if (p.cu_k)
+    for (const uint64_t taken : shared.taken)
+      if (taken >> column.key & 1) return;  // the last sequence counts
+  float total = shared.total[threadIdx.x], peak = shared.peak[threadIdx.x];
+  for (int32_t other = 1; other < column.lanes; ++other) {
+    total += shared.total[threadIdx.x + other * column.keys];
+    peak = max_nan(peak, shared.peak[threadIdx.x + other * column.keys]);
+  }
+  p.total[s.out + position] = total;
+  p.peak[s.out + position] = peak;
+}
 
 // ---------------------------------------------------------------------------------------------- heads
 
@@ -151,6 +160,21 @@ __device__ __forceinline__ void add_weights(const ScoreParameters& p, const KeyT
   }
 }
 
+// Walks through the slabs of one query head after the other.
+struct HeadCursor {
+  int32_t head, slab, key_head, in_group;  // in_group: of the query heads of key_head
+
+  __device__ HeadCursor(int32_t head, int32_t group)
+      : head(head), slab(0), key_head(head / group), in_group(head % group) {}
+
+  __device__ __forceinline__ void advance(int32_t slabs, int32_t group) {
+    if (++slab < slabs) return;
+    slab = 0;
+    ++head;
+    if (++in_group == group) in_group = 0, ++key_head;
+  }
+};
+
 // The sums over the heads [begin, end) for one tile of keys and one of rows. By the whole block; ends with a barrier.
 template <class T>
 __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const KeyTile& tile,
@@ -161,31 +185,34 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
   const int groups = warp_groups(rows.count);
   const int32_t* position = shared.rows.position;  // [kTileRows]
   const bool hidden = tile.highest > position[0];
-  const auto key_slot = [&](int unit) {
-    return resident ? (begin + unit / slabs) / group % 2 * slabs + unit % slabs : unit % kStages;
+  // Slabs of keys that stay are side by side for one head, and for the next in the other half of the ring.
+  const auto key_slot = [&](const HeadCursor& at, int slot) {
+    return resident ? at.key_head % 2 * slabs + at.slab : slot;
   };
-  const auto stage = [&](int unit) {
-    const int32_t head = begin + unit / slabs, slab = unit % slabs;
-    if (!resident || head == begin || head % group == 0)
+  HeadCursor staged(begin, group), used(begin, group);
+  const auto stage = [&](int slot) {
+    if (!resident || staged.head == begin || staged.in_group == 0)
       stage_slab(
-          shared.tile.keys[key_slot(unit)], static_cast<const T*>(p.k) + head / group * p.k_head,
-          [&](int row) { return shared.key_offset[row]; }, kTileKeys, p.dim, p.k_dim, p.vector, slab);
+          shared.tile.keys[key_slot(staged, slot)], static_cast<const T*>(p.k) + staged.key_head * p.k_head,
+          [&](int row) { return shared.key_offset[row]; }, kTileKeys, p.dim, p.k_dim, p.vector, staged.slab);
     stage_slab(
-        shared.tile.rows[unit % kStages], static_cast<const T*>(p.q) + s.q + head * p.q_head,
+        shared.tile.rows[slot], static_cast<const T*>(p.q) + s.q + staged.head * p.q_head,
         [&](int row) { return row < rows.count ? (position[row] - s.first) * p.q_row : int64_t(-1); },
-        (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, slab);
+        (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, staged.slab);
+    staged.advance(slabs, group);
   };
   TileScores scores{};
-  const auto use = [&](int unit) {
-    const int32_t turn = unit / slabs, slab = unit % slabs, held = turn % kHeldHeads;
-    if (slab == 0 && held == 0) {
-      const int32_t first = begin + turn;
-      hold_scales(p, s, b, rows, first, first + kHeldHeads < end ? first + kHeldHeads : end, shared);
+  const auto use = [&](int slot) {
+    const int32_t held = (used.head - begin) % kHeldHeads;
+    if (used.slab == 0 && held == 0) {
+      const int32_t last = used.head + kHeldHeads;
+      hold_scales(p, s, b, rows, used.head, last < end ? last : end, shared);
       __syncthreads();
     }
-    TileProduct<T>::add(shared.tile.keys[key_slot(unit)], shared.tile.rows[unit % kStages], slab_depth<T>(p.dim, slab),
+    TileProduct<T>::add(shared.tile.keys[key_slot(used, slot)], shared.tile.rows[slot], slab_depth<T>(p.dim, used.slab),
                         groups, scores);
-    if (slab + 1 < slabs) return;
+    used.advance(slabs, group);
+    if (used.slab > 0) return;
     uint32_t dead = 0;
 #pragma unroll
     for (int i = 0; i < kTileRows / static_cast<int>(kWarp); ++i) dead |= shared.dead[held][i];
@@ -210,7 +237,7 @@ __device__ __forceinline__ float* partial_at(const ScoreParameters& p, int64_t i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_constant__ ScoreParameters p) {
+__global__ void __launch_bounds__(kScoreThreads, kResident<T>) score_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   ScoreShared& shared = *reinterpret_cast<ScoreShared*>(memory);
   float* exchange = reinterpret_cast<float*>(shared.tile.rows);  // [kTileRows, kScorePitch]
@@ -220,10 +247,9 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
   if (index % p.tiles * kTileKeys >= s.places) return;
   const KeyTile tile = describe_tile(p, s, b, index % p.tiles, shared);
   const int32_t begin = split * p.heads / p.splits, end = (split + 1) * p.heads / p.splits;
-  ColumnSums columns(tile);
 
   Rows rows(s);
-  while (tile.vision && rows.advance(p, s, shared.rows)) {
+  while (tile.lowest <= tile.highest && rows.advance(p, s, shared.rows)) {
     if (shared.rows.position[rows.count - 1] < tile.lowest) {  // none of these rows sees any of these keys
       __syncthreads();
       continue;
@@ -239,7 +265,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
                    load_pack<float, 4>(exchange + row * kScorePitch + piece));
       }
     } else {
-      columns.add(p, b, tile, rows, [&](int32_t row, int32_t key) {
+      add_rows(p, b, tile, rows, shared, [&](int32_t row, int32_t key) {
         float parts[kScoreCluster];  // all under way at once
 #pragma unroll
         for (unsigned rank = 0; rank < kScoreCluster; ++rank)
@@ -252,7 +278,7 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_kernel(const __grid_co
     }
     cluster_barrier();
   }
-  if (!p.partials) columns.write(p, s, tile, shared);
+  if (!p.partials) write_columns(p, s, tile, shared);
 }
 
 // Adds what the blocks of score_kernel that share a tile have left in the workspace.
@@ -263,18 +289,17 @@ __global__ void __launch_bounds__(kScoreThreads, 2) score_finish_kernel(const __
   const Sequence s = sequence_at(p, b);
   if (index % p.tiles * kTileKeys >= s.places) return;
   const KeyTile tile = describe_tile(p, s, b, index % p.tiles, shared);
-  ColumnSums columns(tile);
   Rows rows(s);
-  while (tile.vision && rows.advance(p, s, shared.rows)) {
+  while (tile.lowest <= tile.highest && rows.advance(p, s, shared.rows)) {
     if (shared.rows.position[rows.count - 1] >= tile.lowest)
-      columns.add(p, b, tile, rows, [&](int32_t row, int32_t key) {
+      add_rows(p, b, tile, rows, shared, [&](int32_t row, int32_t key) {
         float sum = 0.0f;
         for (int32_t split = 0; split < p.splits; ++split) sum += partial_at(p, index, split, rows.base + row)[key];
         return sum;
       });
     __syncthreads();
   }
-  columns.write(p, s, tile, shared);
+  write_columns(p, s, tile, shared);
 }
 
 }  // namespace mustdrop

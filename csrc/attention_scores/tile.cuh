@@ -26,6 +26,10 @@ constexpr int kScorePitch = kTileKeys + 8;  // floats of a row where a tile of r
 template <class T>
 constexpr int kSlab = kSlabBytes / static_cast<int>(sizeof(T));  // elements
 
+// Blocks of a multiprocessor. Fused multiply-adds keep it busy with one, and want more registers than half of them.
+template <class T>
+constexpr int kResident = sizeof(T) == sizeof(float) ? 1 : 2;
+
 // A block's operands, the first part of its dynamic shared memory; the results of a tile take their place.
 struct TileShared {
   char keys[kKeySlots][kTileKeys * kSlabBytes];
@@ -64,6 +68,7 @@ __device__ __forceinline__ void stage_slab(char* to,       // [count, kSlabBytes
   const int piece = static_cast<int>(threadIdx.x) % kPieces;
   const int32_t d = slab * kSlab<T> + piece * kVector;
   if (piece / 2 * 2 * kVector >= dim - slab * kSlab<T>) return;  // steps of 32 bytes that nothing is multiplied in
+#pragma unroll 1
   for (int row = static_cast<int>(threadIdx.x) / kPieces; row < count; row += kScoreThreads / kPieces) {
     char* at = to + piece_at(row, piece);
     const int64_t offset = offset_of(row);
@@ -80,8 +85,8 @@ __device__ __forceinline__ void stage_slab(char* to,       // [count, kSlabBytes
   }
 }
 
-// Calls stage(unit) ahead of use(unit) for the units 0 .. units - 1; use() finds what stage() copied. By the whole block,
-// with a barrier before each use() and after the last.
+// Calls stage(slot) and use(slot) once for each of `units` units in turn, stage() ahead; use() finds in the slot what
+// stage() copied there for the same unit. By the whole block, with a barrier before each use() and after the last.
 template <class Stage, class Use>
 __device__ __forceinline__ void run_units(int units, const Stage& stage, const Use& use) {
 #pragma unroll
@@ -89,12 +94,15 @@ __device__ __forceinline__ void run_units(int units, const Stage& stage, const U
     if (unit < units) stage(unit);
     copies_commit();
   }
+  int slot = 0, free = kStages - 1;
   for (int unit = 0; unit < units; ++unit) {
     copies_wait<kStages - 2>();
     __syncthreads();  // all copies of this unit are there, and nobody uses the unit before it any more
-    if (unit + kStages - 1 < units) stage(unit + kStages - 1);
+    if (unit + kStages - 1 < units) stage(free);
     copies_commit();
-    use(unit);
+    use(slot);
+    free = slot;
+    slot = slot + 1 == kStages ? 0 : slot + 1;
   }
   copies_wait<0>();
   __syncthreads();
