@@ -10,7 +10,6 @@ namespace mustdrop {
 namespace {
 
 constexpr int64_t kNoLimit = INT_MAX;
-constexpr int kScoreBlocks = 2;                // of a multiprocessor
 constexpr int kNormaliserParts = 8;            // of the keys; every user of a row's normaliser reads all of its parts
 constexpr int64_t kMostPartials = 64ll << 20;  // bytes of workspace for the sums of blocks that share a tile
 constexpr int64_t kMostParts = 64ll << 20;     // bytes of workspace for normalisers, unless one part exceeds it
@@ -57,59 +56,68 @@ ScoreParameters describe_dense(const Tensor& q, const Tensor& k, const Tensor& t
 
 // ---------------------------------------------------------------------------------------------- launches
 
-// How the work is spread: depends on shapes and on the device alone.
-struct Plan {
-  int32_t splits = 1, part_tiles = 1, part_count = 1;
-  bool cluster = false;
-};
-
-Plan make_plan(const ScoreParameters& p, const DeviceFacts& facts, int64_t row_capacity) {
-  Plan plan;
-  plan.cluster = has_clusters(facts);
-  const int64_t slots = int64_t(kScoreBlocks) * facts.multiprocessors, tiles = int64_t(p.batch) * p.tiles;
-  const int64_t partial_bytes = tiles * row_capacity * kTileKeys * static_cast<int64_t>(sizeof(float));
-  const auto fits = [&](int64_t splits) {
-    return splits <= std::min(kScoreCluster, p.heads) && tiles * splits <= slots &&
-           (plan.cluster || splits * partial_bytes <= kMostPartials);
-  };
-  while (fits(2 * int64_t(plan.splits))) plan.splits *= 2;
-
-  const int64_t heads = int64_t(p.batch) * p.heads;
-  const int64_t part_bytes = heads * row_capacity * static_cast<int64_t>(sizeof(RowPart));
-  const int64_t longest = ceil_div(p.max_keys, kTileKeys);
-  const int64_t most = std::min<int64_t>(kNormaliserParts, kMostParts / std::max<int64_t>(part_bytes, 1));
-  const int64_t parts = clamp_to(slots / heads, 1, clamp_to(most, 1, std::max<int64_t>(longest, 1)));
-  plan.part_tiles = narrow(std::max<int64_t>(ceil_div(longest, parts), 1));
-  plan.part_count = narrow(std::max<int64_t>(ceil_div(longest, plan.part_tiles), 1));
-  return plan;
+// Whether tiles of 128 keys are taken: they read each row half as often, and leave enough for every multiprocessor.
+bool takes_wide_tiles(const ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
+  const int64_t tiles = int64_t(p.batch) * ceil_div(keys, kTileKeys<2>);
+  return static_cast<int64_t>(sizeof(ScoreShared<2>)) <= facts.shared_bytes &&
+         tiles * std::min(kScoreCluster, p.heads) >= facts.multiprocessors;
 }
 
-// Everything in `p` but the plan and the workspaces is set; there is at least one sequence, result and head.
-void launch_scores(const Device& device, const Tensor& like, ScoreParameters p) {
-  p.tiles = narrow(ceil_div(p.cu_k ? p.max_keys : p.keys, kTileKeys));
-  if (p.tiles == 0) return;
-  const int64_t row_capacity = std::min({p.max_rows_q, p.rows, p.max_rows});
-  p.row_capacity = narrow(row_capacity);
-  const Plan plan = make_plan(p, device.facts(), row_capacity);
-  p.splits = plan.splits, p.part_tiles = plan.part_tiles, p.part_count = plan.part_count;
-  const int64_t tiles = int64_t(p.batch) * p.tiles;
-  const bool makes_parts = !p.lse && row_capacity > 0, uses_partials = !plan.cluster && plan.splits > 1;
-  const int64_t parts = makes_parts ? int64_t(p.batch) * p.heads * row_capacity * p.part_count : 0;
-  const int64_t partials = uses_partials ? tiles * p.splits * row_capacity * kTileKeys : 0;
+// How the work is spread over blocks; depends on shapes and on the device alone.
+template <class T, int M>
+void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
+  p.tiles = narrow(ceil_div(keys, kTileKeys<M>));
+  const int64_t slots = int64_t(kResident<T, M>) * facts.multiprocessors, tiles = int64_t(p.batch) * p.tiles;
+  const int64_t partial_bytes = tiles * p.row_capacity * kTileKeys<M> * static_cast<int64_t>(sizeof(float));
+  const auto fits = [&](int64_t splits) {
+    return splits <= std::min(kScoreCluster, p.heads) && tiles * splits <= slots &&
+           (has_clusters(facts) || splits * partial_bytes <= kMostPartials);
+  };
+  p.splits = 1;
+  while (fits(2 * int64_t(p.splits))) p.splits *= 2;
+
+  const int64_t heads = int64_t(p.batch) * p.heads, longest = std::max<int64_t>(ceil_div(p.max_keys, kTileKeys<M>), 1);
+  const int64_t part_bytes = heads * p.row_capacity * static_cast<int64_t>(sizeof(RowPart));
+  const int64_t most = std::min<int64_t>(kNormaliserParts, kMostParts / std::max<int64_t>(part_bytes, 1));
+  const int64_t parts = clamp_to(slots / heads, 1, clamp_to(most, 1, longest));
+  p.part_tiles = narrow(ceil_div(longest, parts));
+  p.part_count = narrow(ceil_div(longest, p.part_tiles));
+}
+
+template <class T, int M>
+void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, int64_t keys) {
+  const DeviceFacts facts = device.facts();
+  plan_blocks<T, M>(p, facts, keys);
+  const int64_t tiles = int64_t(p.batch) * p.tiles, heads = int64_t(p.batch) * p.heads;
+  const bool makes_parts = !p.lse && p.row_capacity > 0, uses_partials = !has_clusters(facts) && p.splits > 1;
+  const int64_t parts = makes_parts ? heads * p.row_capacity * p.part_count : 0;
+  const int64_t partials = uses_partials ? tiles * p.splits * p.row_capacity * kTileKeys<M> : 0;
   Workspace workspace(like, Workspace::size(parts * sizeof(RowPart)) + Workspace::size(partials * sizeof(float)));
   p.parts = workspace.take<RowPart>(parts);
   if (uses_partials) p.partials = workspace.take<float>(partials);
 
+  if (makes_parts)
+    device.launch({dim3(blocks(heads * p.part_count)), kScoreThreads, sizeof(NormaliserShared<M>)},
+                  normaliser_kernel<T, M>, p);
+  device.launch({dim3(blocks(tiles * p.splits)), kScoreThreads, sizeof(ScoreShared<M>),
+                 uses_partials ? 1u : static_cast<unsigned>(p.splits)},
+                score_kernel<T, M>, p);
+  if (uses_partials)
+    device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, score_finish_kernel<M>, p);
+}
+
+// Everything in `p` but the plan and the workspaces is set; there is at least one sequence and head.
+void launch_scores(const Device& device, const Tensor& like, ScoreParameters p) {
+  const int64_t keys = p.cu_k ? p.max_keys : p.keys;  // that a sequence may have places for
+  if (keys == 0) return;
+  p.row_capacity = std::min({p.max_rows_q, p.rows, p.max_rows});
   with_float_type(like.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    if (makes_parts)
-      device.launch({dim3(blocks(int64_t(p.batch) * p.heads * p.part_count)), kScoreThreads, sizeof(NormaliserShared)},
-                    normaliser_kernel<T>, p);
-    device.launch({dim3(blocks(tiles * p.splits)), kScoreThreads, sizeof(ScoreShared),
-                   plan.cluster ? static_cast<unsigned>(p.splits) : 1u},
-                  score_kernel<T>, p);
+    if constexpr (sizeof(T) == 2) {
+      if (takes_wide_tiles(p, device.facts(), keys)) return launch_tiles<T, 2>(device, like, p, keys);
+    }
+    launch_tiles<T, 1>(device, like, p, keys);
   });
-  if (uses_partials) device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared)}, score_finish_kernel, p);
 }
 
 // total and peak of this shape. `whole`: the kernel writes every place.

@@ -28,7 +28,7 @@ struct ScoreParameters {
   float* peak;                 // as total
   float* map;                  // [B, max_rows, Lk]; null where the scores are wanted
   RowPart* parts;              // [B, Hq, row_capacity, part_count], workspace; null where lse is given
-  float* partials;             // [B, tiles, splits, row_capacity, kTileKeys], workspace; null: heads meet in the kernel
+  float* partials;             // [B, tiles, splits, row_capacity, tile keys], workspace; null: heads meet in the kernel
 
   int64_t q_batch, q_head, q_row;
   int64_t k_batch, k_head, k_row, k_dim;  // k_row: of a slot where keys are paged

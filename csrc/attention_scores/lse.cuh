@@ -13,10 +13,11 @@ namespace mustdrop {
 constexpr float kLargest = 3.402823466e+38f;
 constexpr float kSlack = 8.0f;
 
+template <int M>
 struct NormaliserShared {
-  TileShared tile;
+  TileShared<M> tile;
   RowTile rows;
-  RowPart parts[kTileKeys / 16][kTileRows];
+  RowPart parts[4][kTileRows];  // of the warps that share rows
 };
 
 __device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
@@ -36,76 +37,81 @@ __device__ __forceinline__ void add_scores(RowPart& part, float s0, float s1, bo
               (seen1 ? fast_exp2(fmaf(s1, scale, -part.maximum)) : 0.0f);
 }
 
-// What this thread's two keys are.
+// What this thread's two keys of a block of 16 are.
 struct LaneKeys {
   int32_t position[2];
   bool there[2];
 };
 
-__device__ __forceinline__ LaneKeys lane_keys(const ScoreParameters& p, const Sequence& s, int32_t first) {
+template <int M>
+__device__ __forceinline__ LaneKeys lane_keys(const ScoreParameters& p, const Sequence& s, int32_t first, int block) {
   LaneKeys keys;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    keys.position[half] = first + lane_key() + 8 * half;
+    keys.position[half] = first + lane_key<M>(block) + 8 * half;
     const bool inside = keys.position[half] < s.length && (!s.table || key_offset(p, s, keys.position[half]) >= 0);
     keys.there[half] = inside && s.types[keys.position[half]] != kTypePadding;
   }
   return keys;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kScoreThreads, kResident<T>)
+template <class T, int M>
+__global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
     normaliser_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
-  NormaliserShared& shared = *reinterpret_cast<NormaliserShared*>(memory);
+  NormaliserShared<M>& shared = *reinterpret_cast<NormaliserShared<M>*>(memory);
   const int32_t part = blockIdx.x % p.part_count, head = blockIdx.x / p.part_count % p.heads;
   const int32_t b = blockIdx.x / p.part_count / p.heads;
   const Sequence s = sequence_at(p, b);
   const T* q = static_cast<const T*>(p.q) + s.q + head * p.q_head;
   const T* k = static_cast<const T*>(p.k) + head / (p.heads / p.kv_heads) * p.k_head;
   const int32_t slabs = slabs_of<T>(p.dim);
-  const int64_t begin = int64_t(part) * p.part_tiles * kTileKeys;
+  const int64_t begin = int64_t(part) * p.part_tiles * kTileKeys<M>;
 
   Rows rows(s);
   while (rows.advance(p, s, shared.rows)) {
     const int32_t* position = shared.rows.position;  // [kTileRows]
-    const int64_t end = clamp_to(begin + int64_t(p.part_tiles) * kTileKeys, 0, position[rows.count - 1] + 1);
-    const int32_t tiles = begin < end ? static_cast<int32_t>(ceil_div(end - begin, kTileKeys)) : 0;
+    const int64_t end = clamp_to(begin + int64_t(p.part_tiles) * kTileKeys<M>, 0, position[rows.count - 1] + 1);
+    const int32_t tiles = begin < end ? static_cast<int32_t>(ceil_div(end - begin, kTileKeys<M>)) : 0;
     const int groups = warp_groups(rows.count);
     RowPart sums[kEights][2];
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) sums[eight][0] = sums[eight][1] = {-kLargest, 0.0f};
-    TileScores scores{};
+    TileScores<M> scores{};
 
-    int32_t staged_key = static_cast<int32_t>(begin), staged_slab = 0, use_key = staged_key, use_slab = 0;
+    int32_t staged_key = static_cast<int32_t>(begin), staged_slab = 0, used_key = staged_key, used_slab = 0;
     const auto stage = [&](int slot) {
       stage_slab(
-          shared.tile.keys[slot], k, [&](int row) { return key_offset(p, s, staged_key + row); }, kTileKeys, p.dim,
+          shared.tile.keys[slot], k, [&](int row) { return key_offset(p, s, staged_key + row); }, kTileKeys<M>, p.dim,
           p.k_dim, p.vector, staged_slab);
       stage_slab(
           shared.tile.rows[slot], q,
           [&](int row) { return row < rows.count ? (position[row] - s.first) * p.q_row : int64_t(-1); },
           (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, staged_slab);
-      if (++staged_slab == slabs) staged_slab = 0, staged_key += kTileKeys;
+      if (++staged_slab == slabs) staged_slab = 0, staged_key += kTileKeys<M>;
     };
     const auto use = [&](int slot) {
-      TileProduct<T>::add(shared.tile.keys[slot], shared.tile.rows[slot], slab_depth<T>(p.dim, use_slab), groups,
-                          scores);
-      if (++use_slab < slabs) return;
-      use_slab = 0;
-      const LaneKeys keys = lane_keys(p, s, use_key);
-      use_key += kTileKeys;
+      TileProduct<T, M>::add(shared.tile.keys[slot], shared.tile.rows[slot], slab_depth<T>(p.dim, used_slab), groups,
+                             scores);
+      if (++used_slab < slabs) return;
+      used_slab = 0;
 #pragma unroll
-      for (int eight = 0; eight < kEights; ++eight) {
-        if (eight / 2 >= groups) break;
+      for (int block = 0; block < M; ++block) {
+        const LaneKeys keys = lane_keys<M>(p, s, used_key, block);
 #pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int32_t at = position[lane_row(eight) + r];
-          add_scores(sums[eight][r], scores[eight][r], scores[eight][2 + r], keys.there[0] && keys.position[0] <= at,
-                     keys.there[1] && keys.position[1] <= at, p.scale_log2);
-          scores[eight][r] = scores[eight][2 + r] = 0.0f;
+        for (int eight = 0; eight < kEights; ++eight) {
+          if (eight / 2 >= groups) break;
+#pragma unroll
+          for (int r = 0; r < 2; ++r) {
+            const int32_t at = position[lane_row(eight) + r];
+            float *low = &scores[block][eight][r], *high = &scores[block][eight][2 + r];
+            add_scores(sums[eight][r], *low, *high, keys.there[0] && keys.position[0] <= at,
+                       keys.there[1] && keys.position[1] <= at, p.scale_log2);
+            *low = *high = 0.0f;
+          }
         }
       }
+      used_key += kTileKeys<M>;
     };
     run_units(tiles * slabs, stage, use);
 
@@ -126,7 +132,7 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T>)
     for (int32_t row = threadIdx.x; row < rows.count; row += kScoreThreads) {
       RowPart sum = shared.parts[0][row];
 #pragma unroll
-      for (int w = 1; w < kTileKeys / 16; ++w) sum = merge_parts(sum, shared.parts[w][row]);
+      for (int w = 1; w < 4; ++w) sum = merge_parts(sum, shared.parts[w][row]);
       p.parts[((int64_t(b) * p.heads + head) * p.row_capacity + rows.base + row) * p.part_count + part] = sum;
     }
   }

@@ -16,15 +16,18 @@ namespace mustdrop {
 constexpr int kHeldHeads = 8;     // heads whose row scales are in shared memory at a time
 constexpr int kScoreCluster = 8;  // blocks that share a tile at most: what every device with clusters takes
 
+template <int M>
 struct ScoreShared {
-  TileShared tile;
+  TileShared<M> tile;
   RowTile rows;
   alignas(16) RowScale scale[kHeldHeads][kTileRows];  // read two rows at a time
   uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that see nothing
   float total[kScoreThreads], peak[kScoreThreads];    // of a thread's own rows and key
-  int64_t key_offset[kTileKeys];                      // -1: no vision token
-  uint32_t vision[kTileKeys / kWarp];                 // a bit a key
-  uint64_t taken[kScoreThreads / kWarp];              // a bit a key: a later sequence has the same place in the results
+  int64_t key_offset[kTileKeys<M>];                   // -1: no vision token
+  uint32_t vision[kTileKeys<M> / kWarp];              // a bit a key
+  uint32_t
+      taken[kTileKeys<M> / kWarp]
+           [kScoreThreads / kWarp];  // a bit a key, from each warp: a later sequence has the same place in the results
 };
 
 struct KeyTile {
@@ -32,14 +35,15 @@ struct KeyTile {
   int32_t lowest, highest;  // positions of its first and last vision token; lowest > highest: there is none
 };
 
-// Which keys of a tile of sequence b are keys of a later sequence too, as far as this warp's share of those goes.
-__device__ __forceinline__ uint64_t taken_later(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t first) {
-  uint64_t taken = 0;
+// Which of the 32 keys from `first` on of sequence b are keys of a later sequence too, as far as this warp's share of those
+// goes.
+__device__ __forceinline__ uint32_t taken_later(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t first) {
+  uint32_t taken = 0;
   for (int32_t other = b + 1 + static_cast<int32_t>(threadIdx.x); other < p.batch; other += kScoreThreads) {
     const Span span = span_at(p.cu_k, other, p.keys, p.max_keys);
     const int64_t offset = span.begin - (s.out + first);
-    const int64_t begin = clamp_to(offset, 0, kTileKeys), end = clamp_to(offset + span.length, 0, kTileKeys);
-    if (begin < end) taken |= ~uint64_t(0) >> (kTileKeys - (end - begin)) << begin;
+    const int64_t begin = clamp_to(offset, 0, 32), end = clamp_to(offset + span.length, 0, 32);
+    if (begin < end) taken |= ~0u >> (32 - (end - begin)) << begin;
   }
 #pragma unroll
   for (int delta = 16; delta > 0; delta /= 2) taken |= __shfl_xor_sync(kFullMask, taken, delta);
@@ -47,48 +51,56 @@ __device__ __forceinline__ uint64_t taken_later(const ScoreParameters& p, const 
 }
 
 // By the whole block, with a barrier.
+template <int M>
 __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t tile,
-                                                 ScoreShared& shared) {
-  KeyTile result{};
-  result.first = tile * kTileKeys;
-  if (threadIdx.x < kTileKeys) {
-    const int32_t position = result.first + static_cast<int32_t>(threadIdx.x);
+                                                 ScoreShared<M>& shared) {
+  constexpr int kWords = kTileKeys<M> / static_cast<int>(kWarp);
+  const int32_t first = tile * kTileKeys<M>;
+  KeyTile result{first, first + kTileKeys<M>, -1};
+  if (threadIdx.x < kTileKeys<M>) {
+    const int32_t position = first + static_cast<int32_t>(threadIdx.x);
     const int64_t offset = key_offset(p, s, position);
     const bool vision = offset >= 0 && s.types[position] == kTypeVision;
     shared.key_offset[threadIdx.x] = vision ? offset : -1;  // no other key is read
     const uint32_t bits = __ballot_sync(kFullMask, vision);
     if (lane_id() == 0) shared.vision[warp_id()] = bits;
   }
-  if (p.cu_k) {
-    const uint64_t taken = taken_later(p, s, b, result.first);
-    if (lane_id() == 0) shared.taken[warp_id()] = taken;
-  }
+  if (p.cu_k)
+    for (int word = 0; word < kWords; ++word) {
+      const uint32_t taken = taken_later(p, s, b, first + 32 * word);
+      if (lane_id() == 0) shared.taken[word][warp_id()] = taken;
+    }
   shared.total[threadIdx.x] = shared.peak[threadIdx.x] = 0.0f;
   __syncthreads();
-  const int low = static_cast<int>(shared.vision[0]), high = static_cast<int>(shared.vision[1]);
-  result.lowest = result.first + (low ? __ffs(low) - 1 : high ? 31 + __ffs(high) : kTileKeys);
-  result.highest = result.first + (high ? 63 - __clz(high) : 31 - __clz(low));
+#pragma unroll
+  for (int word = 0; word < kWords; ++word) {
+    const int bits = static_cast<int>(shared.vision[word]);
+    if (bits == 0) continue;
+    if (result.highest < 0) result.lowest = first + 32 * word + __ffs(bits) - 1;
+    result.highest = first + 32 * word + 31 - __clz(bits);
+  }
   return result;
 }
 
 // ---------------------------------------------------------------------------------------------- results
 
 // A thread has one of the keys that are its block's in the cluster, and every so-and-so-many-th row.
+template <int M>
 struct Column {
   int32_t keys, key, lane, lanes;  // keys of the block; key in the tile; which of the rows' residues, of how many
 
   __device__ __forceinline__ Column()
-      : keys(kTileKeys / static_cast<int32_t>(cluster_size())),
+      : keys(kTileKeys<M> / static_cast<int32_t>(cluster_size())),
         key(static_cast<int32_t>(cluster_rank()) * keys + static_cast<int32_t>(threadIdx.x) % keys),
         lane(static_cast<int32_t>(threadIdx.x) / keys),
         lanes(kScoreThreads / keys) {}
 };
 
 // Adds a tile of rows to the results, sum_at(row, key) being the sum over all heads.
-template <class SumAt>
+template <int M, class SumAt>
 __device__ __forceinline__ void add_rows(const ScoreParameters& p, int32_t b, const KeyTile& tile, const Rows& rows,
-                                         ScoreShared& shared, const SumAt& sum_at) {
-  const Column column;
+                                         ScoreShared<M>& shared, const SumAt& sum_at) {
+  const Column<M> column;
   if (shared.key_offset[column.key] < 0) return;
   float total = shared.total[threadIdx.x], peak = shared.peak[threadIdx.x];
   for (int32_t row = column.lane; row < rows.count; row += column.lanes) {
@@ -102,16 +114,17 @@ __device__ __forceinline__ void add_rows(const ScoreParameters& p, int32_t b, co
 }
 
 // Writes total and peak. By the whole block.
+template <int M>
 __device__ __forceinline__ void write_columns(const ScoreParameters& p, const Sequence& s, const KeyTile& tile,
-                                              ScoreShared& shared) {
+                                              ScoreShared<M>& shared) {
   if (p.map) return;
   __syncthreads();
-  const Column column;
+  const Column<M> column;
   const int32_t position = tile.first + column.key;
   if (column.lane > 0 || position >= s.places) return;
   if (p.cu_k)
-    for (const uint64_t taken : shared.taken)
-      if (taken >> column.key & 1) return;  // the last sequence counts
+    for (const uint32_t taken : shared.taken[column.key / 32])
+      if (taken >> column.key % 32 & 1) return;  // the last sequence counts
   float total = shared.total[threadIdx.x], peak = shared.peak[threadIdx.x];
   for (int32_t other = 1; other < column.lanes; ++other) {
     total += shared.total[threadIdx.x + other * column.keys];
@@ -124,8 +137,9 @@ __device__ __forceinline__ void write_columns(const ScoreParameters& p, const Se
 // ---------------------------------------------------------------------------------------------- heads
 
 // The row scales of the heads [begin, end), at most kHeldHeads. By the whole block, between barriers.
+template <int M>
 __device__ __forceinline__ void hold_scales(const ScoreParameters& p, const Sequence& s, int32_t b, const Rows& rows,
-                                            int32_t begin, int32_t end, ScoreShared& shared) {
+                                            int32_t begin, int32_t end, ScoreShared<M>& shared) {
   for (int32_t i = threadIdx.x; i < (end - begin) * kTileRows; i += kScoreThreads) {
     const int32_t head = i / kTileRows, row = i % kTileRows;
     RowScale scale{0.0f, 0.0f};
@@ -137,26 +151,27 @@ __device__ __forceinline__ void hold_scales(const ScoreParameters& p, const Sequ
 }
 
 // sums += the weights of one head. `masked`: some row does not see some key, or sees nothing at all.
+template <int M>
 __device__ __forceinline__ void add_weights(const ScoreParameters& p, const KeyTile& tile,
                                             const RowScale* scale,    // [kTileRows]
                                             const int32_t* position,  // [kTileRows]
-                                            bool masked, int groups, TileScores& scores, TileScores& sums) {
-  const int32_t key[2] = {tile.first + lane_key(), tile.first + lane_key() + 8};
+                                            bool masked, int groups, TileScores<M>& scores, TileScores<M>& sums) {
 #pragma unroll
   for (int eight = 0; eight < kEights; ++eight) {
     if (eight / 2 >= groups) break;
     const int row = lane_row(eight);
     const Pack<float, 4> two = load_pack<float, 4>(&scale[row].minus);  // of two rows
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float minus = two.at[i % 2 * 2], factor = two.at[i % 2 * 2 + 1];
-      const float weight = fast_exp2(fmaf(scores[eight][i], p.scale_log2, -minus));
-      if (!masked)
-        sums[eight][i] = fmaf(weight, factor, sums[eight][i]);
-      else if (key[i / 2] <= position[row + i % 2] && minus != infinity())
-        sums[eight][i] = fmaf(weight, factor, sums[eight][i]);
-      scores[eight][i] = 0.0f;
-    }
+    for (int block = 0; block < M; ++block)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float minus = two.at[i % 2 * 2], factor = two.at[i % 2 * 2 + 1];
+        const int32_t key = tile.first + lane_key<M>(block) + i / 2 * 8;
+        float &score = scores[block][eight][i], &sum = sums[block][eight][i];
+        const float weight = fast_exp2(fmaf(score, p.scale_log2, -minus));
+        if (!masked || (key <= position[row + i % 2] && minus != infinity())) sum = fmaf(weight, factor, sum);
+        score = 0.0f;
+      }
   }
 }
 
@@ -176,10 +191,10 @@ struct HeadCursor {
 };
 
 // The sums over the heads [begin, end) for one tile of keys and one of rows. By the whole block; ends with a barrier.
-template <class T>
+template <class T, int M>
 __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const KeyTile& tile,
-                                          const Rows& rows, int32_t begin, int32_t end, ScoreShared& shared,
-                                          TileScores& sums) {
+                                          const Rows& rows, int32_t begin, int32_t end, ScoreShared<M>& shared,
+                                          TileScores<M>& sums) {
   const int32_t slabs = slabs_of<T>(p.dim), group = p.heads / p.kv_heads;
   const bool resident = group > 1 && 2 * slabs <= kKeySlots;
   const int groups = warp_groups(rows.count);
@@ -194,14 +209,14 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
     if (!resident || staged.head == begin || staged.in_group == 0)
       stage_slab(
           shared.tile.keys[key_slot(staged, slot)], static_cast<const T*>(p.k) + staged.key_head * p.k_head,
-          [&](int row) { return shared.key_offset[row]; }, kTileKeys, p.dim, p.k_dim, p.vector, staged.slab);
+          [&](int row) { return shared.key_offset[row]; }, kTileKeys<M>, p.dim, p.k_dim, p.vector, staged.slab);
     stage_slab(
         shared.tile.rows[slot], static_cast<const T*>(p.q) + s.q + staged.head * p.q_head,
         [&](int row) { return row < rows.count ? (position[row] - s.first) * p.q_row : int64_t(-1); },
         (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, staged.slab);
     staged.advance(slabs, group);
   };
-  TileScores scores{};
+  TileScores<M> scores{};
   const auto use = [&](int slot) {
     const int32_t held = (used.head - begin) % kHeldHeads;
     if (used.slab == 0 && held == 0) {
@@ -209,8 +224,8 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
       hold_scales(p, s, b, rows, used.head, last < end ? last : end, shared);
       __syncthreads();
     }
-    TileProduct<T>::add(shared.tile.keys[key_slot(used, slot)], shared.tile.rows[slot], slab_depth<T>(p.dim, used.slab),
-                        groups, scores);
+    TileProduct<T, M>::add(shared.tile.keys[key_slot(used, slot)], shared.tile.rows[slot],
+                           slab_depth<T>(p.dim, used.slab), groups, scores);
     used.advance(slabs, group);
     if (used.slab > 0) return;
     uint32_t dead = 0;
@@ -221,30 +236,35 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
   run_units((end - begin) * slabs, stage, use);
 }
 
-// The sums, from registers to [kTileRows, kScorePitch].
-__device__ __forceinline__ void exchange_sums(const TileScores& sums, int groups, float* exchange) {
+// The sums, from registers to [kTileRows, kScorePitch<M>].
+template <int M>
+__device__ __forceinline__ void exchange_sums(const TileScores<M>& sums, int groups, float* exchange) {
 #pragma unroll
   for (int eight = 0; eight < kEights; ++eight) {
     if (eight / 2 >= groups) break;
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      exchange[(lane_row(eight) + i % 2) * kScorePitch + lane_key() + i / 2 * 8] = sums[eight][i];
+    for (int block = 0; block < M; ++block)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        exchange[(lane_row(eight) + i % 2) * kScorePitch<M> + lane_key<M>(block) + i / 2 * 8] = sums[block][eight][i];
   }
 }
 
+template <int M>
 __device__ __forceinline__ float* partial_at(const ScoreParameters& p, int64_t index, int32_t split, int32_t row) {
-  return p.partials + ((index * p.splits + split) * p.row_capacity + row) * kTileKeys;
+  return p.partials + ((index * p.splits + split) * p.row_capacity + row) * kTileKeys<M>;
 }
 
-template <class T>
-__global__ void __launch_bounds__(kScoreThreads, kResident<T>) score_kernel(const __grid_constant__ ScoreParameters p) {
+template <class T, int M>
+__global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
+    score_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
-  ScoreShared& shared = *reinterpret_cast<ScoreShared*>(memory);
-  float* exchange = reinterpret_cast<float*>(shared.tile.rows);  // [kTileRows, kScorePitch]
+  ScoreShared<M>& shared = *reinterpret_cast<ScoreShared<M>*>(memory);
+  float* exchange = reinterpret_cast<float*>(&shared.tile);  // [kTileRows, kScorePitch<M>]
   const int32_t index = blockIdx.x / p.splits, split = blockIdx.x % p.splits;
   const int32_t b = index / p.tiles;
   const Sequence s = sequence_at(p, b);
-  if (index % p.tiles * kTileKeys >= s.places) return;
+  if (index % p.tiles * kTileKeys<M> >= s.places) return;
   const KeyTile tile = describe_tile(p, s, b, index % p.tiles, shared);
   const int32_t begin = split * p.heads / p.splits, end = (split + 1) * p.heads / p.splits;
 
@@ -254,22 +274,22 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T>) score_kernel(cons
       __syncthreads();
       continue;
     }
-    TileScores sums{};
-    sum_heads<T>(p, s, b, tile, rows, begin, end, shared, sums);
-    exchange_sums(sums, warp_groups(rows.count), exchange);
+    TileScores<M> sums{};
+    sum_heads<T, M>(p, s, b, tile, rows, begin, end, shared, sums);
+    exchange_sums<M>(sums, warp_groups(rows.count), exchange);
     cluster_barrier();
     if (p.partials) {
-      for (int32_t i = threadIdx.x; i < rows.count * kTileKeys / 4; i += kScoreThreads) {
-        const int32_t row = i / (kTileKeys / 4), piece = i % (kTileKeys / 4) * 4;
-        store_pack(partial_at(p, index, split, rows.base + row) + piece,
-                   load_pack<float, 4>(exchange + row * kScorePitch + piece));
+      for (int32_t i = threadIdx.x; i < rows.count * kTileKeys<M> / 4; i += kScoreThreads) {
+        const int32_t row = i / (kTileKeys<M> / 4), piece = i % (kTileKeys<M> / 4) * 4;
+        store_pack(partial_at<M>(p, index, split, rows.base + row) + piece,
+                   load_pack<float, 4>(exchange + row * kScorePitch<M> + piece));
       }
     } else {
       add_rows(p, b, tile, rows, shared, [&](int32_t row, int32_t key) {
         float parts[kScoreCluster];  // all under way at once
 #pragma unroll
         for (unsigned rank = 0; rank < kScoreCluster; ++rank)
-          parts[rank] = rank < cluster_size() ? cluster_shared(exchange, rank)[row * kScorePitch + key] : 0.0f;
+          parts[rank] = rank < cluster_size() ? cluster_shared(exchange, rank)[row * kScorePitch<M> + key] : 0.0f;
         float sum = parts[0];
 #pragma unroll
         for (unsigned rank = 1; rank < kScoreCluster; ++rank) sum += parts[rank];
@@ -282,19 +302,20 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T>) score_kernel(cons
 }
 
 // Adds what the blocks of score_kernel that share a tile have left in the workspace.
+template <int M>
 __global__ void __launch_bounds__(kScoreThreads, 2) score_finish_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
-  ScoreShared& shared = *reinterpret_cast<ScoreShared*>(memory);
+  ScoreShared<M>& shared = *reinterpret_cast<ScoreShared<M>*>(memory);
   const int32_t index = blockIdx.x, b = index / p.tiles;
   const Sequence s = sequence_at(p, b);
-  if (index % p.tiles * kTileKeys >= s.places) return;
+  if (index % p.tiles * kTileKeys<M> >= s.places) return;
   const KeyTile tile = describe_tile(p, s, b, index % p.tiles, shared);
   Rows rows(s);
   while (tile.lowest <= tile.highest && rows.advance(p, s, shared.rows)) {
     if (shared.rows.position[rows.count - 1] >= tile.lowest)
       add_rows(p, b, tile, rows, shared, [&](int32_t row, int32_t key) {
         float sum = 0.0f;
-        for (int32_t split = 0; split < p.splits; ++split) sum += partial_at(p, index, split, rows.base + row)[key];
+        for (int32_t split = 0; split < p.splits; ++split) sum += partial_at<M>(p, index, split, rows.base + row)[key];
         return sum;
       });
     __syncthreads();
