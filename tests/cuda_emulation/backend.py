@@ -32,7 +32,10 @@ def library() -> ctypes.CDLL:
 
 
 def configure(seed: int, capability: int = 90) -> None:
-    """Choose the order in which threads run, and the device that is played (80: no clusters; 120: little shared memory)."""
+    """Choose the order in which threads run, and the device that is played.
+
+    Its compute capability times ten. 80 has no clusters; 120 has little shared memory.
+    """
     library().cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(capability))
 
 

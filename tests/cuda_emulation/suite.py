@@ -36,8 +36,8 @@ def run_suite(
         "MUSTDROP_EMULATION_CAPABILITY": capability,
         "MUSTDROP_EMULATION_ROOT": str(root),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", NAME]
-    command += [*options, *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    command += ["-k", f"{NAME} or test_paths", *options, *tests]
     return subprocess.run(command, cwd=building.ROOT, env=environment, capture_output=True, text=True)
 
 

@@ -54,10 +54,12 @@ def suite_for(place: Place) -> list[str]:
     """The tests that call an operator of the header's folder; all of them for a header that is shared."""
     launchers = "".join(path.read_text() for path in (CSRC / place.file).parent.glob("cuda*.cu"))
     ops = re.findall(r'm\.impl\("(\w+)"', launchers)
+    large = "tests/cuda_emulation/test_paths.py"
     if not ops:
-        return ["tests/ops"]
+        return ["tests/ops", large]
     calls = re.compile(rf"\bbackend\.({'|'.join(ops)})\(")
-    return [str(path) for path in sorted(OPS_TESTS.glob("test_*.py")) if calls.search(path.read_text())]
+    files = [str(path) for path in sorted(OPS_TESTS.glob("test_*.py")) if calls.search(path.read_text())]
+    return [*files, large]
 
 
 @pytest.mark.parametrize("place", barriers(), ids=str)
