@@ -38,10 +38,7 @@ struct DeviceFacts {
 class Device {
  public:
   explicit Device(const Tensor&) {}
-  DeviceFacts facts() const {
-    const int capability = cuda_emulation::capability();
-    return {capability, 4, (capability < 90 ? 99 : 227) << 10};
-  }
+  DeviceFacts facts() const { return {cuda_emulation::capability(), 4, cuda_emulation::shared_limit()}; }
 
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import os
 import zlib
+from pathlib import Path
 
 import torch
 
@@ -22,15 +23,19 @@ def library() -> ctypes.CDLL:
     """Build and load the library.
 
     MUSTDROP_EMULATION_SANITIZER: "races" (the default), or "address" (the process must have been started with the
-    sanitizer's runtime preloaded).
+    sanitizer's runtime preloaded). MUSTDROP_EMULATION_ROOT: the source tree that holds csrc/.
     """
-    path = building.build_library(os.environ.get("MUSTDROP_EMULATION_SANITIZER", "races"))
+    root = Path(os.environ.get("MUSTDROP_EMULATION_ROOT") or building.ROOT)
+    path = building.build_library(os.environ.get("MUSTDROP_EMULATION_SANITIZER", "races"), root)
     torch.ops.load_library(path)
     return ctypes.CDLL(str(path))
 
 
 def configure(seed: int, capability: int = 90) -> None:
-    """Choose the order in which threads run, and the device that is played (80: no clusters)."""
+    """Choose the order in which threads run, and the device that is played.
+
+    Its compute capability times ten. 80 has no clusters; 120 has little shared memory.
+    """
     library().cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(capability))
 
 
@@ -40,7 +45,7 @@ def configure_for(test: str) -> None:
     MUSTDROP_EMULATION_SEED gives other orders to all tests; MUSTDROP_EMULATION_CAPABILITY one device.
     """
     drawn = zlib.crc32(test.encode()) + int(os.environ.get("MUSTDROP_EMULATION_SEED", "0")) * 7919
-    capability = os.environ.get("MUSTDROP_EMULATION_CAPABILITY") or ("80", "90")[drawn % 2]
+    capability = os.environ.get("MUSTDROP_EMULATION_CAPABILITY") or ("80", "90", "120")[drawn % 3]
     configure(drawn % 2**32, int(capability))
 
 

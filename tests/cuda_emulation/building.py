@@ -74,7 +74,7 @@ def build_library(sanitizer: str = "races", root: Path = ROOT) -> Path:
     include = [f"-I{root / 'csrc'}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}"]
     libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--allow-shlib-undefined"]
     sources = [root / "csrc" / "schemas.cpp", *launchers(root)]
-    return _shared_library("mustdrop_emulated", sources, sanitizer, include, libraries)
+    return _shared_library("mustdrop_emulated", sources, sanitizer, include, libraries, root)
 
 
 def build_alone(source: Path, sanitizer: str = "races") -> Path:
@@ -93,11 +93,11 @@ def preload(sanitizer: str) -> dict[str, str]:
 
 
 def _shared_library(
-    name: str, sources: Sequence[Path], sanitizer: str, include: list[str], libraries: list[str]
+    name: str, sources: Sequence[Path], sanitizer: str, include: list[str], libraries: list[str], root: Path = ROOT
 ) -> Path:
     with _alone():
         flags = [*FLAGS, *SANITIZERS[sanitizer], f"-I{HERE}", *include, "-include", str(HERE / "cuda_emulation.h")]
-        kernels = [_object(source, [*flags, *HOOKS[sanitizer]]) for source in sources]
+        kernels = [_object(source, [*flags, *HOOKS[sanitizer]], root) for source in sources]
         define = [flag for flag in HOOKS[sanitizer] if flag.startswith("-D")]
         objects = kernels + [_object(source, [*flags, *define]) for source in EMULATION]
         digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
@@ -134,11 +134,13 @@ def _text(path: Path) -> str:
     return f'#line 1 "{path}"\n{text}'
 
 
-def _object(source: Path, flags: list[str]) -> Path:
+def _object(source: Path, flags: list[str], root: Path = ROOT) -> Path:
+    """An object file. Of two source trees with equal texts, one object serves both."""
     text = _text(source)
     folders = [source.parent, *(Path(flag[2:]) for flag in flags if flag.startswith("-I"))]
     depends = _headers(source, folders, {HERE / "cuda_emulation.h"})
-    digest = hashlib.sha256("\0".join([text, *flags, *(p.read_text() for p in depends)]).encode()).hexdigest()[:20]
+    made_of = "\0".join([text, *flags, *(p.read_text() for p in depends)]).replace(str(root), "")
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:20]
     target = BUILD / f"{source.parent.name}-{source.stem}-{digest}.o"
     if not target.exists():
         copy = target.with_suffix(".cpp")

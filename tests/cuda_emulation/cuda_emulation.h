@@ -52,12 +52,13 @@ struct Launch {
   size_t shared_bytes = 0;
 };
 
-// Runs all blocks to their end. Throws std::runtime_error: a thread left while others wait for it, a warp operation whose
+// Runs all blocks to their end. Throws std::runtime_error: a launch that the device would refuse, a thread left while others wait for it, a warp operation whose
 // lanes disagree, a wait that never ends, or an index outside the cluster's shared memory.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 // The device that is played: compute capability times ten (80, 90, ...), which decides whether there are clusters.
 int capability();
+int shared_limit();  // bytes of shared memory that a block of it may ask for
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch with this error; called by a thread
 void pause();                                     // lets other threads run; for loops that wait on memory

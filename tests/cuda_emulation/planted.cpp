@@ -155,8 +155,7 @@ void cluster_kernel(const int* in, int* out) {
   const unsigned next = (cluster_rank() + 1) % cluster_size();
   cluster_shared(held, next)[threadIdx.x] = in[threadIdx.x] + static_cast<int>(next);
   if constexpr (kMiddle) cluster_barrier();
-  out[threadIdx.x + blockIdx.x * kThreads] =
-      held[threadIdx.x] + cluster_shared(held, next)[kThreads - 1 - threadIdx.x];
+  out[threadIdx.x + blockIdx.x * kThreads] = held[threadIdx.x] + cluster_shared(held, next)[kThreads - 1 - threadIdx.x];
   if constexpr (kLast) cluster_barrier();
 }
 
@@ -180,8 +179,12 @@ struct Case {
   unsigned blocks = 1, cluster = 1;
 };
 
-#define MUSTDROP_CASE(NAME, ...) \
-  { #NAME, {{NAME##_kernel<false>, __VA_ARGS__}, {NAME##_kernel<true>, __VA_ARGS__}} }
+#define MUSTDROP_CASE(NAME, ...)                                                \
+  {                                                                             \
+    #NAME, {                                                                    \
+      {NAME##_kernel<false>, __VA_ARGS__}, { NAME##_kernel<true>, __VA_ARGS__ } \
+    }                                                                           \
+  }
 
 const std::map<std::string, std::vector<Case>>& cases() {
   static const std::map<std::string, std::vector<Case>> all{

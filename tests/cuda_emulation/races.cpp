@@ -218,12 +218,12 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 
-#define MUSTDROP_HOOKS(BYTES)                                                                                  \
-  void __tsan_read##BYTES(void* p) { access(p, BYTES, Kind::read, __builtin_return_address(0)); }              \
-  void __tsan_write##BYTES(void* p) { access(p, BYTES, Kind::write, __builtin_return_address(0)); }            \
-  void __tsan_volatile_read##BYTES(void* p) { access(p, BYTES, Kind::read, __builtin_return_address(0)); }     \
-  void __tsan_volatile_write##BYTES(void* p) { access(p, BYTES, Kind::write, __builtin_return_address(0)); }   \
-  void __tsan_unaligned_read##BYTES(void* p) { access(p, BYTES, Kind::read, __builtin_return_address(0)); }    \
+#define MUSTDROP_HOOKS(BYTES)                                                                                \
+  void __tsan_read##BYTES(void* p) { access(p, BYTES, Kind::read, __builtin_return_address(0)); }            \
+  void __tsan_write##BYTES(void* p) { access(p, BYTES, Kind::write, __builtin_return_address(0)); }          \
+  void __tsan_volatile_read##BYTES(void* p) { access(p, BYTES, Kind::read, __builtin_return_address(0)); }   \
+  void __tsan_volatile_write##BYTES(void* p) { access(p, BYTES, Kind::write, __builtin_return_address(0)); } \
+  void __tsan_unaligned_read##BYTES(void* p) { access(p, BYTES, Kind::read, __builtin_return_address(0)); }  \
   void __tsan_unaligned_write##BYTES(void* p) { access(p, BYTES, Kind::write, __builtin_return_address(0)); }
 MUSTDROP_HOOKS(1)
 MUSTDROP_HOOKS(2)
@@ -235,17 +235,17 @@ void __tsan_read_range(void* p, size_t bytes) { access(p, bytes, Kind::read, __b
 void __tsan_write_range(void* p, size_t bytes) { access(p, bytes, Kind::write, __builtin_return_address(0)); }
 
 // Of the launchers' host code (reference counts); kernels use CUDA's atomics.
-#define MUSTDROP_ATOMICS(BITS, TYPE)                                                                        \
-  TYPE __tsan_atomic##BITS##_load(const volatile TYPE* p, int) { return __atomic_load_n(p, 5); }             \
-  void __tsan_atomic##BITS##_store(volatile TYPE* p, TYPE v, int) { __atomic_store_n(p, v, 5); }             \
+#define MUSTDROP_ATOMICS(BITS, TYPE)                                                                          \
+  TYPE __tsan_atomic##BITS##_load(const volatile TYPE* p, int) { return __atomic_load_n(p, 5); }              \
+  void __tsan_atomic##BITS##_store(volatile TYPE* p, TYPE v, int) { __atomic_store_n(p, v, 5); }              \
   TYPE __tsan_atomic##BITS##_exchange(volatile TYPE* p, TYPE v, int) { return __atomic_exchange_n(p, v, 5); } \
   TYPE __tsan_atomic##BITS##_fetch_add(volatile TYPE* p, TYPE v, int) { return __atomic_fetch_add(p, v, 5); } \
   TYPE __tsan_atomic##BITS##_fetch_sub(volatile TYPE* p, TYPE v, int) { return __atomic_fetch_sub(p, v, 5); } \
-  int __tsan_atomic##BITS##_compare_exchange_strong(volatile TYPE* p, TYPE* c, TYPE v, int, int) {           \
-    return __atomic_compare_exchange_n(p, c, v, false, 5, 5);                                                \
-  }                                                                                                          \
-  int __tsan_atomic##BITS##_compare_exchange_weak(volatile TYPE* p, TYPE* c, TYPE v, int, int) {             \
-    return __atomic_compare_exchange_n(p, c, v, true, 5, 5);                                                 \
+  int __tsan_atomic##BITS##_compare_exchange_strong(volatile TYPE* p, TYPE* c, TYPE v, int, int) {            \
+    return __atomic_compare_exchange_n(p, c, v, false, 5, 5);                                                 \
+  }                                                                                                           \
+  int __tsan_atomic##BITS##_compare_exchange_weak(volatile TYPE* p, TYPE* c, TYPE v, int, int) {              \
+    return __atomic_compare_exchange_n(p, c, v, true, 5, 5);                                                  \
   }
 MUSTDROP_ATOMICS(8, uint8_t)
 MUSTDROP_ATOMICS(32, uint32_t)

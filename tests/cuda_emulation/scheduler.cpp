@@ -187,6 +187,7 @@ class Launching {
 
  private:
   size_t choose();
+  void check_launch() const;
   void start_cluster(unsigned first);
   void start_thread(Block& block, unsigned linear, dim3 index, unsigned rank);
   void finish(Thread* t);
@@ -337,13 +338,23 @@ size_t Launching::choose() {
   return best;
 }
 
+// What a device refuses, and blocks of incomplete warps, which this emulation does not play.
+void Launching::check_launch() const {
+  const auto refuse = [](const std::string& what) { throw std::runtime_error("cuda_emulation: a launch of " + what); };
+  const dim3 g = launch_.grid, b = launch_.block;
+  const uint64_t blocks = uint64_t(g.x) * g.y * g.z, threads = uint64_t(b.x) * b.y * b.z;
+  if (blocks == 0 || threads == 0) refuse("nothing");
+  if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535 || threads > 1024) refuse("more than a grid or a block may have");
+  if (threads % 32) refuse("incomplete warps");
+  if (launch_.shared_bytes > static_cast<size_t>(shared_limit())) refuse("more shared memory than a block may have");
+  if (launch_.cluster == 0 || launch_.cluster > 8 || g.x % launch_.cluster) refuse("a cluster that is not portable");
+  if (launch_.cluster > 1 && capability() < 90) refuse("a cluster on a device that has none");
+}
+
 void Launching::run() {
-  const unsigned blocks = launch_.grid.x * launch_.grid.y * launch_.grid.z;
   races::begin_launch();
-  if (launch_.cluster == 0 || launch_.grid.x % launch_.cluster)
-    throw std::runtime_error("grid.x is no multiple of the cluster");
-  if (launch_.block.x * launch_.block.y * launch_.block.z % 32) throw std::runtime_error("a block of incomplete warps");
-  std::vector<unsigned> order(blocks / launch_.cluster);
+  check_launch();
+  std::vector<unsigned> order(launch_.grid.x * launch_.grid.y * launch_.grid.z / launch_.cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i * launch_.cluster;
   std::shuffle(order.begin(), order.end(), random_);
   const size_t together = 1 + random_() % 3;  // clusters that run at the same time
@@ -381,6 +392,17 @@ void do_copy(const Copy& c) {
 
 const Here& here() { return current->self->here; }
 int capability() { return settings.capability; }
+int shared_limit() {
+  switch (settings.capability / 10) {
+    case 9:
+    case 10:
+      return 227 << 10;
+    case 8:
+      return (settings.capability == 80 ? 163 : 99) << 10;
+    default:
+      return 99 << 10;
+  }
+}
 void fail(const std::string& what) { current->stop(what); }
 void pause() { current->pause(); }
 
