@@ -70,7 +70,7 @@ void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
   const int64_t slots = int64_t(kResident<T, M>) * facts.multiprocessors, tiles = int64_t(p.batch) * p.tiles;
   const int64_t partial_bytes = tiles * p.row_capacity * kTileKeys<M> * static_cast<int64_t>(sizeof(float));
   const auto fits = [&](int64_t splits) {
-    return splits <= std::min(kScoreCluster, p.heads) && tiles * splits <= slots &&
+    return p.row_capacity > 0 && splits <= std::min(kScoreCluster, p.heads) && tiles * splits <= slots &&
            (has_clusters(facts) || splits * partial_bytes <= kMostPartials);
   };
   p.splits = 1;
