@@ -8,7 +8,7 @@ NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
 LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 
-.PHONY: help demo bench test test-all test-transformers-4 lint format build clean
+.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 check-cuda check-triton lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -50,6 +50,9 @@ test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests 
 
 check-cuda: $(VENV)/.packages  ## compile the CUDA kernels for every target; registers, spills, instructions (needs nvcc)
 	$(BIN)/python bench/check_cuda.py
+
+check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
+	$(BIN)/python bench/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .
