@@ -48,8 +48,9 @@ INTERPRETED = TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton $(BIN)/python -m 
 test-triton: build  ## the Triton kernels in Triton's interpreter: some forms of each test, all of them in test-all
 	$(INTERPRETED) -m 'not slow'
 
+# Its interpreter does not run with a newer NumPy.
 $(TRITON_3_4)/.ready: | $(VENV)/.packages
-	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRITON_3_4) triton==3.4.0
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRITON_3_4) triton==3.4.0 'numpy<2.4'
 	touch $@
 
 test-triton-3.4: build $(TRITON_3_4)/.ready  ## the same with the oldest Triton that is served, and a compile for one GPU

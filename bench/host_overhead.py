@@ -120,9 +120,7 @@ def main() -> int:
     if interpreted():
         parser.error("TRITON_INTERPRET is set: nothing is launched then")
     rows = measure(options.seconds)
-    print(
-        f"Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}; us a call, at best"
-    )
+    print(f"Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}; us a call")
     print(f"{'':24}{'launches':>9}{'here':>9}{'by Triton':>11}")
     for row in rows:
         print(f"{row['op']:24}{row['launches']:>9}{row['us']:>9.1f}{row['us_triton_path']:>11.1f}")

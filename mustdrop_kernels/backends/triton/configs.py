@@ -89,6 +89,8 @@ Key = tuple[str, str, str]  # architecture, kernel, shape class
 # Where a tile of the table above does not fit the registers (`make check-triton` says so): half of head_dim at a time.
 # RDNA 3 multiplies float32 without a matrix instruction: smaller tiles still, and none loaded ahead.
 SPECIAL: dict[Key, Config] = {
+    ("sm80", "scores", "half"): _tiles(KEYS=32, ROWS=32, COLUMNS=64),
+    ("sm80", "scores_lse", "half"): _tiles(KEYS=64, ROWS=64, COLUMNS=64),
     ("sm100", "scores", "half"): _tiles(KEYS=64, ROWS=32, COLUMNS=64),
     ("sm120", "scores", "half"): _tiles(KEYS=32, ROWS=32, COLUMNS=64),
     ("gfx1100", "scores", "half"): _tiles(KEYS=64, ROWS=32, COLUMNS=64),
