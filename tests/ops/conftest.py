@@ -59,7 +59,7 @@ def pairs() -> list[BackendUnderTest]:
 
 
 # In Triton's interpreter a test takes a second: the ordinary run takes so many forms of each test, the slow one all.
-INTERPRETED_FORMS = 2
+INTERPRETED_FORMS = 1
 
 
 def _interpreted_form(item: pytest.Item) -> bool:
