@@ -3,10 +3,13 @@
 //
 // Products: the query rows of a key head are packed once, transposed, into tiles [dim, width * kLanes]; a block of kKeys keys
 // is multiplied with a tile by broadcasting one key element at a time, so that keys need no transposition and sums stay in
-// registers. Where a vector would stand nearly empty (few lanes), keys are read once, with dot products. Exponentials are taken against the maximum of their chunk, so that each score is computed once: when all chunks
-// are known, a factor per chunk and lane turns them into probabilities.
+// registers. Where a vector would stand nearly empty (few lanes), keys are read once, with dot products. Where the machine
+// multiplies pairs of bfloat16 (cpu_pairs.h), bfloat16 keys are read as they are. Exponentials are taken against the maximum
+// of their chunk, so that each score is computed once: when all chunks are known, a factor per chunk and lane turns them into
+// probabilities.
 #include "attention_scores/cpu_kernel.h"
 
+#include "attention_scores/cpu_pairs.h"
 #include "common/cpu_dot.h"
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
@@ -92,6 +95,19 @@ void pack_rows(const ScoreJob& job, int64_t head, float* query) {
   for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
     constexpr int64_t kTile = decltype(width)::value * kLanes;
     float* tile = query + v * kLanes * job.dim;
+    if (job.paired) {
+      for (int64_t i = 0; i < kTile; ++i) {
+        const int64_t lane = v * kLanes + i;
+        const bfloat16* row = lane < job.lanes ? query_row<bfloat16>(job, head, lane) : nullptr;
+        for (int64_t d = 0; d + 1 < job.dim; d += 2) {
+          if (row)
+            memcpy(tile + d / 2 * kTile + i, row + d, sizeof *tile);
+          else
+            tile[d / 2 * kTile + i] = 0.0f;
+        }
+      }
+      return;
+    }
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t lane = v * kLanes + i;
       if (lane >= job.lanes) {
@@ -184,6 +200,18 @@ Chunk chunk_at(const ScoreJob& job, int64_t c) {
           position[count - 1] > job.first_position};
 }
 
+// score_tiles_of where the job is paired.
+template <class Use>
+void pair_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, const float* query, float* scores,
+                const Use& use) {
+  const bfloat16* k = static_cast<const bfloat16*>(job.k) + head * job.k_head;
+  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
+    multiply_pairs<kKeys, decltype(width)::value>(k, chunk.offset, chunk.count, query + v * kLanes * job.dim, job.dim,
+                                                  job.scale, scores);
+    use(v * kLanes, width, scores);
+  });
+}
+
 // Calls use(first lane, width, scores [count, width * kLanes]) for all tiles of lanes of one key head and one chunk.
 template <class T, class Use>
 void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
@@ -194,6 +222,7 @@ void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float
     dot_keys(job, k, chunk.offset, chunk.count, query, scores);
     return use(0, Width<1>{}, scores);
   }
+  if (job.paired) return pair_tiles(job, head, chunk, query, scores, use);
   convert_keys(job, k, chunk.offset, chunk.count, keys);
   for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
     multiply_tile<decltype(width)::value>(keys, chunk.count, query + v * kLanes * job.dim, job.dim, scores);

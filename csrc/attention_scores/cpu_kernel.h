@@ -24,6 +24,7 @@ struct ScoreJob {
   int64_t vision_chunks, text_chunks;
   float scale;
   Element element;  // of q and k
+  bool paired;      // products take pairs of bfloat16 (level avx512_bf16); query then holds pairs, not scaled
 
   // Inputs; offsets and strides in elements
   const void* q;
@@ -43,7 +44,7 @@ struct ScoreJob {
 
   // Workspace
   int64_t first_head, block_heads;  // the key heads of this round
-  float* query;                     // [kv_heads, dim * lane_stride] scaled rows in tiles of vectors, see pack_query
+  float* query;                     // [kv_heads, dim * lane_stride] scaled rows in tiles of vectors, see pack_rows
   float* lane_lse;                  // [kv_heads, lane_stride]
   float*
       stats;  // [block_heads, vision_chunks + text_chunks, 2, lane_stride] maximum (then: factor), sum of exponentials

@@ -12,10 +12,11 @@
 
 namespace mustdrop::cpu {
 
-enum class Level { baseline, avx2, avx512 };
+// avx512_bf16 is avx512 on a machine that also multiplies pairs of bfloat16: the same kernels, which may ask for it.
+enum class Level { baseline, avx2, avx512, avx512_bf16 };
 
 // The level in use: the best that this machine has, or the one that MUSTDROP_CPU_CAPABILITY names ("baseline", "avx2",
-// "avx512"; read once; a level that the machine lacks is refused by an exception at the first call).
+// "avx512", "avx512_bf16"; read once; a level that the machine lacks is refused by an exception at the first call).
 Level level();
 
 enum class Element : int32_t { f32, f16, bf16 };
@@ -37,6 +38,7 @@ enum class Element : int32_t { f32, f16, bf16 };
   }                                                                \
   inline void NAME(const ARGS& args, int64_t begin, int64_t end) { \
     switch (level()) {                                             \
+      case Level::avx512_bf16:                                     \
       case Level::avx512:                                          \
         return avx512::NAME(args, begin, end);                     \
       case Level::avx2:                                            \

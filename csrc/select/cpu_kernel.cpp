@@ -12,14 +12,16 @@ namespace {
 enum Fate : uint8_t { kGone = 0, kStays = 1, kCandidate = 2 };
 constexpr uint8_t kPadding = 0, kVision = 2;  // token types
 
-// Protected candidates stay; returns how many candidates are left.
-int64_t protect(const uint8_t* keeps, int64_t length, uint8_t* fates) {
-  if (keeps)
-    for (int64_t j = 0; j < length; ++j)
-      fates[j] = (fates[j] == kCandidate) & (keeps[j] != 0) ? static_cast<uint8_t>(kStays) : fates[j];
-  int64_t candidates = 0;
-  for (int64_t j = 0; j < length; ++j) candidates += fates[j] == kCandidate;
-  return candidates;
+// Protected candidates stay; returns how many of the candidates are left.
+int64_t protect(const uint8_t* keeps, int64_t length, int64_t candidates, uint8_t* fates) {
+  if (!keeps) return candidates;
+  int64_t left = 0;
+  for (int64_t j = 0; j < length; ++j) {
+    const uint8_t fate = (fates[j] == kCandidate) & (keeps[j] != 0) ? static_cast<uint8_t>(kStays) : fates[j];
+    fates[j] = fate;
+    left += fate == kCandidate;
+  }
+  return left;
 }
 
 // Candidates are the vision tokens; returns their number.
@@ -46,21 +48,27 @@ float sum(const T* value, int64_t length) {
   return lane[0];
 }
 
-// Candidates are the vision tokens that are below both thresholds.
+// Candidates are the vision tokens that are below both thresholds; returns their number.
 template <class T>
-void dual_fates(const T* total, const T* peak, const uint8_t* types, int64_t length, float total_limit,
-                float peak_limit, uint8_t* fates) {
+int64_t dual_fates(const T* total, const T* peak, const uint8_t* types, int64_t length, float total_limit,
+                   float peak_limit, uint8_t* fates) {
+  int64_t candidates = 0;
   for (int64_t j = 0; j < length; ++j) {
     const bool low = (to_float(total[j]) < total_limit) & (to_float(peak[j]) < peak_limit);
     const bool drop = low & (types[j] == kVision);
     fates[j] = types[j] == kPadding ? kGone : drop ? kCandidate : kStays;
+    candidates += drop;
   }
+  return candidates;
 }
 
 // 0 where the token is no candidate, as for NaN.
 template <class T>
 void make_keys(const T* score, const uint8_t* fates, int64_t length, uint32_t* keys) {
-  for (int64_t j = 0; j < length; ++j) keys[j] = fates[j] == kCandidate ? order_key(score[j]) : 0u;
+  for (int64_t j = 0; j < length; ++j) {
+    const uint32_t key = order_key(score[j]);  // of every token: a load that depends on the fate would not vectorise
+    keys[j] = fates[j] == kCandidate ? key : 0u;
+  }
 }
 
 // Calls use(j) for each j in [0, length) whose flag is 1 and not 0, in order, while use returns true. Flags go on with
@@ -88,40 +96,78 @@ struct Cut {
 };
 
 constexpr int kBins = 2048;
-constexpr int kCopies = 4;  // of the counters: equal digits in a row do not wait for each other
+constexpr int kCopies = 2;  // of the counters: equal digits in a row do not wait for each other
 
 // Finds the digit of the open-th highest key; `open` becomes how many keys with that digit are still wanted.
 uint32_t cut_digit(const uint32_t* keys, int64_t count, int shift, int64_t& open) {
   uint32_t counters[kCopies][kBins] = {};
   for (int64_t i = 0; i < count; ++i) ++counters[i % kCopies][keys[i] >> shift & (kBins - 1)];
   for (uint32_t digit = kBins - 1;; --digit) {
-    const int64_t number =
-        static_cast<int64_t>(counters[0][digit]) + counters[1][digit] + counters[2][digit] + counters[3][digit];
+    const int64_t number = static_cast<int64_t>(counters[0][digit]) + counters[1][digit];
     if (number >= open || digit == 0) return digit;
     open -= number;
   }
 }
 
-// 0 < open < number of candidates. `flags` is overwritten.
-Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow, uint8_t* flags) {
-  const uint32_t top = cut_digit(keys, length, 21, open);
-  if (top == 0) return {0, open};  // only NaN has keys that low
-  for (int64_t j = 0; j < length; ++j) flags[j] = keys[j] >> 21 == top;
+// Copies the keys among which the open-th highest is to `narrow` and returns their number; `open` becomes how many of them
+// are wanted. A sample says between which first digits it should be, and one pass over the keys says whether it is; where
+// it is not, all keys are copied.
+int64_t bracket(const uint32_t* keys, int64_t length, int64_t& open, uint32_t* narrow, uint8_t* flags) {
+  constexpr int64_t kStep = 16;
+  uint32_t counters[kBins] = {};
+  for (int64_t j = 0; j < length; j += kStep) ++counters[keys[j] >> 21];
+  const float rank = static_cast<float>(open) / kStep, margin = 4 * __builtin_sqrtf(rank) + 8;  // four deviations
+  const auto least = static_cast<int64_t>(rank - margin), most = static_cast<int64_t>(rank + margin);
+  uint32_t digit = kBins - 1;
+  int64_t seen = 0;
+  for (; digit > 0 && seen + counters[digit] < least; --digit) seen += counters[digit];
+  const uint32_t highest = digit << 21 | ((1u << 21) - 1);
+  for (; digit > 0 && seen + counters[digit] < most; --digit) seen += counters[digit];
+  const uint32_t lowest = digit << 21;
+
+  uint32_t above = 0, inside = 0;
+  for (int64_t j = 0; j < length; ++j) {
+    const bool flag = (keys[j] >= lowest) & (keys[j] <= highest);
+    flags[j] = flag;
+    inside += flag;
+    above += keys[j] > highest;
+  }
+  if (open <= above || open > static_cast<int64_t>(above) + inside) {
+    memcpy(narrow, keys, length * sizeof *keys);
+    return length;
+  }
+  open -= above;
   clear_past(flags, length);
-  int64_t left = 0;  // keys that begin like the one wanted
+  int64_t left = 0;
   for_each_set(flags, length, [&](int64_t j) {
     narrow[left++] = keys[j];
     return true;
   });
-  const uint32_t middle = cut_digit(narrow, left, 10, open), upper = top << 11 | middle;
-  int64_t same = 0;
-  for (int64_t i = 0; i < left; ++i) {
-    const uint32_t key = narrow[i];
-    narrow[same] = key & 1023;  // the ten bits that are left
-    same += key >> 10 == upper;
+  return left;
+}
+
+// Keeps the keys whose upper bits, from `shift` on, are those given; returns their number.
+int64_t keep_equal(uint32_t* keys, int64_t count, int shift, uint32_t upper) {
+  int64_t left = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t key = keys[i];
+    keys[left] = key;
+    left += key >> shift == upper;
   }
-  const uint32_t lower = cut_digit(narrow, same, 0, open);
-  return {upper << 10 | lower, open};
+  return left;
+}
+
+// 0 < open < number of candidates. `narrow` and `flags` are overwritten.
+Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow, uint8_t* flags) {
+  int64_t left = bracket(keys, length, open, narrow, flags);
+  const uint32_t top = cut_digit(narrow, left, 21, open);
+  if (top == 0) return {0, open};  // only NaN has keys that low
+  left = keep_equal(narrow, left, 21, top);
+  const uint32_t upper = top << 11 | cut_digit(narrow, left, 10, open);
+  left = keep_equal(narrow, left, 10, upper);
+  constexpr uint32_t kLast = 1023;  // the ten bits that are left
+  for (int64_t i = 0; i < left; ++i) narrow[i] &= kLast;
+  return {upper << 10 | cut_digit(narrow, left, 0, open), open};
 }
 
 // Lets the first candidates that tie with the cut stay.
@@ -139,17 +185,27 @@ void keep_ties(const uint32_t* keys, int64_t length, Cut cut, const uint8_t* fat
   }
 }
 
+// flags[j] = rule(j). The flags stand in a pointer of their own: seen through SelectArgs, a store of bytes might change it.
+template <class Rule>
+void flag(uint8_t* flags, int64_t length, const Rule& rule) {
+  for (int64_t j = 0; j < length; ++j) flags[j] = rule(j);
+}
+
 // Flags the tokens that stay.
 template <class T>
 void decide(const SelectArgs& args, const T* score, int64_t candidates, int64_t open) {
   const int64_t length = args.length;
-  if (open == 0 || open == candidates) {
-    for (int64_t j = 0; j < length; ++j) args.flags[j] = open ? args.fates[j] != kGone : args.fates[j] == kStays;
+  const uint8_t* const fates = args.fates;
+  if (open == 0) {
+    flag(args.flags, length, [fates](int64_t j) { return fates[j] == kStays; });
+  } else if (open == candidates) {
+    flag(args.flags, length, [fates](int64_t j) { return fates[j] != kGone; });
   } else {
-    make_keys(score, args.fates, length, args.keys);
-    const Cut cut = find_cut(args.keys, length, open, args.narrow, args.flags);
-    for (int64_t j = 0; j < length; ++j) args.flags[j] = (args.fates[j] == kStays) | (args.keys[j] > cut.key);
-    keep_ties(args.keys, length, cut, args.fates, args.flags);
+    const uint32_t* const keys = args.keys;
+    make_keys(score, fates, length, args.keys);
+    const Cut cut = find_cut(keys, length, open, args.narrow, args.flags);
+    flag(args.flags, length, [=](int64_t j) { return (fates[j] == kStays) | (keys[j] > cut.key); });
+    keep_ties(keys, length, cut, fates, args.flags);
   }
   clear_past(args.flags, length);
 }
@@ -175,15 +231,15 @@ void select_row(const SelectArgs& args, int64_t b) {
   int64_t candidates, open = 0;
   if (args.rule == Rule::topk) {
     const int64_t vision = topk_fates(types, args.length, args.fates);
-    candidates = protect(keeps, args.length, args.fates);
+    candidates = protect(keeps, args.length, vision, args.fates);
     int64_t budget = args.budgets ? args.budgets[b * args.budgets_stride] : args.k;
     budget = (budget < 0 ? 0 : budget) - (vision - candidates);  // the protected come first
     open = budget < 0 ? 0 : budget < candidates ? budget : candidates;
   } else {
     const T* peak = static_cast<const T*>(args.peak) + b * args.peak_stride;
     const float limit = args.global_threshold * sum(score, args.length);
-    dual_fates(score, peak, types, args.length, limit, args.individual_threshold, args.fates);
-    candidates = protect(keeps, args.length, args.fates);
+    candidates = dual_fates(score, peak, types, args.length, limit, args.individual_threshold, args.fates);
+    candidates = protect(keeps, args.length, candidates, args.fates);
   }
   open += (candidates - open) % args.drop_multiple;  // the best of those that would go are spared
   decide(args, score, candidates, open);

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from .subject import Subject, load_image, load_model, require_extras
 
 if TYPE_CHECKING:
     from ..report import PromptReport, Report
-    from .measure import Run
+    from .measure import Runs
 
 PICTURE = "mustdrop_demo.png"
 REPORT = "mustdrop_report.json"
@@ -33,7 +34,7 @@ UNTRAINED_NOTE = (
 )
 _WARM_UP_TOKENS = 2
 _REPEATS = 3
-_LONG_S = 2.0  # a model whose warm-up takes longer than this is measured once
+_LONG_S = 30.0  # a model whose warm-up takes longer than this is measured once
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ class Outcome:
     image: str
     preset: str
     report: Report
-    plain: Run
-    dropped: Run
+    plain: Runs
+    dropped: Runs
     repeats: int
     picture: Path
     report_file: Path
@@ -170,12 +171,12 @@ def _quiet_transformers() -> None:
 
 def _measure(
     subject: Subject, inputs: Any, config: MustDropConfig, max_new_tokens: int, step: Callable[[str], None]
-) -> tuple[Run, Run, Report, int]:
+) -> tuple[Runs, Runs, Report, int]:
     """Both ways in turn, after a warm-up of each, so that a busy machine slows both alike."""
     from ..integrations.transformers import drop_tokens
     from . import measure
 
-    def with_mustdrop(tokens: int) -> tuple[Run, Report]:
+    def with_mustdrop(tokens: int) -> tuple[measure.Run, Report]:
         with drop_tokens(subject.model, config) as report:
             return measure.generate(subject.model, inputs, tokens), report
 
@@ -191,7 +192,7 @@ def _measure(
         step(f"generation with MustDrop, run {turn} of {repeats}")
         found, report = with_mustdrop(max_new_tokens)
         dropped.append(found)
-    return measure.median(plain), measure.median(dropped), report, repeats
+    return measure.Runs.of(plain), measure.Runs.of(dropped), report, repeats
 
 
 def _draw(outcome: Outcome, image: Any) -> None:
@@ -239,16 +240,21 @@ def to_dict(outcome: Outcome) -> dict[str, Any]:
         },
         "kv_cache": {name: {"bytes": cache.bytes, "lengths": cache.lengths} for name, cache in caches.items()},
         "timing": {
-            "what": f"{WHAT}; milliseconds, median of {outcome.repeats} run(s) after a warm-up",
+            "what": f"{WHAT}; milliseconds, of {outcome.repeats} run(s) after a warm-up",
             "runs": outcome.repeats,
-            "plain": {"prefill_ms": outcome.plain.prefill_ms, "decode_ms_per_token": outcome.plain.decode_ms},
-            "mustdrop": {"prefill_ms": outcome.dropped.prefill_ms, "decode_ms_per_token": outcome.dropped.decode_ms},
+            "plain": _times(outcome.plain),
+            "mustdrop": _times(outcome.dropped),
             "stages_ms": prompt.milliseconds,
         },
         "answers": {"plain": plain, "mustdrop": dropped, "same_tokens": outcome.same_tokens},
         "files": {"picture": str(outcome.picture), "report": str(outcome.report_file)},
         "note": None if outcome.subject.trained else UNTRAINED_NOTE,
     }
+
+
+def _times(runs: Runs) -> dict[str, Any]:
+    decode = None if runs.decode is None else dataclasses.asdict(runs.decode)
+    return {"prefill_ms": dataclasses.asdict(runs.prefill), "decode_ms_per_token": decode}
 
 
 def show(outcome: Outcome, console: Console) -> None:
@@ -264,20 +270,19 @@ def show(outcome: Outcome, console: Console) -> None:
 def _comparison(outcome: Outcome) -> Table:
     from .measure import WHAT
 
-    caption = f"{WHAT}. Median of {outcome.repeats} run(s) after a warm-up."
+    caption = f"{WHAT}. Fastest of {outcome.repeats} run(s) after a warm-up."  # what a busy machine disturbs least
     table = Table(title="Plain generation and MustDrop", caption=caption, caption_justify="left")
     table.add_column("")
     table.add_column("plain", overflow="fold")
     table.add_column("MustDrop", overflow="fold")
 
-    def row(name: str, plain: float | None, dropped: float | None, unit: str) -> None:
-        if plain is not None and dropped is not None:
-            table.add_row(name, f"{plain:.1f} {unit}", f"{dropped:.1f} {unit}, {_ratio(plain, dropped)}")
+    def row(name: str, plain: float, dropped: float, unit: str) -> None:
+        table.add_row(name, f"{plain:.1f} {unit}", f"{dropped:.1f} {unit}, {_ratio(plain, dropped)}")
 
-    cache = (outcome.prompt.plain_cache.bytes / 1e6, outcome.prompt.final_cache.bytes / 1e6)
-    row("KV cache", *cache, "MB")
-    row("prefill", outcome.plain.prefill_ms, outcome.dropped.prefill_ms, "ms")
-    row("decode, per token", outcome.plain.decode_ms, outcome.dropped.decode_ms, "ms")
+    row("KV cache", outcome.prompt.plain_cache.bytes / 1e6, outcome.prompt.final_cache.bytes / 1e6, "MB")
+    row("prefill", outcome.plain.prefill.least, outcome.dropped.prefill.least, "ms")
+    if outcome.plain.decode is not None and outcome.dropped.decode is not None:
+        row("decode, per token", outcome.plain.decode.least, outcome.dropped.decode.least, "ms")
     table.add_section()
     plain, dropped = outcome.answers
     table.add_row("answer", escape(plain), escape(dropped))

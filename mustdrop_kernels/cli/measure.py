@@ -57,11 +57,32 @@ def generate(model: Any, inputs: Any, max_new_tokens: int) -> Run:
     )
 
 
-def median(runs: list[Run]) -> Run:
-    """The same answer with the median of each time."""
-    decode = [run.decode_ms for run in runs if run.decode_ms is not None]
-    return Run(
-        tokens=runs[-1].tokens,
-        prefill_ms=statistics.median(run.prefill_ms for run in runs),
-        decode_ms=statistics.median(decode) if decode else None,
-    )
+@dataclass(frozen=True)
+class Timing:
+    """One time of several runs, in milliseconds."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, times: list[float]) -> Timing:
+        """The median and the range."""
+        return cls(statistics.median(times), min(times), max(times))
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Several calls that gave the same answer."""
+
+    tokens: list[int]
+    prefill: Timing
+    decode: Timing | None
+    """Per token; None where only one was generated."""
+
+    @classmethod
+    def of(cls, runs: list[Run]) -> Runs:
+        """What the runs have in common, and their times."""
+        decode = [run.decode_ms for run in runs if run.decode_ms is not None]
+        prefill = Timing.of([run.prefill_ms for run in runs])
+        return cls(runs[-1].tokens, prefill, Timing.of(decode) if decode else None)

@@ -57,6 +57,12 @@ def test_what_is_there():
         backends.registered()["mine"] = None
 
 
+@pytest.mark.parametrize("name", ["reference", "cpu"])
+def test_every_operator_is_served_on_a_cpu(name):
+    backend = backends.registered()[name]
+    assert {op: backend.why_not(op, "cpu") for op in backends.OPS} == dict.fromkeys(backends.OPS)
+
+
 def test_by_argument(recorder):
     arguments = gather_arguments()
     plain = mk.gather_tokens(*arguments)

@@ -62,7 +62,7 @@ def test_versions_and_libraries(document) -> None:
     core = next(row for row in document["libraries"] if row["name"] == "libmustdrop")
     assert core["loaded"]
     assert core["problem"] is None
-    assert document["machine"]["CPU kernels"] in ("baseline", "avx2", "avx512")
+    assert document["machine"]["CPU kernels"] in ("baseline", "avx2", "avx512", "avx512_bf16")
 
 
 def test_text_names_everything(mustdrop) -> None:

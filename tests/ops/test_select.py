@@ -314,6 +314,18 @@ def test_topk_many_ties(backend, dtype):
         check_topk(backend, scores, types, k)
 
 
+@pytest.mark.parametrize("step", [8, 16, 32, 64])
+@pytest.mark.parametrize("high", [True, False])
+def test_topk_regular_patterns(backend, step, high):
+    """Whoever looks at every n-th score first is misled by one that stands out there, and must find out."""
+    length = 1500
+    scores = torch.rand(1, length, generator=generator(step))
+    scores[:, ::step] += 10.0 if high else -10.0
+    types = torch.full((1, length), VISION, dtype=torch.uint8)
+    for k in (1, length // step, length // 2, length - 3):
+        check_topk(backend, scores.to(backend.device), types.to(backend.device), k)
+
+
 def test_topk_neighbours_in_float32(backend):
     """Values one unit in the last place apart are told apart, of either sign."""
     base = torch.tensor([1.0, -1.0, 1e-38, 3e38])

@@ -9,14 +9,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
-
-_SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _bits(cache: Tensor) -> Tensor:
-    """The same memory as integers: moving tokens moves bytes, whatever they mean."""
-    same_size = _SAME_SIZE.get(cache.element_size())
-    return cache if same_size is None else cache.view(same_size)
+from .bits import as_integers
 
 
 def _moves(
@@ -38,6 +31,32 @@ def _moves(
     return keep, target, valid
 
 
+def _origin(
+    source: Tensor,  # [..., K]
+    target: Tensor,  # [..., K]
+    valid: Tensor,  # [..., K] bool
+    slots: int,
+) -> Tensor:  # [..., slots] int64
+    """The slot that each slot takes its content from: its own, unless something moves there."""
+    origin = torch.arange(slots + 1, device=source.device).repeat(*source.shape[:-1], 1)
+    nowhere = slots  # where moves that are none go
+    return origin.scatter_(-1, target.where(valid, nowhere), source.where(valid, nowhere))[..., :slots]
+
+
+def _physical(
+    position: Tensor,  # [B, Hk, K]
+    block_table: Tensor,  # [B, max_blocks]
+    blocks: int,
+    slots: int,
+) -> tuple[Tensor, Tensor]:
+    """The slot of the whole cache that holds each position, and whether the cache has it: [B, Hk, K] each."""
+    if block_table.shape[1] == 0:
+        return position, torch.zeros_like(position, dtype=torch.bool)
+    column = (position // max(slots, 1)).clamp(0, block_table.shape[1] - 1)
+    block = block_table.long().gather(1, column.flatten(1)).view_as(column)
+    return block * slots + position % max(slots, 1), (block >= 0) & (block < blocks)
+
+
 def compact_kv_(
     keys: Sequence[Tensor],  # [B, Hk, L, D] each
     values: Sequence[Tensor],  # [B, Hk, L, D] each
@@ -52,10 +71,10 @@ def compact_kv_(
         shared = layer if len(keep) > 1 else 0
         _, heads, length, _ = pair[0].shape
         source, target, valid = _moves(keep[shared], counts[shared], heads, length, length, align_end)
-        b, h, i = valid.nonzero(as_tuple=True)
+        origin = _origin(source, target, valid, length)
         for cache in pair:
-            cache = _bits(cache)
-            cache[b, h, target[b, h, i]] = cache[b, h, source[b, h, i]]
+            cache = as_integers(cache)
+            cache.copy_(cache.gather(2, origin[..., None].expand_as(cache)))
 
 
 def compact_paged_kv_(
@@ -76,11 +95,11 @@ def compact_paged_kv_(
         end = seq_lens if seq_lens is not None else 0
         extent = block_table.shape[1] * slots
         source, target, valid = _moves(keep[shared], counts[shared], heads, end, extent, align_end)
-        b, h, i = valid.nonzero(as_tuple=True)
-        source, target = source[b, h, i], target[b, h, i]
-        from_block, to_block = block_table[b, source // slots].long(), block_table[b, target // slots].long()
-        real = (from_block >= 0) & (from_block < blocks) & (to_block >= 0) & (to_block < blocks)
-        from_slot, to_slot = (source % slots)[real], (target % slots)[real]
+        from_slot, from_real = _physical(source, block_table, blocks, slots)
+        to_slot, to_real = _physical(target, block_table, blocks, slots)
+        real = valid & from_real & to_real
+        source, target, valid = (x.transpose(0, 1).flatten(1) for x in (from_slot, to_slot, real))  # [Hk, B K]
+        origin = _origin(source, target, valid, blocks * slots).T.reshape(blocks, slots, heads)
         for cache in pair:
-            cache = _bits(cache)
-            cache[to_block[real], to_slot, h[real]] = cache[from_block[real], from_slot, h[real]]
+            cache = as_integers(cache)
+            cache.copy_(cache[origin // slots, origin % slots, torch.arange(heads, device=cache.device)])

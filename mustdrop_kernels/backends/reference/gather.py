@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ... import checks
+from .bits import as_integers
 
 
 def gather_tokens(
@@ -19,12 +20,15 @@ def gather_tokens(
     """See ``mustdrop_kernels.gather_tokens``."""
     checks.gather_tokens(x, keep, counts, align_end=align_end)
     batch, capacity = keep.shape
+    length = x.shape[1]
+    if length == 0:
+        return x.new_zeros(batch, capacity, *x.shape[2:])
     kept = counts.long().clamp(0, capacity)[:, None]
     entry = torch.arange(capacity, device=x.device).expand(batch, -1)
     if align_end:
         entry = entry - (capacity - kept)
-    index = keep.gather(1, entry.clamp(min=0)) if capacity else keep
-    valid = (entry >= 0) & (entry < kept) & (index >= 0) & (index < x.shape[1])
-    out = x.new_zeros(batch, capacity, *x.shape[2:])
-    out[valid] = x[torch.arange(batch, device=x.device)[:, None].expand_as(index)[valid], index[valid]]
-    return out
+    index = keep.gather(1, entry.clamp(min=0))
+    valid = (entry >= 0) & (entry < kept) & (index >= 0) & (index < length)
+    row = torch.arange(batch, device=x.device)[:, None]
+    taken = as_integers(x)[row, index.clamp(0, length - 1)]
+    return taken.masked_fill(~valid.view(batch, capacity, *[1] * (x.dim() - 2)), 0).view(x.dtype)

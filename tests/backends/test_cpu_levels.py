@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU kernels are compiled once per instruction set: the conformance suite on each that this machine has."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mustdrop_kernels import _load
+
+REPOSITORY = Path(__file__).parents[2]
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+"""From the least to the best."""
+COMPILED = (
+    "golden",
+    "spatial_merge",
+    "cls_attention",
+    "select",
+    "text_vision_scores",
+    "text_vision_packed",
+    "properties",
+)
+"""Tests of operators whose kernels are compiled per level."""
+
+
+@pytest.mark.parametrize("level", LEVELS[:-1])
+def test_conformance(level: str) -> None:
+    best = _load.cpu_capability()
+    if best not in LEVELS or LEVELS.index(level) > LEVELS.index(best):
+        pytest.skip(f"this machine has {best}")
+    if level == best:
+        pytest.skip("the suite itself runs on it")
+    files = [f"tests/ops/test_{name}.py" for name in COMPILED]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files],
+        env={**os.environ, "MUSTDROP_CPU_CAPABILITY": level, "MUSTDROP_TEST_BACKENDS": "cpu"},
+        cwd=REPOSITORY, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert " passed" in done.stdout
