@@ -70,6 +70,30 @@ def pairs() -> list[BackendUnderTest]:
     return [p for p in found if any(registry[p.name].why_not(op, p.device) is None for op in OPS)]
 
 
+# In Triton's interpreter a test takes a second: the ordinary run takes so many forms of each test, the slow one all.
+INTERPRETED_FORMS = 1
+
+
+def _interpreted_form(item: pytest.Item) -> bool:
+    callspec = getattr(item, "callspec", None)
+    return callspec is not None and repr(callspec.params.get("backend")) == "triton-cpu"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow what the interpreter leaves to `make test-all`: all but some forms of each test, evenly spread."""
+    forms: dict[str, list[pytest.Item]] = {}
+    for item in filter(_interpreted_form, items):
+        if "slow" not in item.keywords:
+            forms.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in forms.values():
+        steps = max(min(INTERPRETED_FORMS, len(same)) - 1, 1)
+        taken = {i * (len(same) - 1) // steps for i in range(INTERPRETED_FORMS)}
+        for i, item in enumerate(same):
+            if i not in taken:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` brings its device; `device` alone is for tests of what no backend computes (fakes, schemas)."""
     if "backend" in metafunc.fixturenames:
