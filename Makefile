@@ -65,7 +65,7 @@ $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 tests/integrations
 
-check-cuda: $(VENV)/.packages  ## compile the CUDA kernels for every target; registers, spills, instructions (needs nvcc; CHECK="--targets 90a,80")
+check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
 	$(BIN)/python bench/check_cuda.py $(CHECK)
 
 check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some

@@ -74,10 +74,11 @@ struct SelectPart {
 
 // Of all threads that work on a sequence. A block that is alone does without the cluster's barrier, which takes longer.
 __device__ __forceinline__ void row_barrier() {
-  if (cluster_size() == 1)
+  if (cluster_size() == 1) {
     __syncthreads();
-  else
+  } else {
     cluster_barrier();
+  }
 }
 
 // The sum over the cluster of a value that each block has; the same in every thread.

@@ -53,7 +53,7 @@ __host__ __device__ inline int64_t merge_finish_bytes(const MergeParameters& p) 
 // p.parts blocks to an image: each decides for the whole image, which is quicker than to ask another block, and writes every
 // p.parts-th window, prefix token and padding row.
 template <class T, int V>
-__global__ void __launch_bounds__(kMergeThreads) merge_finish_kernel(const __grid_constant__ MergeParameters p) {
+__global__ void __launch_bounds__(kMergeThreads, 3) merge_finish_kernel(const __grid_constant__ MergeParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   float* similarity = reinterpret_cast<float*>(memory);                  // [W]
   int32_t* order = reinterpret_cast<int32_t*>(memory) + p.window_count;  // [W]

@@ -67,6 +67,18 @@ def test_long_rows(device, length):
     assert torch.equal(got[1], want[1])
 
 
+def test_long_rows_without_a_search(device):
+    """Nothing to rank: the blocks of a cluster exchange one sum right after the other."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(1, 22_000, generator=generator)
+    types = torch.randint(0, 4, (1, 22_000), generator=generator, dtype=torch.uint8)
+    options = {"protected": None, "capacity": None, "drop_multiple": 1}
+    got = emulated("select_dual")(scores, scores, types, 0.5, 0.5, **options)
+    want = reference("select_dual")(scores, scores, types, 0.5, 0.5, **options)
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
 @pytest.mark.parametrize("align_end", [False, True])
 def test_long_caches(device, align_end):
     """More moves than are looked up together."""
