@@ -3,8 +3,9 @@
 
 A new backend only registers itself; no test names one. MUSTDROP_TEST_BACKENDS=a,b tests those alone.
 
-The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), which is slow: of each test a
-sample of its cases runs, the others are marked slow. MUSTDROP_EMULATION_SAMPLE=n takes one in n (1: all; 0: none).
+The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), and with TRITON_INTERPRET=1 the
+Triton kernels in Triton's interpreter. Both are slow: of each test some cases run there, the others are marked slow.
+MUSTDROP_EMULATION_SAMPLE=n takes one case in n of the emulation (1: all; 0: none).
 """
 
 from __future__ import annotations
@@ -70,30 +71,6 @@ def pairs() -> list[BackendUnderTest]:
     return [p for p in found if any(registry[p.name].why_not(op, p.device) is None for op in OPS)]
 
 
-# In Triton's interpreter a test takes a second: the ordinary run takes so many forms of each test, the slow one all.
-INTERPRETED_FORMS = 1
-
-
-def _interpreted_form(item: pytest.Item) -> bool:
-    callspec = getattr(item, "callspec", None)
-    return callspec is not None and repr(callspec.params.get("backend")) == "triton-cpu"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as slow what the interpreter leaves to `make test-all`: all but some forms of each test, evenly spread."""
-    forms: dict[str, list[pytest.Item]] = {}
-    for item in filter(_interpreted_form, items):
-        if "slow" not in item.keywords:
-            forms.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    for same in forms.values():
-        steps = max(min(INTERPRETED_FORMS, len(same)) - 1, 1)
-        taken = {i * (len(same) - 1) // steps for i in range(INTERPRETED_FORMS)}
-        for i, item in enumerate(same):
-            if i not in taken:
-                item.add_marker(pytest.mark.slow)
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`backend` brings its device; `device` alone is for tests of what no backend computes (fakes, schemas)."""
     if "backend" in metafunc.fixturenames:
@@ -115,19 +92,26 @@ def _repeatable_seed() -> None:
     torch.manual_seed(0)
 
 
-def _emulated(item: pytest.Item) -> bool:
+def _backend_of(item: pytest.Item) -> str:
     parameters = getattr(item, "callspec", None)
     backend = parameters.params.get("backend") if parameters else None
-    return isinstance(backend, BackendUnderTest) and backend.name == cuda_emulation.NAME
+    return repr(backend) if isinstance(backend, BackendUnderTest) else ""
+
+
+EMULATED, INTERPRETED = f"{cuda_emulation.NAME}-cpu", "triton-cpu"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the emulated cases of each test the first and one in SAMPLE of the others stay; the rest is slow."""
-    seen: set[str] = set()
-    for item in filter(_emulated, items):
-        test = item.nodeid.split("[")[0]
-        if test in seen and zlib.crc32(item.nodeid.encode()) % SAMPLE:
+    """Of the cases of each test on a slow player the first stays, and a sample of the others; the rest is slow."""
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        player = _backend_of(item)
+        if player not in (EMULATED, INTERPRETED) or "slow" in item.keywords:
+            continue
+        test = (item.nodeid.split("[")[0], player)
+        sampled = player == EMULATED and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
+        if test in seen and not sampled:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
 
@@ -135,7 +119,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Registers the emulated backend while a test of it runs, with that test's own order of threads and device."""
-    if not _emulated(request.node):
+    if _backend_of(request.node) != EMULATED:
         return
     monkeypatch.setattr(backends, "_registered", dict(backends._registered))
     backends.register_backend(cuda_emulation.emulated())
