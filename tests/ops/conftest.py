@@ -3,8 +3,8 @@
 
 A new backend only registers itself; no test names one. MUSTDROP_TEST_BACKENDS=a,b tests those alone.
 
-The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), and with TRITON_INTERPRET=1 the
-Triton kernels in Triton's interpreter. Both are slow: of each test some cases run there, the others are marked slow.
+The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), and with TRITON_INTERPRET=1
+the Triton kernels in Triton's interpreter. Both are slow: of each test some cases run there, the rest is marked slow.
 MUSTDROP_EMULATION_SAMPLE=n takes one case in n of the emulation (1: all; 0: none).
 """
 
