@@ -7,13 +7,14 @@ TORCH ?= torch==2.13.0
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
 LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
+TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
 
-.PHONY: help demo bench test test-all test-transformers-4 test-vllm check-cuda lint format build clean
+.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
 # torch comes first and pinned, so that nothing later pulls another build of it.
 $(VENV)/.packages: pyproject.toml
@@ -35,11 +36,27 @@ demo: build  ## a photograph through a small LLaVA, with and without dropping; w
 bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
 
-test: build  ## the tests that every change has to pass (no GPU, no CUDA compiler)
+test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
 test-all: build test-transformers-4  ## the full matrices, and a compile for CUDA where nvcc is found
 	$(BIN)/python -m pytest -q -n 2
+	$(INTERPRETED)
+
+# Triton's interpreter runs the kernels on CPU tensors; Triton reads its variable when it is imported.
+INTERPRETED = TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton $(BIN)/python -m pytest -q -n 2 -k triton tests/ops tests/backends
+
+test-triton: build  ## the Triton kernels in Triton's interpreter: some forms of each test, all of them in test-all
+	$(INTERPRETED) -m 'not slow'
+
+# Its interpreter does not run with a newer NumPy.
+$(TRITON_3_4)/.ready: | $(VENV)/.packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRITON_3_4) triton==3.4.0 'numpy<2.4'
+	touch $@
+
+test-triton-3.4: build $(TRITON_3_4)/.ready  ## the same with the oldest Triton that is served, and a compile for one GPU
+	PYTHONPATH=$(TRITON_3_4) $(INTERPRETED) -m 'not slow'
+	PYTHONPATH=$(TRITON_3_4) $(BIN)/python bench/check_triton.py --targets sm90
 
 $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) \
@@ -67,8 +84,11 @@ $(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/mustdrop_torchvisi
 test-vllm: build $(VLLM)/.ready  ## the vLLM plug-in's tests in a real vLLM on a CPU (minutes to install)
 	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm_plugin
 
-check-cuda: $(VENV)/.packages  ## compile the CUDA kernels for every target; registers, spills, instructions (needs nvcc)
-	$(BIN)/python bench/check_cuda.py
+check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
+	$(BIN)/python bench/check_cuda.py $(CHECK)
+
+check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
+	$(BIN)/python bench/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .

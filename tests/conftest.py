@@ -17,9 +17,3 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 # Under xdist each worker has one core; alone, two threads, so that work is split.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
-
-# MUSTDROP_CUDA_EMULATION=1 adds the CUDA kernels, emulated on the host, as one more backend.
-if os.environ.get("MUSTDROP_CUDA_EMULATION"):
-    import cuda_emulation
-
-    cuda_emulation.register()

@@ -4,36 +4,13 @@
 
 #include <algorithm>
 
+#include "attention_scores/checks.h"
 #include "attention_scores/cpu_plan.h"
-#include "common/arguments.h"
 
 namespace mustdrop {
 namespace {
 
 constexpr int64_t kNoLimit = INT64_MAX;
-
-// ---------------------------------------------------------------------------------------------- checks
-
-void check_heads(const char* op, const char* argument, int64_t heads, int64_t kv_heads) {
-  if (heads != 0 && (kv_heads <= 0 || heads % kv_heads != 0))
-    refuse_argument(op, argument, " must have a number of heads that divides the query's ", heads, ", got ", kv_heads);
-}
-
-void check_query(const char* op, const Tensor& q, Extents shape) {
-  check_extents(op, "q", q, shape);
-  check_computed(op, "q", q);
-  check_last_dense(op, "q", q);
-}
-
-void check_packed_query(const char* op,
-                        const Tensor& q,              // [total_q, Hq, D]
-                        const Tensor& cu_seqlens_q,   // [B+1]
-                        const OptionalTensor& lse) {  // [Hq, total_q]
-  check_query(op, q, {"total_q", "Hq", "D"});
-  check_tensor(op, "cu_seqlens_q", cu_seqlens_q, {"B+1"}, ScalarType::Int, q);
-  check_at_least(op, "cu_seqlens_q", cu_seqlens_q.size(0), 1);
-  if (lse) check_tensor(op, "lse", *lse, {q.size(1), q.size(0)}, ScalarType::Float, q, true);
-}
 
 // ---------------------------------------------------------------------------------------------- layouts
 
@@ -85,17 +62,6 @@ Span span_of(const int32_t* cumulative, int64_t b, int64_t extent, int64_t longe
 
 }  // namespace
 
-void check_text_vision_scores(const char* op, const Tensor& q, const Tensor& k, const Tensor& token_types,
-                              const OptionalTensor& lse) {
-  check_query(op, q, {"B", "Hq", "Lq", "D"});
-  check_tensor(op, "k", k, {q.size(0), "Hk", "Lk", q.size(3)}, q.scalar_type(), q);
-  check_heads(op, "k", q.size(1), k.size(1));
-  if (q.size(2) > k.size(2))
-    refuse_argument(op, "q", " must not have more rows than k, ", k.size(2), ", got ", q.size(2));
-  check_tensor(op, "token_types", token_types, {q.size(0), k.size(2)}, ScalarType::Byte, q);
-  if (lse) check_tensor(op, "lse", *lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q, true);
-}
-
 std::tuple<Tensor, Tensor> text_vision_scores(const char* op, const Tensor& q, const Tensor& k,
                                               const Tensor& token_types, double scale, const OptionalTensor& lse) {
   check_text_vision_scores(op, q, k, token_types, lse);
@@ -127,9 +93,7 @@ Tensor text_vision_attention(const Tensor& q,            // [B, Hq, Lq, D]
                              const Tensor& token_types,  // [B, Lk]
                              double scale, int64_t max_query,
                              const OptionalTensor& lse) {  // [B, Hq, Lq]
-  constexpr const char* op = "text_vision_attention";
-  check_text_vision_scores(op, q, k, token_types, lse);
-  check_at_least(op, "max_query", max_query, 0);
+  check_text_vision_attention(q, k, token_types, max_query, lse);
   const int64_t length = k.size(2);
   Tensor map = new_zeros(q, {q.size(0), max_query, length}, ScalarType::Float);
   std::vector<ScoreSequence> sequences;
@@ -150,15 +114,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,           
                                                      const Tensor& cu_seqlens_k,  // [B+1]
                                                      int64_t max_seqlen_q, int64_t max_seqlen_k, double scale,
                                                      const OptionalTensor& lse) {  // [Hq, total_q]
-  constexpr const char* op = "text_vision_scores_varlen";
-  check_packed_query(op, q, cu_seqlens_q, lse);
-  check_tensor(op, "k", k, {"total_k", "Hk", q.size(2)}, q.scalar_type(), q);
-  check_heads(op, "k", q.size(1), k.size(1));
-  check_tensor(op, "token_types", token_types, {k.size(0)}, ScalarType::Byte, q);
-  check_tensor(op, "cu_seqlens_k", cu_seqlens_k, {cu_seqlens_q.size(0)}, ScalarType::Int, q);
-  check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
-  check_at_least(op, "max_seqlen_k", max_seqlen_k, 0);
-
+  check_text_vision_scores_varlen(q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, lse);
   Tensor total = new_zeros(q, {k.size(0)}, ScalarType::Float), peak = new_zeros(q, {k.size(0)}, ScalarType::Float);
   const int64_t lse_row = lse ? lse->stride(1) : 0;
   std::vector<ScoreSequence> sequences;
@@ -189,17 +145,8 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
                                                     const Tensor& cu_seqlens_q,  // [B+1]
                                                     int64_t max_seqlen_q, double scale,
                                                     const OptionalTensor& lse) {  // [Hq, total_q]
-  constexpr const char* op = "text_vision_scores_paged";
-  check_packed_query(op, q, cu_seqlens_q, lse);
-  check_tensor(op, "k_cache", k_cache, {"blocks", "slots", "Hk", q.size(2)}, q.scalar_type(), q, true);
-  check_at_least(op, "k_cache", k_cache.size(1), 1);
-  check_heads(op, "k_cache", q.size(1), k_cache.size(2));
+  check_text_vision_scores_paged(q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, lse);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
-  check_tensor(op, "block_table", block_table, {batch, "max_blocks"}, ScalarType::Int, q);
-  check_tensor(op, "seq_lens", seq_lens, {batch}, ScalarType::Int, q);
-  check_tensor(op, "token_types", token_types, {batch, "max_len"}, ScalarType::Byte, q);
-  check_at_least(op, "max_seqlen_q", max_seqlen_q, 0);
-
   const int64_t longest = token_types.size(1), slots = k_cache.size(1);
   Tensor total = new_zeros(q, {batch, longest}, ScalarType::Float);
   Tensor peak = new_zeros(q, {batch, longest}, ScalarType::Float);

@@ -6,15 +6,6 @@
 
 namespace mustdrop {
 
-// Refuses arguments that text_vision_scores cannot serve, in the name of operator `op`. An operator with further
-// arguments calls this, checks those, and then asks for the scores, so that everything is refused before any work.
-void check_text_vision_scores(const char* op,
-                              const Tensor& q,            // [B, Hq, Lq, D]
-                              const Tensor& k,            // [B, Hk, Lk, D]
-                              const Tensor& token_types,  // [B, Lk]
-                              const OptionalTensor& lse   // [B, Hq, Lq]
-);
-
 // total and peak, [B, Lk] float32 each. Checks its arguments, in the name of operator `op`.
 std::tuple<Tensor, Tensor> text_vision_scores(const char* op,
                                               const Tensor& q,            // [B, Hq, Lq, D]

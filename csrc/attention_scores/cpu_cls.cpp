@@ -2,14 +2,13 @@
 // cls_attention on the CPU: checks and launch.
 #include <algorithm>
 
+#include "attention_scores/checks.h"
 #include "attention_scores/cpu_kernel_cls.h"
-#include "common/arguments.h"
 #include "common/workers.h"
 
 namespace mustdrop {
 namespace {
 
-constexpr const char* kOp = "cls_attention";
 constexpr int64_t kGrainBytes = 64 << 10;      // least of k that a thread reads
 constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at
 
@@ -18,13 +17,7 @@ Tensor cls_attention(const Tensor& q,  // [B, H, D]
                      double scale,
                      const OptionalTensor& counts,  // [B]
                      int64_t num_prefix_tokens) {
-  check_extents(kOp, "q", q, {"B", "H", "D"});
-  check_computed(kOp, "q", q);
-  check_last_dense(kOp, "q", q);
-  check_tensor(kOp, "k", k, {q.size(0), q.size(1), "S", q.size(2)}, q.scalar_type(), q);
-  if (counts) check_tensor(kOp, "counts", *counts, {q.size(0)}, ScalarType::Int, q, true);
-  check_at_least(kOp, "num_prefix_tokens", num_prefix_tokens, 0);
-
+  check_cls_attention(q, k, counts, num_prefix_tokens);
   const int64_t batch = q.size(0), heads = q.size(1), span = k.size(2), dim = q.size(2);
   Tensor out = new_zeros(q, {batch, span}, ScalarType::Float);
   if (batch * heads * span == 0) return out;

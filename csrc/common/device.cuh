@@ -301,6 +301,22 @@ __device__ __forceinline__ T* cluster_shared(T* mine, unsigned) {
 
 // ---------------------------------------------------------------------------------------------- matrix
 
+// Four 8x8 matrices of 16-bit elements from shared memory, spread over a warp as ldmatrix.x4 has it: lane 8 m + r names row
+// r of matrix m (16 bytes), and word m of a lane is what stands in row lane / 4 of it, columns 2 (lane % 4) and one more.
+__device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const char* row) {
+#if defined(MUSTDROP_CUDA_EMULATED)
+  const auto rows = cuda_emulation::lanes("ldmatrix", kFullMask, row);
+  for (unsigned m = 0; m < 4; ++m)
+    words[m] = reinterpret_cast<const uint32_t*>(rows[8 * m + lane_id() / 4])[lane_id() % 4];
+#else
+  const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(from)
+               : "memory");
+#endif
+}
+
 // d += a b, a (16, 16), b (16, 8), d (16, 8) float32, spread over a warp as mma.sync.m16n8k16 has it. With g = lane / 4 and
 // t = lane % 4: a[0], a[2] hold columns (2t, 2t+1) and (2t+8, 2t+9) of row g, a[1], a[3] those of row g + 8; b[0], b[1] rows
 // (2t, 2t+1) and (2t+8, 2t+9) of column g; d[0..1] columns 2t, 2t+1 of row g, d[2..3] those of row g + 8.

@@ -38,7 +38,7 @@ struct DeviceFacts {
 class Device {
  public:
   explicit Device(const Tensor&) {}
-  DeviceFacts facts() const { return {cuda_emulation::capability(), 4, 100 << 10}; }
+  DeviceFacts facts() const { return {cuda_emulation::capability(), 4, cuda_emulation::shared_limit()}; }
 
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {

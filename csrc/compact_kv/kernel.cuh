@@ -4,9 +4,11 @@
 //
 // Why it is race-free. keep ascends, so keep[i] >= i, and slot i is the source of moves m <= i alone: written in order, a
 // store of tile t can only overwrite sources of tiles <= t. So one barrier between the loads of a tile and its stores is
-// enough, and the loads of tile t + 1 may start before the stores of tile t. With align_end all of it is mirrored and the
-// moves are made last to first. 16-byte columns of a row are independent of each other: few heads are split by columns
-// over several blocks, which then never wait for one another, however long the sequence is.
+// enough, and later tiles may be loaded at any time: tiles t and t + 1 share a barrier, and t + 2 is loaded while they are
+// stored. With align_end all of it is mirrored and the moves are made last to first. 16-byte columns of a row are independent
+// of each other: few heads are split by columns over several blocks, which then never wait for one another, however long the
+// sequence is. A `keep` that does not ascend breaks the order, so that what ends up in the slots is unspecified; nothing
+// outside the tensors is touched then either, since each move is checked by itself.
 //
 // A block owns one stream: (layer, cache, b, h, a range of columns). Each thread keeps to one column.
 #pragma once
@@ -125,10 +127,9 @@ __device__ __forceinline__ void compact_chunk(const CompactMove* moves, char* co
   compact_load(even, moves, column, rows, 0);
   for (int tile = 0; tile < tiles; tile += 2) {
     compact_load(odd, moves, column, rows, tile + 1);
-    __syncthreads();  // all loads of `tile` are done
+    __syncthreads();  // all loads of `tile` and `tile + 1` are done
     compact_store(even, moves, column, rows, tile);
     compact_load(even, moves, column, rows, tile + 2);
-    __syncthreads();  // all loads of `tile + 1` are done
     compact_store(odd, moves, column, rows, tile + 1);
   }
 }

@@ -2,6 +2,7 @@
 // select_dual, select_topk and their fusions with the scores on the CPU: sequences are spread over the threads.
 #include <memory>
 
+#include "attention_scores/checks.h"
 #include "attention_scores/cpu.h"
 #include "common/arguments.h"
 #include "common/workers.h"

@@ -72,6 +72,15 @@ struct SelectPart {
   __device__ __forceinline__ uint32_t key(int64_t j) const { return keys ? keys[j - begin] : select_key(row, j); }
 };
 
+// Of all threads that work on a sequence. A block that is alone does without the cluster's barrier, which takes longer.
+__device__ __forceinline__ void row_barrier() {
+  if (cluster_size() == 1) {
+    __syncthreads();
+  } else {
+    cluster_barrier();
+  }
+}
+
 // The sum over the cluster of a value that each block has; the same in every thread.
 template <class T>
 __device__ __forceinline__ T cluster_total(T value, SelectShared& shared) {
@@ -109,12 +118,11 @@ __device__ __forceinline__ void count_digit(const SelectPart<T>& part, SelectSha
     if (counted && lane_id() == unsigned(__ffs(alike) - 1))
       atomicAdd(&shared.histogram[digit], uint32_t(__popc(alike)));
   }
-  __syncthreads();
 }
 
 // Finds the bucket that holds the `open`-th best (open >= 1): shared.bucket, and how many are above it: shared.above.
 __device__ __forceinline__ void find_bucket(SelectShared& shared, uint32_t open) {
-  cluster_barrier();                                              // all histograms are complete
+  row_barrier();                                                  // all histograms are complete
   const int each = kSelectDigits / static_cast<int>(blockDim.x);  // buckets of a thread, from the highest down
   uint32_t count[kSelectDigits / 256], mine = 0;
 #pragma unroll
@@ -135,7 +143,7 @@ __device__ __forceinline__ void find_bucket(SelectShared& shared, uint32_t open)
     }
     above += count[i];
   }
-  cluster_barrier();  // nobody reads a histogram any more; bucket and above are there
+  row_barrier();  // nobody reads a histogram any more; bucket and above are there
 }
 
 struct SelectLimit {
@@ -153,7 +161,6 @@ __device__ __forceinline__ SelectLimit radix_select(const SelectPart<T>& part, S
     find_bucket(shared, open);
     prefix = prefix << kBits[pass] | shared.bucket;
     open -= shared.above;
-    __syncthreads();
   }
   return {prefix, open};
 }

@@ -24,9 +24,9 @@ __host__ __device__ inline MergeLayout merge_layout(const MergeParameters& p, in
   at.rank = place(p.window_count * int64_t(4));
   at.window_row = place(p.window_count * int64_t(4));
   at.row = place(p.patches * int64_t(4));
-  at.inverse = place(int64_t(part) * p.window_size * 4);
+  at.inverse = place(int64_t(part) * p.members * 4);
   at.scratch = place(kWarp * 4);
-  at.tokens = place(int64_t(part) * p.window_size * row_bytes);
+  at.tokens = place(int64_t(part) * p.members * row_bytes);
   at.total = end;
   return at;
 }
@@ -52,10 +52,10 @@ __global__ void __launch_bounds__(kMergeThreads) merge_cluster_kernel(const __gr
   int32_t* order = reinterpret_cast<int32_t*>(memory + at.rank);             // [W]
   int32_t* window_row = reinterpret_cast<int32_t*>(memory + at.window_row);  // [W]
   int32_t* row = reinterpret_cast<int32_t*>(memory + at.row);                // [N]
-  float* inverse = reinterpret_cast<float*>(memory + at.inverse);            // [part, n]
+  float* inverse = reinterpret_cast<float*>(memory + at.inverse);            // [part, members]
   int32_t* scratch = reinterpret_cast<int32_t*>(memory + at.scratch);        // [warps]
-  T* held = reinterpret_cast<T*>(memory + at.tokens);                        // [part, n, C]
-  const int64_t b = blockIdx.x / blocks, window_elements = int64_t(p.window_size) * p.channels;
+  T* held = reinterpret_cast<T*>(memory + at.tokens);                        // [part, members, C]
+  const int64_t b = blockIdx.x / blocks, window_elements = int64_t(p.members) * p.channels;
   const int32_t first = rank * part, own = clamp_to(p.window_count - first, 0, part);
 
   const MergeTokens<T> global = tokens_in_global<T>(p, b);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_cluster_kernel(const __gr
   cluster_barrier();  // all blocks of the cluster run, so their shared memory may be written to
   for (int32_t i = warp_id(); i < own; i += kMergeWarps) {
     const MergeTokens<T> tokens{held + i * window_elements, p.channels, true};
-    const float value = window_similarity<T, V>(p, window_at(p, first + i), tokens, inverse + i * p.window_size);
+    const float value = window_similarity<T, V>(p, window_at(p, first + i), tokens, inverse + i * p.members);
     if (static_cast<int32_t>(lane_id()) < blocks) cluster_shared(similarity, lane_id())[first + i] = value;
   }
   cluster_barrier();

@@ -36,26 +36,72 @@ void for_each_token(const MergeJob& job, const WindowExtent& extent, const Visit
 
 template <class T>
 float square_sum(const T* row, int64_t channels) {
-  VecFloat even{}, odd{};
+  constexpr int kSums = 4;  // so that no addition waits for the one before
+  VecFloat sums[kSums] = {};
   int64_t c = 0;
-  for (; c + 2 * kLanes <= channels; c += 2 * kLanes) {
-    const VecFloat a = load(row + c), b = load(row + c + kLanes);
-    even += a * a, odd += b * b;
-  }
+  for (; c + kSums * kLanes <= channels; c += kSums * kLanes)
+#pragma GCC unroll 4
+    for (int i = 0; i < kSums; ++i) {
+      const VecFloat a = load(row + c + i * kLanes);
+      sums[i] += a * a;
+    }
   for (; c < channels; c += kLanes) {
     const VecFloat a = c + kLanes <= channels ? load(row + c) : load_part(row + c, channels - c);
-    even += a * a;
+    sums[0] += a * a;
   }
-  return sum_of(even + odd);
+  return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// sum += factor * row
+// A weighted sum of rows, which takes several rows at a time, so that the sum is written once for all of them.
 template <class T>
-void add_scaled(float* sum, float factor, const T* row, int64_t channels) {
-  int64_t c = 0;
-  for (; c + kLanes <= channels; c += kLanes) store(sum + c, load(sum + c) + factor * load(row + c));
-  for (; c < channels; ++c) sum[c] += factor * to_float(row[c]);
-}
+class RowSum {
+ public:
+  RowSum(float* sum, int64_t channels) : sum_(sum), channels_(channels) {}  // [channels], overwritten
+
+  void add(float weight, const T* row) {
+    weight_[count_] = weight, row_[count_] = row;
+    if (++count_ == kRows) flush();
+  }
+
+  const float* finish() {
+    if (count_ || !begun_) flush();
+    return sum_;
+  }
+
+ private:
+  static constexpr int kRows = 4, kWidth = 4;
+
+  void flush() {
+    int64_t c = 0;
+    for (; c + kWidth * kLanes <= channels_; c += kWidth * kLanes) add_columns<kWidth>(c);
+    for (; c + kLanes <= channels_; c += kLanes) add_columns<1>(c);
+    for (; c < channels_; ++c) {
+      float sum = begun_ ? sum_[c] : 0.0f;
+      for (int i = 0; i < count_; ++i) sum += weight_[i] * to_float(row_[i][c]);
+      sum_[c] = sum;
+    }
+    begun_ = true, count_ = 0;
+  }
+
+  template <int W>
+  void add_columns(int64_t c) {
+    VecFloat sums[W];
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) sums[w] = begun_ ? load(sum_ + c + w * kLanes) : VecFloat{};
+    for (int i = 0; i < count_; ++i)
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) sums[w] += weight_[i] * load(row_[i] + c + w * kLanes);
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) store(sum_ + c + w * kLanes, sums[w]);
+  }
+
+  float* sum_;
+  int64_t channels_;
+  bool begun_ = false;  // sum_ holds earlier rows
+  int count_ = 0;
+  float weight_[kRows];
+  const T* row_[kRows];
+};
 
 template <class T>
 void similarity_of(const MergeTask& task, int64_t item) {
@@ -64,16 +110,16 @@ void similarity_of(const MergeTask& task, int64_t item) {
   const int64_t n = extent.tokens();
   const T* image = static_cast<const T*>(job.x) + item / job.windows * job.x_batch;
   float squares = 0;
-  memset(task.sum, 0, job.channels * sizeof(float));
+  RowSum<T> sum(task.sum, job.channels);
   for_each_token(job, extent, [&](int64_t token) {
     const T* row = image + token * job.x_row;
     const float square = square_sum(row, job.channels), norm = sqrtf(square);
     const float scale = 1.0f / (norm < 1e-8f ? 1e-8f : norm);
     squares += square * scale * scale;
-    add_scaled(task.sum, scale, row, job.channels);
+    sum.add(scale, row);
   });
   const float pairs = static_cast<float>(n) * static_cast<float>(n - 1);
-  job.similarity[item] = n > 1 ? (square_sum(task.sum, job.channels) - squares) / pairs : NAN;
+  job.similarity[item] = n > 1 ? (square_sum(sum.finish(), job.channels) - squares) / pairs : NAN;
 }
 
 template <class T>
@@ -82,15 +128,16 @@ void write_merged(const MergeTask& task, const WindowExtent& extent, int64_t b) 
   const T* image = static_cast<const T*>(job.x) + b * job.x_batch;
   float size = 0;
   int64_t row = -1;
-  memset(task.sum, 0, job.channels * sizeof(float));
+  RowSum<T> sum(task.sum, job.channels);
   for_each_token(job, extent, [&](int64_t token) {
     const float weight = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
     size += weight;
     row = job.source[b * job.length + token];
-    add_scaled(task.sum, weight, image + token * job.x_row, job.channels);
+    sum.add(weight, image + token * job.x_row);
   });
+  const float* of_window = sum.finish();
   T* out = static_cast<T*>(job.tokens) + (b * job.capacity + row) * job.channels;
-  for (int64_t c = 0; c < job.channels; ++c) from_float(task.sum[c] / size, out[c]);
+  for (int64_t c = 0; c < job.channels; ++c) from_float(of_window[c] / size, out[c]);
   job.out_sizes[b * job.capacity + row] = size;
 }
 

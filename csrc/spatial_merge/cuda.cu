@@ -8,24 +8,27 @@
 namespace mustdrop {
 namespace {
 
-constexpr int kMergeCluster = 8;     // the most that every device with clusters takes
-constexpr int kRankedInBlock = 512;  // windows that a block of a cluster puts in order by itself
+constexpr int kMergeCluster = 8;        // the most that every device with clusters takes
+constexpr int kRankedInBlock = 512;     // windows that a block puts in order by itself
+constexpr int kAssignedInBlock = 4096;  // patches that each block of an image gives their rows
 
 int32_t narrow(int64_t value) {
-  if (value > INT_MAX) throw std::runtime_error("mustdrop::spatial_merge: x is too large");
+  if (value > INT_MAX) refuse("spatial_merge", "x", " must have sizes below 2^31, got ", value);
   return static_cast<int32_t>(value);
 }
 
 MergeParameters describe(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window) {
   MergeParameters p{};
   const size_t missing = 3 - grid.size();  // [H, W] is a video of one frame
-  p.window_count = p.window_size = 1;
+  p.window_count = p.window_size = p.members = 1;
   for (size_t d = 0; d < 3; ++d) {
     p.grid[d] = d < missing ? 1 : narrow(grid[d - missing]);
-    p.window[d] = d < missing ? 1 : narrow(window[d - missing]);
+    const int64_t whole = d < missing ? 1 : std::min<int64_t>(window[d - missing], INT_MAX);
+    p.window[d] = static_cast<int32_t>(std::min<int64_t>(whole, std::max(p.grid[d], 1)));
     p.windows[d] = narrow(ceil_div(p.grid[d], p.window[d]));
-    p.window_count *= p.windows[d];
-    p.window_size = narrow(int64_t(p.window_size) * p.window[d]);
+    p.window_count = narrow(int64_t(p.window_count) * p.windows[d]);
+    p.window_size = static_cast<int32_t>(std::min<int64_t>(p.window_size * whole, INT_MAX));
+    p.members *= p.window[d];
   }
   p.batch = narrow(x.size(0));
   p.channels = narrow(x.size(2));
@@ -35,11 +38,13 @@ MergeParameters describe(const Tensor& x, const std::vector<int64_t>& grid, cons
   return p;
 }
 
+bool is_ranked(const MergeParameters& p) { return p.rule != MergeRule::threshold || p.merged_first; }
+
 template <class T, int V>
 bool launch_cluster(const Device& device, const MergeParameters& p) {
   const DeviceFacts facts = device.facts();
-  const bool ranked = p.rule != MergeRule::threshold || p.merged_first;
-  if (!has_clusters(facts) || p.rule == MergeRule::uniform || (ranked && p.window_count > kRankedInBlock)) return false;
+  if (!has_clusters(facts) || p.rule == MergeRule::uniform) return false;
+  if (is_ranked(p) && p.window_count > kRankedInBlock) return false;
   const int32_t part = narrow(ceil_div(p.window_count, kMergeCluster));
   const MergeLayout layout = merge_layout(p, part, p.channels * static_cast<int64_t>(sizeof(T)));
   if (layout.total > facts.shared_bytes) return false;
@@ -49,22 +54,34 @@ bool launch_cluster(const Device& device, const MergeParameters& p) {
   return true;
 }
 
+// The rows and the tokens, in one launch where an image has few windows.
+template <class T, int V>
+bool launch_finish(const Device& device, MergeParameters p) {
+  const int64_t shared_bytes = merge_finish_bytes(p);
+  if ((is_ranked(p) && p.window_count > kRankedInBlock) || p.patches > kAssignedInBlock) return false;
+  // Blocks enough for the device; more would only assign the same rows again.
+  const int64_t useful = ceil_div(int64_t(p.window_count) + p.prefix + p.capacity, kMergeWarps);
+  const int64_t wanted = ceil_div(4 * device.facts().multiprocessors, p.batch);
+  p.parts = static_cast<int32_t>(std::max<int64_t>(1, std::min(useful, wanted)));
+  device.launch({dim3(blocks(int64_t(p.batch) * p.parts)), kMergeThreads, static_cast<size_t>(shared_bytes)},
+                merge_finish_kernel<T, V>, p);
+  return true;
+}
+
 template <class T, int V>
 void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
   const int64_t windows = int64_t(p.batch) * p.window_count, patches = int64_t(p.batch) * p.patches;
-  Workspace workspace(x, 3 * Workspace::size(windows * 4) + Workspace::size(windows * p.window_size * 4) +
-                             Workspace::size(patches * 4));
+  Workspace workspace(
+      x, 3 * Workspace::size(windows * 4) + Workspace::size(windows * p.members * 4) + Workspace::size(patches * 4));
   p.similarity = workspace.take<float>(windows);
   p.rank = workspace.take<int32_t>(windows);
   p.window_row = workspace.take<int32_t>(windows);
-  p.inverse = workspace.take<float>(windows * p.window_size);
+  p.inverse = workspace.take<float>(windows * p.members);
   p.row = workspace.take<int32_t>(patches);
-  const dim3 per_window(blocks(ceil_div(windows, kMergeWarps)));
-  if (windows > 0) {
-    device.launch({per_window, kMergeThreads}, merge_similarity_kernel<T, V>, p);
-    if (p.rule != MergeRule::threshold || p.merged_first)
-      device.launch({per_window, kMergeThreads}, merge_rank_kernel, p);
-  }
+  const Grid per_window{dim3(blocks(ceil_div(windows, kMergeWarps))), kMergeThreads};
+  if (windows > 0) device.launch(per_window, merge_similarity_kernel<T, V>, p);
+  if (launch_finish<T, V>(device, p)) return;
+  if (windows > 0 && is_ranked(p)) device.launch(per_window, merge_rank_kernel, p);
   device.launch({dim3(blocks(p.batch)), kMergeThreads, 2 * kWarp * sizeof(int32_t)}, merge_assign_kernel, p);
   const int64_t items = (int64_t(p.window_count) + p.prefix + p.capacity) * p.batch;
   if (items > 0)

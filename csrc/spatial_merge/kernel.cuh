@@ -7,7 +7,8 @@
 // Two ways, one arithmetic:
 // - merge_cluster_kernel: a cluster of blocks holds an image in shared memory, a warp to a window. One launch, x is read once:
 //   similarities are sent to all blocks of the cluster, each block then assigns all rows for itself, and writes its windows.
-// - similarity, rank, assign and write kernels, where there are no clusters, the image does not fit, or the batch must agree.
+// - two launches where there are no clusters, the image does not fit, or the batch must agree: similarities; then each block
+//   assigns all rows of its image for itself and writes a part of them. Four launches where an image has many windows.
 #pragma once
 
 #include "common/device.cuh"
@@ -27,13 +28,16 @@ struct MergeParameters {
   int64_t* source;                                // [B, P+N]
   float* out_sizes;                               // [B, capacity]
   float* similarity;                              // [B, W]
-  float* inverse;                                 // [B, W, n]: 1 / |x|
+  float* inverse;                                 // [B, W, members]: 1 / |x|
   int32_t* rank;                                  // [B, W]: place among the candidates, by falling similarity
   int32_t* window_row;                            // [B, W]: row of a merged window, -1 where it does not merge
   int32_t* row;                                   // [B, N]: row of a token that stands for itself
   int64_t batch_stride, row_stride, size_stride;  // in elements
   int32_t grid[3], window[3], windows[3];         // T, H, W; windows along each axis
-  int32_t batch, channels, prefix, patches, window_count, window_size, capacity, budget;
+  int32_t batch, channels, prefix, patches, window_count, capacity, budget;
+  int32_t window_size;  // n of a whole window
+  int32_t members;      // the most tokens that a window of this grid has
+  int32_t parts;        // blocks of an image, in the second of two launches
   float threshold;
   MergeRule rule;
   bool merged_first;
@@ -160,12 +164,12 @@ __device__ __forceinline__ int32_t assign_rows(const MergeParameters& p, const f
       heads = goes && !p.merged_first && member(p, window_at(p, window), 0) == patch;
     }
     const int32_t stands = patch < p.patches && (!goes || heads);
-    const int32_t place = base + block_exclusive_scan(stands, scratch, total);
-    __syncthreads();  // window_row has been read by all, scratch too
+    const int32_t place =
+        base + block_exclusive_scan(stands, scratch, total);  // its barrier: window_row was read by all
     if (stands) (heads ? window_row[window] : row[patch]) = place;
     base += total;
+    __syncthreads();  // the rows are there; window_row and scratch are used again
   }
-  __syncthreads();
   return base;
 }
 

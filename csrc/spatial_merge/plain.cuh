@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// spatial_merge in three or four launches: similarities, ranks where an order is asked for, rows, tokens.
+// spatial_merge in two launches, similarities and all the rest; or, for many windows, in up to four: similarities, ranks where
+// an order is asked for, rows, tokens.
 #pragma once
 
 #include "spatial_merge/kernel.cuh"
@@ -13,7 +14,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_similarity_kernel(const _
   if (item >= int64_t(p.batch) * p.window_count) return;
   const int64_t b = item / p.window_count;
   const MergeWindow w = window_at(p, static_cast<int32_t>(item % p.window_count));
-  const float value = window_similarity<T, V>(p, w, tokens_in_global<T>(p, b), p.inverse + item * p.window_size);
+  const float value = window_similarity<T, V>(p, w, tokens_in_global<T>(p, b), p.inverse + item * p.members);
   if (lane_id() == 0) p.similarity[item] = value;
 }
 
@@ -42,6 +43,40 @@ __device__ __forceinline__ int32_t fewest_alike(const MergeParameters& p, int32_
   __syncthreads();
   for (int i = 0; i < kMergeWarps; ++i) least = fewest[i] < least ? fewest[i] : least;
   return least;
+}
+
+// Bytes of shared memory of merge_finish_kernel.
+__host__ __device__ inline int64_t merge_finish_bytes(const MergeParameters& p) {
+  return (int64_t(3) * p.window_count + p.patches + 2 * kWarp) * 4;
+}
+
+// p.parts blocks to an image: each decides for the whole image, which is quicker than to ask another block, and writes every
+// p.parts-th window, prefix token and padding row.
+template <class T, int V>
+__global__ void __launch_bounds__(kMergeThreads, 3) merge_finish_kernel(const __grid_constant__ MergeParameters p) {
+  MUSTDROP_SHARED_MEMORY(memory);
+  float* similarity = reinterpret_cast<float*>(memory);                  // [W]
+  int32_t* order = reinterpret_cast<int32_t*>(memory) + p.window_count;  // [W]
+  int32_t* window_row = order + p.window_count;                          // [W]
+  int32_t* row = window_row + p.window_count;                            // [N]
+  int32_t* scratch = row + p.patches;                                    // [2 kWarp]
+  const int64_t b = blockIdx.x / p.parts;
+  const int32_t part = static_cast<int32_t>(blockIdx.x) % p.parts, warp = static_cast<int32_t>(warp_id());
+  for (int32_t w = threadIdx.x; w < p.window_count; w += kMergeThreads)
+    similarity[w] = p.similarity[b * p.window_count + w];
+  const int32_t most = p.rule == MergeRule::uniform ? fewest_alike(p, scratch + kWarp) : p.budget;
+  __syncthreads();  // the similarities are there
+  if (p.rule != MergeRule::threshold || p.merged_first)
+    for (int32_t w = threadIdx.x; w < p.window_count; w += kMergeThreads)
+      order[w] = count_before(p, similarity, w, 0, 1);
+  const int32_t rows = assign_rows(p, similarity, order, most, window_row, row, scratch);
+  if (part == 0 && threadIdx.x == 0) p.counts[b] = rows;
+
+  const MergeTokens<T> tokens = tokens_in_global<T>(p, b);
+  for (int32_t i = warp * p.parts + part; i < p.window_count; i += kMergeWarps * p.parts)
+    write_window<T, V>(p, b, window_at(p, i), tokens, window_row[i], row);
+  for (int32_t i = warp * p.parts + part; i < p.prefix + p.capacity; i += kMergeWarps * p.parts)
+    write_other<T, V>(p, b, i, rows);
 }
 
 // A block to an image.

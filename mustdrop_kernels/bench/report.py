@@ -210,18 +210,25 @@ def plan_lines(planned: Iterable[tuple[Case, list[Contender]]]) -> Iterator[str]
 
 
 def markdown(document: Document) -> str:
-    """The backends' rows with their ratios to every peer, for a README."""
-    lines = ["| operator | shape | dtype | time | peers: how many times as long they take |", "|---|---|---|---|---|"]
+    """The backends' rows with their ratios to every peer, for a README, and what was measured where."""
+    bases = []
     for _, group in groupby(document["rows"], key=key):
         rows = list(group)
         base = next((row for row in rows if row["kind"] == "backend" and row["status"] == "timed"), None)
-        if base is None:
-            continue
-        peers = [
-            f"{row['contender']} {factor(row['ratio']['median'])}"
-            for row in rows
-            if row["kind"] == "peer" and row["status"] == "timed"
-        ]
-        where = f"`{base['op']}` | {base['shape']} | {base['dtype']}"
-        lines.append(f"| {where} | {duration(base['median_us'])} {_spread(base)} | {', '.join(peers)} |")
-    return "\n".join(lines) + "\n"
+        if base is not None:
+            bases.append((base, [row for row in rows if row["kind"] == "peer" and row["status"] == "timed"]))
+    columns = [name for name in ("shape", "dtype") if len({base[name] for base, _ in bases}) > 1]
+    lines = [
+        "| " + " | ".join(["operator", *columns, "time", "how many times as long its peers take"]) + " |",
+        "|---" * (3 + len(columns)) + "|",
+    ]
+    for base, peers in bases:
+        ratios = ", ".join(f"{row['contender']} {factor(row['ratio']['median'])}" for row in peers)
+        time = f"{duration(base['median_us'])} {_spread(base)}"
+        lines.append("| " + " | ".join([f"`{base['op']}`", *(base[name] for name in columns), time, ratios]) + " |")
+    machine = document["machine"]
+    where = [bases[0][0][name] for name in ("shape", "dtype") if name not in columns] if bases else []
+    where += [machine["name"], f"{machine['threads']} threads" if machine["device"] == "cpu" else ""]
+    where += [f"torch {machine['torch']}", "inputs in the cache" if document["hot"] else "inputs out of the cache"]
+    command = " ".join(document["command"])
+    return "\n".join([*lines, "", f"*{', '.join(filter(None, where))}; `{command}`*"]) + "\n"

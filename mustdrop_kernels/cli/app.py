@@ -16,6 +16,7 @@ from rich.console import Console
 from .. import __version__
 from . import Refusal
 from .bench import bench
+from .flops import flops
 
 app = typer.Typer(
     name="mustdrop",
@@ -107,3 +108,4 @@ def demo(
 
 
 app.command()(bench)
+app.command()(flops)

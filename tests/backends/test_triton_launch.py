@@ -38,7 +38,9 @@ class Driver:
         self.launches: list[tuple] = []
         self.loaded: list[str] = []
         self.utils = SimpleNamespace(
-            load_binary=self._load, get_device_properties=lambda device: {"max_shared_mem": 227 * 1024}
+            load_binary=self._load,
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+            unload_module=lambda module: None,
         )
 
     def _load(self, name: str, *_: object) -> tuple:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The CUDA kernels and their launchers on the host: a backend for the conformance tests on machines without a GPU."""
 
-from .backend import NAME, configure, register
-from .build import EmulationError, why_not
+from .backend import NAME, configure, configure_for, emulated, library
+from .building import EmulationError, why_not
 
-__all__ = ["NAME", "EmulationError", "configure", "register", "why_not"]
+__all__ = ["NAME", "EmulationError", "configure", "configure_for", "emulated", "library", "why_not"]

@@ -6,12 +6,14 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import zlib
+from pathlib import Path
 
 import torch
 
 from mustdrop_kernels import backends
 
-from . import build as building
+from . import building
 
 NAME = "cuda_emulated"
 
@@ -20,20 +22,31 @@ NAME = "cuda_emulated"
 def library() -> ctypes.CDLL:
     """Build and load the library.
 
-    MUSTDROP_EMULATION_SANITIZER: "undefined" (the default), or "address" (the process must have been started with the
-    sanitizer's runtime preloaded). MUSTDROP_EMULATION_SEED and MUSTDROP_EMULATION_CAPABILITY: see ``configure``.
+    MUSTDROP_EMULATION_SANITIZER: "races" (the default), or "address" (the process must have been started with the
+    sanitizer's runtime preloaded). MUSTDROP_EMULATION_ROOT: the source tree that holds csrc/.
     """
-    path = building.build(os.environ.get("MUSTDROP_EMULATION_SANITIZER", "undefined"))
+    root = Path(os.environ.get("MUSTDROP_EMULATION_ROOT") or building.ROOT)
+    path = building.build_library(os.environ.get("MUSTDROP_EMULATION_SANITIZER", "races"), root)
     torch.ops.load_library(path)
-    loaded = ctypes.CDLL(str(path))
-    seed = int(os.environ.get("MUSTDROP_EMULATION_SEED", "0"))
-    loaded.cuda_emulation_configure(seed, int(os.environ.get("MUSTDROP_EMULATION_CAPABILITY", "90")))
-    return loaded
+    return ctypes.CDLL(str(path))
 
 
 def configure(seed: int, capability: int = 90) -> None:
-    """Choose the order in which threads run, and the device that is played (80: no clusters)."""
-    library().cuda_emulation_configure(seed, capability)
+    """Choose the order in which threads run, and the device that is played.
+
+    Its compute capability times ten. 80 has no clusters; 120 has little shared memory.
+    """
+    library().cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(capability))
+
+
+def configure_for(test: str) -> None:
+    """A test's own order of threads and device, the same in each run.
+
+    MUSTDROP_EMULATION_SEED gives other orders to all tests; MUSTDROP_EMULATION_CAPABILITY one device.
+    """
+    drawn = zlib.crc32(test.encode()) + int(os.environ.get("MUSTDROP_EMULATION_SEED", "0")) * 7919
+    capability = os.environ.get("MUSTDROP_EMULATION_CAPABILITY") or ("80", "90", "120")[drawn % 3]
+    configure(drawn % 2**32, int(capability))
 
 
 def _implementation(op: str) -> backends.Implementation:
@@ -41,18 +54,19 @@ def _implementation(op: str) -> backends.Implementation:
     return getattr(torch.ops.mustdrop_emulated, op)
 
 
+@functools.cache
+def _served() -> str:
+    return "".join(path.read_text() for path in building.launchers())
+
+
 def _why_not(op: str, device_type: str) -> str | None:
     if device_type != "cpu":
         return "it plays a GPU on CPU tensors"
     if reason := building.why_not():
         return reason
-    served = any(f'm.impl("{op}"' in p.read_text() for p in (building.ROOT / "csrc").glob("*/cuda.cu"))
-    return None if served else "there is no CUDA launcher for it"
+    return None if f'm.impl("{op}"' in _served() else "there is no CUDA launcher for it"
 
 
-def register() -> None:
-    """Make the backend known to mustdrop_kernels, once."""
-    if NAME not in backends.registered():
-        backends.register_backend(
-            backends.Backend(NAME, _implementation, _why_not, "CUDA kernels emulated on the host")
-        )
+def emulated() -> backends.Backend:
+    """The backend, for whoever wants to register it."""
+    return backends.Backend(NAME, _implementation, _why_not, "CUDA kernels emulated on the host")

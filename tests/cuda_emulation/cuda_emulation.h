@@ -6,6 +6,7 @@
 // the order of the threads changes with the seed. Shared memory is a heap block of exactly the size asked for (an
 // AddressSanitizer build sees every access outside it) filled with 0xFF (a float read before it was written is NaN).
 // cp.async copies are held back until the thread waits for them. A wait that can never end is reported, not hung on.
+// Where the build looks for races (races.h), accesses that no barrier orders are reported whatever the order was.
 #pragma once
 
 #include <array>
@@ -51,12 +52,13 @@ struct Launch {
   size_t shared_bytes = 0;
 };
 
-// Runs all blocks to their end. Throws std::runtime_error: a thread left while others wait for it, a warp operation whose
+// Runs all blocks to their end. Throws std::runtime_error: a launch that the device would refuse, a thread left while others wait for it, a warp operation whose
 // lanes disagree, a wait that never ends, or an index outside the cluster's shared memory.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 // The device that is played: compute capability times ten (80, 90, ...), which decides whether there are clusters.
 int capability();
+int shared_limit();  // bytes of shared memory that a block of it may ask for
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch with this error; called by a thread
 void pause();                                     // lets other threads run; for loops that wait on memory
@@ -67,6 +69,8 @@ char* cluster_shared(void* mine, unsigned rank);  // where block `rank` of the c
 
 // Every lane of `mask` hands in `bytes` bytes and gets those of all lanes: in + out[32 * bytes]. `what` names the operation.
 void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes, void* out);
+
+void atomic_access(const void* address, size_t bytes);  // for the race detector
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned size);  // `size` bytes, zero past `bytes`
 void copies_commit();
@@ -149,8 +153,9 @@ inline int __ffs(int v) { return __builtin_ffs(v); }
 inline int __clz(int v) { return v ? __builtin_clz(static_cast<unsigned>(v)) : 32; }
 
 template <class T>
-T atomicAdd(T* address, T value) {
+__attribute__((no_sanitize("thread"))) T atomicAdd(T* address, T value) {
   cuda_emulation::pause();  // other threads may come first
+  cuda_emulation::atomic_access(address, sizeof(T));
   const T old = *address;
   *address = old + value;
   return old;

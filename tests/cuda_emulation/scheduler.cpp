@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "cuda_emulation.h"
+#include "races.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -120,6 +121,7 @@ struct Thread {
   Block* block = nullptr;
   unsigned linear = 0;
   unsigned phase = 0;  // of the cluster's barrier: the one that it has arrived at
+  races::Who who;
   bool done = false;
   const char* waits_for = nullptr;
   std::deque<std::vector<Copy>> groups;  // committed copies, oldest first
@@ -144,6 +146,7 @@ struct Block {
   std::vector<Thread> threads;
   std::vector<std::vector<std::unique_ptr<Exchange>>> exchanges;  // per warp
   unsigned at_barrier = 0, left = 0;
+  unsigned wanted = 0;  // how often the cluster's barrier has to be waited for before this block may leave
 };
 
 struct Cluster {
@@ -154,7 +157,9 @@ struct Cluster {
 class Launching {
  public:
   Launching(const Launch& launch, const std::function<void()>& kernel)
-      : launch_(launch), kernel_(kernel), random_(settings.seed * 7919u + 1) {}
+      : launch_(launch), kernel_(kernel), random_(settings.seed * 7919u + 1) {
+    if (random_() % 2) unfair_ = random_() | 1u;
+  }
 
   void run();
   void suspend(const char* why);  // the running thread; somebody else makes it ready
@@ -181,6 +186,8 @@ class Launching {
   Thread* self = nullptr;
 
  private:
+  size_t choose();
+  void check_launch() const;
   void start_cluster(unsigned first);
   void start_thread(Block& block, unsigned linear, dim3 index, unsigned rank);
   void finish(Thread* t);
@@ -200,6 +207,7 @@ class Launching {
   size_t scheduler_stack_bytes_ = 0;
   std::string error_;
   long pauses_ = 0;
+  unsigned unfair_ = 0;  // 0: all threads are drawn alike
 };
 
 Launching* current = nullptr;
@@ -214,6 +222,9 @@ void Launching::enter_fiber() {
 
 void Launching::switch_in(Thread* t) {
   self = t;
+#if defined(MUSTDROP_FIND_RACES)
+  races::who = &t->who;
+#endif
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_, t->stack, kStackBytes);
 #endif
@@ -221,6 +232,7 @@ void Launching::switch_in(Thread* t) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
 #endif
+  races::who = nullptr;
 }
 
 void Launching::switch_out() {
@@ -253,6 +265,13 @@ void Launching::start_thread(Block& block, unsigned linear, dim3 index, unsigned
             launch_.cluster,
             block.shared,
             static_cast<unsigned>(launch_.shared_bytes)};
+  const unsigned size = static_cast<unsigned>(block.threads.size());
+  const unsigned linear_block = index.x + launch_.grid.x * (index.y + launch_.grid.y * index.z);
+  t.who.thread = linear_block * size + linear;
+  t.who.block_size = size;
+  t.who.cluster_size = launch_.cluster;
+  t.who.stack = t.stack;
+  t.who.stack_end = t.stack + kStackBytes;
   make_context(t.context, t.stack, fiber_main);
   ready(&t);
 }
@@ -271,6 +290,7 @@ void Launching::start_cluster(unsigned first) {
     block->shared_memory.reset(static_cast<char*>(shared));
     block->shared = static_cast<char*>(shared);
     std::memset(block->shared, 0xFF, launch_.shared_bytes);
+    races::fresh(block->shared, launch_.shared_bytes, true);
     block->threads = std::vector<Thread>(threads);
     block->exchanges.resize((threads + 31) / 32);
     block->left = threads;
@@ -284,11 +304,14 @@ void Launching::start_cluster(unsigned first) {
 
 void Launching::finish(Thread* t) {
   if (!t->groups.empty() || !t->copies.empty()) error_ = "a thread left with copies that it has not waited for";
+  if (t->who.cluster_waits < t->block->wanted) error_ = "a block left while others may still use its shared memory";
   stacks.give(t->stack);
   t->stack = nullptr;
   --t->block->left;
   Cluster* cluster = t->block->cluster;
-  if (--cluster->left == 0) running_.erase(cluster);
+  if (--cluster->left > 0) return;
+  for (const auto& block : cluster->blocks) races::fresh(block->shared, launch_.shared_bytes, false);
+  running_.erase(cluster);
 }
 
 std::string Launching::who_waits() const {
@@ -303,12 +326,35 @@ std::string Launching::who_waits() const {
   return text + " " + std::to_string(left) + " of their blocks have left";
 }
 
+// Which of the ready threads runs next. In every second launch some warps are much faster than others: fair draws alone keep
+// all threads close together, and a thread that is one barrier ahead of another is what bugs are made of.
+size_t Launching::choose() {
+  const auto draw = [this] { return random_() % ready_.size(); };
+  size_t best = draw();
+  if (!unfair_ || random_() % 4 == 0) return best;
+  const auto speed = [this](size_t i) { return (ready_[i]->who.thread / 32 + 1) * 2654435761u ^ unfair_; };
+  for (int i = 0; i < 8; ++i)
+    if (const size_t other = draw(); speed(other) > speed(best)) best = other;
+  return best;
+}
+
+// What a device refuses, and blocks of incomplete warps, which this emulation does not play.
+void Launching::check_launch() const {
+  const auto refuse = [](const std::string& what) { throw std::runtime_error("cuda_emulation: a launch of " + what); };
+  const dim3 g = launch_.grid, b = launch_.block;
+  const uint64_t blocks = uint64_t(g.x) * g.y * g.z, threads = uint64_t(b.x) * b.y * b.z;
+  if (blocks == 0 || threads == 0) refuse("nothing");
+  if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535 || threads > 1024) refuse("more than a grid or a block may have");
+  if (threads % 32) refuse("incomplete warps");
+  if (launch_.shared_bytes > static_cast<size_t>(shared_limit())) refuse("more shared memory than a block may have");
+  if (launch_.cluster == 0 || launch_.cluster > 8 || g.x % launch_.cluster) refuse("a cluster that is not portable");
+  if (launch_.cluster > 1 && capability() < 90) refuse("a cluster on a device that has none");
+}
+
 void Launching::run() {
-  const unsigned blocks = launch_.grid.x * launch_.grid.y * launch_.grid.z;
-  if (launch_.cluster == 0 || launch_.grid.x % launch_.cluster)
-    throw std::runtime_error("grid.x is no multiple of the cluster");
-  if (launch_.block.x * launch_.block.y * launch_.block.z % 32) throw std::runtime_error("a block of incomplete warps");
-  std::vector<unsigned> order(blocks / launch_.cluster);
+  races::begin_launch();
+  check_launch();
+  std::vector<unsigned> order(launch_.grid.x * launch_.grid.y * launch_.grid.z / launch_.cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i * launch_.cluster;
   std::shuffle(order.begin(), order.end(), random_);
   const size_t together = 1 + random_() % 3;  // clusters that run at the same time
@@ -320,7 +366,7 @@ void Launching::run() {
       error_ = who_waits();
       break;
     }
-    const size_t pick = random_() % ready_.size();
+    const size_t pick = choose();
     Thread* t = ready_[pick];
     ready_[pick] = ready_.back();
     ready_.pop_back();
@@ -346,6 +392,17 @@ void do_copy(const Copy& c) {
 
 const Here& here() { return current->self->here; }
 int capability() { return settings.capability; }
+int shared_limit() {
+  switch (settings.capability / 10) {
+    case 9:
+    case 10:
+      return 227 << 10;
+    case 8:
+      return (settings.capability == 80 ? 163 : 99) << 10;
+    default:
+      return 99 << 10;
+  }
+}
 void fail(const std::string& what) { current->stop(what); }
 void pause() { current->pause(); }
 
@@ -360,16 +417,18 @@ void run(const Launch& launch, const std::function<void()>& kernel) {
 }
 
 void block_barrier() {
-  Block& block = *current->self->block;
+  Thread* t = current->self;
+  Block& block = *t->block;
   if (block.left != block.threads.size()) fail("a thread left before others reached __syncthreads");
   if (++block.at_barrier == block.left) {
     block.at_barrier = 0;
-    for (Thread& t : block.threads)
-      if (&t != current->self) current->ready(&t);
+    for (Thread& other : block.threads)
+      if (&other != t) current->ready(&other);
     pause();
   } else {
     current->suspend("__syncthreads");
   }
+  ++t->who.block_barriers;
 }
 
 void cluster_arrive() {
@@ -377,6 +436,7 @@ void cluster_arrive() {
   const unsigned threads = static_cast<unsigned>(cluster.blocks.size() * cluster.blocks[0]->threads.size());
   if (cluster.left != threads) fail("a thread left before others reached the cluster's barrier");
   current->self->phase = cluster.phase + 1;
+  ++current->self->who.cluster_arrivals;
   if (++cluster.arrived < threads) return;
   cluster.arrived = 0;
   ++cluster.phase;
@@ -391,6 +451,7 @@ void cluster_wait() {
     current->suspend("the cluster's barrier");
   else
     pause();
+  ++t->who.cluster_waits;
 }
 
 char* cluster_shared(void* mine, unsigned rank) {
@@ -399,7 +460,14 @@ char* cluster_shared(void* mine, unsigned rank) {
   if (rank >= block.cluster->blocks.size()) fail("a rank outside the cluster");
   if (offset < 0 || offset > static_cast<ptrdiff_t>(here().shared_bytes))
     fail("a cluster address outside shared memory");
-  return block.cluster->blocks[rank]->shared + offset;
+  Block& other = *block.cluster->blocks[rank];
+  const races::Who& who = current->self->who;
+  if (&other != &block) {
+    if (who.cluster_waits == 0) fail("another block's shared memory before the cluster's first barrier");
+    if (other.left < other.threads.size()) fail("the shared memory of a block whose threads have left");
+    other.wanted = std::max(other.wanted, who.cluster_arrivals + 1);
+  }
+  return other.shared + offset;
 }
 
 void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes, void* out) {
@@ -425,11 +493,17 @@ void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes
     current->suspend(what);
   }
   std::memcpy(out, e->data.data(), 32 * bytes);
+  if (mask == ~0u && std::strcmp(what, "__syncwarp") == 0) ++t.who.warp_barriers;
   if (--e->left == 0) open.erase(std::find_if(open.begin(), open.end(), [&](const auto& x) { return x.get() == e; }));
 }
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned size) {
+  races::copy_starts(to, from, bytes, size, __builtin_return_address(0));
   current->self->copies.push_back({to, from, bytes, size});
+}
+
+void atomic_access(const void* address, size_t bytes) {
+  races::access(address, bytes, races::Kind::atomic, __builtin_return_address(0));
 }
 
 void copies_commit() {
@@ -441,7 +515,10 @@ void copies_commit() {
 void copies_wait(unsigned groups_left) {
   Thread& t = *current->self;
   for (; t.groups.size() > groups_left; t.groups.pop_front())
-    for (const Copy& c : t.groups.front()) do_copy(c);
+    for (const Copy& c : t.groups.front()) {
+      do_copy(c);
+      races::copy_ends(c.to, c.size, __builtin_return_address(0));
+    }
 }
 
 }  // namespace cuda_emulation

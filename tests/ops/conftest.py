@@ -2,14 +2,20 @@
 """The `backend` fixture: every registered backend on every device present, for each op that it serves there.
 
 A new backend only registers itself; no test names one. MUSTDROP_TEST_BACKENDS=a,b tests those alone.
+
+The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), and with TRITON_INTERPRET=1
+the Triton kernels in Triton's interpreter. Both are slow: of each test some cases run there, the rest is marked slow.
+MUSTDROP_EMULATION_SAMPLE=n takes one case in n of the emulation (1: all; 0: none).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
+import cuda_emulation
 import pytest
 import torch
 
@@ -18,6 +24,7 @@ from mustdrop_kernels import backends
 
 from .schemas import OPS
 
+SAMPLE = int(os.environ.get("MUSTDROP_EMULATION_SAMPLE", "4"))
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
@@ -39,8 +46,14 @@ class BackendUnderTest:
         return partial(getattr(mustdrop_kernels, op), backend=self.name)
 
 
+def candidates() -> Mapping[str, backends.Backend]:
+    """All backends. The emulated one is registered for the length of its tests alone (``_emulation``)."""
+    emulated = {cuda_emulation.NAME: cuda_emulation.emulated()} if SAMPLE else {}
+    return {**backends.registered(), **emulated}
+
+
 def backends_to_test() -> list[str]:
-    names = list(backends.registered())
+    names = list(candidates())
     chosen = os.environ.get("MUSTDROP_TEST_BACKENDS")
     if not chosen:
         return names
@@ -54,7 +67,7 @@ def backends_to_test() -> list[str]:
 def pairs() -> list[BackendUnderTest]:
     """Pairs of backend and device with at least one op; one pair that serves nothing would only add skipped tests."""
     found = [BackendUnderTest(name, device) for device in DEVICES for name in backends_to_test()]
-    registry = backends.registered()
+    registry = candidates()
     return [p for p in found if any(registry[p.name].why_not(op, p.device) is None for op in OPS)]
 
 
@@ -77,3 +90,37 @@ def threads() -> Iterator[Callable[[int], None]]:
 @pytest.fixture(autouse=True)
 def _repeatable_seed() -> None:
     torch.manual_seed(0)
+
+
+def _backend_of(item: pytest.Item) -> str:
+    parameters = getattr(item, "callspec", None)
+    backend = parameters.params.get("backend") if parameters else None
+    return repr(backend) if isinstance(backend, BackendUnderTest) else ""
+
+
+EMULATED, INTERPRETED = f"{cuda_emulation.NAME}-cpu", "triton-cpu"
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of each test on a slow player the first stays, and a sample of the others; the rest is slow."""
+    seen: set[tuple[str, str]] = set()
+    for item in items:
+        player = _backend_of(item)
+        if player not in (EMULATED, INTERPRETED) or "slow" in item.keywords:
+            continue
+        test = (item.nodeid.split("[")[0], player)
+        sampled = player == EMULATED and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
+        if test in seen and not sampled:
+            item.add_marker(pytest.mark.slow)
+        seen.add(test)
+
+
+@pytest.fixture(autouse=True)
+def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Registers the emulated backend while a test of it runs, with that test's own order of threads and device."""
+    if _backend_of(request.node) != EMULATED:
+        return
+    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    backends.register_backend(cuda_emulation.emulated())
+    cuda_emulation.configure_for(request.node.name)

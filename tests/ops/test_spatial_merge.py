@@ -125,6 +125,14 @@ def test_clip_size(backend, dtype):
     assert 20 < len(want.merged[0]) < 60
 
 
+@pytest.mark.parametrize("window", [[5, 100], [500, 700]], ids=str)
+@pytest.mark.parametrize("uniform", [False, True])
+def test_windows_larger_than_the_grid(backend, window, uniform):
+    """The border cuts them; no memory is asked for tokens that are not there."""
+    x = pictures(2, [5, 4], [5, 4], 8, device=backend.device)
+    check(backend, x, [5, 4], window, uniform=uniform, threshold=-1.0)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 40}], ids=str)

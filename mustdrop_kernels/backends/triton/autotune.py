@@ -2,8 +2,10 @@
 """MUSTDROP_AUTOTUNE=1: search tile sizes on this device, and remember them.
 
 The first call that meets a kernel in a shape class that has not been searched runs the operator with every candidate in
-turn (``configs.CANDIDATES``) and keeps the fastest. Results go to ``$XDG_CACHE_HOME/mustdrop_kernels/triton.json``.
-Operators that work in place are not searched: they cannot run twice on one input.
+turn (``configs.CANDIDATES``) and keeps the fastest. Results go to a file in ``$XDG_CACHE_HOME/mustdrop_kernels`` (else
+``~/.cache/mustdrop_kernels``) that is named after the versions of this package and of Triton: what was fastest with
+others is searched again. Entries name the architecture, so machines may share the file. Operators that work in place
+are not searched: they cannot run twice on one input.
 """
 
 from __future__ import annotations
@@ -16,37 +18,50 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import triton
 import triton.testing
 
+from ... import __version__
 from . import configs
-from .configs import Config
+from .configs import Config, Key
 from .launch import Plans
 
 
 def cache_file() -> Path:
     """Where results are kept."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "mustdrop_kernels" / "triton.json"
+    return Path(base) / "mustdrop_kernels" / f"tiles-{__version__}-triton-{triton.__version__}.json"
+
+
+def _read(file: Path) -> dict[Key, Config]:
+    """Earlier results; none where the file is absent or not what `save` writes."""
+    try:
+        text = json.loads(file.read_text())
+        return {
+            tuple(key.split("/")): Config(tuple(e["tiles"].items()), e["num_warps"], e["num_stages"])
+            for key, e in text.items()
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        warnings.warn(f"mustdrop_kernels: {file} is not read, its tiles are searched again: {error!r}")
+        return {}
 
 
 def load() -> None:
     """Take over earlier results."""
-    file = cache_file()
-    if not file.is_file():
-        return
-    for key, entry in json.loads(file.read_text()).items():
-        tiles = tuple(entry["tiles"].items())
-        configs.TUNED[tuple(key.split("/"))] = Config(tiles, entry["num_warps"], entry["num_stages"])
+    configs.TUNED.update(_read(cache_file()))
 
 
 def save() -> None:
-    """Write all results, in one step: another process may read."""
-    text = {
-        "/".join(key): {"tiles": dict(c.tiles), "num_warps": c.num_warps, "num_stages": c.num_stages}
-        for key, c in sorted(configs.TUNED.items())
-    }
+    """Write all results, in one step: another process may read, and may have added some."""
     file = cache_file()
     file.parent.mkdir(parents=True, exist_ok=True)
+    found = {**_read(file), **configs.TUNED}
+    text = {
+        "/".join(key): {"tiles": dict(c.tiles), "num_warps": c.num_warps, "num_stages": c.num_stages}
+        for key, c in sorted(found.items())
+    }
     scratch = file.with_suffix(f".{os.getpid()}")
     scratch.write_text(json.dumps(text, indent=1))
     scratch.replace(file)

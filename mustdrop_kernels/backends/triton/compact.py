@@ -5,9 +5,11 @@ target(i) = i, or end - kept + i with ``align_end``.
 
 Why moving in place is safe. Sources and targets both ascend with i. A move i that goes down (target < source) writes to
 target(i), which only a move j < i can still have to read; so the moves that go down are made in rising order, a tile
-at a time, all loads of a tile before its stores. Moves that go up are their mirror image, made in falling order, and no
-move up touches what a move down reads or the reverse. Each head of K or V of one sequence of one layer, and in it each
-block of columns, is a stream of its own that one program owns: no two programs share an element.
+at a time, all loads of a tile before its stores. A later move reads above its own target, which is above target(i): so
+the next tile may be read ahead of this tile's stores, and one barrier a tile is enough. Moves that go up are their
+mirror image, made in falling order, and no move up touches what a move down reads or the reverse. Each head of K or V
+of one sequence of one layer, and in it each block of columns, is a stream of its own that one program owns: no two
+programs share an element.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ... import checks
+from . import configs
 from .configs import config, width_class
 from .launch import Launch, Plans, as_words, cdiv, power_of_two, signature
 
@@ -45,35 +48,52 @@ def _address(cache, table, position, valid, blocks, cache_block, cache_slot, SLO
 
 
 @triton.jit
+def _fetch(
+    cache, table, keep, tile, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
+    WIDTH: tl.constexpr, DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One tile of one stream: what moves, where to, which of it is real; and which valid moves go the other way."""
+    entry = tile * ROWS + tl.arange(0, ROWS)
+    source = tl.load(keep + entry, mask=(entry >= 0) & (entry < kept), other=-1)  # [ROWS] int64
+    target = first + entry
+    valid = (source >= 0) & (source < extent) & (target >= 0) & (target < extent)
+    others = valid & ((target > source) if DOWN else (target < source))
+    valid = valid & ((target < source) if DOWN else (target > source))
+    load_from, there = _address(cache, table, source, valid, blocks, cache_block, cache_slot, SLOTS)
+    store_to, valid = _address(cache, table, target, there, blocks, cache_block, cache_slot, SLOTS)
+    offset = column[None, :] * cache_column
+    mask = valid[:, None] & (column < WIDTH)[None, :]  # [ROWS, COLUMNS]
+    return tl.load(load_from[:, None] + offset, mask=mask), store_to[:, None] + offset, mask, others
+
+
+@triton.jit
 def _move(
-    cache, table, keep, kept, first, extent, blocks, width, column, cache_block, cache_slot, cache_column,
-    DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
+    WIDTH: tl.constexpr, DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Make the moves of one stream that go down, in rising order, or those that go up, in falling order.
 
-    Returns how many valid moves go the other way.
+    Loads run one tile ahead of stores. Returns whether valid moves go the other way.
     """
-    others = 0
     tiles = tl.cdiv(kept, ROWS)
-    for tile in range(0, tiles):
-        entry = (tile if DOWN else tiles - 1 - tile) * ROWS + tl.arange(0, ROWS)
-        source = tl.load(keep + entry, mask=entry < kept, other=-1)  # [ROWS] int64
-        target = first + entry
-        valid = (source >= 0) & (source < extent) & (target >= 0) & (target < extent)
-        others += tl.sum((valid & ((target > source) if DOWN else (target < source))).to(tl.int32))
-        valid = valid & ((target < source) if DOWN else (target > source))
-        load_from, there = _address(cache, table, source, valid, blocks, cache_block, cache_slot, SLOTS)
-        store_to, valid = _address(cache, table, target, there, blocks, cache_block, cache_slot, SLOTS)
-        mask = valid[:, None] & (column < width)[None, :]
-        moved = tl.load(load_from[:, None] + column[None, :] * cache_column, mask=mask)  # [ROWS, COLUMNS]
-        tl.debug_barrier()  # another thread's store may go where this thread has just read
-        tl.store(store_to[:, None] + column[None, :] * cache_column, moved, mask=mask)
-    return others
+    start = 0 if DOWN else tiles - 1
+    moved, to, mask, others = _fetch(
+        cache, table, keep, start, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
+        WIDTH, DOWN, SLOTS, ROWS,
+    )  # fmt: skip
+    for done in range(1, tiles + 1):
+        next_moved, next_to, next_mask, more = _fetch(
+            cache, table, keep, done if DOWN else start - done, kept, first, extent, blocks, column,
+            cache_block, cache_slot, cache_column, WIDTH, DOWN, SLOTS, ROWS,
+        )  # fmt: skip
+        tl.debug_barrier()  # this tile's stores may go where another thread has read this tile
+        tl.store(to, moved, mask=mask)
+        moved, to, mask = next_moved, next_to, next_mask
+        others = others | more
+    return tl.max(others.to(tl.int32)) == 1
 
 
-@triton.jit(
-    do_not_specialize=["layers", "heads", "capacity", "extent", "width", "blocks", "counts_batch", "counts_head"]
-)
+@triton.jit(do_not_specialize=["layers", "heads", "capacity", "extent", "blocks", "counts_batch", "counts_head"])
 def _compact_kernel(
     caches,  # layers * ([B, Hk, L, D], or [blocks, slots, Hk, D]); some more of them fill the tuple up
     keeps,  # layers * [B, K] or [B, Hk, K] int64; one, where all layers share it
@@ -84,7 +104,6 @@ def _compact_kernel(
     heads,  # Hk
     capacity,  # K
     extent,  # positions run over [0, extent)
-    width,  # D
     blocks,
     cache_batch,  # strides: of a sequence (dense), ...
     cache_head,
@@ -97,6 +116,7 @@ def _compact_kernel(
     counts_head,
     table_batch,
     lengths_batch,
+    WIDTH: tl.constexpr,  # D
     ALIGN_END: tl.constexpr,
     SLOTS: tl.constexpr,  # of a block; 0: dense
     ROWS: tl.constexpr,
@@ -104,7 +124,7 @@ def _compact_kernel(
 ):
     """One program is one stream: COLUMNS columns of one head of one sequence of one cache."""
     pid = tl.program_id(0)
-    column_tiles = tl.cdiv(width, COLUMNS)
+    column_tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     column = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
     pid = pid // column_tiles
     h = (pid % heads).to(tl.int64)
@@ -125,13 +145,13 @@ def _compact_kernel(
 
     # All moves go one way, unless keep holds entries that are skipped.
     others = _move(
-        cache, table, keep, kept, first, extent, blocks, width, column, cache_block, cache_slot, cache_column,
-        not ALIGN_END, SLOTS, ROWS,
+        cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
+        WIDTH, not ALIGN_END, SLOTS, ROWS,
     )  # fmt: skip
-    if others > 0:
+    if others:
         _move(
-            cache, table, keep, kept, first, extent, blocks, width, column, cache_block, cache_slot, cache_column,
-            ALIGN_END, SLOTS, ROWS,
+            cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
+            WIDTH, ALIGN_END, SLOTS, ROWS,
         )  # fmt: skip
 
 
@@ -263,17 +283,21 @@ def _launch(
         cache_block, cache_slot, cache_head, cache_column = cache.stride()
         batch, extent, cache_batch = table.shape[0], table.shape[1] * slots, 0
     chosen = config("compact", width_class(width), cache.device)
+    streams = batch * layers * heads
     columns = power_of_two(width, 1, chosen.COLUMNS)
-    programs = batch * layers * heads * cdiv(width, columns)
+    # Too few streams to fill the device: narrower ones, down to two sectors of 32 bytes.
+    while streams * cdiv(width, columns) < 2 * configs.processors(cache.device) and columns * cache.element_size() > 64:
+        columns //= 2
+    programs = streams * cdiv(width, columns)
     return Launch(
         _compact_kernel,
         (programs if keep.shape[-1] else 0,),
         (
-            layers, heads, keep.shape[-1], extent, width, blocks,
+            layers, heads, keep.shape[-1], extent, blocks,
             cache_batch, cache_head, cache_block, cache_slot, cache_column,
             keep.stride(0), keep_head, counts.stride(0), counts_head,
             0 if table is None else table.stride(0), 0 if seq_lens is None else seq_lens.stride(0),
-            align_end, slots, chosen.ROWS, columns,
+            width, align_end, slots, chosen.ROWS, columns,
         ),
         chosen,
     )  # fmt: skip

@@ -11,7 +11,7 @@ import contextlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,20 +23,29 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import configs, implementation, launch
+from . import configs, crosscompile_calls, launch
 
 KIB = 1024
+
+# Bytes of stack that a thread may use while it has registers left: ptxas gives up a few values to keep one more program
+# resident. Where registers are exhausted, nothing may spill.
+STACK = 128
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: what Triton calls it, how many programs fill it, shared memory of one program in bytes."""
+    """A GPU: what Triton calls it, how many programs fill it, and what one program may use.
+
+    ``shared``: bytes of shared memory. ``registers``: of 32 bits, of a thread; ``file``: of all warps of a program.
+    """
 
     backend: str
     arch: int | str
     warp_size: int
     processors: int
     shared: int
+    registers: int
+    file: int
 
     @property
     def triton_target(self) -> GPUTarget:
@@ -44,14 +53,15 @@ class Target:
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
 
+# The file of one compute unit: 65536 registers on NVIDIA, four SIMDs of 512 on CDNA, two of 1536 on RDNA 3.
 TARGETS = {
-    "sm80": Target("cuda", 80, 32, 108, 163 * KIB),
-    "sm90": Target("cuda", 90, 32, 132, 227 * KIB),
-    "sm100": Target("cuda", 100, 32, 148, 227 * KIB),
-    "sm120": Target("cuda", 120, 32, 170, 99 * KIB),
-    "gfx942": Target("hip", "gfx942", 64, 304, 64 * KIB),
-    "gfx950": Target("hip", "gfx950", 64, 256, 160 * KIB),
-    "gfx1100": Target("hip", "gfx1100", 32, 96, 64 * KIB),
+    "sm80": Target("cuda", 80, 32, 108, 163 * KIB, 255, 2048),
+    "sm90": Target("cuda", 90, 32, 132, 227 * KIB, 255, 2048),
+    "sm100": Target("cuda", 100, 32, 148, 227 * KIB, 255, 2048),
+    "sm120": Target("cuda", 120, 32, 170, 99 * KIB, 255, 2048),
+    "gfx942": Target("hip", "gfx942", 64, 304, 64 * KIB, 512, 2048),
+    "gfx950": Target("hip", "gfx950", 64, 256, 160 * KIB, 512, 2048),
+    "gfx1100": Target("hip", "gfx1100", 32, 96, 64 * KIB, 256, 3072),
 }
 
 
@@ -76,11 +86,12 @@ class Unit:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: bytes of shared memory, registers of a thread, bytes or registers spilled."""
+    """What a compiled kernel needs: bytes of shared memory, registers of a thread, bytes of its stack, warps."""
 
     shared: int
     registers: int
     spilled: int
+    num_warps: int
 
 
 _TYPES = {
@@ -144,8 +155,8 @@ def recording(target: str) -> Iterator[dict[Unit, None]]:
             launch.Plans.forget_all()
 
 
-def compile_unit(unit: Unit, target: str) -> Resources:
-    """Compile for a target; what the result needs."""
+def compiled(unit: Unit, target: str) -> Any:
+    """What Triton's compiler makes of a kernel for a target."""
     source = ASTSource(
         unit.kernel,
         dict(unit.signature),
@@ -153,14 +164,25 @@ def compile_unit(unit: Unit, target: str) -> Resources:
         attrs={path: [["tt.divisibility", 16]] for path in unit.attributes},
     )
     options = launch.options(unit.num_warps, unit.num_stages)
-    compiled = triton.compile(source, target=TARGETS[target].triton_target, options=options)
+    return triton.compile(source, target=TARGETS[target].triton_target, options=options)
+
+
+def compile_unit(unit: Unit, target: str) -> Resources:
+    """Compile for a target; what the result needs."""
+    made = compiled(unit, target)
     if TARGETS[target].backend == "cuda":
-        registers, spilled = _cubin_usage(compiled.asm["cubin"])
+        registers, spilled = _cubin_usage(made.asm["cubin"])
     else:
-        code = compiled.asm["amdgcn"]
-        registers = int(re.findall(r"\.vgpr_count:\s*(\d+)", code)[-1])
-        spilled = int(re.findall(r"\.vgpr_spill_count:\s*(\d+)", code)[-1])
-    return Resources(int(compiled.metadata.shared), registers, spilled)
+        registers, spilled = _amdgcn_usage(made.asm["amdgcn"])
+    return Resources(int(made.metadata.shared), registers, spilled, unit.num_warps)
+
+
+def _amdgcn_usage(code: str) -> tuple[int, int]:
+    """Registers of a thread, and bytes of its scratch memory: what does not fit registers is there."""
+    number = {
+        name: int(n) for name, n in re.findall(r"^\s+\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", code, re.M)
+    }
+    return number["vgpr_count"], number["private_segment_fixed_size"]
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
@@ -177,97 +199,20 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 
 def problem(resources: Resources, target: str) -> str | None:
     """Why a kernel that needs this is not fit to ship, None where it is."""
-    limit = TARGETS[target].shared
-    if resources.shared > limit:
-        return f"needs {resources.shared} bytes of shared memory, {target} has {limit}"
-    if resources.spilled:
-        return f"spills ({resources.spilled}) at {resources.registers} registers a thread"
+    limit = TARGETS[target]
+    if resources.shared > limit.shared:
+        return f"needs {resources.shared} bytes of shared memory, {target} has {limit.shared}"
+    if resources.registers > limit.registers or resources.registers * resources.num_warps > limit.file:
+        return f"needs {resources.registers} registers in each of {resources.num_warps} warps"
+    exhausted = resources.registers == min(limit.registers, limit.file // resources.num_warps)
+    if resources.spilled > (0 if exhausted else STACK):
+        return f"spills {resources.spilled} bytes at {resources.registers} registers a thread"
     return None
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
-
-
-def _selection(batch: int, length: int, **options: Any) -> None:
-    scores, types = _empty(batch, length, dtype=torch.float32), _empty(batch, length, dtype=torch.uint8)
-    implementation("select_dual")(scores, scores, types, 0.01, 0.01, **options)
-    implementation("select_topk")(scores, types, 64, **options)
-
-
-def _compaction(layers: int, dim: int, dtype: torch.dtype, **options: Any) -> None:
-    caches = [_empty(1, 4, 32, dim, dtype=dtype) for _ in range(2 * layers)]
-    keep, counts = [_empty(1, 16, dtype=torch.int64)], [_empty(1, dtype=torch.int32)]
-    implementation("compact_kv_")(caches[:layers], caches[layers:], keep, counts, **options)
-
-
-def _paged_compaction(slots: int, **options: Any) -> None:
-    caches = [_empty(4, slots, 4, 128) for _ in range(4)]
-    table, ends = _empty(1, 4, dtype=torch.int32), _empty(1, dtype=torch.int32)
-    keep, counts = [_empty(1, 16, dtype=torch.int64)], [ends]
-    implementation("compact_paged_kv_")(caches[:2], caches[2:], table, keep, counts, seq_lens=ends, **options)
-
-
-def _scores(q_heads: int, k_heads: int, rows: int, length: int, dim: int, dtype: torch.dtype, with_lse: bool) -> None:
-    q, k = _empty(1, q_heads, rows, dim, dtype=dtype), _empty(1, k_heads, length, dim, dtype=dtype)
-    lse = _empty(1, q_heads, rows, dtype=torch.float32) if with_lse else None
-    implementation("text_vision_scores")(q, k, _empty(1, length, dtype=torch.uint8), dim**-0.5, lse=lse)
-
-
-def _packed_scores() -> None:
-    q, k, types = _empty(100, 28, 128), _empty(700, 4, 128), _empty(700, dtype=torch.uint8)
-    ends = _empty(2, dtype=torch.int32)
-    implementation("text_vision_scores_varlen")(q, k, types, ends, ends, 100, 700, 0.1)
-    cache, table = _empty(50, 16, 4, 128), _empty(1, 44, dtype=torch.int32)
-    implementation("text_vision_scores_paged")(q, cache, table, ends[:1], types[None], ends, 100, 0.1)
-
-
-def _map() -> None:
-    q, k = _empty(1, 32, 64, 128), _empty(1, 32, 671, 128)
-    implementation("text_vision_attention")(q, k, _empty(1, 671, dtype=torch.uint8), 0.1, 64)
-
-
-def calls() -> list[Callable[[], Any]]:
-    """Operator calls that together launch every kernel in every shipped configuration."""
-    half, brain, single = torch.float16, torch.bfloat16, torch.float32
-    keep, counts = _empty(1, 200, dtype=torch.int64), _empty(1, dtype=torch.int32)
-
-    def gather(*shape: int, dtype: torch.dtype = half) -> Callable[[], Any]:
-        return lambda: implementation("gather_tokens")(_empty(*shape, dtype=dtype), keep, counts)
-
-    def merge(dtype: torch.dtype, grid: list[int], window: list[int], **options: Any) -> Callable[[], Any]:
-        length = 1
-        for extent in grid:
-            length *= extent
-        x = _empty(2, 1 + length, 1024, dtype=dtype)
-        return lambda: implementation("spatial_merge")(x, grid, window, **options)
-
-    def cls(dtype: torch.dtype) -> Callable[[], Any]:
-        q, k = _empty(1, 16, 64, dtype=dtype), _empty(1, 16, 577, 64, dtype=dtype)
-        return lambda: implementation("cls_attention")(q, k, 0.125)
-
-    protected = torch.empty(1, 671, dtype=torch.bool)
-    return [
-        gather(1, 671, 4096), gather(1, 671, dtype=torch.int64), gather(1, 671, 32, dtype=single),
-        *(lambda n=n: _selection(1, n) for n in (200, 671, 2980, 18000)),
-        lambda: _selection(1, 671, protected=protected, drop_multiple=16),
-        lambda: _compaction(13, 128, brain), lambda: _compaction(32, 128, brain, align_end=True),
-        lambda: _compaction(2, 64, single), lambda: _compaction(2, 1, single),
-        lambda: _paged_compaction(16), lambda: _paged_compaction(1, align_end=True),
-        *(cls(d) for d in (half, brain, single)),
-        merge(half, [24, 24], [3, 3]), merge(brain, [24, 24], [3, 3], uniform=True),
-        merge(single, [40, 40], [2, 2], budget=64), merge(half, [8, 24, 24], [1, 3, 3], merged_first=True),
-        merge(half, [14, 14], [2, 2]),
-        lambda: _scores(32, 32, 60, 671, 128, half, False), lambda: _scores(32, 32, 671, 671, 128, brain, True),
-        lambda: _scores(32, 32, 60, 671, 128, single, False), lambda: _scores(32, 32, 60, 671, 256, half, True),
-        lambda: _scores(32, 32, 3000, 3000, 80, half, False), lambda: _scores(28, 4, 18000, 18000, 128, brain, False),
-        _packed_scores, _map,
-    ]  # fmt: skip
 
 
 def units(target: str) -> list[Unit]:
     """Everything that is shipped for a target."""
     with recording(target) as found:
-        for call in calls():
+        for call in crosscompile_calls.calls():
             call()
     return list(found)

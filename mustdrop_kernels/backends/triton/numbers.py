@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between element types and float32. Triton's interpreter has no bfloat16 arithmetic, cuts where it should round, and
-loses infinities and NaN: there, and only there, bits are moved by hand."""
+"""Between element types and float32. Triton's interpreter has no bfloat16 arithmetic (it works on bits), cuts where it
+should round, and loses subnormal values: there, and only there, bits are moved by hand."""
 
 from __future__ import annotations
 

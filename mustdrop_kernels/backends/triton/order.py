@@ -11,7 +11,7 @@ import triton.language as tl
 def ordered_key(x):  # [...] float32
     """An unsigned integer that is greater where x is better: NaN is 0, -0.0 and +0.0 are one."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
-    key = tl.where(bits >= 0x80000000, ~bits, bits | 0x80000000)
+    key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(x == x, key, 0)
 
 

@@ -1,0 +1,111 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the sequences of a call are: dense, packed and paged tensors look the same to the kernels behind `sequence_at` and
+// `key_offset`. Everything that only the device knows is clamped here to what the tensors hold.
+#pragma once
+
+#include "common/device.cuh"
+
+namespace mustdrop {
+
+constexpr uint8_t kTypePadding = 0, kTypeVision = 2, kTypeQuery = 3;
+
+// What one part of the keys contributes to the normaliser of one row and head, in units of log2.
+struct alignas(8) RowPart {
+  float maximum, sum;  // sum of 2^(x - maximum)
+};
+
+// Strides in elements.
+struct ScoreParameters {
+  const void* q;               // [B, Hq, Lq, D], packed [total_q, Hq, D]
+  const void* k;               // [B, Hk, Lk, D], packed [total_k, Hk, D], paged [blocks, slots, Hk, D]
+  const float* lse;            // [B, Hq, Lq], packed [Hq, total_q]; null: made from the keys
+  const uint8_t* token_types;  // [B, Lk], packed [total_k]
+  const int32_t* cu_q;         // [B+1]; null: dense
+  const int32_t* cu_k;         // [B+1]; null: dense or paged
+  const int32_t* seq_lens;     // [B]; null: not paged
+  const int32_t* table;        // [B, max_blocks]; null: not paged
+  float* total;                // [B, Lk], packed [total_k]; null where the map is wanted
+  float* peak;                 // as total
+  float* map;                  // [B, max_rows, Lk]; null where the scores are wanted
+  RowPart* parts;              // [B, Hq, row_capacity, part_count], workspace; null where lse is given
+  float* partials;             // [B, tiles, splits, row_capacity, tile keys], workspace; null: heads meet in the kernel
+
+  int64_t q_batch, q_head, q_row;
+  int64_t k_batch, k_head, k_row, k_dim;  // k_row: of a slot where keys are paged
+  int64_t k_block;
+  int64_t lse_batch, lse_head, lse_row;
+  int64_t type_batch, table_batch;
+  int32_t batch, heads, kv_heads, dim;
+  int32_t rows, keys;            // dense: Lq and Lk; packed: total_q and total_k; paged: total_q and max_len
+  int32_t max_rows_q, max_keys;  // the longest sequence there may be
+  int32_t blocks, slots, max_blocks;
+  int32_t max_rows;      // query rows past it are left out
+  int32_t row_capacity;  // query rows of a sequence in a workspace
+  int32_t tiles;         // key tiles of a sequence
+  int32_t splits;        // blocks that share the heads of a tile
+  int32_t part_count;    // parts of the keys in the normaliser
+  int32_t part_tiles;    // key tiles of a part
+  float scale_log2;      // scale * log2(e)
+  float head_share;      // 1 / Hq
+  bool vector;           // every row of q and k is a number of aligned 16-byte pieces
+};
+
+struct Sequence {
+  int64_t q, k, lse, out;  // offsets of its first row, key, normaliser and result, in elements
+  const uint8_t* types;    // [length]
+  const int32_t* table;    // [max_blocks] or null
+  int32_t first;           // position of its first row; negative where there are more rows than keys
+  int32_t length;          // keys
+  int32_t places;          // results that belong to it
+};
+
+struct Span {
+  int32_t begin, length;
+};
+
+__device__ __forceinline__ Span span_at(const int32_t* cumulative,  // [B+1]
+                                        int32_t b, int32_t extent, int32_t longest) {
+  const int64_t begin = clamp_to(cumulative[b], 0, extent), end = clamp_to(cumulative[b + 1], 0, extent);
+  return {static_cast<int32_t>(begin), static_cast<int32_t>(clamp_to(end - begin, 0, longest))};
+}
+
+__device__ __forceinline__ Sequence sequence_at(const ScoreParameters& p, int32_t b) {
+  Sequence s{};
+  int32_t rows = p.rows;
+  if (p.cu_q) {
+    const Span span = span_at(p.cu_q, b, p.rows, p.max_rows_q);
+    rows = span.length;
+    s.q = span.begin * p.q_row;
+    s.lse = span.begin * p.lse_row;
+  } else {
+    s.q = b * p.q_batch;
+    s.lse = b * p.lse_batch;
+  }
+  if (p.cu_k) {
+    const Span span = span_at(p.cu_k, b, p.keys, p.max_keys);
+    s.length = s.places = span.length;
+    s.k = span.begin * p.k_row;
+    s.out = span.begin;
+    s.types = p.token_types + span.begin;
+  } else {
+    s.length = p.seq_lens ? static_cast<int32_t>(clamp_to(p.seq_lens[b], 0, p.max_keys)) : p.keys;
+    s.places = p.keys;
+    s.k = b * p.k_batch;
+    s.out = int64_t(b) * p.keys;
+    s.types = p.token_types + b * p.type_batch;
+    if (p.table) s.table = p.table + b * p.table_batch;
+  }
+  s.first = s.length - rows;
+  return s;
+}
+
+// Where the key of a position is, in elements of k; -1 where there is none.
+__device__ __forceinline__ int64_t key_offset(const ScoreParameters& p, const Sequence& s, int32_t position) {
+  if (position >= s.length) return -1;
+  if (!s.table) return s.k + position * p.k_row;
+  const int32_t block = s.table[position / p.slots];
+  if (block < 0 || block >= p.blocks) return -1;
+  return block * p.k_block + position % p.slots * p.k_row;
+}
+
+}  // namespace mustdrop

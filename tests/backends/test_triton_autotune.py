@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MUSTDROP_AUTOTUNE=1: what is searched, what is kept, and where; with a clock that a test sets."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import mustdrop_kernels
+from mustdrop_kernels.backends import triton as backend
+
+if not backend.interpreted() or backend.version() is None:
+    pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+
+from mustdrop_kernels.backends.triton import autotune, configs, gather
+from mustdrop_kernels.backends.triton.launch import Plans
+
+KEY = ("cpu", "gather", "narrow")
+TRIED = (configs.shipped(KEY), *configs.CANDIDATES["gather"])
+BEST = TRIED[3]
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path) -> list[configs.Config]:
+    """The configurations that were timed, in order; BEST is twice as fast as all others."""
+    found: list[configs.Config] = []
+
+    def measure(run):
+        run()
+        found.append(configs.TUNED[KEY])
+        return 1.0 if configs.TUNED[KEY] == BEST else 2.0
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(configs, "TUNED", {})
+    monkeypatch.setattr(configs, "SEEN", set())
+    monkeypatch.setattr(autotune, "measure", measure)
+    Plans.forget_all()
+    yield found
+    Plans.forget_all()
+
+
+def call(operator) -> None:
+    x, keep, counts = torch.randn(1, 9, 4), torch.tensor([[1, 5, 7]]), torch.tensor([3], dtype=torch.int32)
+    assert torch.equal(operator(x, keep, counts)[0], x[0, [1, 5, 7]])
+
+
+def new_process():
+    """What a process that starts now would use."""
+    configs.TUNED.clear()
+    configs.SEEN.clear()
+    Plans.forget_all()
+    return autotune.tuned(gather.gather_tokens)
+
+
+def test_the_fastest_is_kept_and_remembered(measured):
+    operator = autotune.tuned(gather.gather_tokens)
+    call(operator)
+    assert tuple(measured) == TRIED
+    assert configs.TUNED == {KEY: BEST}
+    call(operator)
+    assert len(measured) == len(TRIED), "what was searched is not searched again"
+    call(new_process())
+    assert configs.TUNED == {KEY: BEST}
+    assert len(measured) == len(TRIED)
+
+
+def test_the_file_is_of_this_version(measured, monkeypatch):
+    """Other kernels or another compiler: what was fastest with them says nothing."""
+    call(autotune.tuned(gather.gather_tokens))
+    name = autotune.cache_file().name
+    assert mustdrop_kernels.__version__ in name
+    assert triton.__version__ in name
+    monkeypatch.setattr(triton, "__version__", "99.0.0")
+    call(new_process())
+    assert len(measured) == 2 * len(TRIED)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a/b/c": {}}', '{"a/b/c": 3}'])
+def test_a_broken_file_is_searched_again(measured, text):
+    file = autotune.cache_file()
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    with pytest.warns(UserWarning, match="not read"):
+        call(autotune.tuned(gather.gather_tokens))
+    assert tuple(measured) == TRIED
+    assert list(json.loads(file.read_text())) == ["/".join(KEY)]
+
+
+def test_the_file_changes_in_one_step(measured, monkeypatch):
+    """It is replaced, never written into, and what another process has added since stays."""
+    call(autotune.tuned(gather.gather_tokens))
+    file = autotune.cache_file()
+    before = file.read_text()
+    other = {"gfx942/select/1024": {"tiles": {"BLOCK": 2048}, "num_warps": 8, "num_stages": 2}}
+    file.write_text(json.dumps({**json.loads(before), **other}))
+    inode = file.stat().st_ino
+    autotune.save()
+    assert file.stat().st_ino != inode
+    assert set(json.loads(file.read_text())) == {"/".join(KEY), "gfx942/select/1024"}
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_a_candidate_that_fails_is_left_out(measured, monkeypatch):
+    whole = gather.gather_tokens
+
+    def fails_once(*args, **kwargs):
+        if configs.TUNED.get(KEY) == TRIED[1]:
+            raise RuntimeError("out of shared memory")
+        return whole(*args, **kwargs)
+
+    with pytest.warns(UserWarning, match="out of shared memory"):
+        call(autotune.tuned(fails_once))
+    assert tuple(measured) == (TRIED[0], *TRIED[2:])
+    assert configs.TUNED == {KEY: BEST}
+
+
+def test_nothing_is_searched_by_default(measured, monkeypatch):
+    monkeypatch.delenv("MUSTDROP_AUTOTUNE", raising=False)
+    call(backend.implementation("gather_tokens"))
+    assert not measured
+    assert not autotune.cache_file().exists()

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the host does in a call: it reads nothing from the device, and allocates by shapes alone.
+
+Kernels are not launched here. Tensors are fakes on a GPU that need not exist: whatever asks for their contents raises.
+So a call can be captured in a CUDA graph once its kernels are compiled.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from mustdrop_kernels import backends
+from mustdrop_kernels.backends import triton as backend
+
+if backend.version() is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+from ops.sample_calls import sample
+
+from mustdrop_kernels.backends.triton import configs, launch
+
+aten = torch.ops.aten
+# Allocations whose size the host knows, views, and the one thing that is written without a kernel of ours.
+HARMLESS = {
+    aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.zeros.default, aten.zero_.default,
+    aten.view.default, aten.view.dtype, aten.select.int, aten.unbind.int, aten.as_strided.default,
+    aten.view_as_real.default, aten.slice.Tensor, torch.ops.prim.device.default,
+}  # fmt: skip
+
+
+class Watch(TorchDispatchMode):
+    """Notes what torch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[object, tuple[int, ...] | None]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.calls.append((function, tuple(result.shape) if isinstance(result, torch.Tensor) else None))
+        return result
+
+
+@contextmanager
+def no_launches():
+    """Nothing runs; yields the pointers of each launch that would have been made."""
+    made: list[tuple] = []
+    launch.Plans.forget_all()
+    with (
+        mock.patch.object(launch.Launch, "__call__", lambda self, *pointers: made.append((self, pointers))),
+        mock.patch.object(configs, "architecture", return_value="sm90"),
+        mock.patch.object(configs, "processors", return_value=132),
+    ):
+        yield made
+    launch.Plans.forget_all()
+
+
+def _address(tensor: torch.Tensor) -> int:
+    """The host knows addresses; those of fakes are made up."""
+    return id(tensor)
+
+
+def _on_gpu(value: object) -> object:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_no_step_on_the_host(op, dtype):
+    arguments = sample(op, dtype=dtype)
+    with no_launches() as made, FakeTensorMode(), mock.patch.object(torch.Tensor, "data_ptr", _address):
+        on_gpu = tree_map(_on_gpu, arguments)
+        seen = []
+        for _ in range(3):
+            with Watch() as watch:
+                backend.implementation(op)(**on_gpu)
+            assert {function for function, _ in watch.calls} <= HARMLESS
+            seen.append(watch.calls)
+        assert seen[1] == seen[2], "a call with the same shapes does the same"
+    assert made
+    assert all(p.device.type == "cuda" for _, pointers in made for p in pointers if isinstance(p, torch.Tensor))
+
+
+@pytest.mark.parametrize("op", backends.OPS)
+def test_a_plan_is_made_once(op):
+    """The second call of a kind checks nothing and makes no plan: same launches, same objects."""
+    with no_launches() as made:
+        arguments = sample(op)
+        backend.implementation(op)(**arguments)
+        first = [id(one) for one, _ in made]
+        made.clear()
+        with mock.patch("mustdrop_kernels.checks.Checker", side_effect=AssertionError("checked again")):
+            backend.implementation(op)(**arguments)
+        assert [id(one) for one, _ in made] == first
+
+
+def test_contents_do_not_choose_sizes():
+    """Other data of the same shapes: the same allocations in the same order."""
+    with no_launches():
+        seen = []
+        for value in (0, 3):
+            arguments = sample("topk_attention_select")
+            arguments["token_types"].fill_(value)
+            arguments["budgets"].fill_(value)
+            with Watch() as watch:
+                backend.implementation("topk_attention_select")(**arguments)
+            seen.append(watch.calls)
+        assert seen[0] == seen[1]

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Offsets past 32 bits: every stride that a kernel multiplies by, more than 2**31 elements large.
+
+The storages are gigabytes of which only the pages that are touched exist.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import mustdrop_kernels
+from mustdrop_kernels.backends import triton as backend
+
+if not backend.interpreted() or backend.version() is None:
+    pytest.skip("runs with TRITON_INTERPRET=1", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("storages_stay")
+TYPES = torch.tensor([[2, 3], [2, 3]], dtype=torch.uint8)
+ENDS = torch.tensor([0, 2], dtype=torch.int32)
+
+
+def far(t: Tensor, axis: int) -> Tensor:
+    """The same values, neighbours along ``axis`` more than 2**31 elements apart. Untouched memory costs nothing."""
+    strides = list(t.contiguous().stride())
+    strides[axis] = 2**31 + 32
+    span = 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
+    return torch.empty(span, dtype=t.dtype).as_strided(t.shape, strides).copy_(t)
+
+
+@pytest.fixture
+def storages_stay(monkeypatch):
+    """The interpreter copies each argument's whole storage onto itself: not these."""
+    copy = torch.UntypedStorage.copy_
+
+    def copy_unless_same(self, other, *args, **kwargs):
+        return self if self.data_ptr() == other.data_ptr() else copy(self, other, *args, **kwargs)
+
+    monkeypatch.setattr(torch.UntypedStorage, "copy_", copy_unless_same)
+
+
+def equal(got, want) -> None:
+    got, want = ((x,) if isinstance(x, Tensor) else x for x in (got, want))
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+
+
+def call(op: str, *args, name: str = "triton", **kwargs):
+    return getattr(mustdrop_kernels, op)(*args, **kwargs, backend=name)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_gather(axis):
+    x = torch.randint(0, 256, (2, 2, 2, 3), dtype=torch.uint8)
+    keep, counts = torch.tensor([[1, 0], [1, -1]]), torch.tensor([2, 1], dtype=torch.int32)
+    want = call("gather_tokens", x, keep, counts, name="reference")
+    equal(call("gather_tokens", far(x, axis), keep, counts), want)
+    if axis == 0:
+        equal(call("gather_tokens", x, far(keep, 0), far(counts, 0)), want)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("paged", [False, True])
+def test_compaction(axis, paged):
+    cache = torch.randint(0, 256, (2, 2, 2, 3), dtype=torch.uint8)
+    keep = [torch.tensor([[1]])] if paged else [torch.tensor([[1], [1]])]
+    counts, table = [torch.ones(len(keep[0]), dtype=torch.int32)], torch.tensor([[1, 0]], dtype=torch.int32)
+    results = []
+    for name, key, value in (
+        ("reference", cache.clone(), cache.clone()),
+        ("triton", far(cache, axis), far(cache, axis)),
+    ):
+        if paged:
+            call("compact_paged_kv_", [key], [value], table, keep, counts, name=name)
+            results.append((key[1, :1], value[1, :1]))
+        else:
+            call("compact_kv_", [key], [value], keep, counts, name=name)
+            results.append((key[:, :, :1], value[:, :, :1]))
+    equal(*results)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_compaction_of_heads_with_far_sets(axis):
+    cache = torch.randn(2, 2, 5, 3)
+    keep, counts = torch.tensor([[[1, 4], [2, 3]], [[3, 4], [0, 4]]]), torch.full((2, 2), 2, dtype=torch.int32)
+    results = []
+    for name, sets, numbers in (("reference", keep, counts), ("triton", far(keep, axis), far(counts, axis))):
+        key, value = cache.clone(), cache + 1
+        call("compact_kv_", [key], [value], [sets], [numbers], name=name)
+        results.append((key[:, :, :2], value[:, :, :2]))
+    equal(*results)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_scores(axis):
+    q, k = torch.randn(2, 2, 2, 4).half(), torch.randn(2, 2, 2, 4).half()
+    want = call("text_vision_scores", q, k, TYPES, 0.5)
+    equal(call("text_vision_scores", far(q, axis), far(k, axis), TYPES, 0.5), want)
+    if axis == 0:
+        equal(call("text_vision_scores", q, k, far(TYPES, 0), 0.5), want)
+    lse = torch.rand(2, 2, 2)
+    want = call("text_vision_scores", q, k, TYPES, 0.5, lse=lse)
+    equal(call("text_vision_scores", q, k, TYPES, 0.5, lse=far(lse, axis)), want)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_maps(axis):
+    q, k = torch.randn(2, 2, 2, 4).half(), torch.randn(2, 2, 2, 4).half()
+    want = call("text_vision_attention", q, k, TYPES, 0.5, 1)
+    equal(call("text_vision_attention", far(q, axis), far(k, axis), TYPES, 0.5, 1), want)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_packed_scores(axis):
+    q, k = torch.randn(2, 2, 4).half(), torch.randn(2, 2, 4).half()
+    want = call("text_vision_scores_varlen", q, k, TYPES[0], ENDS, ENDS, 2, 2, 0.5)
+    equal(call("text_vision_scores_varlen", far(q, axis), far(k, axis), TYPES[0], ENDS, ENDS, 2, 2, 0.5), want)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_paged_scores(axis):
+    q, cache = torch.randn(2, 2, 4).half(), torch.randn(2, 2, 2, 4).half()
+    table, lengths = torch.tensor([[1]], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    want = call("text_vision_scores_paged", q, cache, table, lengths, TYPES[:1], ENDS, 2, 0.5)
+    equal(call("text_vision_scores_paged", q, far(cache, axis), table, lengths, TYPES[:1], ENDS, 2, 0.5), want)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_cls_attention(axis):
+    q, k, counts = torch.randn(2, 2, 4).half(), torch.randn(2, 2, 3, 4).half(), torch.tensor([3, 2], dtype=torch.int32)
+    want = call("cls_attention", q, k, 0.5, counts=counts)
+    equal(call("cls_attention", q, far(k, axis), 0.5, counts=counts), want)
+    if axis < 2:
+        equal(call("cls_attention", far(q, axis), k, 0.5, counts=far(counts, 0)), want)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("options", [{}, {"merged_first": True}, {"uniform": True}], ids=str)
+def test_merge(axis, options):
+    x, sizes = torch.randn(2, 5, 3).half(), torch.rand(2, 5) + 0.5
+    want = call("spatial_merge", x, [2, 2], [2, 1], 0.0, sizes=sizes, **options)
+    equal(call("spatial_merge", far(x, axis), [2, 2], [2, 1], 0.0, sizes=far(sizes, 0), **options), want)
+
+
+def test_selection():
+    scores, types = torch.rand(2, 6).half(), torch.full((2, 6), 2, dtype=torch.uint8)
+    protected, budgets = torch.rand(2, 6) < 0.3, torch.tensor([2, 3], dtype=torch.int32)
+    want = call("select_topk", scores, types, 2, protected=protected, budgets=budgets)
+    got = call("select_topk", far(scores, 0), far(types, 0), 2, protected=far(protected, 0), budgets=far(budgets, 0))
+    equal(got, want)
+    want = call("select_dual", scores, scores, types, 0.1, 0.9, protected=protected)
+    got = call("select_dual", far(scores, 0), far(scores, 0), far(types, 0), 0.1, 0.9, protected=far(protected, 0))
+    equal(got, want)

@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles csrc/*/cuda*.cu with the host compiler against the emulation of CUDA, under sanitizers.
+
+The launchers are compiled as they are, but for their registration: the operators of the library are
+``torch.ops.mustdrop_emulated.*`` on CPU tensors. Objects are kept in build/cuda_emulation under a hash of what they
+were made of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+BUILD = ROOT / "build" / "cuda_emulation"
+
+# "races": undefined behaviour, and data races by the hooks of -fsanitize=thread, whose runtime is replaced by races.cpp
+# and so is not linked. "address": addresses and undefined behaviour. "none": what the schedule alone shows.
+SANITIZERS = {
+    "none": [],
+    "races": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+HOOKS = {"races": ["-fsanitize=thread", "-DMUSTDROP_FIND_RACES"], "address": [], "none": []}
+FLAGS = [
+    "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+    "-Wno-unused-parameter", "-fno-omit-frame-pointer", "-DMUSTDROP_CUDA_EMULATED",
+    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+]  # fmt: skip
+RENAMED = {
+    "STABLE_TORCH_LIBRARY(mustdrop, m)": "STABLE_TORCH_LIBRARY(mustdrop_emulated, m)",
+    "STABLE_TORCH_LIBRARY_IMPL(mustdrop, CUDA, m)": "STABLE_TORCH_LIBRARY_IMPL(mustdrop_emulated, CPU, m)",
+}
+EMULATION = [HERE / "scheduler.cpp", HERE / "races.cpp"]  # not instrumented by the hooks
+
+
+class EmulationError(RuntimeError):
+    """The emulation could not be built; the message holds what the compiler said."""
+
+
+def compiler() -> str | None:
+    """The host compiler."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
+def why_not() -> str | None:
+    """Why the emulation cannot be built here, None where it can."""
+    return None if compiler() else "no host C++ compiler (g++) was found"
+
+
+def launchers(root: Path = ROOT) -> list[Path]:
+    """The CUDA launchers of a source tree."""
+    return sorted((root / "csrc").glob("*/cuda*.cu"))
+
+
+def build_library(sanitizer: str = "races", root: Path = ROOT) -> Path:
+    """The emulated operators as a shared library, compiled where something has changed.
+
+    Args:
+        sanitizer: a key of ``SANITIZERS``.
+        root: the source tree whose csrc/ is taken.
+    """
+    torch = _torch()
+    include = [f"-I{root / 'csrc'}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}"]
+    libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--allow-shlib-undefined"]
+    sources = [root / "csrc" / "schemas.cpp", *launchers(root)]
+    return _shared_library("mustdrop_emulated", sources, sanitizer, include, libraries, root)
+
+
+def build_alone(source: Path, sanitizer: str = "races") -> Path:
+    """One source that needs the emulation and nothing else, as a shared library."""
+    return _shared_library(source.stem, [source], sanitizer, [f"-I{ROOT / 'csrc'}"], [])
+
+
+def preload(sanitizer: str) -> dict[str, str]:
+    """The environment of a process that is to load a library of this sanitizer."""
+    if sanitizer != "address":
+        return {}
+    names = ("libasan.so", "libstdc++.so.6")  # the sanitizer looks for what the second defines when it starts
+    found = [_output([compiler() or "g++", f"-print-file-name={name}"]) for name in names]
+    # Python does not free what it has at its end; and a fiber's stack is none of the process's.
+    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+
+
+def _shared_library(
+    name: str, sources: Sequence[Path], sanitizer: str, include: list[str], libraries: list[str], root: Path = ROOT
+) -> Path:
+    with _alone():
+        flags = [*FLAGS, *SANITIZERS[sanitizer], f"-I{HERE}", *include, "-include", str(HERE / "cuda_emulation.h")]
+        kernels = [_object(source, [*flags, *HOOKS[sanitizer]], root) for source in sources]
+        define = [flag for flag in HOOKS[sanitizer] if flag.startswith("-D")]
+        objects = kernels + [_object(source, [*flags, *define]) for source in EMULATION]
+        digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
+        library = BUILD / f"lib{name}-{sanitizer}-{digest}.so"
+        if not library.exists():
+            partial = library.with_suffix(f".{os.getpid()}")
+            link = [compiler() or "g++", "-shared", *SANITIZERS[sanitizer], *map(str, objects), "-o", str(partial)]
+            _output([*link, *libraries])
+            partial.rename(library)
+    return library
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """Two processes that want the same library compile it once."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with open(BUILD / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _torch() -> Path:
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise EmulationError("torch was not found")
+    return Path(spec.origin).parent
+
+
+def _text(path: Path) -> str:
+    """A source as it is compiled: under the emulation's name, with lines that still point at the original."""
+    text = path.read_text()
+    for old, new in RENAMED.items():
+        text = text.replace(old, new)
+    return f'#line 1 "{path}"\n{text}'
+
+
+def _object(source: Path, flags: list[str], root: Path = ROOT) -> Path:
+    """An object file. Of two source trees with equal texts, one object serves both."""
+    text = _text(source)
+    folders = [source.parent, *(Path(flag[2:]) for flag in flags if flag.startswith("-I"))]
+    depends = _headers(source, folders, {HERE / "cuda_emulation.h"})
+    made_of = "\0".join([text, *flags, *(p.read_text() for p in depends)]).replace(str(root), "")
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:20]
+    target = BUILD / f"{source.parent.name}-{source.stem}-{digest}.o"
+    if not target.exists():
+        copy = target.with_suffix(".cpp")
+        copy.write_text(text)
+        partial = target.with_suffix(f".{os.getpid()}")
+        _output([compiler() or "g++", *flags, f"-I{source.parent}", "-c", str(copy), "-o", str(partial)])
+        partial.rename(target)
+    return target
+
+
+def _headers(source: Path, folders: list[Path], start: set[Path]) -> list[Path]:
+    """Every header of ours that a source includes, directly or not."""
+    found, todo = set(start), [source, *start]
+    while todo:
+        for name in re.findall(r'^#include "([^"]+)"', todo.pop().read_text(), flags=re.MULTILINE):
+            path = next((folder / name for folder in folders if (folder / name).is_file()), None)
+            if path is not None and path not in found:
+                found.add(path)
+                todo.append(path)
+    return sorted(found)
+
+
+def _output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(f"{' '.join(command)}\n{done.stderr[-8000:]}")
+    return done.stdout.strip()

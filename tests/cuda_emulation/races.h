@@ -1,0 +1,36 @@
+// SPDX-License-Identifier: Apache-2.0
+// Data races of emulated kernels, found from CUDA's rules and not from the schedule that happened to be drawn.
+//
+// The kernels are compiled with -fsanitize=thread, but its runtime is replaced (races.cpp): each load and store calls a hook
+// that compares it with the accesses before it. Two accesses of one place, one of them a write, have to be of one thread, or
+// both atomic, or ordered by a barrier that both threads have gone through between them: __syncwarp in a warp, __syncthreads
+// in a block, the cluster's barrier in a cluster, nothing between clusters. Shuffles and votes order nothing. A read of
+// shared memory that nobody has written is reported too.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace cuda_emulation::races {
+
+// A thread of the launch, as far as order goes.
+struct Who {
+  uint32_t thread = 0;      // of the whole launch
+  uint32_t block_size = 1;  // threads of a block
+  uint32_t cluster_size = 1;
+  uint32_t warp_barriers = 0, block_barriers = 0;     // gone through
+  uint32_t cluster_arrivals = 0, cluster_waits = 0;   // of the cluster's barrier
+  const char *stack = nullptr, *stack_end = nullptr;  // its own: nobody else's business
+};
+
+enum class Kind { read, write, atomic };
+
+extern Who* who;  // the thread that runs, null where none does
+
+void begin_launch();                                        // what was accessed before is over
+void fresh(const void* memory, size_t bytes, bool shared);  // nobody has used it; `shared`: nor may read it unwritten
+void access(const void* memory, size_t bytes, Kind kind, const void* code);
+void copy_starts(void* to, const void* from, unsigned bytes, unsigned size, const void* code);  // asynchronous
+void copy_ends(void* to, unsigned size, const void* code);
+
+}  // namespace cuda_emulation::races
