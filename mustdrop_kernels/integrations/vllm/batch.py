@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -45,7 +46,7 @@ class Batch:
     new: list[int]  # new tokens of each request
     lengths: list[int]  # of each plain sequence, new tokens included
     lost: list[int]  # tokens that it has lost in earlier steps
-    images: list[bool]  # it begins in this step, with an image
+    beginning: list[int]  # requests that begin in this step, with an image
 
     @property
     def rows(self) -> int:
@@ -56,7 +57,7 @@ class Batch:
     def of(cls, ledger: Ledger, metadata: Any, image: Tensor) -> Batch:  # image: (rows) bool, placeholders
         """Reads a step. A request that begins, perhaps again after preemption, has lost nothing."""
         begins = metadata.query_start_loc.tolist()
-        new = [b - a for a, b in zip(begins, begins[1:], strict=False)]
+        new = [b - a for a, b in itertools.pairwise(begins)]
         lengths = metadata.seq_lens[: len(new)].tolist()
         requests = list(ledger.requests())[: len(new)]
         fresh = [a == b for a, b in zip(new, lengths, strict=True)]
@@ -70,5 +71,5 @@ class Batch:
             new=new,
             lengths=lengths,
             lost=[ledger.lost.get(request, 0) for request in requests],
-            images=[first and count > 0 for first, count in zip(fresh, found, strict=True)],
+            beginning=[i for i, (first, count) in enumerate(zip(fresh, found, strict=True)) if first and count > 0],
         )

@@ -54,8 +54,8 @@ def _problems(vllm_config: Any) -> list[str]:
             scheduler.scheduler_cls not in (None, _SCHEDULER)
         ),
         f"worker_cls must be left out, got {parallel.worker_cls!r}": parallel.worker_cls not in ("auto", _WORKER),
-        f"max_num_batched_tokens ({batched}) must be at least max_model_len ({longest}): a prompt with an image is read "
-        "in one piece, since the text that says which image tokens matter comes after them": batched < longest,
+        f"max_num_batched_tokens ({batched}) must be at least max_model_len ({longest}): a prompt with an image is "
+        "read in one piece, since the text that says which image tokens matter comes after them": batched < longest,
     }
     return [problem for problem, applies in checks.items() if applies]
 

@@ -48,7 +48,7 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def _attention_layers(self) -> list[Any]:
         """One attention layer per decoder layer, all alike."""
         layers = getattr(getattr(self.language_model, "model", None), "layers", None)
-        found = [getattr(getattr(layer, "self_attn", None), "attn", None) for layer in layers or ()]
+        found: list[Any] = [getattr(getattr(layer, "self_attn", None), "attn", None) for layer in layers or ()]
         if not found or any(layer is None for layer in found):
             raise ValueError(f"mustdrop: {type(self.language_model).__name__} is not built like Llama")
         for layer in found:
@@ -65,8 +65,8 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if vision.model_type != "clip_vision_model" or strategy != "default":
             raise ValueError(
                 "mustdrop: merging and key tokens need a CLIP vision tower with "
-                f"vision_feature_select_strategy='default', got {vision.model_type!r} with {strategy!r}; merge=False and "
-                "key_rate=0.0 leave the tower alone"
+                f"vision_feature_select_strategy='default', got {vision.model_type!r} with {strategy!r}; merge=False "
+                "and key_rate=0.0 leave the tower alone"
             )
         layers = self.vision_tower.vision_model.encoder.layers
         running = list(layers)
@@ -128,21 +128,21 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         rows = metadata.num_actual_tokens
         placeholders = input_ids[:rows] == self.config.image_token_index
         batch = Batch.of(self.ledger, metadata, placeholders)
-        if not any(batch.images) and not any(batch.lost):
+        if not batch.beginning and not any(batch.lost):
             return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         with turning(context, self._names) as pages:
-            if not any(batch.images):
+            if not batch.beginning:
                 left = [length - lost for length, lost in zip(batch.lengths, batch.lost, strict=True)]
                 pages.to(self._paging.lay_out(metadata, batch.new, left, batch.lost))
                 return super().forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             if inputs_embeds is None:
                 inputs_embeds = self.language_model.embed_input_ids(input_ids)
             hidden = inputs_embeds[:rows]
-            final, prompts = self._prefill.run(
+            final, plan = self._prefill.run(
                 batch, placeholders, None if marks is None else marks.first(rows), hidden, positions[:rows], pages
             )
-        for i in prompts.members:
-            self.ledger.record(batch.requests[i], prompts.lost[i])
+        for i in plan.members:
+            self.ledger.record(batch.requests[i], plan.dropped[i])
         padding = inputs_embeds.shape[0] - rows
         return final if padding == 0 else torch.nn.functional.pad(final, (0, 0, 0, padding))
 

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops, envs
 
+from ...engines import without_leading
+
 READABLE = ("vec", "vec16")
 """Layouts of the CPU attention whose keys can be viewed as (blocks, slots, heads, D)."""
 
@@ -26,12 +28,6 @@ class Pages(NamedTuple):
 
     metadata: Any
     slots: Tensor  # (rows) int64, where each row's key and value go
-
-
-def without_leading(table: Tensor, blocks: Tensor) -> Tensor:
-    """(R, M) int32 block tables without the first blocks[b] entries of row b; the last entries repeat."""
-    column = torch.arange(table.shape[1], device=table.device) + blocks[:, None]
-    return table.gather(1, column.clamp(max=table.shape[1] - 1))
 
 
 def cache_views(cache: Tensor) -> tuple[Tensor, Tensor]:  # (blocks, Hk, slots, 2 D)
@@ -53,8 +49,8 @@ class Paging:
         """Refuses layouts of the cache that ``cache_views`` does not know."""
         if self.attention.isa not in READABLE:
             raise ValueError(
-                f"mustdrop: the CPU attention's {self.attention.isa!r} cache is not served, which vLLM takes for bfloat16 "
-                "on a processor with matrix tiles; dtype float16 or float32 has another"
+                f"mustdrop: the CPU attention's {self.attention.isa!r} cache is not served, which vLLM takes for "
+                "bfloat16 on a processor with matrix tiles; dtype float16 or float32 has another"
             )
 
     @property

@@ -36,9 +36,7 @@ class MustDropScheduler(Scheduler):
         """
         plan = super()._try_schedule_encoder_inputs
         if num_computed_tokens > 0:
-            return plan(
-                request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens
-            )
+            return plan(request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens)
         prompt = request.num_prompt_tokens
         if num_new_tokens >= prompt:
             planned = plan(request, 0, prompt, encoder_compute_budget, shift_computed_tokens)

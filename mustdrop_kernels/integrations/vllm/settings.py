@@ -36,8 +36,8 @@ def read(hf_config: Any) -> MustDropConfig:
 def _check(config: MustDropConfig) -> None:
     if config.merge and config.merge_budget is None:
         raise ValueError(
-            "mustdrop: merge needs merge_budget in vLLM, so that the images of a batch stay equally long; give a number "
-            "of windows, or merge=False"
+            "mustdrop: merge needs merge_budget in vLLM, so that the images of a batch stay equally long; give a "
+            "number of windows, or merge=False"
         )
     if not config.evict:
         raise ValueError("mustdrop: evict must be True in vLLM, where all layers share one block table")

@@ -15,7 +15,7 @@ from vllm import _custom_ops
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.vllm.batch import Ledger
-from mustdrop_kernels.integrations.vllm.pages import Paging, cache_views, without_leading
+from mustdrop_kernels.integrations.vllm.pages import Paging, cache_views
 from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, split
 
 
@@ -40,11 +40,6 @@ def test_other_layouts_are_refused():
     Paging(types.SimpleNamespace(isa="vec")).check()
     with pytest.raises(ValueError, match="mustdrop: the CPU attention's 'amx' cache is not served"):
         Paging(types.SimpleNamespace(isa="amx")).check()
-
-
-def test_table_without_leading_blocks():
-    table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32)
-    assert without_leading(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]
 
 
 def test_merged_tokens_stand_at_their_first_patch():

@@ -15,7 +15,10 @@ from mustdrop_kernels.integrations import vllm as plugin
 from mustdrop_kernels.integrations.vllm.vision import VisionStage
 
 SETTINGS = {
-    "max_num_batched_tokens": (dict(max_num_batched_tokens=256), "max_num_batched_tokens .256. must be at least max_model"),
+    "max_num_batched_tokens": (
+        dict(max_num_batched_tokens=256),
+        "max_num_batched_tokens .256. must be at least max_model",
+    ),
     "pipeline": (dict(pipeline_parallel_size=2, distributed_executor_backend="mp"), "pipeline_parallel_size must be 1"),
     "tensors": (dict(tensor_parallel_size=2, distributed_executor_backend="mp"), "tensor_parallel_size must be 1"),
     "drafts": (
