@@ -5,10 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from .blocks import release_leading_blocks
+
+logger = init_logger("vllm.mustdrop")
 
 _NOT_NOW: tuple[list[int], list[int]] = ([], [])  # nothing to load, nothing loaded twice
 
@@ -37,6 +40,10 @@ class MustDropScheduler(Scheduler):
         plan = super()._try_schedule_encoder_inputs
         if num_computed_tokens > 0:
             return plan(request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens)
+        if problem := _cannot_serve(request):
+            logger.warning("mustdrop: request %s is refused: %s", request.request_id, problem)
+            self.encoder_cache_mismatch_reqs.add(request.request_id)  # vLLM ends these with an error
+            return [], 0, encoder_compute_budget, *_NOT_NOW
         prompt = request.num_prompt_tokens
         if num_new_tokens >= prompt:
             planned = plan(request, 0, prompt, encoder_compute_budget, shift_computed_tokens)
@@ -52,3 +59,13 @@ class MustDropScheduler(Scheduler):
             if request is not None and request.status == RequestStatus.RUNNING:
                 self.released_blocks += release_leading_blocks(self.kv_cache_manager, request_id, dropped)
         return outputs
+
+
+def _cannot_serve(request: Any) -> str | None:
+    """What a request with images asks for that it cannot have."""
+    sampling = request.sampling_params
+    if sampling is not None and sampling.prompt_logprobs is not None:
+        return "prompt_logprobs are not known of tokens that were dropped"
+    if request.resumable:
+        return "a prompt with images is read in one piece, so it cannot come in parts"
+    return None
