@@ -91,10 +91,14 @@ class MustDropLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
-        features = super().embed_multimodal(**kwargs)
-        if self._vision is None or kwargs.get("pixel_values") is None:
-            return features
-        return self._vision.place(features)
+        pixels: Any = kwargs.get("pixel_values")  # (images, 3, H, W)
+        if self._vision is None or pixels is None:
+            return super().embed_multimodal(**kwargs)
+        placed = []
+        for images in pixels.split(1) if self._vision.one_by_one else [pixels]:
+            features = super().embed_multimodal(**{**kwargs, "pixel_values": images})
+            placed.append(self._vision.place(features))
+        return torch.cat(placed)
 
     def embed_input_ids(
         self,

@@ -34,10 +34,9 @@ def read(hf_config: Any) -> MustDropConfig:
 
 
 def _check(config: MustDropConfig) -> None:
-    if config.merge and config.merge_budget is None:
+    if config.merge and config.merge_uniform:
         raise ValueError(
-            "mustdrop: merge needs merge_budget in vLLM, so that the images of a batch stay equally long; give a "
-            "number of windows, or merge=False"
+            "mustdrop: merge_uniform must be False in vLLM, where images share a batch with those of other requests"
         )
     if not config.evict:
         raise ValueError("mustdrop: evict must be True in vLLM, where all layers share one block table")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 in the vision tower: a fixed number of alike windows of each image merge, and CLS names the key tokens."""
+"""Stage 1 in the vision tower: alike windows of each image merge, and CLS names the key tokens."""
 
 from __future__ import annotations
 
@@ -41,10 +41,16 @@ class VisionStage:
         if config.merge:
             layers[config.merge_layer].register_forward_hook(self._merge)
 
+    @property
+    def one_by_one(self) -> bool:
+        """Whether images come out of the tower with lengths of their own, so that each has to run alone."""
+        return self._config.merge and self._config.merge_budget is None
+
     def _merge(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # (B, 1+N, C)
         merged = stages.merge_vision_tokens(output, self._grid, self._config)
         self._source = merged.source[:, 1:] - 1
-        return merged.tokens
+        # By threshold the tower runs image by image, and waits for the device to learn how long this one is.
+        return merged.tokens[:, : int(merged.counts)] if self.one_by_one else merged.tokens
 
     def place(self, features: Tensor) -> Tensor:
         """Features (B, S, C) of the tokens of each image -> (B, N, C+1) at their placeholders, with the channel."""

@@ -42,6 +42,7 @@ PLANS = {
     "merge only": {"merge_budget": 7, "key_rate": 0.0, "pruning_layers": []},
     "key tokens": {**BUDGETS, "key_rate": 0.2},
     "all stages": {"merge_budget": 7, "merge_layer": 1, "pruning_layers": [1, 4], "global_threshold": 0.01},
+    "all by thresholds": {"preset": "64", "pruning_layers": [1, 3, 5]},
     "last layer, last token votes": {**BUDGETS, "pruning_layers": [2, 7], "budgets": [50, 0], "votes": "last"},
 }
 
@@ -152,7 +153,8 @@ class Transformers:
         if not ask.pictures or (ask.text.endswith("<image>") and plan["pruning_layers"]):
             output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
             return output[0, length:].tolist(), 0
-        config = MustDropConfig.from_dict({**plan, "evict_from": 0})
+        settings = {**plan, "evict_from": 0}
+        config = MustDropConfig.preset(settings.pop("preset", "192"), **settings)
         with drop_tokens(self.model, config) as report:
             output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         return output[0, length:].tolist(), length - report.last.final_cache.lengths[-1]

@@ -34,7 +34,7 @@ FIELDS = {
     "unknown": ({**BUDGETS, "layers": [1]}, "unknown field.s. layers"),
     "invalid": ({**BUDGETS, "budgets": [20, 40, 70]}, "budgets must be falling"),
     "too deep": ({**BUDGETS, "pruning_layers": [1, 3, 8]}, "has 8 layers, there is no 8"),
-    "merge by threshold": ({**BUDGETS, "merge": True}, "merge needs merge_budget"),
+    "uniform merge": ({**BUDGETS, "merge": True, "merge_uniform": True}, "merge_uniform must be False"),
     "no eviction": ({**BUDGETS, "evict": False}, "evict must be True"),
     "late eviction": ({**BUDGETS, "evict_from": 2}, "evict_from must be 0"),
     "positions": ({**BUDGETS, "positions": "published"}, "positions must be 'original'"),

@@ -22,7 +22,7 @@ NEW = 20
 @pytest.mark.parametrize("name", PLANS)
 def test_tokens_equal_transformers(name, checkpoint, transformers_of):
     plan = PLANS[name]
-    asks = ASKS[: 4 if "merge_budget" in plan else 5]
+    asks = ASKS if plan.get("merge") is False else ASKS[:4]  # transformers refuses a prompt in which nobody votes
     expected = [transformers_of.generate(ask, plan, NEW) for ask in asks]
     with engine(checkpoint, plan) as llm:
         free = free_blocks(llm)
