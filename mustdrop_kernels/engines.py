@@ -22,11 +22,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import ops, stages
 from .config import MustDropConfig
 from .ops import TokenType
+from .parallel import scores_over_ranks
 
 
 class PackedPrompts:
@@ -44,6 +46,7 @@ class PackedPrompts:
         config: MustDropConfig,
         *,
         key: Tensor | None = None,  # (rows) bool, tokens that stage 1 protects
+        group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: this rank has all
     ) -> None:
         self.config, self.members = config, list(members)
         self.counts = list(new)
@@ -57,7 +60,9 @@ class PackedPrompts:
         place, real = self._padded()
         types = stages.token_types(placeholders[place] & real, real, config.votes)
         self._types[place[real]] = types[real]
-        self._voters = (types == TokenType.QUERY).any(1)  # (M)
+        self._voters = (types == TokenType.QUERY).sum(1)  # (M), which no drop changes
+        self._group = group
+        self._most_voters = 0 if group is None else int(self._voters.max())
 
     @property
     def final(self) -> bool:
@@ -89,27 +94,36 @@ class PackedPrompts:
         """Drops what the text of each prompt does not look at.
 
         Args:
-            query: (live, Hq, D), after RoPE, of the layer that has run.
+            query: (live, Hq, D), after RoPE, of the layer that has run; of this rank's heads.
             key: (live, Hk, D), after RoPE.
             scale: factor of the scores.
 
         Returns:
             (left) int64, ascending: which live rows go on.
         """
-        bounds = torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=query.device)
-        longest = max(self.counts)
-        scores = ops.text_vision_scores_varlen(
-            query, key, self._types, bounds, bounds, longest, longest, scale, backend=self.config.backend
-        )
         place, real = self._padded()
         types, protected = self._types[place].masked_fill(~real, int(TokenType.PADDING)), self._key[place]
-        keep, counts = self._select(scores.total[place], scores.peak[place], types, protected)
+        scores = self._scores(query, key, scale, place, types)
+        keep, counts = self._select(scores.total, scores.peak, types, protected)
         self._stage += 1
         pieces = list(torch.arange(len(self.rows), device=query.device).split(self.counts))
         for m, (request, count) in enumerate(zip(self.members, counts.tolist(), strict=True)):
             pieces[request] = place[m, keep[m, :count]]
             self.counts[request] = count
         return self._go_on(torch.cat(pieces))
+
+    def _scores(self, query: Tensor, key: Tensor, scale: float, place: Tensor, types: Tensor) -> ops.Scores:
+        """(M, L) each."""
+        backend = self.config.backend
+        if self._group is not None:
+            query, key = query[place].transpose(1, 2), key[place].transpose(1, 2)  # (M, H, L, D)
+            return scores_over_ranks(query, key, types, scale, self._most_voters, self._group, backend=backend)
+        bounds = torch.tensor([0, *itertools.accumulate(self.counts)], dtype=torch.int32, device=query.device)
+        longest = max(self.counts)
+        scores = ops.text_vision_scores_varlen(
+            query, key, self._types, bounds, bounds, longest, longest, scale, backend=backend
+        )
+        return ops.Scores(scores.total[place], scores.peak[place])
 
     def _select(self, total: Tensor, peak: Tensor, types: Tensor, protected: Tensor) -> ops.Selection:  # (M, L) each
         config = self.config
@@ -118,7 +132,7 @@ class PackedPrompts:
             return ops.select_dual(total, peak, types, config.global_threshold, config.individual_threshold, **common)
         # Where no text follows the images nobody says which tokens matter, so all stay.
         budget = config.budgets[self._stage]
-        budgets = torch.where(self._voters, budget, types.shape[1]).int()
+        budgets = torch.where(self._voters > 0, budget, types.shape[1]).int()
         return ops.select_topk(total, types, budget, budgets=budgets, **common)
 
     def take(self, x: Tensor, rows: Tensor) -> Tensor:  # (live, ...) -> (left, ...)
