@@ -50,6 +50,9 @@ def _problems(vllm_config: Any) -> list[str]:
         ),
         f"kv_cache_dtype must be 'auto', got {cache.cache_dtype!r}": cache.cache_dtype != "auto",
         "the model runner V2 is not served: unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
+        "long_prefill_token_threshold must be 0: a prompt with an image is read in one piece": (
+            0 < scheduler.long_prefill_token_threshold < longest
+        ),
         f"scheduler_cls must be left out, got {scheduler.scheduler_cls!r}": (
             scheduler.scheduler_cls not in (None, _SCHEDULER)
         ),
