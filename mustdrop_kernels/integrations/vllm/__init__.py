@@ -8,8 +8,8 @@ switched on for one model by ``hf_overrides``::
                              "mustdrop": {"merge": False, "key_rate": 0.0, "pruning_layers": [2], "budgets": [64]}})
 
 plugin.py registers; settings.py reads and checks what was asked for; engine.py sets the engine up; scheduler.py and
-blocks.py work in the engine core; worker.py, model.py, vision.py, keys.py, batch.py, prefill.py and pages.py work where
-the model is. The number of tokens that a prompt lost travels with the step's output from there to the scheduler.
+blocks.py in the engine core; worker.py, model.py, dropping.py, vision.py, keys.py, batch.py, prefill.py and pages.py
+where the model is. How many tokens a prompt lost travels with the step's output from there to the scheduler.
 """
 
 from .plugin import register

@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
-ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
-_HERE = "mustdrop_kernels.integrations.vllm"
+ARCHITECTURES = ("MustDropLlavaForConditionalGeneration", "MustDropLlavaNextForConditionalGeneration")
+_MODELS = "mustdrop_kernels.integrations.vllm.model"
 
 
 def register() -> None:
-    """Tells vLLM of the model and of what has to be set up for it."""
+    """Tells vLLM of the models and of what has to be set up for them."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from .engine import MustDropEngineConfig
 
-    if ARCHITECTURE not in ModelRegistry.get_supported_archs():
-        ModelRegistry.register_model(ARCHITECTURE, f"{_HERE}.model:{ARCHITECTURE}")
-    MODELS_CONFIG_MAP[ARCHITECTURE] = MustDropEngineConfig
+    for architecture in ARCHITECTURES:
+        if architecture not in ModelRegistry.get_supported_archs():
+            ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")
+        MODELS_CONFIG_MAP[architecture] = MustDropEngineConfig

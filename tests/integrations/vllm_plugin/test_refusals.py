@@ -12,6 +12,7 @@ from engines import ARCHITECTURE, BUDGETS, arguments
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations import vllm as plugin
+from mustdrop_kernels.integrations.vllm.plugin import ARCHITECTURES
 from mustdrop_kernels.integrations.vllm.vision import VisionStage
 
 SETTINGS = {
@@ -92,6 +93,6 @@ def test_registering_twice_changes_nothing():
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     plugin.register()
-    before = (ModelRegistry.models[ARCHITECTURE], MODELS_CONFIG_MAP[ARCHITECTURE])
+    before = [(ModelRegistry.models[name], MODELS_CONFIG_MAP[name]) for name in ARCHITECTURES]
     plugin.register()
-    assert (ModelRegistry.models[ARCHITECTURE], MODELS_CONFIG_MAP[ARCHITECTURE]) == before
+    assert [(ModelRegistry.models[name], MODELS_CONFIG_MAP[name]) for name in ARCHITECTURES] == before
