@@ -31,7 +31,8 @@ def scores_over_ranks(
         group: the ranks; default all.
     """
     attention = ops.text_vision_attention(query, key, token_types, scale, max_query, backend=backend)
+    if max_query == 0:
+        return ops.Scores(attention.sum(1), attention.sum(1))
     dist.all_reduce(attention, group=group)
     attention /= dist.get_world_size(group)
-    total = attention.sum(1)
-    return ops.Scores(total, attention.amax(1) if max_query else total.clone())
+    return ops.Scores(attention.sum(1), attention.amax(1))
