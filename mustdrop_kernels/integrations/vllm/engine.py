@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from ...config import MustDropConfig
 from . import settings
 
 _SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.MustDropScheduler"
@@ -24,13 +25,13 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Refuses what cannot work, with a sentence, and sets the rest."""
-        settings.read(vllm_config.model_config.hf_config)
-        for problem in _problems(vllm_config):
+        config = settings.read(vllm_config.model_config.hf_config)
+        for problem in _problems(vllm_config, config):
             raise ValueError(f"mustdrop: {problem}")
         _set_up(vllm_config)
 
 
-def _problems(vllm_config: Any) -> list[str]:
+def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
     parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
     longest, batched = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
     checks = {
@@ -38,7 +39,9 @@ def _problems(vllm_config: Any) -> list[str]:
         "pipeline_parallel_size must be 1: a stage would not know what an earlier one dropped": (
             parallel.pipeline_parallel_size > 1
         ),
-        "tensor_parallel_size must be 1: each rank would score its own heads only": parallel.tensor_parallel_size > 1,
+        "merge must be False and key_rate 0.0 with tensor parallelism: a rank sees only its own heads of the tower": (
+            parallel.tensor_parallel_size > 1 and config.needs_vision_stage
+        ),
         "context parallelism cannot be used: a prompt's pages must be in one place": (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
         ),

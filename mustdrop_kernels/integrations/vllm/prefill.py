@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from vllm.distributed import get_tp_group
 
 from ...config import MustDropConfig
 from ...engines import PackedPrompts
@@ -39,7 +40,9 @@ class Prefill:
     ) -> tuple[Tensor, PackedPrompts]:
         """The final hidden states (rows, C), zero where a row was dropped, and what became of the prompts."""
         key = None if marks is None else marks.key
-        plan = PackedPrompts(batch.new, batch.beginning, placeholders, self._config, key=key)
+        ranks = get_tp_group()
+        group = ranks.device_group if ranks.world_size > 1 else None
+        plan = PackedPrompts(batch.new, batch.beginning, placeholders, self._config, key=key, group=group)
         if marks is not None and self._config.merge:
             rows = plan.leave_out(marks.empty)
             hidden, positions = plan.take(hidden, rows), plan.take(positions, rows)

@@ -22,7 +22,6 @@ SETTINGS = {
     ),
     "long prompts": (dict(long_prefill_token_threshold=64), "long_prefill_token_threshold must be 0"),
     "pipeline": (dict(pipeline_parallel_size=2, distributed_executor_backend="mp"), "pipeline_parallel_size must be 1"),
-    "tensors": (dict(tensor_parallel_size=2, distributed_executor_backend="mp"), "tensor_parallel_size must be 1"),
     "drafts": (
         dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
         "speculative decoding cannot be used",
@@ -55,6 +54,13 @@ def test_settings(name, checkpoint):
     settings, sentence = SETTINGS[name]
     with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
         configure(checkpoint, BUDGETS, **settings)
+
+
+@pytest.mark.parametrize("stage_1", [{"key_rate": 0.1}, {"merge": True}])
+def test_stage_1_over_ranks(stage_1, checkpoint):
+    ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with pytest.raises(ValueError, match=r"mustdrop: merge must be False and key_rate .* with tensor parallelism"):
+        configure(checkpoint, {**BUDGETS, **stage_1}, **ranks)
 
 
 @pytest.mark.parametrize("name", FIELDS)

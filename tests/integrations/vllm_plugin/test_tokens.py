@@ -51,11 +51,16 @@ def test_keep_all_equals_plain_vllm(checkpoint):
         assert scheduler(llm).released_blocks == 0
 
 
-def test_engine_core_in_its_own_process(checkpoint, transformers_of):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_processes_of_their_own(ranks, checkpoint, transformers_of):
+    """The engine core, and with two ranks the workers, each of which holds half of the heads."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < ranks:
+        pytest.skip("each rank needs a core")
     program = (
         "import json, sys, engines\n"
         "if __name__ == '__main__':\n"
-        "    with engines.engine(sys.argv[1], engines.BUDGETS) as llm:\n"
+        f"    with engines.engine(sys.argv[1], engines.BUDGETS, tensor_parallel_size={ranks}) as llm:\n"
         f"        print('tokens', json.dumps(engines.generate(llm, engines.ASKS, {NEW})))\n"
     )
     here = Path(engines.__file__).parent
@@ -65,6 +70,7 @@ def test_engine_core_in_its_own_process(checkpoint, transformers_of):
     environment = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores[:ranks])),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
     result = subprocess.run(
