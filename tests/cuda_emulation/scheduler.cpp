@@ -23,9 +23,9 @@
 namespace cuda_emulation {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;  // of a fiber; touched pages alone cost memory
+constexpr size_t kStackBytes = 64 << 10;     // of a fiber; touched pages alone cost memory
 constexpr unsigned kThreadsTogether = 2048;  // so that blocks that wait for each other meet
-constexpr long kMostPauses = 20'000'000;  // of all threads without any other progress: nobody will end this wait
+constexpr long kMostPauses = 20'000'000;     // of all threads without any other progress: nobody will end this wait
 
 struct Settings {
   unsigned seed = 0;
@@ -542,6 +542,6 @@ void copies_wait(unsigned groups_left) {
 }  // namespace cuda_emulation
 
 extern "C" __attribute__((visibility("default"))) void cuda_emulation_configure(unsigned seed, int capability,
-                                                                                   int multiprocessors) {
+                                                                                int multiprocessors) {
   cuda_emulation::settings = {seed, capability, multiprocessors};
 }
