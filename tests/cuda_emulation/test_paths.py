@@ -161,10 +161,10 @@ def test_chunks_of_sets_per_head(idle, align_end):
     want = []
     for i, cache in enumerate((*keys, *values)):
         want.append(moved(cache, keeps[i % 2], counts[i % 2], [lengths[i % 2]] * 2 if align_end else None))
-    keeps[1][1, 0, -40:] = -1
+    keeps[1][1, 0, -41:] = -1  # not a multiple of 8: a chunk of -1 and of others
     for i, cache in enumerate((keys[1], values[1])):  # as they are, where nothing comes from -1
         end = lengths[1] if align_end else CAPACITY
-        want[2 * i + 1][1, 0, end - 40 : end] = cache[1, 0, end - 40 : end]
+        want[2 * i + 1][1, 0, end - 41 : end] = cache[1, 0, end - 41 : end]
     emulated("compact_kv_")(keys, values, keeps, counts, align_end=align_end)
     assert all(map(torch.equal, (*keys, *values), want))
 
