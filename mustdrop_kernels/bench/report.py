@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +35,11 @@ def read(path: Path) -> Document:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise ValueError(f"{path} is not a document of mustdrop bench ({FORMAT})")
     return document
+
+
+def only(document: Document, ops: Collection[str] | None) -> Document:
+    """Its rows about these operators; all of them where none is named."""
+    return {**document, "rows": [row for row in document["rows"] if not ops or row["op"] in ops]}
 
 
 def key(row: Row) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the document he
 Plot = Annotated[Path | None, typer.Option(help="Write pictures into this folder (needs matplotlib).")]
 Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table instead of the tables.")]
 Compare = Annotated[Path | None, typer.Option(help="An older document to compare with.")]
-Load = Annotated[Path | None, typer.Option(help="Show this document instead of timing anything.")]
+Load = Annotated[Path | None, typer.Option(help="Show this document, or some OPs of it, instead of timing anything.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be timed, and why not what would not.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
 
@@ -67,7 +67,7 @@ def bench(
     try:
         options = _options(ops or [], device, backends, peers, shapes, dtype, quick, hot)
         older = None if compare is None else report.read(compare)
-        document = None if load is None else report.read(load)
+        document = None if load is None else report.only(report.read(load), ops)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"mustdrop: {error}", file=sys.stderr)
         raise typer.Exit(2) from None

@@ -42,3 +42,8 @@ def test_e2e(tmp_path):
     assert {"vision tower", "language layers 0-3", "everything else"} <= set(full["stages_ms"])
     assert {"+ merge", "+ layer 2", "+ evict"} <= set(cut["stages_ms"])
     assert "tiny, random weights" in done.stdout
+    again = subprocess.run(
+        [sys.executable, str(SCRIPT), "--load", str(path), "--markdown"], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("\n| 2 | ") == 2

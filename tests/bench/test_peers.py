@@ -143,3 +143,15 @@ def test_difference_says_what_differs(ours_, theirs, word):
 def test_moves_must_be_exact():
     case = Case("compact_kv_", parse_shape("tiny"), torch.float32, CPU)
     assert check.difference(case, {"x": torch.ones(2)}, {"x": torch.tensor([1.0, 1 + 1e-6])}) is not None
+
+
+@pytest.mark.parametrize(("dtype", "others", "same"), [
+    (torch.bfloat16, 2, True), (torch.bfloat16, 3, False), (torch.float32, 0, True), (torch.float32, 1, False),
+])  # fmt: skip
+def test_rounded_scores_may_decide_a_few_tokens_otherwise(dtype, others, same):
+    """A peer that rounds its scores to half precision decides otherwise where one lies next to the threshold."""
+    case = Case("dual_attention_select", parse_shape("tiny"), dtype, torch.device("cpu"))
+    ours = {"keep": torch.arange(200), "counts": torch.tensor([200]), "total": torch.ones(1, 9)}
+    theirs = {"keep": torch.arange(200 - others), "counts": torch.tensor([200 - others]), "total": torch.ones(1, 9)}
+    assert (check.difference(case, ours, theirs) is None) == same
+    assert check.difference(case, ours, {**theirs, "total": torch.zeros(1, 9)}) is not None

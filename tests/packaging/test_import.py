@@ -35,6 +35,20 @@ assert not torch.cuda.is_initialized()
     assert done.returncode == 0, done.stderr
 
 
+def test_the_plug_in_for_vllm_costs_nothing_where_there_is_none() -> None:
+    code = """
+import sys
+import mustdrop_kernels
+loaded = set(sys.modules)
+from mustdrop_kernels.integrations.vllm import register
+new = set(sys.modules) - loaded
+assert new <= {"mustdrop_kernels.integrations", "mustdrop_kernels.integrations.vllm",
+               "mustdrop_kernels.integrations.vllm.plugin"}, new
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
 def test_works_without_native() -> None:
     code = """
 import sys

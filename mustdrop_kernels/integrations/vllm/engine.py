@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine that drops tokens needs: its scheduler, its worker, and settings under which it can work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from ...config import MustDropConfig
+from . import settings
+
+_SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.MustDropScheduler"
+_WORKER = "mustdrop_kernels.integrations.vllm.worker.MustDropCPUWorker"
+
+# Under vllm, whose logging is set up.
+logger = init_logger("vllm.mustdrop")
+
+
+class MustDropEngineConfig(VerifyAndUpdateConfig):
+    """vLLM calls this once, in the process that makes the engine's configuration."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Refuses what cannot work, with a sentence, and sets the rest."""
+        config = settings.read(vllm_config.model_config.hf_config)
+        for problem in _problems(vllm_config, config):
+            raise ValueError(f"mustdrop: {problem}")
+        _set_up(vllm_config)
+
+
+def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
+    parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
+    longest, batched = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
+    checks = {
+        "only vLLM's CPU attention is served so far": not current_platform.is_cpu(),
+        "pipeline_parallel_size must be 1: a stage would not know what an earlier one dropped": (
+            parallel.pipeline_parallel_size > 1
+        ),
+        "merge must be False and key_rate 0.0 with tensor parallelism: a rank sees only its own heads of the tower": (
+            parallel.tensor_parallel_size > 1 and config.needs_vision_stage
+        ),
+        "context parallelism cannot be used: a prompt's pages must be in one place": (
+            max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
+        ),
+        "speculative decoding cannot be used: its drafts read the pages of tokens that are gone": (
+            vllm_config.speculative_config is not None
+        ),
+        "kv_transfer_config cannot be used: another engine would read the pages of tokens that are gone": (
+            vllm_config.kv_transfer_config is not None
+        ),
+        f"kv_cache_dtype must be 'auto', got {cache.cache_dtype!r}": cache.cache_dtype != "auto",
+        "the model runner V2 is not served: unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
+        "long_prefill_token_threshold must be 0: a prompt with an image is read in one piece": (
+            0 < scheduler.long_prefill_token_threshold < longest
+        ),
+        f"scheduler_cls must be left out, got {scheduler.scheduler_cls!r}": (
+            scheduler.scheduler_cls not in (None, _SCHEDULER)
+        ),
+        f"worker_cls must be left out, got {parallel.worker_cls!r}": parallel.worker_cls not in ("auto", _WORKER),
+        f"max_num_batched_tokens ({batched}) must be at least max_model_len ({longest}): a prompt with an image is "
+        "read in one piece, since the text that says which image tokens matter comes after them": batched < longest,
+    }
+    return [problem for problem, applies in checks.items() if applies]
+
+
+def _set_up(vllm_config: Any) -> None:
+    if vllm_config.cache_config.enable_prefix_caching:
+        logger.warning("mustdrop: prefix caching is switched off: what a prompt's pages hold depends on all of it")
+        vllm_config.cache_config.enable_prefix_caching = False
+    # A step's drops must have reached the scheduler before it plans the next step.
+    vllm_config.scheduler_config.async_scheduling = False
+    vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
+    vllm_config.parallel_config.worker_cls = _WORKER

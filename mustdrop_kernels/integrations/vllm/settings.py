@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was asked for in ``hf_overrides={"mustdrop": {...}}``, and what of it an engine cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from ...config import MustDropConfig
+
+FIELD = "mustdrop"
+
+
+def read(hf_config: Any) -> MustDropConfig:
+    """The fields of a ``MustDropConfig``, or ``{"preset": name}`` with fields changed.
+
+    Raises:
+        ValueError: they are missing, are not valid, or ask for what this plug-in cannot do.
+    """
+    fields = getattr(hf_config, FIELD, None)
+    if not isinstance(fields, dict):
+        raise ValueError(
+            'mustdrop: hf_overrides must hold {"mustdrop": {...}} with the fields of MustDropConfig, or '
+            f'{{"preset": name}}, got {fields!r}'
+        )
+    fields = dict(fields)
+    preset = fields.pop("preset", None)
+    config = MustDropConfig.from_dict(fields) if preset is None else MustDropConfig.preset(preset, **fields)
+    _check(config)
+    depth = hf_config.text_config.num_hidden_layers
+    if beyond := [layer for layer in config.pruning_layers if layer >= depth]:
+        raise ValueError(f"mustdrop: pruning_layers: the language model has {depth} layers, there is no {beyond[0]}")
+    return dataclasses.replace(config, evict_from=0)
+
+
+def _check(config: MustDropConfig) -> None:
+    if config.merge and config.merge_uniform:
+        raise ValueError(
+            "mustdrop: merge_uniform must be False in vLLM, where images share a batch with those of other requests"
+        )
+    if not config.evict:
+        raise ValueError("mustdrop: evict must be True in vLLM, where all layers share one block table")
+    if config.evict_from not in (None, 0):
+        raise ValueError(
+            f"mustdrop: evict_from must be 0 or left out in vLLM, where all layers share one block table; got "
+            f"{config.evict_from}"
+        )
+    if config.positions != "original":
+        raise ValueError(f"mustdrop: positions must be 'original' in vLLM, got {config.positions!r}")

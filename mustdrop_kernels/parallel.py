@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores where the heads are shared out among ranks (tensor parallelism)."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from . import ops
+
+
+def scores_over_ranks(
+    query: Tensor,  # (B, Hq / ranks, Lq, D) of this rank, after RoPE
+    key: Tensor,  # (B, Hk / ranks, Lk, D) of this rank, after RoPE
+    token_types: Tensor,  # (B, Lk) uint8, the same on all ranks
+    scale: float,
+    max_query: int,
+    group: dist.ProcessGroup | None = None,
+    *,
+    backend: str | None = None,
+) -> ops.Scores:
+    """``text_vision_scores`` of all heads, the same on every rank; each rank holds equally many heads.
+
+    The peak is a maximum over rows of a mean over heads, so no sum per head can give it: the ranks' maps are averaged,
+    by one all-reduce of B * max_query * Lk float32 numbers. For 64 voting rows of a prompt of 671 tokens those are
+    172 kB a layer that prunes.
+
+    Args:
+        query, key, token_types, scale, backend: as in ``text_vision_scores``.
+        max_query: at least the number of query rows of every sequence; rows past it are left out.
+        group: the ranks; default all.
+    """
+    attention = ops.text_vision_attention(query, key, token_types, scale, max_query, backend=backend)
+    if max_query == 0:
+        return ops.Scores(attention.sum(1), attention.sum(1))
+    dist.all_reduce(attention, group=group)
+    attention /= dist.get_world_size(group)
+    return ops.Scores(attention.sum(1), attention.amax(1))

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real engines around the tiny checkpoint, requests for them, and what transformers makes of the same requests."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import os
+
+# Before vLLM is imported: the engine core in this process, where the tests can look into it.
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import tiny_llava
+import torch
+
+from mustdrop_kernels.config import MustDropConfig
+
+ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
+SLOTS = 32  # of a block, the fewest that vLLM's CPU attention takes
+BUDGETS = {"merge": False, "key_rate": 0.0, "pruning_layers": [1, 3, 5], "budgets": [70, 40, 20]}
+PLANS = {
+    "budgets": BUDGETS,
+    "thresholds": {
+        "merge": False,
+        "key_rate": 0.0,
+        "pruning_layers": [1, 3, 5],
+        "global_threshold": 0.01,
+        "individual_threshold": 0.02,
+    },
+    "merge and thresholds": {
+        "merge_budget": 7,
+        "key_rate": 0.0,
+        "pruning_layers": [0, 6],
+        "global_threshold": 0.01,
+        "individual_threshold": 0.02,
+    },
+    "merge only": {"merge_budget": 7, "key_rate": 0.0, "pruning_layers": []},
+    "key tokens": {**BUDGETS, "key_rate": 0.2},
+    "all stages": {"merge_budget": 7, "merge_layer": 1, "pruning_layers": [1, 4], "global_threshold": 0.01},
+    "all by thresholds": {"preset": "64", "pruning_layers": [1, 3, 5]},
+    "last layer, last token votes": {**BUDGETS, "pruning_layers": [2, 7], "budgets": [50, 0], "votes": "last"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """A prompt and the seeds of its pictures."""
+
+    text: str
+    pictures: tuple[int, ...] = ()
+
+    def images(self):
+        return [tiny_llava.picture(seed, flat=(0.5, 0.25, 0.75)[seed % 3]) for seed in self.pictures]
+
+    def for_vllm(self):
+        data = {"multi_modal_data": {"image": self.images()}} if self.pictures else {}
+        return {"prompt": self.text, **data}
+
+
+ASKS = [
+    Ask("USER: <image>\nWhat is in the image? ASSISTANT:", (0,)),
+    Ask("USER: What is a car? ASSISTANT:"),
+    Ask("USER: <image>\ncar? ASSISTANT: a", (1,)),
+    Ask("USER: <image> and <image>\nWhat is in the images? ASSISTANT:", (2, 0)),
+    Ask("USER: <image>", (1,)),  # nobody votes
+]
+
+
+@contextlib.contextmanager
+def engine(checkpoint, plan, **settings):
+    """A vLLM around the checkpoint; without a plan a plain one."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**arguments(checkpoint, plan, **settings))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def arguments(checkpoint, plan, **settings):
+    overrides = {"hf_overrides": {"architectures": [ARCHITECTURE], "mustdrop": plan}} if plan is not None else {}
+    return {
+        "model": str(checkpoint),
+        "dtype": "float32",
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 1024,
+        "block_size": SLOTS,
+        "seed": 0,
+        **overrides,
+        **settings,
+    }
+
+
+def sampling(tokens):
+    from vllm import SamplingParams
+
+    return SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+
+
+def generate(llm, asks, tokens):
+    outputs = llm.generate([ask.for_vllm() for ask in asks], sampling(tokens), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def scheduler(llm):
+    return llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def free_blocks(llm):
+    return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+def ledger(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.ledger
+
+
+class Transformers:
+    """The same checkpoint in transformers, in and out of drop_tokens."""
+
+    def __init__(self, checkpoint):
+        from transformers import LlavaForConditionalGeneration
+
+        self.model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
+        self.model.generation_config.eos_token_id = None
+        self.processor = tiny_llava.processor()
+        self.known = {}
+
+    def generate(self, ask, plan, tokens):
+        """Tokens, and how many tokens of the prompt were dropped."""
+        key = (ask, repr(plan), tokens)
+        if key not in self.known:
+            self.known[key] = self._generate(ask, plan, tokens)
+        return self.known[key]
+
+    @torch.no_grad()
+    def _generate(self, ask, plan, tokens):
+        from mustdrop_kernels.integrations.transformers import drop_tokens
+
+        inputs = self.processor(images=ask.images() or None, text=ask.text, return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        if not ask.pictures or (ask.text.endswith("<image>") and plan["pruning_layers"]):
+            output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+            return output[0, length:].tolist(), 0
+        settings = {**plan, "evict_from": 0}
+        config = MustDropConfig.preset(settings.pop("preset", "192"), **settings)
+        with drop_tokens(self.model, config) as report:
+            output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+        return output[0, length:].tolist(), length - report.last.final_cache.lengths[-1]

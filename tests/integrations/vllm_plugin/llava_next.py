@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A tiny LLaVA-NeXT in a folder, and its masked reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import checkpoint
+import tiny_llava
+import torch
+from masked_reference import MaskedReference
+from safetensors.torch import load_file, save_file
+from transformers import (
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessor,
+    LlavaNextProcessor,
+)
+
+GRID = 6
+SIDE = GRID * tiny_llava.PATCH
+PINPOINTS = [[SIDE, 2 * SIDE], [2 * SIDE, SIDE], [2 * SIDE, 2 * SIDE]]
+SIZES = [(2 * SIDE, SIDE), (SIDE, 2 * SIDE - 15), (2 * SIDE - 20, 2 * SIDE)]  # width and height of pictures
+
+
+def processor() -> LlavaNextProcessor:
+    size = {"height": SIDE, "width": SIDE}
+    images = LlavaNextImageProcessor(size={"shortest_edge": SIDE}, crop_size=size, image_grid_pinpoints=PINPOINTS)
+    return LlavaNextProcessor(
+        image_processor=images,
+        tokenizer=tiny_llava.tokenizer(),
+        patch_size=tiny_llava.PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )
+
+
+def save(folder: Path) -> None:
+    plain = tiny_llava.config(GRID, head_dim=32)
+    config = LlavaNextConfig(
+        vision_config=plain.vision_config,
+        text_config=plain.text_config,
+        image_token_index=plain.image_token_id,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(0)
+    model = LlavaNextForConditionalGeneration._from_config(config).eval()
+    with torch.no_grad():
+        model.model.vision_tower.get_parameter("embeddings.patch_embedding.weight").mul_(2.0)
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(2.0)
+    model.save_pretrained(folder)
+    processor().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    renamed = {checkpoint.hub_name(name): x for name, x in load_file(weights).items()}
+    save_file(renamed, weights, metadata={"format": "pt"})
+
+
+def picture(seed):
+    return tiny_llava.picture(seed, GRID).resize(SIZES[seed % len(SIZES)])
+
+
+class Reference(MaskedReference):
+    """Stage 1 is not there; features come from transformers."""
+
+    def _prompt(self, inputs):
+        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        placeholder = ids == self.model.config.image_token_id
+        embeds = self.model.get_input_embeddings()(ids).clone()
+        output = self.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
+        embeds[placeholder] = torch.cat(list(getattr(output, "pooler_output", output)))
+        voters = mask & (torch.arange(ids.shape[1]) > placeholder.nonzero()[:, 1].max())
+        return embeds, mask, voters, placeholder, torch.zeros_like(mask)

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What cannot work is refused at start, with a sentence that names the setting."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+import torch
+from engines import ARCHITECTURE, BUDGETS, arguments
+
+from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.integrations import vllm as plugin
+from mustdrop_kernels.integrations.vllm.plugin import ARCHITECTURES
+from mustdrop_kernels.integrations.vllm.vision import VisionStage
+
+SETTINGS = {
+    "max_num_batched_tokens": (
+        dict(max_num_batched_tokens=256),
+        "max_num_batched_tokens .256. must be at least max_model",
+    ),
+    "long prompts": (dict(long_prefill_token_threshold=64), "long_prefill_token_threshold must be 0"),
+    "pipeline": (dict(pipeline_parallel_size=2, distributed_executor_backend="mp"), "pipeline_parallel_size must be 1"),
+    "drafts": (
+        dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
+        "speculative decoding cannot be used",
+    ),
+    "cache type": (dict(kv_cache_dtype="fp8"), "kv_cache_dtype must be 'auto'"),
+    "scheduler": (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "scheduler_cls must be left out"),
+    "worker": (dict(worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"), "worker_cls must be left out"),
+}
+FIELDS = {
+    "nothing": (None, "must hold"),
+    "unknown": ({**BUDGETS, "layers": [1]}, "unknown field.s. layers"),
+    "invalid": ({**BUDGETS, "budgets": [20, 40, 70]}, "budgets must be falling"),
+    "too deep": ({**BUDGETS, "pruning_layers": [1, 3, 8]}, "has 8 layers, there is no 8"),
+    "uniform merge": ({**BUDGETS, "merge": True, "merge_uniform": True}, "merge_uniform must be False"),
+    "no eviction": ({**BUDGETS, "evict": False}, "evict must be True"),
+    "late eviction": ({**BUDGETS, "evict_from": 2}, "evict_from must be 0"),
+    "positions": ({**BUDGETS, "positions": "published"}, "positions must be 'original'"),
+    "preset": ({"preset": "nothing"}, "no preset 'nothing'"),
+}
+
+
+def configure(checkpoint, plan, **settings):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(**arguments(checkpoint, plan, **settings)).create_engine_config()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(name, checkpoint):
+    settings, sentence = SETTINGS[name]
+    with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
+        configure(checkpoint, BUDGETS, **settings)
+
+
+@pytest.mark.parametrize("stage_1", [{"key_rate": 0.1}, {"merge": True}])
+def test_stage_1_over_ranks(stage_1, checkpoint):
+    ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
+    with pytest.raises(ValueError, match=r"mustdrop: merge must be False and key_rate .* with tensor parallelism"):
+        configure(checkpoint, {**BUDGETS, **stage_1}, **ranks)
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_fields(name, checkpoint):
+    fields, sentence = FIELDS[name]
+    overrides = {"architectures": [ARCHITECTURE], **({} if fields is None else {"mustdrop": fields})}
+    with pytest.raises(ValueError, match=sentence):
+        configure(checkpoint, None, hf_overrides=overrides)
+
+
+def test_presets_are_read(checkpoint):
+    plan = {"preset": "budget-64", "merge": False, "key_rate": 0.0, "pruning_layers": [1, 3, 5, 7]}
+    configure(checkpoint, plan)
+
+
+def test_engine_is_set_up(checkpoint):
+    """Prefix caching and asynchronous scheduling are vLLM's defaults; a plain model keeps them."""
+    plain = configure(checkpoint, None)
+    ours = configure(checkpoint, BUDGETS)
+    assert plain.cache_config.enable_prefix_caching
+    assert plain.scheduler_config.scheduler_cls is None
+    assert not ours.cache_config.enable_prefix_caching
+    assert not ours.scheduler_config.async_scheduling
+    assert ours.scheduler_config.scheduler_cls.endswith("MustDropScheduler")
+    assert ours.parallel_config.worker_cls.endswith("MustDropCPUWorker")
+
+
+def test_merge_layer_that_the_tower_does_not_run():
+    layers = [torch.nn.Identity() for _ in range(3)]
+    with pytest.raises(ValueError, match="merge_layer 3: the vision tower runs 3 layers"):
+        VisionStage(layers, (12, 12), MustDropConfig(merge_layer=3, merge_budget=7))
+
+
+def test_registering_twice_changes_nothing():
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    plugin.register()
+    before = [(ModelRegistry.models[name], MODELS_CONFIG_MAP[name]) for name in ARCHITECTURES]
+    plugin.register()
+    assert [(ModelRegistry.models[name], MODELS_CONFIG_MAP[name]) for name in ARCHITECTURES] == before

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""PackedPrompts in a paged engine of a few lines, whose cache is also kept in a dictionary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from mustdrop_kernels import ops
+from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.engines import PackedPrompts, without_leading
+
+LAYERS, HQ, HK, D = 5, 4, 2, 8
+CONFIGS = {
+    "budgets": dict(pruning_layers=(1, 3), budgets=(12, 5)),
+    "thresholds": dict(pruning_layers=(0, 2), global_threshold=0.02, individual_threshold=0.03),
+    "last layer": dict(pruning_layers=(4,), budgets=(3,)),
+    "nothing is pruned": dict(pruning_layers=()),
+}
+# How engines lay a layer's cache out: vLLM on a GPU (NHD, HND), vLLM's CPU attention (keys transposed), SGLang's pool.
+LAYOUTS = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "transposed": (0, 2, 3, 1)}
+BATCH = [  # past tokens; text before the picture, patches, text after it
+    (0, (3, 30, 6)),
+    (17, (1, 0, 0)),  # decodes
+    (0, (9, 0, 0)),  # a prompt without a picture
+    (0, (0, 41, 4)),
+    (0, (5, 20, 0)),  # nobody votes
+    (4, (3, 0, 0)),  # reads on
+]
+MEMBERS = [0, 3, 4]
+
+
+def strided(shape, order, seed):
+    """Random numbers whose memory is laid out in another order of the dimensions."""
+    generator = torch.Generator().manual_seed(seed)
+    stored = torch.randn([shape[d] for d in order], generator=generator)
+    return stored.permute([order.index(d) for d in range(4)])
+
+
+class Engine:
+    """Pages for the batch, from blocks in random order, and what should be in them."""
+
+    def __init__(self, slots, layout):
+        self.slots = slots
+        self.new = [sum(parts) for _, parts in BATCH]
+        lengths = [past + new for (past, _), new in zip(BATCH, self.new, strict=True)]
+        columns = max(-(-length // slots) for length in lengths)
+        self.blocks = len(BATCH) * columns + 3
+        order = torch.randperm(self.blocks, generator=torch.Generator().manual_seed(1))
+        self.table = order[: len(BATCH) * columns].view(len(BATCH), columns).int()
+        shape = (self.blocks, slots, HK, D)
+        self.caches = [
+            (strided(shape, LAYOUTS[layout], 2 * i), strided(shape, LAYOUTS["NHD"], 2 * i + 1)) for i in range(LAYERS)
+        ]
+        self.before = [(keys.clone(), values.clone()) for keys, values in self.caches]
+        # By layer: key and value of every row.
+        rows = (LAYERS, 2, sum(self.new), HK, D)
+        self.content = torch.randn(rows, generator=torch.Generator().manual_seed(99))
+
+    def write(self, layer, plan):
+        """The live rows of each request, where docs/engines.md says."""
+        live = plan.rows.split(plan.counts)
+        for request, (past, _) in enumerate(BATCH):
+            lost = plan.dropped[request] if plan.final else 0
+            self._write(layer, request, lost, past, live[request])
+
+    def _write(self, layer, request, lost, begin, rows):
+        table = without_leading(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
+        place = begin + torch.arange(len(rows))
+        for cache, content in zip(self.caches[layer], self.content[layer], strict=True):
+            cache[table[place // self.slots].long(), place % self.slots] = content[rows]
+
+    def read(self, layer, request, lost, begin, count):
+        table = without_leading(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
+        place = begin + torch.arange(count)
+        return [cache[table[place // self.slots].long(), place % self.slots] for cache in self.caches[layer]]
+
+
+def placeholders():
+    pieces = [[False] * before + [True] * patches + [False] * after for _, (before, patches, after) in BATCH]
+    return torch.tensor([flag for piece in pieces for flag in piece])
+
+
+def expected_rows(plan, config, stage, query, key, scale, protected):
+    """What each request keeps, scored and selected by itself with the dense operators."""
+    kept = []
+    for request, rows in enumerate(plan.rows.split(plan.counts)):
+        if request not in MEMBERS:
+            kept.append(rows)
+            continue
+        vision = placeholders()[rows]
+        last = int(torch.nonzero(vision).max()) if vision.any() else len(rows)
+        types = torch.where(vision, 2, torch.where(torch.arange(len(rows)) > last, 3, 1)).to(torch.uint8)[None]
+        begin = sum(plan.counts[:request])
+        own = slice(begin, begin + len(rows))
+        q, k = (x[own].transpose(0, 1)[None] for x in (query, key))
+        if not (types == 3).any():
+            kept.append(rows)
+            continue
+        if config.budgets is None:
+            thresholds = (config.global_threshold, config.individual_threshold)
+            found = ops.dual_attention_select(q, k, types, scale, *thresholds, protected=protected[rows][None])
+        else:
+            budget = config.budgets[stage]
+            found = ops.topk_attention_select(q, k, types, scale, budget, protected=protected[rows][None])
+        kept.append(rows[found.keep[0, : int(found.counts)]])
+    return torch.cat(kept)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("empty", [False, True], ids=["whole", "merged"])
+@pytest.mark.parametrize(("slots", "layout"), [(16, "NHD"), (8, "HND"), (16, "transposed"), (1, "NHD")])
+def test_cache_holds_the_survivors(slots, layout, empty, name):
+    config = MustDropConfig(**CONFIGS[name])
+    generator = torch.Generator().manual_seed(7)
+    engine, vision = Engine(slots, layout), placeholders()
+    protected = vision & (torch.rand(len(vision), generator=generator) < 0.05)
+    plan = PackedPrompts(engine.new, MEMBERS, vision, config, key=protected)
+    if empty:
+        gone = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
+        left = plan.leave_out(gone)
+        assert torch.equal(left, torch.nonzero(~gone)[:, 0])
+    hidden = plan.rows.float()[:, None].clone()
+    stage = 0
+    for layer in range(LAYERS):
+        plan.enter()
+        engine.write(layer, plan)
+        if layer in config.pruning_layers:
+            query = torch.randn(len(plan.rows), HQ, D, generator=generator)
+            key = torch.randn(len(plan.rows), HK, D, generator=generator)
+            expected = expected_rows(plan, config, stage, query, key, 0.8, protected)
+            hidden = plan.take(hidden, plan.prune(query, key, 0.8))
+            assert torch.equal(plan.rows, expected)
+            stage += 1
+    assert plan.final
+    assert torch.equal(hidden[:, 0], plan.rows.float())
+    assert plan.rows[protected[plan.rows]].tolist() == torch.nonzero(protected)[:, 0].tolist()
+    assert any(plan.dropped) == (empty or bool(config.pruning_layers))
+    written = [(keys.clone(), values.clone()) for keys, values in engine.caches]
+    plan.commit(*zip(*engine.caches, strict=True), engine.table)
+    check_pages(engine, plan)
+    check_nothing_else_moved(engine, written)
+
+
+def check_pages(engine, plan):
+    live = plan.rows.split(plan.counts)
+    for layer in range(LAYERS):
+        for request, (past, _) in enumerate(BATCH):
+            lost = plan.dropped[request]
+            found = engine.read(layer, request, lost, past, plan.counts[request])
+            for cache, content in zip(found, engine.content[layer], strict=True):
+                assert torch.equal(cache, content[live[request]])
+            # What had been read before is still there.
+            for cache, before in zip(engine.read(layer, request, 0, 0, past), range(2), strict=True):
+                place = torch.arange(past)
+                block = engine.table[request, place // engine.slots].long()
+                assert torch.equal(cache, engine.before[layer][before][block, place % engine.slots])
+
+
+def check_nothing_else_moved(engine, written):
+    """Commit touches no block but the members'."""
+    others = torch.ones(engine.blocks, dtype=torch.bool)
+    others[engine.table[MEMBERS].long()] = False
+    for now, then in zip(engine.caches, written, strict=True):
+        for cache, before in zip(now, then, strict=True):
+            assert torch.equal(cache[others], before[others])
+
+
+def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
+    config = MustDropConfig(**CONFIGS["budgets"])
+    plan = PackedPrompts([sum(parts) for _, parts in BATCH], MEMBERS, placeholders(), config)
+    for _ in config.pruning_layers:
+        plan.prune(torch.randn(len(plan.rows), HQ, D), torch.randn(len(plan.rows), HK, D), 1.0)
+    assert [plan.dropped[i] for i in MEMBERS] == [25, 36, 0]
+
+
+def test_table_without_leading_blocks():
+    table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32)
+    assert without_leading(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes that hold half of the heads each decide what one process that holds all of them does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from mustdrop_kernels import ops
+from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.engines import PackedPrompts
+from mustdrop_kernels.parallel import scores_over_ranks
+
+RANKS, HQ, HK, D = 2, 8, 4, 16
+PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the picture, patches, text after it
+CONFIGS = {
+    "budgets": dict(pruning_layers=(0, 1), budgets=(20, 7)),
+    "thresholds": dict(pruning_layers=(0, 1), global_threshold=0.015, individual_threshold=0.03),
+}
+
+
+def dense():
+    """Two sequences, one padded: queries, keys, types."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, HQ, 50, D, generator=generator)
+    key = torch.randn(2, HK, 50, D, generator=generator)
+    types = torch.tensor([[1] * 4 + [2] * 36 + [3] * 10, [0] * 11 + [2] * 30 + [1] * 6 + [3] * 3], dtype=torch.uint8)
+    return query, key, types
+
+
+def shard(x, dim, rank):
+    return x.chunk(RANKS, dim)[rank].contiguous()
+
+
+def packed_rows(config, rank=None):
+    """The rows that are left after two pruning layers."""
+    generator = torch.Generator().manual_seed(1)
+    vision = torch.tensor([flag for a, b, c in PACKED for flag in [False] * a + [True] * b + [False] * c])
+    group = None if rank is None else dist.group.WORLD
+    plan = PackedPrompts([sum(parts) for parts in PACKED], [0, 2], vision, config, group=group)
+    for _ in config.pruning_layers:
+        query = torch.randn(len(vision), HQ, D, generator=generator)[plan.rows]
+        key = torch.randn(len(vision), HK, D, generator=generator)[plan.rows]
+        if rank is not None:
+            query, key = shard(query, 1, rank), shard(key, 1, rank)
+        plan.prune(query, key, 0.7)
+    return plan.rows
+
+
+def run_rank(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=RANKS)
+    torch.set_num_threads(1)
+    query, key, types = dense()
+    scores = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types, 0.4, 10)
+    nobody = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=2), 0.4, 0)
+    rows = {name: packed_rows(MustDropConfig(**config), rank) for name, config in CONFIGS.items()}
+    torch.save({"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows}, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What each rank found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
+def test_scores_are_those_of_all_heads(found):
+    query, key, types = dense()
+    expected = ops.text_vision_scores(query, key, types, 0.4)
+    for rank in found:
+        for scores, wanted in zip(rank["scores"], expected, strict=True):
+            torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=1e-5)
+    # Half of the heads say something else.
+    half = ops.text_vision_scores(shard(query, 1, 0), shard(key, 1, 0), types, 0.4)
+    assert not torch.allclose(half.peak, expected.peak, atol=1e-3)
+
+
+def test_all_ranks_have_the_same_bits(found):
+    for a, b in zip(found[0]["scores"], found[1]["scores"], strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nobody_votes(found):
+    for rank in found:
+        assert all(scores.count_nonzero() == 0 and scores.shape == (2, 50) for scores in rank["nobody"])
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_packed_prompts_lose_the_same_tokens(found, name):
+    expected = packed_rows(MustDropConfig(**CONFIGS[name]))
+    assert len(expected) < sum(map(sum, PACKED))
+    for rank in found:
+        assert torch.equal(rank["rows"][name], expected)
