@@ -50,7 +50,7 @@ INSTRUCTIONS = {
 # A kernel that is instantiated to move 16 bytes at once says so: a piece of 16 bytes, or that many elements.
 WIDE = re.compile(r"_kernel<(uint4\b|(half_t|bfloat16_t), (\(int\))?8\b|float, (\(int\))?4\b)")
 # Of those, the ones that write rows (the others write a number per row).
-WRITERS = re.compile(r"(gather|compact|write|cluster)_kernel<")
+WRITERS = re.compile(r"(gather|compact|compact_chunks|write|cluster)_kernel<")
 # Folders whose kernels for 16-bit numbers have to use matrix instructions.
 MATRIX_FOLDERS = {"attention_scores": ("half_t", "bfloat16_t")}
 

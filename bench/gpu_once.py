@@ -100,7 +100,7 @@ def selecting() -> None:
 
 
 def moving() -> None:
-    """Every size of a piece; few layers and many; dense and paged, at the front and at the end."""
+    """Every size of a piece; few layers and many; few heads and long; dense and paged, at the front and at the end."""
     keep, counts = torch.arange(0, 3900, 3, device=DEVICE).expand(2, -1).contiguous(), numbers([1300, 700])
     for dtype in (torch.bfloat16, torch.float32, torch.uint8):
         for dim in (64, 3, 1):
@@ -109,6 +109,11 @@ def moving() -> None:
             mustdrop.gather_tokens(x.transpose(1, 2)[..., : dim // 2 + 1].transpose(1, 2), keep, counts, align_end=True)
             caches = [torch.randn(2, 4, 4000, dim, device=DEVICE).to(dtype) for _ in range(4)]
             mustdrop.compact_kv_(caches[:2], caches[2:], [keep], [counts])
+    long = torch.arange(0, 20_000, 2, device=DEVICE)[None]
+    for dtype, dim in ((torch.bfloat16, 128), (torch.uint8, 255)):
+        for align_end in (False, True):
+            one = [torch.randn(1, 2, 20_000, dim, device=DEVICE).to(dtype) for _ in range(2)]
+            mustdrop.compact_kv_(one[:1], one[1:], [long], [numbers([9_900])], align_end=align_end)
     for layers in (2, 22):
         caches = [torch.randn(2, 4, 4000, 64, device=DEVICE).bfloat16() for _ in range(2 * layers)]
         mustdrop.compact_kv_(caches[:layers], caches[layers:], [keep], [counts])
@@ -162,11 +167,13 @@ class Stages:
         self.hidden = torch.empty(2, 200, 64, device=DEVICE)
         self.caches = [torch.empty(2, 4, 200, 64, device=DEVICE, dtype=torch.bfloat16) for _ in range(6)]
         self.types = prompt(2, 200, 12)
+        self.long = [torch.empty(1, 1, 12_000, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2)]
+        self.half = torch.arange(0, 12_000, 2, device=DEVICE)[None], numbers([6000])
 
     def refill(self, seed: int) -> None:
         """New contents, the same for the same seed."""
         generator = torch.Generator(DEVICE).manual_seed(seed)
-        for tensor in (self.x, self.q, self.k, self.hidden, *self.caches):
+        for tensor in (self.x, self.q, self.k, self.hidden, *self.caches, *self.long):
             tensor.copy_(torch.randn(tensor.shape, generator=generator, device=DEVICE))
 
     def run(self) -> list[torch.Tensor]:
@@ -178,6 +185,8 @@ class Stages:
         taken = mustdrop.gather_tokens(self.hidden, fused.keep, fused.counts)
         mustdrop.compact_kv_(self.caches[:3], self.caches[3:], [fused.keep], [fused.counts])
         front = [cache[:, :, :40].clone() for cache in self.caches]  # past the counts anything may be
+        mustdrop.compact_kv_(self.long[:1], self.long[1:], [self.half[0]], [self.half[1]])
+        front += [cache[:, :, :6000].clone() for cache in self.long]
         return [*merged, votes, *fused, *dual, taken, *front]
 
 

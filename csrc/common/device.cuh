@@ -299,6 +299,30 @@ __device__ __forceinline__ T* cluster_shared(T* mine, unsigned) {
 }
 #endif
 
+// ---------------------------------------------------------------------------------------------- between blocks
+
+// One thread says through a flag, 0 before, that what its block has read and written before the last barrier is done.
+__device__ __forceinline__ void publish(int32_t* flag) {
+#if defined(MUSTDROP_CUDA_EMULATED)
+  cuda_emulation::publish(flag);
+#else
+  asm volatile("st.release.gpu.s32 [%0], %1;" ::"l"(flag), "r"(1) : "memory");
+#endif
+}
+
+// Waits until another block has published; the next barrier makes it so for this thread's block. That block has to be
+// running: it has taken a ticket before this one did.
+__device__ __forceinline__ void wait_published(const int32_t* flag) {
+#if defined(MUSTDROP_CUDA_EMULATED)
+  cuda_emulation::wait_published(flag);
+#else
+  int32_t seen;
+  do {
+    asm volatile("ld.acquire.gpu.s32 %0, [%1];" : "=r"(seen) : "l"(flag) : "memory");
+  } while (seen == 0);
+#endif
+}
+
 // ---------------------------------------------------------------------------------------------- matrix
 
 // Four 8x8 matrices of 16-bit elements from shared memory, spread over a warp as ldmatrix.x4 has it: lane 8 m + r names row

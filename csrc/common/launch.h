@@ -38,7 +38,9 @@ struct DeviceFacts {
 class Device {
  public:
   explicit Device(const Tensor&) {}
-  DeviceFacts facts() const { return {cuda_emulation::capability(), 4, cuda_emulation::shared_limit()}; }
+  DeviceFacts facts() const {
+    return {cuda_emulation::capability(), cuda_emulation::multiprocessors(), cuda_emulation::shared_limit()};
+  }
 
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {

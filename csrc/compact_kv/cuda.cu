@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// compact_kv_ and compact_paged_kv_ on CUDA: checks, the table of layers, one launch.
+// compact_kv_ and compact_paged_kv_ on CUDA: checks, the table of layers, one launch of one of two kernels.
 #include "common/launch.h"
 #include "compact_kv/checks.h"
-#include "compact_kv/kernel.cuh"
+#include "compact_kv/chunks.cuh"
 
 namespace mustdrop {
 namespace {
@@ -10,14 +10,19 @@ namespace {
 // Layers in a kernel's parameters: 4 KiB of them is what every driver takes, 32 KiB what CUDA 12.1 and newer take.
 constexpr int kFewLayers = 20;
 constexpr int kManyLayers = 160;
-static_assert(sizeof(CompactParameters<kFewLayers>) <= 4096, "the older limit on kernel parameters");
+static_assert(sizeof(CompactParameters<kFewLayers>) + sizeof(CompactChunks) <= 4096,
+              "the older limit on kernel parameters");
 static_assert(sizeof(CompactParameters<kManyLayers>) <= 32764, "the limit on kernel parameters");
+
+constexpr int64_t kLeastRun = 64;     // bytes of a row that are worth a block of their own
+constexpr int64_t kLeastChunks = 32;  // of a stream that is cut into chunks: below, zeroing the flags costs too much
 
 struct Plan {
   std::vector<CompactLayer> layers;
   CompactPages pages{};
   int64_t batch = 0, heads = 0, row_bytes = 0;
-  int piece = 16;  // bytes moved by one access
+  int64_t capacity = 0;  // the largest K
+  int piece = 16;        // bytes moved by one access
   bool align_end = false;
 
   void fit_piece(int64_t value) {
@@ -60,26 +65,43 @@ Plan describe(const Tensors& keys, const Tensors& values, const Tensors& keep, c
                        keys[i].size(3 - head_dim),
                        keys[i].size(head_dim)};
     plan.heads = std::max(plan.heads, layer.heads);
+    plan.capacity = std::max(plan.capacity, layer.set.capacity);
     plan.layers.push_back(layer);
   }
   return plan;
 }
 
-template <class Piece, int kLayers>
-void launch_compact(const Device& device, const Plan& plan, size_t first) {
-  const size_t layers = std::min<size_t>(kLayers, plan.layers.size() - first);
+template <int kLayers>
+CompactParameters<kLayers> parameters(const Plan& plan, size_t first, size_t layers) {
   CompactParameters<kLayers> p{};
   p.pages = plan.pages;
   p.heads = plan.heads;
   p.align_end = plan.align_end;
   std::copy_n(plan.layers.begin() + first, layers, p.layers);
+  return p;
+}
 
-  // As many columns side by side as a row has; fewer, but 64-byte runs still, where there are too few streams for the device.
-  const int64_t pieces = ceil_div(plan.row_bytes, sizeof(Piece));
-  const int64_t streams = static_cast<int64_t>(2 * layers) * plan.batch * plan.heads;
-  p.columns = 1;
-  while (p.columns < kCompactThreads && p.columns < pieces) p.columns *= 2;
-  while (streams * ceil_div(pieces, p.columns) < 4 * device.facts().multiprocessors && p.columns * sizeof(Piece) > 64)
+int64_t streams_of(const Plan& plan, size_t layers) {
+  return static_cast<int64_t>(2 * layers) * plan.batch * plan.heads;
+}
+
+// As many columns side by side as a row has.
+int32_t columns_of(int64_t pieces) {
+  int32_t columns = 1;
+  while (columns < kCompactThreads && columns < pieces) columns *= 2;
+  return columns;
+}
+
+template <class Piece, int kLayers>
+void launch_compact(const Device& device, const Plan& plan, size_t first) {
+  const size_t layers = std::min<size_t>(kLayers, plan.layers.size() - first);
+  CompactParameters<kLayers> p = parameters<kLayers>(plan, first, layers);
+
+  // Fewer columns, but runs of kLeastRun bytes still, where there are too few streams for the device.
+  const int64_t pieces = ceil_div(plan.row_bytes, sizeof(Piece)), streams = streams_of(plan, layers);
+  p.columns = columns_of(pieces);
+  while (streams * ceil_div(pieces, p.columns) < 4 * device.facts().multiprocessors &&
+         p.columns * int64_t(sizeof(Piece)) > kLeastRun)
     p.columns /= 2;
   p.splits = static_cast<int32_t>(ceil_div(pieces, p.columns));
   const Grid grid{dim3(blocks(plan.batch * plan.heads * p.splits), 2, static_cast<unsigned>(layers)), kCompactThreads,
@@ -87,26 +109,55 @@ void launch_compact(const Device& device, const Plan& plan, size_t first) {
   device.launch(grid, compact_kernel<Piece, kLayers>, p);
 }
 
+// Whether a block for each stream, be it split into runs as short as they may be, would leave half of the device idle.
+bool leaves_idle(const Device& device, const Plan& plan) {
+  const int64_t runs = streams_of(plan, plan.layers.size()) * ceil_div(plan.row_bytes, kLeastRun);
+  return plan.layers.size() <= kFewLayers && 2 * runs <= device.facts().multiprocessors;
+}
+
+// A block for each chunk of moves. Returns false, and does nothing, where streams are too short for that.
 template <class Piece>
-void launch_all(const Device& device, const Plan& plan) {
+bool launch_chunks(const Device& device, const Plan& plan, const Tensor& like) {
+  const int64_t pieces = ceil_div(plan.row_bytes, sizeof(Piece));
+  CompactParameters<kFewLayers> p = parameters<kFewLayers>(plan, 0, plan.layers.size());
+  p.columns = columns_of(pieces);
+  p.splits = static_cast<int32_t>(ceil_div(pieces, p.columns));
+  CompactChunks c{};
+  c.batch = plan.batch;
+  c.streams = streams_of(plan, plan.layers.size()) * p.splits;
+  c.moves = compact_chunk_moves(p.columns);
+  c.chunks = ceil_div(plan.capacity, c.moves);
+  if (c.chunks < kLeastChunks) return false;
+  const Tensor zeros = new_zeros(like, {1 + c.streams * c.chunks}, ScalarType::Int);
+  c.ticket = mutable_data<int32_t>(zeros);
+  c.read = c.ticket + 1;
+  const Grid grid{dim3(blocks(c.streams * c.chunks)), kCompactThreads,
+                  static_cast<size_t>(compact_chunk_bytes<Piece>(c.moves))};
+  device.launch(grid, compact_chunks_kernel<Piece, kFewLayers>, p, c);
+  return true;
+}
+
+template <class Piece>
+void launch_all(const Device& device, const Plan& plan, const Tensor& like) {
+  if (leaves_idle(device, plan) && launch_chunks<Piece>(device, plan, like)) return;
   if (plan.layers.size() <= kFewLayers) return launch_compact<Piece, kFewLayers>(device, plan, 0);
   for (size_t first = 0; first < plan.layers.size(); first += kManyLayers)
     launch_compact<Piece, kManyLayers>(device, plan, first);
 }
 
-void run(const Device& device, const Plan& plan) {
+void run(const Device& device, const Plan& plan, const Tensor& like) {
   if (plan.batch * plan.heads * plan.row_bytes == 0) return;
   switch (plan.piece) {
     case 16:
-      return launch_all<uint4>(device, plan);
+      return launch_all<uint4>(device, plan, like);
     case 8:
-      return launch_all<uint2>(device, plan);
+      return launch_all<uint2>(device, plan, like);
     case 4:
-      return launch_all<uint32_t>(device, plan);
+      return launch_all<uint32_t>(device, plan, like);
     case 2:
-      return launch_all<uint16_t>(device, plan);
+      return launch_all<uint16_t>(device, plan, like);
     default:
-      return launch_all<uint8_t>(device, plan);
+      return launch_all<uint8_t>(device, plan, like);
   }
 }
 
@@ -118,7 +169,7 @@ void compact_kv_(const Tensors keys,    // [B, Hk, L, D] each
   check_compact_kv(keys, values, keep, counts);
   if (keys.empty()) return;
   const Device device(keys[0]);
-  run(device, describe(keys, values, keep, counts, 1, keys[0].size(0), align_end));
+  run(device, describe(keys, values, keep, counts, 1, keys[0].size(0), align_end), keys[0]);
 }
 
 void compact_paged_kv_(const Tensors keys,              // [blocks, slots, Hk, D] each
@@ -140,7 +191,7 @@ void compact_paged_kv_(const Tensors keys,              // [blocks, slots, Hk, D
                 keys[0].size(1),
                 keys[0].size(0)};
   if (plan.pages.max_blocks == 0 || plan.pages.blocks == 0) return;
-  run(device, plan);
+  run(device, plan, keys[0]);
 }
 
 }  // namespace

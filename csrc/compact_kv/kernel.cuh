@@ -10,7 +10,8 @@
 // sequence is. A `keep` that does not ascend breaks the order, so that what ends up in the slots is unspecified; nothing
 // outside the tensors is touched then either, since each move is checked by itself.
 //
-// A block owns one stream: (layer, cache, b, h, a range of columns). Each thread keeps to one column.
+// A block owns one stream: (layer, cache, b, h, a range of columns). Each thread keeps to one column. A few long streams are
+// moved by the kernel of chunks.cuh.
 #pragma once
 
 #include "common/device.cuh"
@@ -80,10 +81,18 @@ __device__ __forceinline__ int64_t compact_offset(const CompactPages& pages, con
   return block * cache.outer_stride + position % pages.slots * cache.slot_stride;
 }
 
+// The entry of keep that a step is about, and the position that it goes to.
+__device__ __forceinline__ int64_t compact_entry(const CompactStream& s, bool align_end, int64_t step) {
+  return align_end ? s.n - 1 - step : step;
+}
+__device__ __forceinline__ int64_t compact_target(const CompactStream& s, bool align_end, int64_t entry) {
+  return align_end ? s.end - s.n + entry : entry;
+}
+
 __device__ __forceinline__ CompactMove compact_move(const CompactPages& pages, const CompactCache& cache,
                                                     const CompactStream& s, bool align_end, int64_t step) {
-  const int64_t entry = align_end ? s.n - 1 - step : step;
-  const int64_t source = s.keep[entry], target = align_end ? s.end - s.n + entry : entry;
+  const int64_t entry = compact_entry(s, align_end, step);
+  const int64_t source = s.keep[entry], target = compact_target(s, align_end, entry);
   if (source == target || source < 0 || source >= s.extent || target < 0 || target >= s.extent) return {-1, -1};
   const int64_t from = compact_offset(pages, cache, s.b, source), to = compact_offset(pages, cache, s.b, target);
   return from < 0 || to < 0 ? CompactMove{-1, -1} : CompactMove{from, to};
@@ -94,6 +103,33 @@ struct CompactRows {
   int first, step, moves;
   bool active;
 };
+
+// Head h of sequence b.
+template <int kLayers>
+__device__ __forceinline__ CompactStream compact_stream(const CompactParameters<kLayers>& p, const CompactLayer& layer,
+                                                        int64_t b, int64_t h) {
+  const CompactKeep& set = layer.set;
+  CompactStream s;
+  s.b = b;
+  s.keep = set.keep + b * set.keep_batch_stride + h * set.keep_head_stride;
+  s.n = clamp_to(set.counts[b * set.count_batch_stride + h * set.count_head_stride], 0, set.capacity);
+  s.extent = p.pages.block_table ? p.pages.max_blocks * p.pages.slots : layer.length;
+  s.end = p.pages.seq_lens ? p.pages.seq_lens[b * p.pages.seq_stride] : layer.length;
+  return s;
+}
+
+// Where this thread's column of a range of columns is at offset 0, and its rows but for `moves`.
+template <class Piece, int kLayers>
+__device__ __forceinline__ char* compact_column(const CompactParameters<kLayers>& p, const CompactCache& cache,
+                                                int64_t b, int64_t h, int64_t split, CompactRows& rows) {
+  const int64_t byte = (split * p.columns + threadIdx.x % p.columns) * int64_t(sizeof(Piece));  // of the packed row
+  rows.first = static_cast<int>(threadIdx.x) / p.columns;
+  rows.step = kCompactThreads / p.columns;
+  rows.active = byte < cache.row_bytes;
+  char* column = cache.base + h * cache.head_stride + (p.pages.block_table ? 0 : b * cache.outer_stride);
+  if (rows.active) column += byte / cache.element_size * cache.element_stride + byte % cache.element_size;
+  return column;
+}
 
 template <class Piece>
 __device__ __forceinline__ void compact_load(Piece (&held)[kCompactUnroll], const CompactMove* moves,
@@ -144,21 +180,9 @@ __global__ void __launch_bounds__(kCompactThreads)
   const int64_t split = blockIdx.x % p.splits, h = blockIdx.x / p.splits % p.heads, b = blockIdx.x / p.splits / p.heads;
   if (h >= layer.heads) return;
 
-  const CompactKeep& set = layer.set;
-  CompactStream s;
-  s.b = b;
-  s.keep = set.keep + b * set.keep_batch_stride + h * set.keep_head_stride;
-  s.n = clamp_to(set.counts[b * set.count_batch_stride + h * set.count_head_stride], 0, set.capacity);
-  s.extent = p.pages.block_table ? p.pages.max_blocks * p.pages.slots : layer.length;
-  s.end = p.pages.seq_lens ? p.pages.seq_lens[b * p.pages.seq_stride] : layer.length;
-
-  const int64_t byte = (split * p.columns + threadIdx.x % p.columns) * int64_t(sizeof(Piece));  // of the packed row
+  const CompactStream s = compact_stream(p, layer, b, h);
   CompactRows rows;
-  rows.first = static_cast<int>(threadIdx.x) / p.columns;
-  rows.step = kCompactThreads / p.columns;
-  rows.active = byte < cache.row_bytes;
-  char* column = cache.base + h * cache.head_stride + (p.pages.block_table ? 0 : b * cache.outer_stride);
-  if (rows.active) column += byte / cache.element_size * cache.element_stride + byte % cache.element_size;
+  char* column = compact_column<Piece>(p, cache, b, h, split, rows);
 
   for (int64_t begin = 0; begin < s.n; begin += kCompactChunk) {
     rows.moves = static_cast<int>(s.n - begin < kCompactChunk ? s.n - begin : kCompactChunk);

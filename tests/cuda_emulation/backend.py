@@ -31,12 +31,12 @@ def library() -> ctypes.CDLL:
     return ctypes.CDLL(str(path))
 
 
-def configure(seed: int, capability: int = 90) -> None:
+def configure(seed: int, capability: int = 90, multiprocessors: int = 4) -> None:
     """Choose the order in which threads run, and the device that is played.
 
     Its compute capability times ten. 80 has no clusters; 120 has little shared memory.
     """
-    library().cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(capability))
+    library().cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(capability), ctypes.c_int(multiprocessors))
 
 
 def configure_for(test: str) -> None:

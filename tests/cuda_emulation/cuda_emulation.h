@@ -59,6 +59,7 @@ void run(const Launch& launch, const std::function<void()>& kernel);
 // The device that is played: compute capability times ten (80, 90, ...), which decides whether there are clusters.
 int capability();
 int shared_limit();  // bytes of shared memory that a block of it may ask for
+int multiprocessors();
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch with this error; called by a thread
 void pause();                                     // lets other threads run; for loops that wait on memory
@@ -71,6 +72,8 @@ char* cluster_shared(void* mine, unsigned rank);  // where block `rank` of the c
 void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes, void* out);
 
 void atomic_access(const void* address, size_t bytes);  // for the race detector
+void publish(int32_t* flag);                            // sets it; what came before the block's last barrier is done
+void wait_published(const int32_t* flag);
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned size);  // `size` bytes, zero past `bytes`
 void copies_commit();

@@ -172,6 +172,38 @@ void last_cluster_kernel(const int* in, int* out) {
   cluster_kernel<true, true, kRight>(in, out);
 }
 
+// The second block overwrites what the first has read. Missing: the barrier before the flag, the wait, the barrier after.
+template <bool kRead, bool kWait, bool kSpread>
+void handover_kernel(const int* in, int* out) {
+  MUSTDROP_SHARED_MEMORY(memory);
+  int *number = reinterpret_cast<int*>(memory), *counter = out + kThreads, *flag = counter + 1;
+  if (threadIdx.x == 0) *number = atomicAdd(counter, 1);
+  __syncthreads();
+  if (*number == 0) {
+    const int held = out[threadIdx.x];
+    barrier<kRead>();
+    if (threadIdx.x == 0) publish(flag);
+    out[2 * kThreads + threadIdx.x] = held + in[threadIdx.x];
+  } else if (*number == 1) {
+    if (kWait && threadIdx.x == 0) wait_published(flag);
+    barrier<kSpread>();
+    out[threadIdx.x] = in[threadIdx.x];
+  }
+}
+
+template <bool kRight>
+void read_handover_kernel(const int* in, int* out) {
+  handover_kernel<kRight, true, true>(in, out);
+}
+template <bool kRight>
+void wait_handover_kernel(const int* in, int* out) {
+  handover_kernel<true, kRight, true>(in, out);
+}
+template <bool kRight>
+void spread_handover_kernel(const int* in, int* out) {
+  handover_kernel<true, true, kRight>(in, out);
+}
+
 using Kernel = void (*)(const int*, int*);
 
 struct Case {
@@ -204,6 +236,9 @@ const std::map<std::string, std::vector<Case>>& cases() {
       MUSTDROP_CASE(first_cluster, 4, 4),
       MUSTDROP_CASE(middle_cluster, 4, 4),
       MUSTDROP_CASE(last_cluster, 4, 4),
+      MUSTDROP_CASE(read_handover, 3, 1),
+      MUSTDROP_CASE(wait_handover, 3, 1),
+      MUSTDROP_CASE(spread_handover, 3, 1),
   };
   return all;
 }

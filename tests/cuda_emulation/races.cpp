@@ -52,6 +52,11 @@ uintptr_t last_number = ~uintptr_t(0);
 Page* last_page = nullptr;
 uint32_t stamp = 1;
 
+struct Release {
+  uint32_t block, barriers;
+};
+std::unordered_map<const int32_t*, Release> releases;  // of this launch
+
 Granule& granule_at(uintptr_t address) {
   const uintptr_t number = address / kPageBytes;
   if (number != last_number) {
@@ -76,13 +81,23 @@ Reach distance(uint32_t a, uint32_t b) {
   return block_a / who->cluster_size == block_b / who->cluster_size ? Reach::cluster : Reach::launch;
 }
 
+// Whether another block has said through a flag that `before` is over.
+bool handed_over(const Access& before) {
+  if (before.reach > Reach::block) return false;  // accesses of several blocks
+  const uint32_t block = before.thread / who->block_size;
+  return std::any_of(who->acquired->begin(), who->acquired->end(), [&](const Acquired& a) {
+    return a.block == block && before.block_barriers < a.before &&
+           (a.thread == who->thread || who->block_barriers > a.after);
+  });
+}
+
 // Whether all that `before` stands for is over, for the thread that runs.
 bool ordered(const Access& before) {
   if (before.reach == Reach::nobody) return true;
   if (before.pending) return false;
   const Reach reach = std::max(before.reach, distance(before.thread, who->thread));
   if (reach == Reach::thread) return true;
-  if (reach == Reach::launch) return false;
+  if (reach == Reach::launch) return handed_over(before);
   if (who->cluster_waits > before.cluster_arrivals) return true;
   if (reach == Reach::cluster) return false;
   if (who->block_barriers > before.block_barriers) return true;
@@ -172,6 +187,7 @@ void begin_launch() {
   if (pages.size() > kMostPages) pages.clear();
   last_number = ~uintptr_t(0);
   ++stamp;
+  releases.clear();
 }
 
 void fresh(const void* memory, size_t bytes, bool shared) {
@@ -202,6 +218,20 @@ void copy_starts(void* to, const void* from, unsigned bytes, unsigned size, cons
 void copy_ends(void* to, unsigned size, const void* code) {
   if (!who) return;
   each_cell(reinterpret_cast<uintptr_t>(to), size, [&](Cell& cell, bool) { cell.write = mine(false, code); });
+}
+
+void release(const int32_t* flag, const void* code) {
+  if (!who) return;
+  access(flag, sizeof *flag, Kind::atomic, code);
+  releases[flag] = {who->thread / who->block_size, who->block_barriers};
+}
+
+void acquire(const int32_t* flag, const void* code) {
+  if (!who) return;
+  access(flag, sizeof *flag, Kind::atomic, code);
+  const auto found = releases.find(flag);
+  if (found == releases.end()) return;  // set before the launch
+  who->acquired->push_back({found->second.block, found->second.barriers, who->thread, who->block_barriers});
 }
 
 }  // namespace cuda_emulation::races

@@ -23,12 +23,14 @@
 namespace cuda_emulation {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;  // of a fiber; touched pages alone cost memory
-constexpr long kMostPauses = 20'000'000;  // of all threads without any other progress: nobody will end this wait
+constexpr size_t kStackBytes = 64 << 10;     // of a fiber; touched pages alone cost memory
+constexpr unsigned kThreadsTogether = 2048;  // so that blocks that wait for each other meet
+constexpr long kMostPauses = 20'000'000;     // of all threads without any other progress: nobody will end this wait
 
 struct Settings {
   unsigned seed = 0;
   int capability = 90;
+  int multiprocessors = 4;
 } settings;
 
 // ---------------------------------------------------------------------------------------------- stacks
@@ -147,6 +149,7 @@ struct Block {
   std::vector<std::vector<std::unique_ptr<Exchange>>> exchanges;  // per warp
   unsigned at_barrier = 0, left = 0;
   unsigned wanted = 0;  // how often the cluster's barrier has to be waited for before this block may leave
+  std::vector<races::Acquired> acquired;
 };
 
 struct Cluster {
@@ -272,6 +275,7 @@ void Launching::start_thread(Block& block, unsigned linear, dim3 index, unsigned
   t.who.cluster_size = launch_.cluster;
   t.who.stack = t.stack;
   t.who.stack_end = t.stack + kStackBytes;
+  t.who.acquired = &block.acquired;
   make_context(t.context, t.stack, fiber_main);
   ready(&t);
 }
@@ -357,7 +361,8 @@ void Launching::run() {
   std::vector<unsigned> order(launch_.grid.x * launch_.grid.y * launch_.grid.z / launch_.cluster);
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i * launch_.cluster;
   std::shuffle(order.begin(), order.end(), random_);
-  const size_t together = 1 + random_() % 3;  // clusters that run at the same time
+  const unsigned threads = launch_.block.x * launch_.block.y * launch_.block.z * launch_.cluster;
+  const size_t together = 1 + random_() % std::max(3u, kThreadsTogether / threads);  // clusters at the same time
   size_t next = 0;
   while (error_.empty()) {
     while (next < order.size() && running_.size() < together) start_cluster(order[next++]);
@@ -392,6 +397,7 @@ void do_copy(const Copy& c) {
 
 const Here& here() { return current->self->here; }
 int capability() { return settings.capability; }
+int multiprocessors() { return settings.multiprocessors; }
 int shared_limit() {
   switch (settings.capability / 10) {
     case 9:
@@ -506,6 +512,18 @@ void atomic_access(const void* address, size_t bytes) {
   races::access(address, bytes, races::Kind::atomic, __builtin_return_address(0));
 }
 
+void publish(int32_t* flag) {
+  pause();  // other threads may come first
+  races::release(flag, __builtin_return_address(0));
+  *flag = 1;
+}
+
+void wait_published(const int32_t* flag) {
+  do pause();
+  while (*flag == 0);
+  races::acquire(flag, __builtin_return_address(0));
+}
+
 void copies_commit() {
   Thread& t = *current->self;
   t.groups.push_back(std::move(t.copies));
@@ -523,6 +541,7 @@ void copies_wait(unsigned groups_left) {
 
 }  // namespace cuda_emulation
 
-extern "C" __attribute__((visibility("default"))) void cuda_emulation_configure(unsigned seed, int capability) {
-  cuda_emulation::settings = {seed, capability};
+extern "C" __attribute__((visibility("default"))) void cuda_emulation_configure(unsigned seed, int capability,
+                                                                                int multiprocessors) {
+  cuda_emulation::settings = {seed, capability, multiprocessors};
 }

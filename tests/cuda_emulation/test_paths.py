@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import pytest
 import torch
 
@@ -91,3 +93,111 @@ def test_long_caches(device, align_end):
     for before, after in zip(caches, mine, strict=True):
         kept = after[:, :, -2400:] if align_end else after[:, :, :2400]
         assert torch.equal(kept, before[:, :, keep[0]])
+
+
+# Rows of up to 256 pieces of 16, 4 and 1 bytes: 8 moves a chunk, and more chunks than a stream has to have to be cut.
+ROWS = [(torch.float64, 512), (torch.float32, 255), (torch.uint8, 255)]
+PATTERNS = {
+    "kept": lambda n, length: torch.arange(n),
+    "one dropped": lambda n, length: torch.arange(n) + 1,
+    "some chunks dropped": lambda n, length: torch.arange(n) + 29,
+    "every second": lambda n, length: torch.arange(n) * 2,
+    "last": lambda n, length: torch.arange(length - n, length),
+    "drawn": lambda n, length: torch.randperm(length, generator=torch.Generator().manual_seed(n))[:n].sort().values,
+}
+CAPACITY, LENGTH = 283, 600
+
+
+@pytest.fixture
+def idle() -> Iterator[Callable[[int], None]]:
+    """Plays a device that a block for each stream would leave idle: streams are cut into chunks of moves."""
+    yield lambda seed: cuda_emulation.configure(seed, (80, 90, 120)[seed % 3], multiprocessors=1024)
+    cuda_emulation.configure(0)
+
+
+def filled(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, shape, generator=generator).to(dtype)
+
+
+def moved(cache: torch.Tensor, keep: torch.Tensor, counts: torch.Tensor, ends: list[int] | None) -> torch.Tensor:
+    """A copy of `cache` (B, Hk, L, D) after the moves of `keep` (B, Hk, K); to the front, or to these ends."""
+    after = cache.clone()
+    for b in range(cache.shape[0]):
+        for h in range(cache.shape[1]):
+            n = int(counts[b, h])
+            start = 0 if ends is None else ends[b] - n
+            after[b, h, start : start + n] = cache[b, h, keep[b, h, :n]]
+    return after
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_chunks_of_long_caches(idle, pattern, align_end):
+    """Blocks wait for the blocks before them that read what they overwrite, whatever share is dropped where."""
+    keep = PATTERNS[pattern](CAPACITY, LENGTH)[None]
+    counts = torch.tensor([CAPACITY], dtype=torch.int32)
+    ends = [LENGTH] if align_end else None
+    for seed, (dtype, dim) in enumerate(ROWS):
+        idle(seed)
+        caches = [filled((1, 1, LENGTH, dim), dtype, i) for i in range(2)]
+        want = [moved(cache, keep[:, None], counts[:, None], ends) for cache in caches]
+        emulated("compact_kv_")(caches[:1], caches[1:], [keep], [counts], align_end=align_end)
+        assert all(map(torch.equal, caches, want))
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_chunks_of_sets_per_head(idle, align_end):
+    """Two layers with other lengths, heads and sets; a set that ends early, an empty one, one with -1 past the kept."""
+    idle(4)
+    lengths, heads, names = (LENGTH, LENGTH + 40), (2, 1), list(PATTERNS)
+    keys = [filled((2, heads[i], lengths[i], 255), torch.uint8, i) for i in range(2)]
+    values = [filled((2, heads[i], lengths[i], 201), torch.uint8, i + 2) for i in range(2)]
+    counts = [torch.tensor([[CAPACITY, 130], [0, 270]]).int(), torch.tensor([[CAPACITY], [CAPACITY]]).int()]
+    keeps = []
+    for i in range(2):
+        sets = [PATTERNS[names[1 + i + j]](CAPACITY, lengths[i]) for j in range(2 * heads[i])]
+        keeps.append(torch.stack(sets).reshape(2, heads[i], CAPACITY))
+    want = []
+    for i, cache in enumerate((*keys, *values)):
+        want.append(moved(cache, keeps[i % 2], counts[i % 2], [lengths[i % 2]] * 2 if align_end else None))
+    keeps[1][1, 0, -41:] = -1  # not a multiple of 8: a chunk of -1 and of others
+    for i, cache in enumerate((keys[1], values[1])):  # as they are, where nothing comes from -1
+        end = lengths[1] if align_end else CAPACITY
+        want[2 * i + 1][1, 0, end - 41 : end] = cache[1, 0, end - 41 : end]
+    emulated("compact_kv_")(keys, values, keeps, counts, align_end=align_end)
+    assert all(map(torch.equal, (*keys, *values), want))
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_chunks_of_paged_caches(idle, pattern, align_end):
+    """Positions are in order, the blocks that hold them are not."""
+    idle(6)
+    slots, per_sequence, lengths = 16, 40, torch.tensor([LENGTH, 635], dtype=torch.int32)
+    table = torch.randperm(2 * per_sequence + 3, generator=torch.Generator().manual_seed(3))[: 2 * per_sequence]
+    table = table.int().reshape(2, per_sequence)
+    pools = [filled((2 * per_sequence + 3, slots, 1, 4096), torch.uint8, i) for i in range(2)]
+    keep = torch.stack([PATTERNS[pattern](CAPACITY, int(length)) for length in lengths])
+    counts = torch.tensor([CAPACITY, 261], dtype=torch.int32)
+    want = []
+    for pool in pools:
+        dense = pool[table.long()].reshape(2, 1, per_sequence * slots, 4096)
+        dense = moved(dense, keep[:, None], counts[:, None], lengths.tolist() if align_end else None)
+        want.append(pool.clone())
+        want[-1][table.long()] = dense.reshape(2, per_sequence, slots, 1, 4096)
+    options = {"seq_lens": lengths if align_end else None, "align_end": align_end}
+    emulated("compact_paged_kv_")(pools[:1], pools[1:], table, [keep], [counts], **options)
+    assert all(map(torch.equal, pools, want))
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_chunks_of_positions_in_no_order(idle, align_end):
+    """What ends up in the slots is unspecified; no block waits for ever, and nothing outside changes."""
+    idle(8)
+    keep = torch.randint(-(2**62), 2**62, (1, CAPACITY), generator=torch.Generator().manual_seed(4))
+    counts = torch.tensor([2**31 - 1], dtype=torch.int32)
+    memory = [filled((1, 1, LENGTH + 2, 4096), torch.uint8, i) for i in range(2)]
+    before = [m.clone() for m in memory]
+    emulated("compact_kv_")([memory[0][:, :, 1:-1]], [memory[1][:, :, 1:-1]], [keep], [counts], align_end=align_end)
+    assert all(map(torch.equal, memory, before))  # every position is outside

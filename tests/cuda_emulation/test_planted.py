@@ -30,7 +30,7 @@ def library(sanitizer: str) -> ctypes.CDLL:
 def run(name: str, right: bool, seed: int, sanitizer: str = "races") -> list[int] | str:
     """What a kernel gives, or what the emulation says."""
     lib = library(sanitizer)
-    lib.cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(90))
+    lib.cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(90), ctypes.c_int(4))
     out = (ctypes.c_int * (THREADS * 4))()
     said = lib.planted_run(name.encode(), ctypes.c_bool(right), out)
     return list(out) if said is None else said.decode()
@@ -66,6 +66,7 @@ EXPECTED = {
         f"{which}_cluster": [a + rank + IN[-1 - i] + (rank + 1) % 4 for rank in range(4) for i, a in enumerate(IN)]
         for which in ("first", "middle", "last")
     },
+    **{f"{which}_handover": IN + [3, 1] + [0] * (THREADS - 2) + IN for which in ("read", "wait", "spread")},
 }
 
 
@@ -95,6 +96,9 @@ def test_without_the_bug(name, sanitizer):
         ("first_cluster", "before the cluster's first barrier"),
         ("middle_cluster", "a race"),
         ("last_cluster", "still use its shared memory|whose threads have left"),
+        ("read_handover", "a race"),
+        ("wait_handover", "a race"),
+        ("spread_handover", "a race"),
     ],
 )
 def test_caught_whatever_the_order(name, words):
