@@ -19,7 +19,7 @@ from torch import Tensor
 from ... import checks
 from .configs import config, length_class
 from .launch import Launch, Plans, cdiv, power_of_two, signature
-from .numbers import narrow, widen
+from .numbers import narrow, single, widen
 from .order import ordered_key
 
 
@@ -306,7 +306,7 @@ class _Plan:
         self.plan = Launch(
             _plan_kernel,
             (batch,),
-            (float(threshold), *frames, batch, self.windows, prefix, limit, *extent, *decision, row.BLOCK),
+            (single(threshold), *frames, batch, self.windows, prefix, limit, *extent, *decision, row.BLOCK),
             row,
         )
         sizes_batch = 0 if sizes is None else sizes.stride(0)

@@ -4,12 +4,19 @@ should round, and loses subnormal values: there, and only there, bits are moved 
 
 from __future__ import annotations
 
+import ctypes
+
 import triton
 import triton.language as tl
 
 from . import interpreted
 
 _INTERPRETED = tl.constexpr(interpreted())
+
+
+def single(value: float) -> float:
+    """The nearest float32: what a kernel gets of a Python float (the interpreter of older Tritons keeps the double)."""
+    return ctypes.c_float(value).value
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import checks
 from .configs import config, length_class
 from .launch import Launch, Plans, signature
-from .numbers import widen
+from .numbers import single, widen
 from .order import kth_key, ordered_key
 
 _VISION = tl.constexpr(2)
@@ -197,7 +197,7 @@ def select_dual(
         chosen = config("select", length_class(n), token_types.device)
         sizes = (n, n if capacity is None else capacity, drop_multiple)
         strides = (total.stride(0), peak.stride(0), token_types.stride(0), _row_stride(protected))
-        scalars = (float(global_threshold), float(individual_threshold), *sizes, *strides)
+        scalars = (single(global_threshold), single(individual_threshold), *sizes, *strides)
         tiles = (drop_multiple > 1, chosen.BLOCK, n <= chosen.BLOCK)
         launch = _dual_plans.add(key, Launch(_dual_kernel, (batch,), (*scalars, *tiles), chosen))
     keep, counts = _outputs(token_types, capacity)
