@@ -80,7 +80,7 @@ DEFAULT: dict[str, dict[str, Config]] = {
         "256": _tiles(BLOCK=256, num_warps=2),
         "1024": _tiles(BLOCK=1024),
         "4096": _tiles(BLOCK=4096, num_warps=8),
-        "long": _tiles(BLOCK=8192, num_warps=16),
+        "long": _tiles(BLOCK=4096, num_warps=16),
     },
 }
 
