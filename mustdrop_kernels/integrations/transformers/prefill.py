@@ -42,7 +42,7 @@ class Prefill:
         self.stopwatch = stopwatch
         self.images = images
         self.prompt = read_prompt(inputs, images, llava.image_token_id, config)
-        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters)
+        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=llava.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
         self._mask: Any = None
