@@ -23,11 +23,11 @@ CONFIGS = {
     "budgets": dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20), key_rate=0.15),
     "last token votes": dict(pruning_layers=(2,), budgets=(25,), votes="last", merge=False),
 }
-TOWER = "model.vision_tower.encoder.layers.*"
 TOWER_CAN_BE_SHARDED = int(transformers.__version__.split(".")[0]) >= 5
 SHARDED_TOWER = {  # no model's own plan does that
-    **{f"{TOWER}.self_attn.{name}": "colwise" for name in ("q_proj", "k_proj", "v_proj")},
-    f"{TOWER}.self_attn.out_proj": "rowwise",
+    f"model.{layers}.*.self_attn.{name}": style
+    for layers, output in (("vision_tower.encoder.layers", "out_proj"), ("language_model.layers", "o_proj"))
+    for name, style in {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", output: "rowwise"}.items()
 }
 
 
