@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores where the heads are shared out among ranks (tensor parallelism)."""
+"""Head means where the heads are shared out among ranks (tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -33,6 +33,12 @@ def scores_over_ranks(
     attention = ops.text_vision_attention(query, key, token_types, scale, max_query, backend=backend)
     if max_query == 0:
         return ops.Scores(attention.sum(1), attention.sum(1))
-    dist.all_reduce(attention, group=group)
-    attention /= dist.get_world_size(group)
+    mean_over_ranks_(attention, group)
     return ops.Scores(attention.sum(1), attention.amax(1))
+
+
+def mean_over_ranks_(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean over the ranks, in place and the same bits on each, by one all-reduce of x."""
+    dist.all_reduce(x, group=group)
+    x /= dist.get_world_size(group)
+    return x

@@ -15,11 +15,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
 from .config import MustDropConfig
 from .ops import TokenType
+from .parallel import mean_over_ranks_
 
 # ---------------------------------------------------------------------------------------------- stage 1: vision
 
@@ -56,8 +58,12 @@ def key_tokens(
     *,
     counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
     num_prefix_tokens: int = 1,
+    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: this one has all
 ) -> Tensor:  # (B, S) bool
-    """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device."""
+    """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device.
+
+    With a group the ranks' head means are averaged, by one all-reduce of B * S float32 numbers.
+    """
     batch, _, length, _ = key.shape
     query, key = query.detach(), key.detach()
     if counts is None:
@@ -68,6 +74,8 @@ def key_tokens(
     attention = ops.cls_attention(
         query, key, scale, counts=counts, num_prefix_tokens=num_prefix_tokens, backend=config.backend
     )
+    if group is not None:
+        mean_over_ranks_(attention, group)
     budgets = (config.key_rate * (counts - num_prefix_tokens).double()).ceil().int()
     keep, _ = ops.select_topk(attention, types, length, budgets=budgets, backend=config.backend)
     kept = torch.zeros(batch, length + 1, dtype=torch.bool, device=key.device)
