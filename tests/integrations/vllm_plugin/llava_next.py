@@ -9,7 +9,6 @@ import checkpoint
 import tiny_llava
 import torch
 from masked_reference import MaskedReference
-from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -52,11 +51,7 @@ def save(folder: Path) -> None:
         model.model.vision_tower.get_parameter("embeddings.patch_embedding.weight").mul_(2.0)
         for layer in model.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(2.0)
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    renamed = {checkpoint.hub_name(name): x for name, x in load_file(weights).items()}
-    save_file(renamed, weights, metadata={"format": "pt"})
+    checkpoint.write(folder, model, processor())
 
 
 def picture(seed):
