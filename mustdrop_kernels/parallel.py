@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores where the heads are shared out among ranks (tensor parallelism)."""
+"""Head means where the heads are shared out among ranks (tensor parallelism)."""
 
 from __future__ import annotations
 
