@@ -9,8 +9,8 @@ switched on for one model by ``hf_overrides``, for every LLaVA by the environmen
 
 plugin.py registers; settings.py reads and checks what was asked for; engine.py sets the engine up; scheduler.py and
 blocks.py in the engine core; worker.py, model.py, dropping.py, tower.py, vision.py, anyres.py, keys.py, batch.py,
-prefill.py and pages.py where the model is. How many tokens a prompt lost travels with the step's output from there to the
-scheduler.
+prefill.py and pages.py where the model is. How many tokens a prompt lost travels with the step's output from there to
+the scheduler.
 """
 
 from .plugin import register
