@@ -24,7 +24,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and libmustdrop_cuda
+LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and its companions
+HEADERS = "kernels"  # below it: the CUDA kernels as text
 
 
 def find_nvcc() -> str | None:
@@ -72,6 +73,11 @@ def cuda_arguments() -> list[str]:
     return [f"-DMUSTDROP_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
+def kernel_headers() -> list[Path]:
+    """The CUDA kernels, relative to csrc/: what the backend `cupy` compiles at run time."""
+    return sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*.cuh"))
+
+
 class CMakeBuild(build_ext):
     """Builds every library of CMakeLists.txt in one CMake run and puts each where the package looks for it."""
 
@@ -96,6 +102,10 @@ class CMakeBuild(build_ext):
             shutil.copy2(library, folder)
         for module in BUILD.glob("_native*.so"):
             shutil.copy2(module, package)
+        shutil.rmtree(folder / HEADERS, ignore_errors=True)
+        for header in kernel_headers():
+            (folder / HEADERS / header).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / "csrc" / header, folder / HEADERS / header)
 
     def configure(self) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -123,7 +133,9 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "mustdrop_kernels"
-        return [str(p) for p in (*package.glob(f"{LIBRARY_FOLDER}/*.so"), *package.glob("_native*.so"))]
+        libraries = package.glob(f"{LIBRARY_FOLDER}/*.so")
+        headers = package.glob(f"{LIBRARY_FOLDER}/{HEADERS}/*/*.cuh")
+        return [str(p) for p in (*libraries, *headers, *package.glob("_native*.so"))]
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], LIBRARY_FOLDER, "libmustdrop.so")

@@ -55,7 +55,7 @@ inline Selected launch_select(const Device& device, const Selection& s, SelectPa
   p.cached = bytes <= facts.shared_bytes;
   grid.shared_bytes = p.cached ? bytes : sizeof(SelectShared);
   with_float_type(s.scores.scalar_type(),
-                  [&](auto* type) { device.launch(grid, select_kernel<std::remove_pointer_t<decltype(type)>>, p); });
+                  [&](auto* type) { device.launch(grid, MUSTDROP_KERNEL(select_kernel<std::remove_pointer_t<decltype(type)>>), p); });
   return result;
 }
 
