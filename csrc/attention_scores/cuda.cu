@@ -103,7 +103,8 @@ void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, i
                  uses_partials ? 1u : static_cast<unsigned>(p.splits)},
                 MUSTDROP_KERNEL(score_kernel<T, M>), p);
   if (uses_partials)
-    device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, MUSTDROP_KERNEL(score_finish_kernel<M>), p);
+    device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, MUSTDROP_KERNEL(score_finish_kernel<M>),
+                  p);
 }
 
 // Everything in `p` but the plan and the workspaces is set; there is at least one sequence and head.
@@ -231,7 +232,8 @@ void launch_cls(const Device& device, const Tensor& q, ClsParameters p) {
                  uses_partials ? 1u : static_cast<unsigned>(p.splits)},
                 MUSTDROP_KERNEL(cls_kernel<T, V>), p);
   if (uses_partials)
-    device.launch({dim3(blocks(int64_t(p.batch) * ceil_div(p.span, kClsThreads))), kClsThreads}, MUSTDROP_KERNEL(cls_finish_kernel), p);
+    device.launch({dim3(blocks(int64_t(p.batch) * ceil_div(p.span, kClsThreads))), kClsThreads},
+                  MUSTDROP_KERNEL(cls_finish_kernel), p);
 }
 
 Tensor cls_attention(const Tensor& q,  // [B, H, D]

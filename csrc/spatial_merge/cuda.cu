@@ -82,10 +82,12 @@ void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
   if (windows > 0) device.launch(per_window, MUSTDROP_KERNEL(merge_similarity_kernel<T, V>), p);
   if (launch_finish<T, V>(device, p)) return;
   if (windows > 0 && is_ranked(p)) device.launch(per_window, MUSTDROP_KERNEL(merge_rank_kernel), p);
-  device.launch({dim3(blocks(p.batch)), kMergeThreads, 2 * kWarp * sizeof(int32_t)}, MUSTDROP_KERNEL(merge_assign_kernel), p);
+  device.launch({dim3(blocks(p.batch)), kMergeThreads, 2 * kWarp * sizeof(int32_t)},
+                MUSTDROP_KERNEL(merge_assign_kernel), p);
   const int64_t items = (int64_t(p.window_count) + p.prefix + p.capacity) * p.batch;
   if (items > 0)
-    device.launch({dim3(blocks(ceil_div(items, kMergeWarps))), kMergeThreads}, MUSTDROP_KERNEL(merge_write_kernel<T, V>), p);
+    device.launch({dim3(blocks(ceil_div(items, kMergeWarps))), kMergeThreads},
+                  MUSTDROP_KERNEL(merge_write_kernel<T, V>), p);
 }
 
 template <class T, int V>
@@ -134,4 +136,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) { m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge)); }
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) {
+  m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge));
+}

@@ -107,7 +107,15 @@ def _shared_library(
     name: str, sources: Sequence[Path], sanitizer: str, include: list[str], libraries: list[str], root: Path = ROOT
 ) -> Path:
     with _alone():
-        flags = [*FLAGS, *EMULATED, *SANITIZERS[sanitizer], f"-I{HERE}", *include, "-include", str(HERE / "cuda_emulation.h")]
+        flags = [
+            *FLAGS,
+            *EMULATED,
+            *SANITIZERS[sanitizer],
+            f"-I{HERE}",
+            *include,
+            "-include",
+            str(HERE / "cuda_emulation.h"),
+        ]
         kernels = [_object(source, [*flags, *HOOKS[sanitizer]], root) for source in sources]
         define = [flag for flag in HOOKS[sanitizer] if flag.startswith("-D")]
         objects = kernels + [_object(source, [*flags, *define]) for source in EMULATION]

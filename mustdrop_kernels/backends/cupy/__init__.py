@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels for people who have a GPU and no compiler: NVRTC compiles them through CuPy when they are first called.
+"""The CUDA kernels for people who have a GPU and no compiler: NVRTC compiles them through CuPy on first use.
 
-The launchers are those of the CUDA library, compiled without CUDA (``libmustdrop_nvrtc``); the kernels travel as text in
-``lib/kernels``. Compiled kernels are kept in CuPy's cache folder. Importing this package imports no CuPy.
+The launchers are those of the CUDA library, compiled without CUDA (``libmustdrop_nvrtc``); the kernels travel as text
+in ``lib/kernels``. Compiled kernels are kept in CuPy's cache folder. Importing this package imports no CuPy.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles one kernel with NVRTC, and keeps it on disk. Needs CuPy and NVRTC, no GPU.
+"""Compiles kernels with NVRTC, and keeps them on disk. Needs CuPy and NVRTC, no GPU.
 
-Not cupy.RawModule: it flushes subnormal numbers to zero, which the operators do not, and its cache does not see a change
-in an included file.
+Not cupy.RawModule: it flushes subnormal numbers to zero, which the operators do not, and its cache does not see a
+change in an included file.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -71,7 +72,7 @@ def compiled(kernel: str, target: str) -> Code:
     try:
         name, image = path.read_bytes().split(b"\0", 1)
     except (OSError, ValueError):
-        code = compile_kernel(kernel, target)
+        (code,) = compile_kernels([kernel], target)
         with contextlib.suppress(OSError):  # a home that cannot be written to costs time, nothing else
             _write(path, code.name.encode() + b"\0" + code.image)
         return code
@@ -86,22 +87,24 @@ def _write(path: Path, content: bytes) -> None:
     os.replace(file.name, path)
 
 
-def compile_kernel(kernel: str, target: str) -> Code:
-    """Compile without the cache.
+def compile_kernels(kernels: Sequence[str], target: str) -> list[Code]:
+    """Compile without the cache; the kernels share one image.
 
     Raises:
         CompileError: with NVRTC's log.
     """
     texts = sources()
     source = "".join(f'#include "{name}"\n' for name in texts) + "using namespace mustdrop;\n"
-    program = nvrtc.createProgram(source, "mustdrop.cu", list(texts.values()), list(texts))
+    headers = [text.encode() for text in texts.values()], [name.encode() for name in texts]
+    program = nvrtc.createProgram(source, "mustdrop.cu", *headers)
     try:
-        nvrtc.addNameExpression(program, kernel)
+        for kernel in kernels:
+            nvrtc.addNameExpression(program, kernel)
         try:
             nvrtc.compileProgram(program, [*OPTIONS, f"-arch={target}"])
         except nvrtc.NVRTCError as error:
-            raise CompileError(f"{kernel} for {target}: {error}\n{nvrtc.getProgramLog(program)}") from error
+            raise CompileError(f"{', '.join(kernels)} for {target}: {error}\n{nvrtc.getProgramLog(program)}") from error
         image = nvrtc.getCUBIN(program) if target.startswith("sm_") else nvrtc.getPTX(program)
-        return Code(nvrtc.getLoweredName(program, kernel), image)
+        return [Code(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
     finally:
         nvrtc.destroyProgram(program)

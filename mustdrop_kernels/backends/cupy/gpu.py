@@ -22,6 +22,10 @@ def _address(library: str, function: str) -> int:
     return ctypes.cast(getattr(ctypes.CDLL(library), function), ctypes.c_void_p).value or 0
 
 
+def _most_shared_bytes(device: int) -> int:
+    return int(runtime.deviceGetAttribute(runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin, device))
+
+
 class Gpu:
     """See ``launchers.Machine``."""
 
@@ -32,16 +36,15 @@ class Gpu:
 
     def facts(self, device: int) -> tuple[int, int, int]:
         """What the launchers plan with; the capability is that of the code that will run."""
-        known = torch.cuda.get_device_properties(device)
-        return self._architecture(device)[1], known.multi_processor_count, known.shared_memory_per_block_optin
+        multiprocessors = runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device)
+        return self._architecture(device)[1], multiprocessors, _most_shared_bytes(device)
 
     def find(self, device: int, kernel: str) -> int:
         """Compile, load, and allow as much shared memory as the device has."""
         code = compile.compiled(kernel, self._architecture(device)[0])
         self.make_current(device)
         function = driver.moduleGetFunction(driver.moduleLoadData(code.image), code.name)
-        most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-        most -= driver.funcGetAttribute(_STATIC_SHARED_BYTES, function)
+        most = _most_shared_bytes(device) - driver.funcGetAttribute(_STATIC_SHARED_BYTES, function)
         driver.funcSetAttribute(function, _MOST_DYNAMIC_SHARED_BYTES, most)
         return int(function)
 

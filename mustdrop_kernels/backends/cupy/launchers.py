@@ -63,7 +63,7 @@ def kernels(library: ctypes.CDLL) -> list[str]:
     """The names of all kernels that the launchers may ask for."""
     name = library.mustdrop_nvrtc_kernel
     name.restype = ctypes.c_char_p
-    names = []
+    names: list[str] = []
     while text := name(len(names)):
         names.append(expression(text.decode()))
     return sorted(names)
