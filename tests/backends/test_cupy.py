@@ -143,8 +143,10 @@ def test_the_driver_s_structures_are_those_of_cuda_h(tmp_path: Path):
 static_assert(sizeof(CUlaunchConfig) == sizeof(DriverConfig));
 static_assert(sizeof(CUlaunchAttribute) == sizeof(DriverAttribute));
 static_assert(offsetof(CUlaunchAttribute, value) == offsetof(DriverAttribute, value));
-static_assert(offsetof(CUlaunchAttributeValue, clusterDim.x) == 0 && offsetof(CUlaunchAttributeValue, clusterDim.z) == 8);
-static_assert(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION == kClusterDimension && CUDA_ERROR_INVALID_CONTEXT == kInvalidContext);
+static_assert(offsetof(CUlaunchAttributeValue, clusterDim.x) == 0);
+static_assert(offsetof(CUlaunchAttributeValue, clusterDim.z) == 8);
+static_assert(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION == kClusterDimension);
+static_assert(CUDA_ERROR_INVALID_CONTEXT == kInvalidContext);
 static_assert(CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES == 1 && CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8);
 """
     )
@@ -303,5 +305,5 @@ def test_a_kernel_is_loaded_with_all_shared_memory(compiling, monkeypatch):
         ("set", 22, 8, 232448 - 1024),
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    with pytest.raises(RuntimeError, match="need 8.0 or newer"):
+    with pytest.raises(RuntimeError, match=r"need 8\.0 or newer"):
         machine.facts(1)
