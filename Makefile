@@ -9,8 +9,9 @@ LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
+DIST ?= dist
 
-.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton lint format build clean
+.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -89,6 +90,11 @@ check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA ke
 
 check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
 	$(BIN)/python bench/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
+
+wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90a" make wheel
+	rm -rf build/wheel
+	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel -q repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .
