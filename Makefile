@@ -94,7 +94,7 @@ check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target 
 wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90a" make wheel
 	rm -rf build/wheel
 	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel -q repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .
