@@ -14,7 +14,7 @@ LINKER = re.compile(r"(_ITM_(de)?registerTMCloneTable|__gmon_start__)$")
 ALLOWED = (STABLE_ABI, CPP_RUNTIME, C_LIBRARY, LINKER)
 
 NEEDED = {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6", "ld-linux-x86-64.so.2"}
-NEEDED_BY_CUDA = {"libdl.so.2", "libpthread.so.0", "librt.so.1"}  # CUDA's runtime is static
+NEEDED_BY_CUDA = {"libtorch_cuda.so", "libdl.so.2", "libpthread.so.0", "librt.so.1"}  # CUDA's runtime is static
 
 
 def output_of(*command: str | Path) -> str:

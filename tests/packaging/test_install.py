@@ -70,6 +70,7 @@ def test_the_same_build_compiles_the_cuda_library(tmp_path: Path) -> None:
     assert "aoti_torch_get_current_cuda_stream" in undefined_symbols(library)
     assert not strange_symbols(library)
     assert needed(library) <= NEEDED | NEEDED_BY_CUDA
+    assert "libtorch_cuda.so" in needed(library)  # it holds the stream's function, outside the global scope
     assert b"gather_tokens" in library.read_bytes()
     # A CPU-only torch says why it does not use the library; it does not break.
     code = "from mustdrop_kernels import _load; print(_load.core.loaded, _load.cuda.problem)"
