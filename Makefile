@@ -9,8 +9,9 @@ LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
+DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel test-wheel docs lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -93,6 +94,26 @@ check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA ke
 
 check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
 	$(BIN)/python bench/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
+
+wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90a" make wheel
+	rm -rf build/wheel $(DIST)/*.whl
+	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
+
+# Environments of their own, with the oldest torch that is served and the newest; without a GPU too.
+.venv-torch-oldest: TORCH_THERE := torch==2.10.0
+.venv-torch-newest: TORCH_THERE := torch
+.venv-torch-oldest .venv-torch-newest:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip install -q --disable-pip-version-check $(TORCH_THERE) numpy
+
+test-wheel: wheel .venv-torch-oldest .venv-torch-newest  ## that wheel with the oldest and the newest torch (7 GB of downloads)
+	for venv in .venv-torch-oldest .venv-torch-newest; do \
+	  $$venv/bin/python -m pip install -q --no-deps --no-index --force-reinstall $(DIST)/*.whl && \
+	  (cd tests/packaging && ../../$$venv/bin/python run_wheel.py) || exit 1; done
+
+docs: $(VENV)/.packages  ## the documentation as a site, in build/site; a warning is an error
+	$(BIN)/mkdocs build -q --strict
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .

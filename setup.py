@@ -5,6 +5,7 @@ Environment:
   MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90a;100a;120". Default: those of the GPUs present, else none.
   MUSTDROP_NVCC        path of nvcc; default: $CUDACXX, $CUDA_HOME/bin/nvcc, PATH, /usr/local/cuda/bin/nvcc.
   MUSTDROP_CMAKE_ARGS  further arguments for CMake, such as "-DMUSTDROP_WERROR=ON".
+  MUSTDROP_PORTABLE    1: without the module _native, so that one wheel serves every Python (py3-none); `make wheel`.
   MAX_JOBS             parallel compile jobs; default: the number of cores.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -20,11 +22,14 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-BUILD = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and libmustdrop_cuda
+PORTABLE = os.environ.get("MUSTDROP_PORTABLE") == "1"
+BUILD = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{'any' if PORTABLE else sys.implementation.cache_tag}"
+LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and its companions
+HEADERS = "kernels"  # below it: the CUDA kernels as text
 
 
 def find_nvcc() -> str | None:
@@ -72,6 +77,11 @@ def cuda_arguments() -> list[str]:
     return [f"-DMUSTDROP_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
+def kernel_headers() -> list[Path]:
+    """The CUDA kernels, relative to csrc/: what the backend `cupy` compiles at run time."""
+    return sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*.cuh"))
+
+
 class CMakeBuild(build_ext):
     """Builds every library of CMakeLists.txt in one CMake run and puts each where the package looks for it."""
 
@@ -90,12 +100,18 @@ class CMakeBuild(build_ext):
     def put_libraries(package: Path) -> None:
         folder = package / LIBRARY_FOLDER
         folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.glob("libmustdrop*"):
+        for old in (*folder.glob("libmustdrop*"), *package.glob("_native*.so")):
             old.unlink()
+        with_cuda = re.search("^MUSTDROP_CUDA_ARCHS:.*=.", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE)
         for library in BUILD.glob("libmustdrop*.so"):
-            shutil.copy2(library, folder)
+            if with_cuda or library.stem != "libmustdrop_cuda":  # else it is of an earlier build
+                shutil.copy2(library, folder)
         for module in BUILD.glob("_native*.so"):
             shutil.copy2(module, package)
+        shutil.rmtree(folder / HEADERS, ignore_errors=True)
+        for header in kernel_headers():
+            (folder / HEADERS / header).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / "csrc" / header, folder / HEADERS / header)
 
     def configure(self) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -103,6 +119,7 @@ class CMakeBuild(build_ext):
             f"-DMUSTDROP_VERSION={self.distribution.get_version()}",
             f"-DMUSTDROP_TORCH={torch_folder()}",
             f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DMUSTDROP_NATIVE={'OFF' if PORTABLE else 'ON'}",
             "-DMUSTDROP_CUDA_ARCHS=",
             *cuda_arguments(),
             *shlex.split(os.environ.get("MUSTDROP_CMAKE_ARGS", "")),
@@ -123,10 +140,31 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "mustdrop_kernels"
-        return [str(p) for p in (*package.glob(f"{LIBRARY_FOLDER}/*.so"), *package.glob("_native*.so"))]
+        libraries = package.glob(f"{LIBRARY_FOLDER}/*.so")
+        headers = package.glob(f"{LIBRARY_FOLDER}/{HEADERS}/*/*.cuh")
+        return [str(p) for p in (*libraries, *headers, *package.glob("_native*.so"))]
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")[:-1], LIBRARY_FOLDER, "libmustdrop.so")
+
+
+class Wheel(bdist_wheel):
+    """The operator libraries hold no Python: without `_native` a wheel serves every one."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        native = any(Path(self.bdist_dir or "").glob("mustdrop_kernels/_native*.so"))
+        return (python, abi, platform) if native else ("py3", "none", platform)
+
+
+def options() -> dict[str, dict[str, str]]:
+    """A portable wheel with the CUDA library says so in its version: 0.1.0+cu130."""
+    nvcc = find_nvcc()
+    if not (PORTABLE and nvcc and os.environ.get("MUSTDROP_CUDA_ARCHS")):
+        return {}
+    said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    return {"egg_info": {"tag_build": f"+cu{release[1]}{release[2]}"}} if release else {}
 
 
 def torch_folder() -> Path:
@@ -155,5 +193,6 @@ def find_ninja() -> str | None:
 
 setup(
     ext_modules=[Extension("mustdrop_kernels.libmustdrop", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": Wheel},
+    options=options(),
 )

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Every operator's signature, on one page. The signatures are a public contract: a change may add an
 // operator or a keyword with a default, and nothing else (tests/ops/test_schemas.py holds them).
-#include <torch/csrc/stable/library.h>
+#include "common/stable.h"
 
-STABLE_TORCH_LIBRARY(mustdrop, m) {
+STABLE_TORCH_LIBRARY(MUSTDROP_NAMESPACE, m) {
   // Stage 1, vision encoding
   m.def(
       "spatial_merge(Tensor x, SymInt[] grid, int[] window, float threshold=0.8, *, SymInt? budget=None, "

@@ -42,6 +42,7 @@ class Library:
 
 core = Library("libmustdrop")
 cuda = Library("libmustdrop_cuda")
+nvrtc = Library("libmustdrop_nvrtc")  # loaded by the backend `cupy` when it is first called
 
 
 def load_all() -> None:

@@ -98,12 +98,13 @@ void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, i
 
   if (makes_parts)
     device.launch({dim3(blocks(heads * p.part_count)), kScoreThreads, sizeof(NormaliserShared<M>)},
-                  normaliser_kernel<T, M>, p);
+                  MUSTDROP_KERNEL(normaliser_kernel<T, M>), p);
   device.launch({dim3(blocks(tiles * p.splits)), kScoreThreads, sizeof(ScoreShared<M>),
                  uses_partials ? 1u : static_cast<unsigned>(p.splits)},
-                score_kernel<T, M>, p);
+                MUSTDROP_KERNEL(score_kernel<T, M>), p);
   if (uses_partials)
-    device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, score_finish_kernel<M>, p);
+    device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, MUSTDROP_KERNEL(score_finish_kernel<M>),
+                  p);
 }
 
 // Everything in `p` but the plan and the workspaces is set; there is at least one sequence and head.
@@ -229,9 +230,10 @@ void launch_cls(const Device& device, const Tensor& q, ClsParameters p) {
   device.launch({dim3(blocks(int64_t(p.batch) * p.splits)), kClsThreads,
                  static_cast<size_t>(held ? bytes : cls_shared_bytes(p.dim, 0)),
                  uses_partials ? 1u : static_cast<unsigned>(p.splits)},
-                cls_kernel<T, V>, p);
+                MUSTDROP_KERNEL(cls_kernel<T, V>), p);
   if (uses_partials)
-    device.launch({dim3(blocks(int64_t(p.batch) * ceil_div(p.span, kClsThreads))), kClsThreads}, cls_finish_kernel, p);
+    device.launch({dim3(blocks(int64_t(p.batch) * ceil_div(p.span, kClsThreads))), kClsThreads},
+                  MUSTDROP_KERNEL(cls_finish_kernel), p);
 }
 
 Tensor cls_attention(const Tensor& q,  // [B, H, D]
@@ -266,7 +268,7 @@ Tensor cls_attention(const Tensor& q,  // [B, H, D]
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) {
   m.impl("cls_attention", TORCH_BOX(&mustdrop::cls_attention));
   m.impl("text_vision_scores", TORCH_BOX(&mustdrop::text_vision_scores));
   m.impl("text_vision_scores_varlen", TORCH_BOX(&mustdrop::text_vision_scores_varlen));

@@ -3,7 +3,7 @@
 // each for matrix, asynchronous copy and cluster instructions.
 //
 // No header of CUDA or torch: nvcc, NVRTC and the host emulation of the tests (MUSTDROP_CUDA_EMULATED) compile the same
-// text. Every wrapper of an instruction has a plain C++ twin for the host.
+// text, and a host compiler reads it for the launchers alone (MUSTDROP_LAUNCHERS_ONLY). Every wrapper of an instruction has a plain C++ twin for the host.
 #pragma once
 
 #if defined(__CUDACC_RTC__)
@@ -15,6 +15,10 @@ using int32_t = int;
 using int64_t = long long;
 #else
 #include <cstdint>
+#endif
+
+#if defined(MUSTDROP_LAUNCHERS_ONLY)
+#include "common/host_names.h"
 #endif
 
 #if defined(MUSTDROP_CUDA_EMULATED)

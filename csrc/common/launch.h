@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // How the CUDA operators reach the device: guard, current stream, device facts, one launch function.
 //
-// The tests compile the same launchers for the host (MUSTDROP_CUDA_EMULATED): there a launch runs the emulation.
+// The same launchers are compiled three times: by nvcc, with kernels that another compiler makes (MUSTDROP_LAUNCHERS_ONLY,
+// launch_nvrtc.h), and by the tests for the host (MUSTDROP_CUDA_EMULATED): there a launch runs the emulation.
 #pragma once
 
 #include <climits>
@@ -9,7 +10,7 @@
 #include "common/device.cuh"
 #include "common/stable.h"
 
-#if !defined(MUSTDROP_CUDA_EMULATED)
+#if !defined(MUSTDROP_CUDA_EMULATED) && !defined(MUSTDROP_LAUNCHERS_ONLY)
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -33,7 +34,19 @@ struct DeviceFacts {
   int shared_bytes;     // that a block may ask for
 };
 
-#if defined(MUSTDROP_CUDA_EMULATED)
+}  // namespace mustdrop
+
+#if defined(MUSTDROP_LAUNCHERS_ONLY)
+#include "common/launch_nvrtc.h"
+#endif
+
+namespace mustdrop {
+
+#if defined(MUSTDROP_LAUNCHERS_ONLY)
+#elif defined(MUSTDROP_CUDA_EMULATED)
+
+// A kernel as Device::launch takes it: MUSTDROP_KERNEL(score_kernel<T, M>).
+#define MUSTDROP_KERNEL(...) cuda_emulation::known<__VA_ARGS__>()
 
 class Device {
  public:
@@ -50,6 +63,8 @@ class Device {
 };
 
 #else
+
+#define MUSTDROP_KERNEL(...) (__VA_ARGS__)
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess)

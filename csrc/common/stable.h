@@ -17,6 +17,12 @@
 #include <tuple>
 #include <vector>
 
+// Where operators are defined, and which tensors the CUDA launchers take: other builds of the same files have their own.
+#ifndef MUSTDROP_NAMESPACE
+#define MUSTDROP_NAMESPACE mustdrop
+#define MUSTDROP_DEVICE_KEY CUDA
+#endif
+
 namespace mustdrop {
 
 using torch::headeronly::ScalarType;

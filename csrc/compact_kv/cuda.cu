@@ -106,7 +106,7 @@ void launch_compact(const Device& device, const Plan& plan, size_t first) {
   p.splits = static_cast<int32_t>(ceil_div(pieces, p.columns));
   const Grid grid{dim3(blocks(plan.batch * plan.heads * p.splits), 2, static_cast<unsigned>(layers)), kCompactThreads,
                   kCompactChunk * sizeof(CompactMove)};
-  device.launch(grid, compact_kernel<Piece, kLayers>, p);
+  device.launch(grid, MUSTDROP_KERNEL(compact_kernel<Piece, kLayers>), p);
 }
 
 // Whether a block for each stream, be it split into runs as short as they may be, would leave half of the device idle.
@@ -133,7 +133,7 @@ bool launch_chunks(const Device& device, const Plan& plan, const Tensor& like) {
   c.read = c.ticket + 1;
   const Grid grid{dim3(blocks(c.streams * c.chunks)), kCompactThreads,
                   static_cast<size_t>(compact_chunk_bytes<Piece>(c.moves))};
-  device.launch(grid, compact_chunks_kernel<Piece, kFewLayers>, p, c);
+  device.launch(grid, MUSTDROP_KERNEL(compact_chunks_kernel<Piece, kFewLayers>), p, c);
   return true;
 }
 
@@ -197,7 +197,7 @@ void compact_paged_kv_(const Tensors keys,              // [blocks, slots, Hk, D
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) {
   m.impl("compact_kv_", TORCH_BOX(&mustdrop::compact_kv_));
   m.impl("compact_paged_kv_", TORCH_BOX(&mustdrop::compact_paged_kv_));
 }

@@ -49,7 +49,10 @@ void launch_gather(const Device& device, GatherParameters& p, int64_t token_byte
   p.group = 1;
   while (p.group < kGatherThreads && p.group < p.pieces) p.group *= 2;
   const Grid grid{dim3(blocks(ceil_div(p.tokens, kGatherThreads / p.group))), kGatherThreads};
-  device.launch(grid, p.run == token_bytes ? gather_kernel<Piece, true> : gather_kernel<Piece, false>, p);
+  device.launch(
+      grid,
+      p.run == token_bytes ? MUSTDROP_KERNEL(gather_kernel<Piece, true>) : MUSTDROP_KERNEL(gather_kernel<Piece, false>),
+      p);
 }
 
 Tensor gather_tokens(const Tensor& x_given,  // [B, L, ...]
@@ -98,4 +101,6 @@ Tensor gather_tokens(const Tensor& x_given,  // [B, L, ...]
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CUDA, m) { m.impl("gather_tokens", TORCH_BOX(&mustdrop::gather_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) {
+  m.impl("gather_tokens", TORCH_BOX(&mustdrop::gather_tokens));
+}

@@ -54,8 +54,9 @@ inline Selected launch_select(const Device& device, const Selection& s, SelectPa
   const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + p.part * 4;
   p.cached = bytes <= facts.shared_bytes;
   grid.shared_bytes = p.cached ? bytes : sizeof(SelectShared);
-  with_float_type(s.scores.scalar_type(),
-                  [&](auto* type) { device.launch(grid, select_kernel<std::remove_pointer_t<decltype(type)>>, p); });
+  with_float_type(s.scores.scalar_type(), [&](auto* type) {
+    device.launch(grid, MUSTDROP_KERNEL(select_kernel<std::remove_pointer_t<decltype(type)>>), p);
+  });
   return result;
 }
 

@@ -50,7 +50,7 @@ bool launch_cluster(const Device& device, const MergeParameters& p) {
   if (layout.total > facts.shared_bytes) return false;
   device.launch(
       {dim3(blocks(int64_t(p.batch) * kMergeCluster)), kMergeThreads, static_cast<size_t>(layout.total), kMergeCluster},
-      merge_cluster_kernel<T, V>, p);
+      MUSTDROP_KERNEL(merge_cluster_kernel<T, V>), p);
   return true;
 }
 
@@ -64,7 +64,7 @@ bool launch_finish(const Device& device, MergeParameters p) {
   const int64_t wanted = ceil_div(4 * device.facts().multiprocessors, p.batch);
   p.parts = static_cast<int32_t>(std::max<int64_t>(1, std::min(useful, wanted)));
   device.launch({dim3(blocks(int64_t(p.batch) * p.parts)), kMergeThreads, static_cast<size_t>(shared_bytes)},
-                merge_finish_kernel<T, V>, p);
+                MUSTDROP_KERNEL(merge_finish_kernel<T, V>), p);
   return true;
 }
 
@@ -79,13 +79,15 @@ void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
   p.inverse = workspace.take<float>(windows * p.members);
   p.row = workspace.take<int32_t>(patches);
   const Grid per_window{dim3(blocks(ceil_div(windows, kMergeWarps))), kMergeThreads};
-  if (windows > 0) device.launch(per_window, merge_similarity_kernel<T, V>, p);
+  if (windows > 0) device.launch(per_window, MUSTDROP_KERNEL(merge_similarity_kernel<T, V>), p);
   if (launch_finish<T, V>(device, p)) return;
-  if (windows > 0 && is_ranked(p)) device.launch(per_window, merge_rank_kernel, p);
-  device.launch({dim3(blocks(p.batch)), kMergeThreads, 2 * kWarp * sizeof(int32_t)}, merge_assign_kernel, p);
+  if (windows > 0 && is_ranked(p)) device.launch(per_window, MUSTDROP_KERNEL(merge_rank_kernel), p);
+  device.launch({dim3(blocks(p.batch)), kMergeThreads, 2 * kWarp * sizeof(int32_t)},
+                MUSTDROP_KERNEL(merge_assign_kernel), p);
   const int64_t items = (int64_t(p.window_count) + p.prefix + p.capacity) * p.batch;
   if (items > 0)
-    device.launch({dim3(blocks(ceil_div(items, kMergeWarps))), kMergeThreads}, merge_write_kernel<T, V>, p);
+    device.launch({dim3(blocks(ceil_div(items, kMergeWarps))), kMergeThreads},
+                  MUSTDROP_KERNEL(merge_write_kernel<T, V>), p);
 }
 
 template <class T, int V>
@@ -134,4 +136,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CUDA, m) { m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge)); }
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) {
+  m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge));
+}

@@ -263,7 +263,14 @@ def _builtin_triton() -> Backend:
     return Backend("triton", triton.implementation, triton.why_not, "Triton kernels, compiled on first use")
 
 
+def _builtin_cupy() -> Backend:
+    from . import cupy
+
+    return Backend("cupy", cupy.implementation, cupy.why_not, "the CUDA kernels, compiled by NVRTC on first use")
+
+
 register_backend(_builtin_cpu())
 register_backend(_builtin_cuda())
 register_backend(_builtin_triton())
+register_backend(_builtin_cupy())
 register_backend(_builtin_reference())

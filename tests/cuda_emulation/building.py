@@ -34,14 +34,12 @@ SANITIZERS = {
 HOOKS = {"races": ["-fsanitize=thread", "-DMUSTDROP_FIND_RACES"], "address": [], "none": []}
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-    "-Wno-unused-parameter", "-fno-omit-frame-pointer", "-DMUSTDROP_CUDA_EMULATED",
-    "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-Wno-unused-parameter", "-fno-omit-frame-pointer", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    "-DMUSTDROP_DEVICE_KEY=CPU",
 ]  # fmt: skip
-RENAMED = {
-    "STABLE_TORCH_LIBRARY(mustdrop, m)": "STABLE_TORCH_LIBRARY(mustdrop_emulated, m)",
-    "STABLE_TORCH_LIBRARY_IMPL(mustdrop, CUDA, m)": "STABLE_TORCH_LIBRARY_IMPL(mustdrop_emulated, CPU, m)",
-}
-EMULATION = [HERE / "scheduler.cpp", HERE / "races.cpp"]  # not instrumented by the hooks
+EMULATED = ["-DMUSTDROP_CUDA_EMULATED", "-DMUSTDROP_NAMESPACE=mustdrop_emulated"]
+LAUNCHERS_ONLY = ["-DMUSTDROP_LAUNCHERS_ONLY", "-DMUSTDROP_NAMESPACE=mustdrop_nvrtc_emulated", "-fno-strict-aliasing"]
+EMULATION = [HERE / "scheduler.cpp", HERE / "races.cpp", HERE / "driver.cpp"]  # not instrumented by the hooks
 
 
 class EmulationError(RuntimeError):
@@ -70,11 +68,24 @@ def build_library(sanitizer: str = "races", root: Path = ROOT) -> Path:
         sanitizer: a key of ``SANITIZERS``.
         root: the source tree whose csrc/ is taken.
     """
-    torch = _torch()
-    include = [f"-I{root / 'csrc'}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}"]
-    libraries = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--allow-shlib-undefined"]
+    include, libraries = _torch_flags(root)
     sources = [root / "csrc" / "schemas.cpp", *launchers(root)]
     return _shared_library("mustdrop_emulated", sources, sanitizer, include, libraries, root)
+
+
+def build_launchers() -> Path:
+    """The launchers of the backend `cupy`, for CPU tensors: operators ``torch.ops.mustdrop_nvrtc_emulated.*``."""
+    include, libraries = _torch_flags(ROOT)
+    sources = [ROOT / "csrc" / "schemas.cpp", ROOT / "csrc" / "common" / "nvrtc.cpp", *launchers()]
+    with _alone():
+        objects = [_object(source, [*FLAGS, *LAUNCHERS_ONLY, *include]) for source in sources]
+        return _linked("mustdrop_nvrtc_emulated", objects, [], libraries)
+
+
+def _torch_flags(root: Path) -> tuple[list[str], list[str]]:
+    torch = _torch()
+    include = [f"-I{root / 'csrc'}", f"-isystem{torch / 'include'}", f"-isystem{sysconfig.get_path('include')}"]
+    return include, [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,--allow-shlib-undefined"]
 
 
 def build_alone(source: Path, sanitizer: str = "races") -> Path:
@@ -96,17 +107,28 @@ def _shared_library(
     name: str, sources: Sequence[Path], sanitizer: str, include: list[str], libraries: list[str], root: Path = ROOT
 ) -> Path:
     with _alone():
-        flags = [*FLAGS, *SANITIZERS[sanitizer], f"-I{HERE}", *include, "-include", str(HERE / "cuda_emulation.h")]
+        flags = [
+            *FLAGS,
+            *EMULATED,
+            *SANITIZERS[sanitizer],
+            f"-I{HERE}",
+            *include,
+            "-include",
+            str(HERE / "cuda_emulation.h"),
+        ]
         kernels = [_object(source, [*flags, *HOOKS[sanitizer]], root) for source in sources]
         define = [flag for flag in HOOKS[sanitizer] if flag.startswith("-D")]
         objects = kernels + [_object(source, [*flags, *define]) for source in EMULATION]
-        digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
-        library = BUILD / f"lib{name}-{sanitizer}-{digest}.so"
-        if not library.exists():
-            partial = library.with_suffix(f".{os.getpid()}")
-            link = [compiler() or "g++", "-shared", *SANITIZERS[sanitizer], *map(str, objects), "-o", str(partial)]
-            _output([*link, *libraries])
-            partial.rename(library)
+        return _linked(f"{name}-{sanitizer}", objects, SANITIZERS[sanitizer], libraries)
+
+
+def _linked(name: str, objects: Sequence[Path], flags: list[str], libraries: list[str]) -> Path:
+    digest = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:20]
+    library = BUILD / f"lib{name}-{digest}.so"
+    if not library.exists():
+        partial = library.with_suffix(f".{os.getpid()}")
+        _output([compiler() or "g++", "-shared", *flags, *map(str, objects), "-o", str(partial), *libraries])
+        partial.rename(library)
     return library
 
 
@@ -127,11 +149,8 @@ def _torch() -> Path:
 
 
 def _text(path: Path) -> str:
-    """A source as it is compiled: under the emulation's name, with lines that still point at the original."""
-    text = path.read_text()
-    for old, new in RENAMED.items():
-        text = text.replace(old, new)
-    return f'#line 1 "{path}"\n{text}'
+    """A source as it is compiled, with lines that still point at the original."""
+    return f'#line 1 "{path}"\n{path.read_text()}'
 
 
 def _object(source: Path, flags: list[str], root: Path = ROOT) -> Path:

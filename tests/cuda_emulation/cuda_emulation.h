@@ -16,6 +16,7 @@
 #include <cstring>
 #include <functional>
 #include <string>
+#include <utility>
 
 #define __global__
 #define __device__
@@ -84,6 +85,39 @@ std::array<T, 32> lanes(const char* what, unsigned mask, T value) {
   std::array<T, 32> all;
   warp_exchange(what, mask, &value, sizeof(T), all.data());
   return all;
+}
+
+// The kernels by name, for launches that come with a name and a pointer to each parameter: what the driver is given.
+struct Kernel {
+  const char* signature;  // ends in "kKernel = mustdrop::score_kernel<float, 1>]"
+  void (*play)(void** parameters);
+  Kernel* next;
+};
+inline Kernel*& first_kernel() {
+  static Kernel* first = nullptr;
+  return first;
+}
+
+template <class... Parameters, size_t... kIndex>
+void play(void (*kernel)(Parameters...), void** parameters, std::index_sequence<kIndex...>) {
+  kernel(*static_cast<Parameters*>(parameters[kIndex])...);
+}
+template <class... Parameters>
+auto places(void (*)(Parameters...)) {
+  return std::index_sequence_for<Parameters...>{};
+}
+template <auto kKernel>
+Kernel* remember() {
+  static Kernel kernel{__PRETTY_FUNCTION__, [](void** p) { play(kKernel, p, places(kKernel)); }, first_kernel()};
+  return first_kernel() = &kernel;
+}
+template <auto kKernel>
+inline Kernel* const remembered = remember<kKernel>();
+
+template <auto kKernel>
+auto known() {
+  static_cast<void>(remembered<kKernel>);
+  return kKernel;
 }
 
 inline unsigned linear_thread() {

@@ -3,8 +3,9 @@
 
 A new backend only registers itself; no test names one. MUSTDROP_TEST_BACKENDS=a,b tests those alone.
 
-The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), and with TRITON_INTERPRET=1
-the Triton kernels in Triton's interpreter. Both are slow: of each test some cases run there, the rest is marked slow.
+The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), by their own launchers and by
+those of the backend `cupy`, and with TRITON_INTERPRET=1 the Triton kernels in Triton's interpreter. All of these are
+slow: of each test some cases run there, the rest is marked slow.
 MUSTDROP_EMULATION_SAMPLE=n takes one case in n of the emulation (1: all; 0: none).
 """
 
@@ -18,6 +19,7 @@ from functools import partial
 import cuda_emulation
 import pytest
 import torch
+from cuda_emulation import nvrtc
 
 import mustdrop_kernels
 from mustdrop_kernels import backends
@@ -47,9 +49,9 @@ class BackendUnderTest:
 
 
 def candidates() -> Mapping[str, backends.Backend]:
-    """All backends. The emulated one is registered for the length of its tests alone (``_emulation``)."""
-    emulated = {cuda_emulation.NAME: cuda_emulation.emulated()} if SAMPLE else {}
-    return {**backends.registered(), **emulated}
+    """All backends. The emulated ones are registered for the length of their tests alone (``_emulation``)."""
+    emulated = (cuda_emulation.emulated(), nvrtc.emulated()) if SAMPLE else ()
+    return {**backends.registered(), **{backend.name: backend for backend in emulated}}
 
 
 def backends_to_test() -> list[str]:
@@ -98,7 +100,7 @@ def _backend_of(item: pytest.Item) -> str:
     return repr(backend) if isinstance(backend, BackendUnderTest) else ""
 
 
-EMULATED, INTERPRETED = f"{cuda_emulation.NAME}-cpu", "triton-cpu"
+EMULATED, LAUNCHED, INTERPRETED = f"{cuda_emulation.NAME}-cpu", f"{nvrtc.NAME}-cpu", "triton-cpu"
 
 
 @pytest.hookimpl(tryfirst=True)  # before -m is looked at
@@ -107,20 +109,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: set[tuple[str, str]] = set()
     for item in items:
         player = _backend_of(item)
-        if player not in (EMULATED, INTERPRETED) or "slow" in item.keywords:
+        if player not in (EMULATED, LAUNCHED, INTERPRETED) or "slow" in item.keywords:
             continue
         test = (item.nodeid.split("[")[0], player)
-        sampled = player == EMULATED and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
-        if test in seen and not sampled:
+        first = test not in seen
+        drawn = SAMPLE > 0 and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
+        # LAUNCHED plays the same kernels as EMULATED, so a part of the tests shows that it launches them.
+        if not {EMULATED: first or drawn, LAUNCHED: first and drawn, INTERPRETED: first}[player]:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
 
 
 @pytest.fixture(autouse=True)
 def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers the emulated backend while a test of it runs, with that test's own order of threads and device."""
-    if _backend_of(request.node) != EMULATED:
+    """Registers an emulated backend while a test of it runs, with that test's own order of threads and device."""
+    if _backend_of(request.node) not in (EMULATED, LAUNCHED):
         return
     monkeypatch.setattr(backends, "_registered", dict(backends._registered))
     backends.register_backend(cuda_emulation.emulated())
+    backends.register_backend(nvrtc.emulated())
     cuda_emulation.configure_for(request.node.name)

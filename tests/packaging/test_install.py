@@ -4,19 +4,24 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import setuptools
+from library_symbols import NEEDED, NEEDED_BY_CUDA, needed, strange_symbols, undefined_symbols
 
 ROOT = Path(__file__).resolve().parents[2]
+LIB = {"libmustdrop.so", "libmustdrop_nvrtc.so", "kernels"}
 pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not in a source checkout")
 SOURCES = ("csrc", "python", "mustdrop_kernels", "setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
+SOURCES += ("MANIFEST.in", "CHANGELOG.md")
 
 
 def copy_sources(folder: Path) -> Path:
@@ -40,7 +45,7 @@ def test_pip_install_gives_a_working_package(tmp_path: Path) -> None:
     (tmp_path / "source").mkdir()
     target = tmp_path / "site"
     pip_install(copy_sources(tmp_path / "source"), target)
-    assert {p.name for p in (target / "mustdrop_kernels" / "lib").iterdir()} == {"libmustdrop.so"}
+    assert {p.name for p in (target / "mustdrop_kernels" / "lib").iterdir()} == LIB
     code = f"""
 import mustdrop_kernels as mk, torch
 assert mk.__file__.startswith({str(target)!r}), mk.__file__
@@ -62,8 +67,10 @@ def test_the_same_build_compiles_the_cuda_library(tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip_install(copy_sources(tmp_path / "source"), target, MUSTDROP_CUDA_ARCHS="80")
     library = target / "mustdrop_kernels" / "lib" / "libmustdrop_cuda.so"
-    symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
-    assert "aoti_torch_get_current_cuda_stream" in symbols
+    assert "aoti_torch_get_current_cuda_stream" in undefined_symbols(library)
+    assert not strange_symbols(library)
+    assert needed(library) <= NEEDED | NEEDED_BY_CUDA
+    assert "libtorch_cuda.so" in needed(library)  # it holds the stream's function, outside the global scope
     assert b"gather_tokens" in library.read_bytes()
     # A CPU-only torch says why it does not use the library; it does not break.
     code = "from mustdrop_kernels import _load; print(_load.core.loaded, _load.cuda.problem)"
@@ -100,3 +107,86 @@ def test_targets_default_to_the_gpus_present(
     monkeypatch.setitem(cuda_arguments.__globals__, "archs_of_gpus_present", lambda: "90a")
     monkeypatch.setitem(cuda_arguments.__globals__, "find_nvcc", lambda: "/opt/nvcc")
     assert cuda_arguments() == ["-DMUSTDROP_CUDA_ARCHS=90a", "-DCMAKE_CUDA_COMPILER=/opt/nvcc"]
+
+
+# ------------------------------------------------------------------------------------------------ wheels
+
+
+def build(source: Path, out: Path, *what: str, **environment: str) -> Path:
+    """`python -m build`: the one file that it makes."""
+    pytest.importorskip("build")
+    command = [sys.executable, "-m", "build", "--no-isolation", *what, "-o", str(out), str(source)]
+    env = {**os.environ, "MUSTDROP_CUDA_ARCHS": "", **environment}
+    subprocess.run(command, check=True, env=env, capture_output=True)
+    (made,) = out.iterdir()
+    return made
+
+
+def install_and_run(wheel: Path, target: Path) -> None:
+    """Installs a wheel where no compiler is found, and calls an operator of it."""
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "install",
+        "-q",
+        "--no-deps",
+        "--no-index",
+        "--target",
+        str(target),
+        str(wheel),
+    ]
+    empty = target.parent / "no_compiler"
+    empty.mkdir()
+    subprocess.run(command, check=True, env={**os.environ, "PATH": str(empty), "CXX": ""})
+    code = f"""
+import mustdrop_kernels as mk, torch
+assert mk.__file__.startswith({str(target)!r}), mk.__file__
+assert torch.ops.mustdrop.spatial_merge(torch.ones(1, 5, 4), [2, 2], [2, 2])[1].tolist() == [2]
+"""
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(target)}, cwd=target.parent
+    )
+
+
+@pytest.mark.slow
+def test_one_wheel_from_the_sdist_for_every_python(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    sdist = build(copy_sources(tmp_path / "source"), tmp_path / "sdist", "--sdist")
+    shutil.unpack_archive(sdist, tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wheel = build(unpacked, tmp_path / "wheels", "--wheel", MUSTDROP_PORTABLE="1")
+    assert re.match(r"mustdrop_kernels-[\d.]+-py3-none-linux_\w+\.whl$", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert {f"mustdrop_kernels/lib/{name}" for name in LIB if name.endswith(".so")} <= set(names)
+    assert "mustdrop_kernels/lib/kernels/common/device.cuh" in names
+    assert not [name for name in names if "_native" in name]
+    install_and_run(wheel, tmp_path / "site")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are not installed")
+def test_make_wheel_names_the_oldest_system(tmp_path: Path) -> None:
+    """What auditwheel says of the libraries that are built here is what `make wheel` puts into the name."""
+    pytest.importorskip("auditwheel")
+    subprocess.run(["make", "-C", str(ROOT), "wheel", f"DIST={tmp_path}"], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.match(r"mustdrop_kernels-[\d.]+-py3-none-manylinux_2_\d+_\w+\.whl$", wheel.name)
+    install_and_run(wheel, tmp_path / "site")
+
+
+def test_a_wheel_with_cuda_has_a_version_of_its_own(
+    setup_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = setup_script["options"]
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setitem(options.__globals__, "find_nvcc", lambda: str(nvcc))
+    monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "90a")
+    assert options() == {}  # an installation from source is the version that it is
+    monkeypatch.setitem(options.__globals__, "PORTABLE", True)
+    assert options() == {"egg_info": {"tag_build": "+cu128"}}
+    monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "")
+    assert options() == {}

@@ -1,55 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libmustdrop is one binary for every torch and every Python: it asks of the system only what is on this page."""
+"""Each library is one binary for every torch and every Python: it asks only for what library_symbols.py lists."""
 
 from __future__ import annotations
 
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from library_symbols import (
+    NEEDED,
+    NEEDED_BY_CUDA,
+    has_search_path,
+    needed,
+    output_of,
+    strange_symbols,
+    undefined_symbols,
+)
 
 import mustdrop_kernels
 from mustdrop_kernels import _load
 
 ROOT = Path(__file__).resolve().parents[2]
+LIBRARIES = [library.path for library in (_load.core, _load.nvrtc, _load.cuda) if library.path.is_file()]
 pytestmark = pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
-
-STABLE_ABI = re.compile(r"(aoti_torch_|torch_)\w+$")
-CPP_RUNTIME = re.compile(r".*@(GLIBCXX|CXXABI|GCC)_[\d.]+$")
-C_LIBRARY = re.compile(r"\w+@GLIBC_[\d.]+$")
-LINKER = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+every_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.stem)
 
 
-def output_of(*command: str | Path) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@every_library
+def test_only_the_stable_abi_is_asked_of_torch(library: Path) -> None:
+    assert not strange_symbols(library)
 
 
-def undefined_symbols(library: Path) -> list[str]:
-    lines = output_of("nm", "-D", "--undefined-only", library).splitlines()
-    return [line.split(maxsplit=1)[1].strip() for line in lines]
+@every_library
+def test_no_python_symbol(library: Path) -> None:
+    assert not [s for s in undefined_symbols(library) if s.startswith(("Py", "_Py"))]
 
 
-def test_only_the_stable_abi_is_asked_of_torch() -> None:
-    allowed = (STABLE_ABI, CPP_RUNTIME, C_LIBRARY)
-    strange = [
-        s for s in undefined_symbols(_load.core.path) if s not in LINKER and not any(p.match(s) for p in allowed)
-    ]
-    assert not strange
+@every_library
+def test_needs_no_torch_python_and_has_no_path_of_the_build_machine(library: Path) -> None:
+    assert needed(library) <= NEEDED | (NEEDED_BY_CUDA if library == _load.cuda.path else set())
+    assert not has_search_path(library)
+    assert str(ROOT).encode() not in library.read_bytes()
 
 
-def test_no_python_symbol() -> None:
-    assert not [s for s in undefined_symbols(_load.core.path) if s.startswith(("Py", "_Py"))]
-
-
-def test_needs_no_torch_python_and_has_no_path_of_the_build_machine() -> None:
-    dynamic = output_of("readelf", "-d", _load.core.path)
-    needed = set(re.findall(r"NEEDED.*\[(.*)\]", dynamic))
-    assert needed <= {"libtorch_cpu.so", "libstdc++.so.6", "libgcc_s.so.1", "libc.so.6", "libm.so.6"}
-    assert "RPATH" not in dynamic
-    assert "RUNPATH" not in dynamic
-    assert str(ROOT).encode() not in _load.core.path.read_bytes()
+def test_the_audit_sees_what_is_not_allowed(tmp_path: Path) -> None:
+    """A library that uses torch's C++ and Python is refused for both."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    source, library = tmp_path / "bad.cpp", tmp_path / "libbad.so"
+    source.write_text(
+        'extern "C" int Py_IsInitialized(); namespace at { int get_num_threads(); }\n'
+        "int bad() { return Py_IsInitialized() + at::get_num_threads(); }\n"
+    )
+    output_of(compiler, "-shared", "-fPIC", source, "-o", library)
+    assert {"Py_IsInitialized", "_ZN2at15get_num_threadsEv"} <= set(strange_symbols(library))
 
 
 def test_instruction_set_levels_share_no_symbol() -> None:

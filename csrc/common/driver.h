@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+// What cuLaunchKernelEx takes, laid out as in cuda.h (tests/backends/test_cupy.py compares the two).
+#pragma once
+
+namespace mustdrop {
+
+struct DriverAttribute {  // CUlaunchAttribute
+  unsigned id;
+  alignas(8) unsigned value[16];
+};
+struct DriverConfig {  // CUlaunchConfig
+  unsigned grid[3], block[3];
+  unsigned shared_bytes;
+  void* stream;
+  DriverAttribute* attributes;
+  unsigned attribute_count;
+};
+constexpr unsigned kClusterDimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+constexpr int kInvalidContext = 201;       // CUDA_ERROR_INVALID_CONTEXT: a thread that has not used the device yet
+
+}  // namespace mustdrop

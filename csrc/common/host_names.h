@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+// CUDA's names for a host compiler that reads kernels without compiling them (MUSTDROP_LAUNCHERS_ONLY): it needs their
+// parameters, sizes and names. Everything is declared and nothing defined; a kernel that were called would not link.
+#pragma once
+
+#include <cstdint>
+
+#define __global__ inline
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+extern const dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+void __syncthreads();
+void __syncwarp(unsigned mask = ~0u);
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from);
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits);
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned delta);
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta);
+unsigned __ballot_sync(unsigned mask, int predicate);
+int __any_sync(unsigned mask, int predicate);
+int __all_sync(unsigned mask, int predicate);
+unsigned __match_any_sync(unsigned mask, unsigned value);
+unsigned __reduce_add_sync(unsigned mask, unsigned value);
+template <class T>
+T atomicAdd(T* address, T value);
+int __popc(unsigned value);
+int __ffs(int value);
+int __clz(int value);
+float __uint_as_float(unsigned bits);
+unsigned __float_as_uint(float value);
+uint64_t __cvta_generic_to_shared(const void* pointer);

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels for people who have a GPU and no compiler: NVRTC compiles them through CuPy on first use.
+
+The launchers are those of the CUDA library, compiled without CUDA (``libmustdrop_nvrtc``); the kernels travel as text
+in ``lib/kernels``. Compiled kernels are kept in CuPy's cache folder. Importing this package imports no CuPy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from ... import _load
+
+
+def why_not(op: str, device_type: str) -> str | None:
+    """Why CuPy does not serve an operator on a device, None where it does. Touches no device."""
+    if device_type != "cuda":
+        return "it serves CUDA tensors"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not _load.nvrtc.path.is_file():
+        return f"{_load.nvrtc.path.name} was not built (not found in {_load.nvrtc.path.parent})"
+    if find_spec("cupy") is None:
+        major = torch.version.cuda.split(".")[0]
+        return f"cupy is not installed (for the CUDA of this torch: pip install cupy-cuda{major}x)"
+    return None
+
+
+def implementation(op: str) -> Callable[..., object]:
+    """The operator as a function that imports CuPy and loads the launchers when it is first called."""
+    kernel: Callable[..., object] | None = None
+
+    def call(*args: object, **kwargs: object) -> object:
+        nonlocal kernel
+        if kernel is None:
+            from . import gpu, launchers
+
+            launchers.connect_once(gpu.Gpu)
+            kernel = getattr(torch.ops.mustdrop_nvrtc, op).default
+        return kernel(*args, **kwargs)
+
+    return call

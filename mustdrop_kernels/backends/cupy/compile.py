@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiles kernels with NVRTC, and keeps them on disk. Needs CuPy and NVRTC, no GPU.
+
+Not cupy.RawModule: it flushes subnormal numbers to zero, which the operators do not, and its cache does not see a
+change in an included file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from cupy.cuda import nvrtc
+
+from ... import _load
+
+HEADERS = _load.LIBRARY_FOLDER / "kernels"
+OPTIONS = ("-std=c++17",)
+
+
+class CompileError(RuntimeError):
+    """NVRTC refused a kernel; the message is its log."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """A compiled kernel: its name in the image, and the image (machine code, or PTX)."""
+
+    name: str
+    image: bytes
+
+
+@cache
+def sources() -> dict[str, str]:
+    """The kernels' files by the name under which they include each other."""
+    return {p.relative_to(HEADERS).as_posix(): p.read_text() for p in sorted(HEADERS.glob("*/*.cuh"))}
+
+
+def architecture(capability: int) -> tuple[str, int]:
+    """What to compile for a device, and the compute capability (times ten) whose instructions the code may use.
+
+    Machine code for the device where this NVRTC knows it, else PTX of the newest that it knows, which the driver
+    translates.
+    """
+    known = [target for target in nvrtc.getSupportedArchs() if target <= capability]
+    if not known:
+        raise CompileError(f"this NVRTC ({'.'.join(map(str, nvrtc.getVersion()))}) knows no device of sm_{capability}")
+    newest = max(known)
+    return (f"sm_{newest}" if newest == capability else f"compute_{newest}"), newest
+
+
+def cache_folder() -> Path:
+    """CuPy's: $CUPY_CACHE_DIR, or ~/.cupy/kernel_cache."""
+    return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+
+
+def compiled(kernel: str, target: str) -> Code:
+    """A kernel for a target, from the disk where it has been compiled before.
+
+    Args:
+        kernel: its name, such as "mustdrop::score_kernel<float, 1>".
+        target: "sm_90", or "compute_90" for PTX.
+    """
+    key = "\0".join([str(nvrtc.getVersion()), *OPTIONS, target, kernel, *sources(), *sources().values()])
+    path = cache_folder() / f"mustdrop-{hashlib.sha256(key.encode()).hexdigest()}.bin"
+    try:
+        name, image = path.read_bytes().split(b"\0", 1)
+    except (OSError, ValueError):
+        (code,) = compile_kernels([kernel], target)
+        with contextlib.suppress(OSError):  # a home that cannot be written to costs time, nothing else
+            _write(path, code.name.encode() + b"\0" + code.image)
+        return code
+    return Code(name.decode(), image)
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Processes that compile the same kernel at once all write the same; nobody reads half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+def compile_kernels(kernels: Sequence[str], target: str) -> list[Code]:
+    """Compile without the cache; the kernels share one image.
+
+    Raises:
+        CompileError: with NVRTC's log.
+    """
+    texts = sources()
+    source = "".join(f'#include "{name}"\n' for name in texts) + "using namespace mustdrop;\n"
+    headers = [text.encode() for text in texts.values()], [name.encode() for name in texts]
+    program = nvrtc.createProgram(source, "mustdrop.cu", *headers)
+    try:
+        for kernel in kernels:
+            nvrtc.addNameExpression(program, kernel)
+        try:
+            nvrtc.compileProgram(program, [*OPTIONS, f"-arch={target}"])
+        except nvrtc.NVRTCError as error:
+            raise CompileError(f"{', '.join(kernels)} for {target}: {error}\n{nvrtc.getProgramLog(program)}") from error
+        image = nvrtc.getCUBIN(program) if target.startswith("sm_") else nvrtc.getPTX(program)
+        return [Code(nvrtc.getLoweredName(program, kernel), image) for kernel in kernels]
+    finally:
+        nvrtc.destroyProgram(program)

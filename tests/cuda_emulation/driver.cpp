@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// The part of the CUDA driver that the backend `cupy` uses, on the emulation: kernels by name, and cuLaunchKernelEx.
+#include "common/driver.h"
+
+#include "cuda_emulation.h"
+
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
+// The kernel at an index of the list, null past its end; its signature.
+EXPORTED const cuda_emulation::Kernel* cuda_emulation_kernel(int index) {
+  const cuda_emulation::Kernel* kernel = cuda_emulation::first_kernel();
+  for (; kernel && index > 0; --index) kernel = kernel->next;
+  return kernel;
+}
+EXPORTED const char* cuda_emulation_signature(const cuda_emulation::Kernel* kernel) { return kernel->signature; }
+
+EXPORTED void cuda_emulation_facts(int* facts) {
+  facts[0] = cuda_emulation::capability();
+  facts[1] = cuda_emulation::multiprocessors();
+  facts[2] = cuda_emulation::shared_limit();
+}
+
+// cuLaunchKernelEx: runs the kernel to its end. Throws what the emulation throws.
+EXPORTED int cuda_emulation_launch(const mustdrop::DriverConfig* config, const cuda_emulation::Kernel* kernel,
+                                   void** parameters, void**) {
+  cuda_emulation::Launch launch{dim3(config->grid[0], config->grid[1], config->grid[2]),
+                                dim3(config->block[0], config->block[1], config->block[2]), 1, config->shared_bytes};
+  for (unsigned i = 0; i < config->attribute_count; ++i) {
+    if (config->attributes[i].id != mustdrop::kClusterDimension) return 1;  // CUDA_ERROR_INVALID_VALUE
+    launch.cluster = config->attributes[i].value[0];
+  }
+  cuda_emulation::run(launch, [&] { kernel->play(parameters); });
+  return 0;
+}
+
+EXPORTED int cuda_emulation_current_stream(int, void** stream) {
+  *stream = nullptr;
+  return 0;
+}
