@@ -6,6 +6,10 @@
 
 #include "common/order.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
 
@@ -71,20 +75,20 @@ void make_keys(const T* score, const uint8_t* fates, int64_t length, uint32_t* k
   }
 }
 
-// Calls use(j) for each j in [0, length) whose flag is 1 and not 0, in order, while use returns true. Flags go on with
-// zeros to a multiple of 64.
-template <class Use>
-void for_each_set(const uint8_t* flags, int64_t length, Use use) {
-  for (int64_t base = 0; base < length; base += 64) {
-    uint64_t mask = 0;  // bit i: flag base + i
-    for (int part = 0; part < 8; ++part) {
-      uint64_t bytes;
-      memcpy(&bytes, flags + base + 8 * part, sizeof bytes);
-      mask |= bytes * 0x0102040810204080u >> 56 << 8 * part;  // the lowest bits of eight bytes, side by side
-    }
-    for (; mask; mask &= mask - 1)
-      if (!use(base + __builtin_ctzll(mask))) return;
+// Bit i: flag i of 64.
+uint64_t mask_of(const uint8_t* flags) {
+#if defined(__AVX512BW__)
+  const __m512i bytes = _mm512_loadu_si512(flags);
+  return _mm512_test_epi8_mask(bytes, bytes);
+#else
+  uint64_t mask = 0;
+  for (int part = 0; part < 8; ++part) {
+    uint64_t bytes;
+    memcpy(&bytes, flags + 8 * part, sizeof bytes);
+    mask |= bytes * 0x0102040810204080u >> 56 << 8 * part;  // the lowest bits of eight bytes, side by side
   }
+  return mask;
+#endif
 }
 
 void clear_past(uint8_t* flags, int64_t length) { memset(flags + length, 0, (length + 63) / 64 * 64 - length); }
@@ -96,6 +100,7 @@ struct Cut {
 };
 
 constexpr int kBins = 2048;
+constexpr uint32_t kLast = 1023;  // the bits that are left after two digits
 constexpr int kCopies = 2;  // of the counters: equal digits in a row do not wait for each other
 
 // Finds the digit of the open-th highest key; `open` becomes how many keys with that digit are still wanted.
@@ -109,10 +114,37 @@ uint32_t cut_digit(const uint32_t* keys, int64_t count, int shift, int64_t& open
   }
 }
 
+// Copies the keys in [lowest, highest] in order and returns their number. `to` has room for `count` keys, up to a multiple
+// of 16, and may be `from`.
+int64_t keep_between(const uint32_t* from, int64_t count, uint32_t lowest, uint32_t highest, uint32_t* to) {
+  int64_t left = 0, i = 0;
+#if defined(__AVX512F__)
+  const __m512i low = _mm512_set1_epi32(lowest), high = _mm512_set1_epi32(highest);
+  for (; i + 16 <= count; i += 16) {
+    const __m512i key = _mm512_loadu_si512(from + i);
+    const __mmask16 inside = _mm512_cmpge_epu32_mask(key, low) & _mm512_cmple_epu32_mask(key, high);
+    _mm512_storeu_si512(to + left, _mm512_maskz_compress_epi32(inside, key));
+    left += __builtin_popcount(inside);
+  }
+#else
+  for (; i + 64 <= count; i += 64) {
+    uint8_t inside[64];
+    for (int l = 0; l < 64; ++l) inside[l] = (from[i + l] >= lowest) & (from[i + l] <= highest);
+    for (uint64_t mask = mask_of(inside); mask; mask &= mask - 1) to[left++] = from[i + __builtin_ctzll(mask)];
+  }
+#endif
+  for (; i < count; ++i) {
+    const uint32_t key = from[i];
+    to[left] = key;
+    left += (key >= lowest) & (key <= highest);
+  }
+  return left;
+}
+
 // Copies the keys among which the open-th highest is to `narrow` and returns their number; `open` becomes how many of them
 // are wanted. A sample says between which first digits it should be, and one pass over the keys says whether it is; where
 // it is not, all keys are copied.
-int64_t bracket(const uint32_t* keys, int64_t length, int64_t& open, uint32_t* narrow, uint8_t* flags) {
+int64_t bracket(const uint32_t* keys, int64_t length, int64_t& open, uint32_t* narrow) {
   constexpr int64_t kStep = 16;
   uint32_t counters[kBins] = {};
   for (int64_t j = 0; j < length; j += kStep) ++counters[keys[j] >> 21];
@@ -125,49 +157,33 @@ int64_t bracket(const uint32_t* keys, int64_t length, int64_t& open, uint32_t* n
   for (; digit > 0 && seen + counters[digit] < most; --digit) seen += counters[digit];
   const uint32_t lowest = digit << 21;
 
-  uint32_t above = 0, inside = 0;
-  for (int64_t j = 0; j < length; ++j) {
-    const bool flag = (keys[j] >= lowest) & (keys[j] <= highest);
-    flags[j] = flag;
-    inside += flag;
-    above += keys[j] > highest;
+  uint32_t above = 0;
+  for (int64_t j = 0; j < length; ++j) above += keys[j] > highest;
+  if (open > above) {
+    const int64_t left = keep_between(keys, length, lowest, highest, narrow);
+    if (open <= above + left) {
+      open -= above;
+      return left;
+    }
   }
-  if (open <= above || open > static_cast<int64_t>(above) + inside) {
-    memcpy(narrow, keys, length * sizeof *keys);
-    return length;
-  }
-  open -= above;
-  clear_past(flags, length);
-  int64_t left = 0;
-  for_each_set(flags, length, [&](int64_t j) {
-    narrow[left++] = keys[j];
-    return true;
-  });
-  return left;
+  memcpy(narrow, keys, length * sizeof *keys);
+  return length;
 }
 
-// Keeps the keys whose upper bits, from `shift` on, are those given; returns their number.
-int64_t keep_equal(uint32_t* keys, int64_t count, int shift, uint32_t upper) {
-  int64_t left = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t key = keys[i];
-    keys[left] = key;
-    left += key >> shift == upper;
+// 0 < open < number of candidates. `narrow` is overwritten.
+Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow) {
+  int64_t left = bracket(keys, length, open, narrow);
+  uint32_t upper = 0;
+  for (int shift = 21; shift > 0; shift -= 11) {
+    upper |= cut_digit(narrow, left, shift, open) << shift;
+    if (upper == 0) return {0, open};  // only NaN has keys that low
+    left = keep_between(narrow, left, upper, upper | ((1u << shift) - 1), narrow);
   }
-  return left;
-}
-
-// 0 < open < number of candidates. `narrow` and `flags` are overwritten.
-Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow, uint8_t* flags) {
-  int64_t left = bracket(keys, length, open, narrow, flags);
-  const uint32_t top = cut_digit(narrow, left, 21, open);
-  if (top == 0) return {0, open};  // only NaN has keys that low
-  left = keep_equal(narrow, left, 21, top);
-  const uint32_t upper = top << 11 | cut_digit(narrow, left, 10, open);
-  left = keep_equal(narrow, left, 10, upper);
-  constexpr uint32_t kLast = 1023;  // the ten bits that are left
   for (int64_t i = 0; i < left; ++i) narrow[i] &= kLast;
-  return {upper << 10 | cut_digit(narrow, left, 0, open), open};
+  const uint32_t key = upper | cut_digit(narrow, left, 0, open);
+  int64_t equal = 0;
+  for (int64_t i = 0; i < left; ++i) equal += narrow[i] == (key & kLast);
+  return open == equal ? Cut{key - 1, 0} : Cut{key, open};
 }
 
 // Lets the first candidates that tie with the cut stay.
@@ -175,7 +191,7 @@ void keep_ties(const uint32_t* keys, int64_t length, Cut cut, const uint8_t* fat
   int64_t ties = cut.ties;
   for (int64_t base = 0; base < length && ties > 0; base += 64) {
     const int64_t end = base + 64 < length ? base + 64 : length;
-    bool any = false;
+    uint32_t any = 0;
     for (int64_t j = base; j < end; ++j) any |= keys[j] == cut.key;
     for (int64_t j = base; any && j < end && ties > 0; ++j) {
       const bool tie = fates[j] == kCandidate && keys[j] == cut.key;
@@ -203,23 +219,44 @@ void decide(const SelectArgs& args, const T* score, int64_t candidates, int64_t 
   } else {
     const uint32_t* const keys = args.keys;
     make_keys(score, fates, length, args.keys);
-    const Cut cut = find_cut(keys, length, open, args.narrow, args.flags);
+    const Cut cut = find_cut(keys, length, open, args.narrow);
     flag(args.flags, length, [=](int64_t j) { return (fates[j] == kStays) | (keys[j] > cut.key); });
     keep_ties(keys, length, cut, fates, args.flags);
   }
   clear_past(args.flags, length);
 }
 
-// Writes the flagged tokens in order, as far as there is room; returns their number.
+// Writes base + i for each set bit i of the mask, in order, 64 numbers at most; returns where the next one goes. The rest of
+// the 64 places may be overwritten.
+int64_t* write_set(uint64_t mask, int64_t base, int64_t* to) {
+#if defined(__AVX512F__)
+  const __m512i step = _mm512_set1_epi64(8);
+  __m512i index = _mm512_add_epi64(_mm512_set1_epi64(base), _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+  for (int part = 0; part < 8; ++part, mask >>= 8, index = _mm512_add_epi64(index, step)) {
+    const auto eight = static_cast<__mmask8>(mask);
+    _mm512_storeu_si512(to, _mm512_maskz_compress_epi64(eight, index));
+    to += __builtin_popcount(eight);
+  }
+#else
+  for (; mask; mask &= mask - 1) *to++ = base + __builtin_ctzll(mask);
+#endif
+  return to;
+}
+
+// Writes the flagged tokens in order, as far as there is room; returns their number. Flags go on with zeros to a multiple
+// of 64.
 int64_t write_keep(const uint8_t* flags, int64_t length, int64_t* keep, int64_t capacity) {
-  int64_t number = 0, written = 0;
+  uint32_t number = 0;
   for (int64_t j = 0; j < length; ++j) number += flags[j];
-  if (capacity > 0)
-    for_each_set(flags, length, [&](int64_t j) {
-      keep[written++] = j;
-      return written < capacity;
-    });
-  if (written < capacity) memset(keep + written, 0xff, (capacity - written) * sizeof *keep);  // -1
+  int64_t *next = keep, *const end = keep + capacity;
+  for (int64_t base = 0; base < length && next < end; base += 64) {
+    uint64_t mask = mask_of(flags + base);
+    if (end - next >= 64)
+      next = write_set(mask, base, next);
+    else
+      for (; mask && next < end; mask &= mask - 1) *next++ = base + __builtin_ctzll(mask);
+  }
+  memset(next, 0xff, (end - next) * sizeof *next);  // -1
   return number;
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of a model that holds the operators is exported, and compiled ahead of time to run without this Python code."""
+"""A part of a model that holds the operators is exported, and compiled ahead of time to run without this Python."""
 
 from __future__ import annotations
 
