@@ -10,7 +10,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+import types
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 import mustdrop_kernels as mk
 from mustdrop_kernels import _load, backends, cli
 from mustdrop_kernels.integrations.transformers import drop_tokens
+from mustdrop_kernels.integrations.vllm import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -36,14 +39,11 @@ RUN_ELSEWHERE = {
     "pip install 'mustdrop_kernels[cupy12]'": "by hand: the other CUDA",
     "make wheel": "tests/packaging/test_install.py",
     "make test-wheel": "by hand, before a release: docs/release.md",
-    "python -m mustdrop_kernels.hf_kernels build/hf": "tests/packaging/test_hf_kernels.py",
+    "python tools/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
 }
-CPP = (
-    "cmake -S examples/libtorch",
-    "cmake --build build/libtorch",
-    "build/libtorch/merge",
-)  # frameworks/test_libtorch.py
+# Of the C++ example: tests/frameworks/test_libtorch.py.
+CPP = ("cmake -S examples/libtorch", "cmake --build build/libtorch", "build/libtorch/merge")
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -67,6 +67,13 @@ def test_commands_that_are_run_elsewhere_are_there() -> None:
     assert set(RUN_ELSEWHERE) <= set(commands())
 
 
+def _plan_of_an_engine(model: str, *, hf_overrides: dict[str, Any], **engine: int) -> None:
+    """Stands for vLLM's LLM where vLLM is not installed: the plug-in has to know the model's name and take the plan."""
+    (architecture,) = hf_overrides["architectures"]
+    assert architecture in (ROOT / "mustdrop_kernels/integrations/vllm/plugin.py").read_text()
+    settings.parse(hf_overrides["mustdrop"])
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page one after another, as a reader runs them."""
@@ -75,6 +82,8 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(backends, "_registered", dict(backends._registered))
     space: dict[str, Any] = {}
+    if page == "engines.md" and find_spec("vllm") is None:
+        monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=_plan_of_an_engine))
     if page == "index.md":
         picture = tiny_llava.picture()
         space["inputs"] = tiny_llava.processor()(images=picture, text=tiny_llava.PROMPT, return_tensors="pt")
@@ -140,9 +149,9 @@ def _no_cupy(_: Path) -> None:
 
 
 def _old_gpu(_: Path) -> None:
-    gpu = pytest.importorskip(
-        "mustdrop_kernels.backends.cupy.gpu", reason="cupy is not installed", exc_type=ImportError
-    )
+    pytest.importorskip("cupy")
+    from mustdrop_kernels.backends.cupy import gpu
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         gpu.Gpu._architecture(0)
