@@ -11,7 +11,7 @@ TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
 DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel test-wheel docs lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel test-wheel test-hf-kernel docs lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -99,6 +99,13 @@ wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; w
 	rm -rf build/wheel $(DIST)/*.whl
 	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
+
+$(VENV)/hf-kernels/.ready: | $(VENV)/.packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(VENV)/hf-kernels kernels
+	touch $@
+
+test-hf-kernel: build $(VENV)/hf-kernels/.ready  ## the layout of the Hugging Face hub, loaded by the package kernels
+	PYTHONPATH=$(VENV)/hf-kernels $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py
 
 # Environments of their own, with the oldest torch that is served and the newest; without a GPU too.
 .venv-torch-oldest: TORCH_THERE := torch==2.10.0

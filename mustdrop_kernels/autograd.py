@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._namespace import NAMESPACE, operator
 from .backends import OPS
 
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
@@ -113,7 +114,7 @@ def _gather_tokens_backward(
 
 
 def _register_op(library: torch.library.Library, op: str) -> None:
-    redispatch = getattr(torch.ops.mustdrop, op).default.redispatch
+    redispatch = operator(op).default.redispatch
     in_place = op in IN_PLACE
 
     def kernel(keys: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,7 +137,7 @@ _libraries: list[torch.library.Library] = []
 
 def register() -> None:
     """Register the gradients with torch's dispatcher. Called once, at import."""
-    library = torch.library.Library("mustdrop", "IMPL")
+    library = torch.library.Library(NAMESPACE, "IMPL")
     _libraries.append(library)
     for op in OPS:
         if not op.startswith("select_"):  # their results are integers: nothing to differentiate

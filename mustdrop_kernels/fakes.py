@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checks
+from ._namespace import NAMESPACE
 from .backends import OPS
 
 
@@ -203,4 +204,4 @@ compact_paged_kv_: Callable[..., None] = checks.compact_paged_kv_
 def register() -> None:
     """Register the fakes with torch. Called once, at import."""
     for op in OPS:
-        torch.library.register_fake(f"mustdrop::{op}", globals()[op])
+        torch.library.register_fake(f"{NAMESPACE}::{op}", globals()[op])

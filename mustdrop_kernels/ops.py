@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from . import _load, autograd, backends
+from ._namespace import operator
 
 
 class TokenType(IntEnum):
@@ -73,7 +73,7 @@ def _call(op: str, backend: str | None, tensor: Tensor, args: tuple[Any, ...], k
     if implementation is None:
         if not _load.core.loaded:
             raise RuntimeError(f"mustdrop_kernels has no operators here: {_load.core.problem}")
-        return getattr(torch.ops.mustdrop, op)(*args, **kwargs)
+        return operator(op)(*args, **kwargs)
     if autograd.needs_gradient(args, kwargs):
         return autograd.apply(op, implementation, args, kwargs)
     return implementation(*args, **kwargs)

@@ -174,7 +174,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) {
   m.impl("text_vision_scores", TORCH_BOX(&mustdrop::text_vision_scores_op));
   m.impl("text_vision_scores_varlen", TORCH_BOX(&mustdrop::text_vision_scores_varlen));
   m.impl("text_vision_scores_paged", TORCH_BOX(&mustdrop::text_vision_scores_paged));

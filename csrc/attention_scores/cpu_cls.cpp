@@ -57,4 +57,4 @@ Tensor cls_attention(const Tensor& q,  // [B, H, D]
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) { m.impl("cls_attention", TORCH_BOX(&mustdrop::cls_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) { m.impl("cls_attention", TORCH_BOX(&mustdrop::cls_attention)); }

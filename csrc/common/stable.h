@@ -20,6 +20,8 @@
 // Where operators are defined, and which tensors the CUDA launchers take: other builds of the same files have their own.
 #ifndef MUSTDROP_NAMESPACE
 #define MUSTDROP_NAMESPACE mustdrop
+#endif
+#ifndef MUSTDROP_DEVICE_KEY
 #define MUSTDROP_DEVICE_KEY CUDA
 #endif
 

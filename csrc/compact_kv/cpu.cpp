@@ -274,7 +274,7 @@ void compact_paged_kv_(const Tensors& keys,             // [blocks, slots, Hk, D
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) {
   m.impl("compact_kv_", TORCH_BOX(&mustdrop::compact_kv_));
   m.impl("compact_paged_kv_", TORCH_BOX(&mustdrop::compact_paged_kv_));
 }

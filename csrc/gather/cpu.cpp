@@ -173,4 +173,4 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) { m.impl("gather_tokens", TORCH_BOX(&mustdrop::gather_tokens)); }
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) { m.impl("gather_tokens", TORCH_BOX(&mustdrop::gather_tokens)); }

@@ -168,7 +168,7 @@ ScoredSelection topk_attention_select(const Tensor& q,            // [B, Hq, Lq,
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) {
   m.impl("select_dual", TORCH_BOX(&mustdrop::select_dual));
   m.impl("select_topk", TORCH_BOX(&mustdrop::select_topk));
   m.impl("dual_attention_select", TORCH_BOX(&mustdrop::dual_attention_select));

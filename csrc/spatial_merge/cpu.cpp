@@ -263,4 +263,4 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
 }  // namespace
 }  // namespace mustdrop
 
-STABLE_TORCH_LIBRARY_IMPL(mustdrop, CPU, m) { m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge)); }
+STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) { m.impl("spatial_merge", TORCH_BOX(&mustdrop::spatial_merge)); }

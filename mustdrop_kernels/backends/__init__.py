@@ -19,6 +19,7 @@ from types import MappingProxyType
 import torch
 
 from .. import _load
+from .._namespace import NAMESPACE, operator
 
 OPS = (
     "spatial_merge",
@@ -168,13 +169,13 @@ def serve_dispatcher() -> None:
 def _unknown(name: str) -> Backend:
     """Stands for a name that nobody registered: serves nothing, and says so."""
     reason = f"no backend named {name!r}; there are {', '.join(sorted(_registered))}"
-    return Backend(name, lambda op: getattr(torch.ops.mustdrop, op), lambda op, device_type: reason)
+    return Backend(name, operator, lambda op, device_type: reason)
 
 
 def _register_with_dispatcher(backend: Backend, device_type: str) -> None:
     if backend.in_dispatcher:
         return
-    library = torch.library.Library("mustdrop", "IMPL", device_type.upper())
+    library = torch.library.Library(NAMESPACE, "IMPL", device_type.upper())
     _libraries.append(library)
     for op in OPS:
         _override(library, op, backend.implementation(op))
@@ -190,7 +191,7 @@ def _refuse_in_dispatcher(backend: Backend, device_type: str) -> None:
 
         return refuse
 
-    library = torch.library.Library("mustdrop", "IMPL", device_type.upper())
+    library = torch.library.Library(NAMESPACE, "IMPL", device_type.upper())
     _libraries.append(library)
     for op in OPS:
         _override(library, op, refusing(op))
@@ -203,7 +204,7 @@ def _override(library: torch.library.Library, op: str, implementation: Implement
 
 
 def _has_kernel(op: str, dispatch_key: str) -> bool:
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"mustdrop::{op}", dispatch_key)
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", dispatch_key)
 
 
 def _builtin_cpu() -> Backend:
@@ -211,7 +212,7 @@ def _builtin_cpu() -> Backend:
     if _load.core.loaded:
         # Taken now: MUSTDROP_BACKEND may put another backend on this dispatch key.
         for op in filter(lambda op: _has_kernel(op, "CPU"), OPS):
-            kernel = torch.library.get_kernel(f"mustdrop::{op}", "CPU")
+            kernel = torch.library.get_kernel(f"{NAMESPACE}::{op}", "CPU")
             kernels[op] = _boxed(kernel)
 
     def why_not(op: str, device_type: str) -> str | None:
@@ -242,10 +243,7 @@ def _builtin_cuda() -> Backend:
             return _load.cuda.problem
         return None if _has_kernel(op, "CUDA") else "libmustdrop_cuda was built without a kernel for it"
 
-    def implementation(op: str) -> Implementation:
-        return getattr(torch.ops.mustdrop, op)
-
-    return Backend("cuda", implementation, why_not, "CUDA C++ kernels", in_dispatcher=True)
+    return Backend("cuda", operator, why_not, "CUDA C++ kernels", in_dispatcher=True)
 
 
 def _builtin_reference() -> Backend:
