@@ -22,7 +22,7 @@ def test_serving(checkpoint, tmp_path):
     command += ["--concurrency", "1,3", "--requests", "2", "--new-tokens", "4"]
     command += ["--plan", '{"merge": false, "key_rate": 0.0, "pruning_layers": [2, 4], "budgets": [64, 32]}']
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=900).stdout
     document = json.loads(path.read_text())
     assert document["machine"]["vllm"]
     rows = {(row["arm"], row["concurrency"]): row for row in document["rows"]}
