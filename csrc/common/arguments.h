@@ -104,7 +104,7 @@ inline void check_place(const char* op, const Argument& argument, const Tensor& 
 
 inline void check_last_dense(const char* op, const Argument& argument, const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1)
+  if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1 && t.numel() != 0)
     refuse_argument(op, argument, " must be contiguous in its last dimension, got strides ", to_text(t.strides()));
 }
 

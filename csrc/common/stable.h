@@ -82,7 +82,8 @@ inline void check_device(const char* op, const std::string& argument, const Tens
 }
 
 inline void check_last_contiguous(const char* op, const std::string& argument, const Tensor& t) {
-  MUSTDROP_CHECK(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, argument,
+  const int64_t last = t.dim() - 1;
+  MUSTDROP_CHECK(last < 0 || t.size(last) <= 1 || t.stride(last) == 1 || t.numel() == 0, op, argument,
                  " must be contiguous in its last dimension, got strides ", to_text(t.strides()));
 }
 
