@@ -36,7 +36,8 @@ class Checker:
         dtypes: Sequence[torch.dtype] | None = None,
         any_strides: bool = False,
     ) -> None:
-        """Check rank, known sizes (the integers of ``shape``), dtype, device and the last dimension's stride."""
+        """Check layout, rank, known sizes (integers of ``shape``), dtype, device and the last dimension's stride."""
+        self.strided(argument, t)
         text = "(" + ", ".join(map(str, shape)) + ")"
         self(t.dim() == len(shape), argument, f"must be {text}, got {tuple(t.shape)}")
         for i, size in enumerate(shape):
@@ -48,6 +49,13 @@ class Checker:
         self(t.device == self.device, argument, f"must be on {self.device}, got {t.device}")
         if not any_strides and t.dim():
             self.last_contiguous(argument, t)
+
+    def strided(self, argument: str, t: Tensor) -> None:
+        """Refuse what has not its elements at strides, as they are: sparse and nested tensors, lazy conjugates."""
+        self(isinstance(t, Tensor), argument, f"must be a Tensor, got {type(t).__name__}")
+        kind = "quantized" if t.is_quantized else "nested" if t.is_nested else t.layout
+        self(kind is torch.strided, argument, f"must be an ordinary strided tensor, got {kind}")
+        self(not (t.is_conj() or t.is_neg()), argument, "must not be conjugated or negated lazily: resolve it first")
 
     def last_contiguous(self, argument: str, t: Tensor) -> None:
         """Refuse a tensor whose last dimension has gaps."""
@@ -290,6 +298,7 @@ def topk_attention_select(
 def gather_tokens(x: Tensor, keep: Tensor, counts: Tensor, *, align_end: bool = False) -> None:
     """Check the arguments of gather_tokens."""
     check = Checker("gather_tokens", x)
+    check.strided("x", x)
     check(x.dim() >= 2, "x", f"must be (B, L, ...), got {tuple(x.shape)}")
     if x.dim() > 2:
         check.last_contiguous("x", x)

@@ -121,6 +121,14 @@ inline void check_at_least(const char* op, const Argument& argument, int64_t val
   if (value < least) refuse_argument(op, argument, " must be at least ", least, ", got ", value);
 }
 
+// Past the largest number it stays there: more than any tensor has, so that a comparison with a tensor's size refuses it.
+inline int64_t product(const std::vector<int64_t>& values) {
+  int64_t result = 1;
+  for (const int64_t value : values)
+    if (__builtin_mul_overflow(result, value, &result)) return INT64_MAX;
+  return result;
+}
+
 // The element type of a tensor that passed check_computed.
 inline cpu::Element element_of(const Tensor& t) {
   switch (t.scalar_type()) {
