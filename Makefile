@@ -10,7 +10,7 @@ TRANSFORMERS_4 := $(VENV)/transformers-4.57
 TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
 
-.PHONY: help demo bench test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,6 +35,10 @@ demo: build  ## a photograph through a small LLaVA, with and without dropping; w
 
 bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
+
+figures: build  ## the tables and pictures of README and docs from bench/results
+	$(BIN)/python bench/figures.py
+	$(BIN)/mustdrop bench --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'

@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Everything that needs a GPU, in one command and less than ten minutes: build, times, CUDA graphs, tests, compute-sanitizer.
+# Everything that needs a GPU, in runs of less than ten minutes:
 #
-#   bench/run_on_gpu.sh [--dry-run]
+#   bench/run_on_gpu.sh [--dry-run] [RUN...]
 #
-# Each part has its own time limit and its own log, and a part that fails leaves the others. Results go to $OUT (default:
-# bench/results/gpu): summary.txt and summary.json, ops.json and ops.txt with the times, facts.json, a log per part.
+#   quick     build, short times, a CUDA graph, the suite on every backend, compute-sanitizer (the default)
+#   suite     every GPU test, the slow ones too, on every backend
+#   sanitize  memcheck, racecheck, synccheck and initcheck over every kernel
+#   bench     every operator, shape, type and peer
+#   e2e       LLaVA-1.5-7B from its configuration, batch 1 and 32, full against 192, 128 and 64 tokens; a CUDA graph
+#
+# Each part of a run has its own time limit, and a part that fails leaves the others. Results go to $OUT (default:
+# bench/results/gpu): summary.txt and summary.json, facts.json, log.txt with what every part said, and the JSON of times.
+# `mustdrop bench --load` and `python bench/e2e.py --load` show those.
 #
 # Needs Python >= 3.10 with torch >= 2.10 for CUDA and pytest with hypothesis; nvcc and CMake for the CUDA kernels (without
 # them the Triton kernels are what is measured). Installs nothing and needs no network. PYTHON names the interpreter
@@ -14,17 +21,21 @@ set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 dry=0
-case "${1:-}" in
-  "") ;;
-  --dry-run) dry=1 ;;
-  *) echo "usage: bench/run_on_gpu.sh [--dry-run]" >&2; exit 2 ;;
-esac
+runs=()
+for word in "$@"; do
+  case $word in
+    --dry-run) dry=1 ;;
+    quick | suite | sanitize | bench | e2e) runs+=("$word") ;;
+    *) echo "usage: bench/run_on_gpu.sh [--dry-run] [quick|suite|sanitize|bench|e2e]..." >&2; exit 2 ;;
+  esac
+done
+[ "${#runs[@]}" = 0 ] && runs=(quick)
 if [ -z "${PYTHON:-}" ]; then
   PYTHON=python3
   [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 out="${OUT:-bench/results/gpu}"
-total=590 # seconds for all parts together
+run_seconds=590 # for all parts of a run
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 export MUSTDROP_EMULATION_SAMPLE=0 # the device itself is here
 
@@ -34,7 +45,7 @@ if [ "$dry" = 0 ]; then
     exit 1
   fi
   mkdir -p "$out"
-  rm -f "$out/parts.tsv"
+  rm -f "$out/parts.tsv" "$out/log.txt"
 fi
 
 failed=0
@@ -46,7 +57,7 @@ skip() { # skip NAME REASON
   if [ "$dry" = 1 ]; then printf '%-22s left out: %s\n' "$1" "$2"; else note "$1" 0 "left out: $2"; fi
 }
 part() { # part NAME SECONDS COMMAND...
-  local label=$1 limit=$2 began=$SECONDS status=0 left=$((total - SECONDS))
+  local label=$1 limit=$2 began=$SECONDS status=0 left=$((deadline - SECONDS))
   shift 2
   if [ "$dry" = 1 ]; then
     printf '%-22s at most %3d s: %s\n' "$label" "$limit" "$*"
@@ -58,67 +69,95 @@ part() { # part NAME SECONDS COMMAND...
     return
   fi
   [ "$limit" -gt "$left" ] && limit=$left
-  timeout --kill-after=5 "$limit" "$@" >"$out/$label.log" 2>&1 || status=$?
+  timeout --kill-after=5 "$limit" "$@" >"$out/part.log" 2>&1 || status=$?
   case $status in
     0) note "$label" $((SECONDS - began)) ok ;;
     124 | 137) note "$label" $((SECONDS - began)) "FAILED: it took longer than $limit s" ;;
-    *) note "$label" $((SECONDS - began)) "FAILED ($status), see $label.log" ;;
+    *) note "$label" $((SECONDS - began)) "FAILED ($status), see log.txt" ;;
   esac
   if [ "$status" != 0 ]; then
     failed=1
-    tail -n 12 "$out/$label.log" | sed 's/^/    /'
+    tail -n 12 "$out/part.log" | sed 's/^/    /'
   fi
+  { printf '\n===== %s\n' "$label"; cat "$out/part.log"; } >>"$out/log.txt"
+  rm "$out/part.log"
 }
 has() { "$PYTHON" -c "import importlib.util as u, sys; sys.exit(not u.find_spec('$1'))" 2>/dev/null; }
 
-# --- what is here, and the build -----------------------------------------------------------------------------------
-if [ "$dry" = 0 ]; then part machine 15 nvidia-smi; else part machine 15 nvidia-smi "(driver, clocks)"; fi
-cmake=$(PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" command -v cmake)
-missing=""
-has setuptools || missing="$missing setuptools"
-[ -n "$cmake" ] || missing="$missing cmake"
-if [ -n "$missing" ] && [ "$dry" = 0 ]; then
-  skip build "needs$missing (nothing is installed from here)"
-else
-  part build 150 "$PYTHON" setup.py -q build_ext --inplace
-fi
-part facts 30 "$PYTHON" bench/gpu_once.py --facts "$out/facts.json"
-part doctor 30 "$PYTHON" -m mustdrop_kernels doctor
-
-# --- times, graphs -------------------------------------------------------------------------------------------------
-part times 130 "$PYTHON" -m mustdrop_kernels bench --device cuda --dtype bfloat16 --quick \
-  --shapes llava-1.5,llava-next,video-mha,video-gqa,llava-1.5:8,llava-1.5:64 --json "$out/ops.json"
-[ -f "$out/times.log" ] && cp "$out/times.log" "$out/ops.txt"
-part graph 40 "$PYTHON" bench/gpu_once.py --graph
-
-# --- the suite, on every backend that serves the device --------------------------------------------------------------
-if [ "$dry" = 1 ]; then
-  names="cuda triton cupy"
-else
-  names=$("$PYTHON" -c "import json; print(*json.load(open('$out/facts.json'))['backends'])" 2>/dev/null)
-  [ -n "$names" ] || { skip suite "no backend serves the GPU"; failed=1; }
-fi
-workers=()
-has xdist && workers=(-n 6)
-for backend in $names; do
-  limit=60
-  [ "$backend" = cuda ] && limit=80
-  part "suite-$backend" "$limit" env MUSTDROP_TEST_BACKENDS="$backend" "$PYTHON" -m pytest -q -m "not slow" \
-    -p no:cacheprovider "${workers[@]}" -k cuda tests/ops
-done
-
-# --- compute-sanitizer over every kernel ---------------------------------------------------------------------------
-part coverage 40 "$PYTHON" bench/gpu_once.py --coverage
-sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
-if [ "$dry" = 1 ] || [ -x "$sanitizer" ]; then
-  only=()
+# --- parts -----------------------------------------------------------------------------------------------------------
+build() { # what is here, and the library
+  local cmake missing=""
+  if [ "$dry" = 0 ]; then part machine 15 nvidia-smi; else part machine 15 nvidia-smi "(driver, clocks)"; fi
+  cmake=$(PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" command -v cmake)
+  has setuptools || missing="$missing setuptools"
+  [ -n "$cmake" ] || missing="$missing cmake"
+  if [ -n "$missing" ] && [ "$dry" = 0 ]; then
+    skip build "needs$missing (nothing is installed from here)"
+  else
+    part build 150 "$PYTHON" setup.py -q build_ext --inplace
+  fi
+  part facts 30 "$PYTHON" bench/gpu_once.py --facts "$out/facts.json"
+  part doctor 30 "$PYTHON" -m mustdrop_kernels doctor
+}
+suites() { # suites SECONDS [pytest options]: tests/ops on every backend that serves the device
+  local limit=$1 names="cuda triton cupy" workers=()
+  shift
+  if [ "$dry" = 0 ]; then
+    names=$("$PYTHON" -c "import json; print(*json.load(open('$out/facts.json'))['backends'])" 2>/dev/null)
+    [ -n "$names" ] || { skip suite "no backend serves the GPU"; failed=1; }
+  fi
+  has xdist && workers=(-n 6)
+  for backend in $names; do
+    part "suite-$backend" "$limit" env MUSTDROP_TEST_BACKENDS="$backend" "$PYTHON" -m pytest -q "$@" \
+      -p no:cacheprovider "${workers[@]}" -k cuda tests/ops
+  done
+}
+sanitizers() { # sanitizers SECONDS
+  local only=() sanitizer
+  sanitizer=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
+  part coverage 40 "$PYTHON" bench/gpu_once.py --coverage
+  if [ "$dry" = 0 ] && [ ! -x "$sanitizer" ]; then
+    skip sanitizer "compute-sanitizer was not found"
+    return
+  fi
   "$sanitizer" --help 2>/dev/null | grep -q -- --kernel-name && only=(--kernel-name kns=mustdrop)
   for tool in memcheck racecheck synccheck initcheck; do
-    part "sanitizer-$tool" 45 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 9 "$PYTHON" bench/gpu_once.py
+    part "sanitizer-$tool" "$1" "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 9 "$PYTHON" bench/gpu_once.py
   done
-else
-  skip sanitizer "compute-sanitizer was not found"
-fi
+}
+times() { # times NAME SECONDS [options of mustdrop bench]: into NAME.json
+  local name=$1 limit=$2
+  shift 2
+  part "$name" "$limit" "$PYTHON" -m mustdrop_kernels bench --device cuda --json "$out/$name.json" "$@"
+}
+graph() { part graph 40 "$PYTHON" bench/gpu_once.py --graph; }
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+for run in "${runs[@]}"; do
+  deadline=$((SECONDS + run_seconds))
+  build
+  case $run in
+    quick)
+      times ops 130 --dtype bfloat16 --quick --shapes llava-1.5,llava-next,video-mha,video-gqa,llava-1.5:8,llava-1.5:64
+      graph
+      suites 65 -m "not slow"
+      sanitizers 45
+      ;;
+    suite) suites 180 ;;
+    sanitize) sanitizers 125 ;;
+    bench)
+      for dtype in bfloat16 float16 float32; do
+        times "ops-$dtype" 125 --dtype "$dtype" --shapes llava-1.5,llava-next,llava-1.5:8,llava-1.5:64
+      done
+      times ops-video 135 --dtype bfloat16 --shapes video-mha,video-gqa
+      ;;
+    e2e)
+      part e2e 420 "$PYTHON" bench/e2e.py --device cuda --model llava-1.5-7b --batch 1,32 --new-tokens 128 \
+        --json "$out/e2e.json"
+      graph
+      ;;
+  esac
+done
 
 [ "$dry" = 1 ] && exit 0
 awk -F '\t' '{printf "%-22s %4d s  %s\n", $1, $2, $3}' "$out/parts.tsv" >"$out/summary.txt"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores where the heads are shared out among ranks (tensor parallelism)."""
+"""Head means where the heads are shared out among ranks (tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
+
+
+def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean over the ranks' tensors, in place of this rank's: each holds equally many heads."""
+    dist.all_reduce(x, group=group)
+    return x.div_(dist.get_world_size(group))
 
 
 def scores_over_ranks(
@@ -33,6 +39,5 @@ def scores_over_ranks(
     attention = ops.text_vision_attention(query, key, token_types, scale, max_query, backend=backend)
     if max_query == 0:
         return ops.Scores(attention.sum(1), attention.sum(1))
-    dist.all_reduce(attention, group=group)
-    attention /= dist.get_world_size(group)
+    attention = mean_over_ranks(attention, group)
     return ops.Scores(attention.sum(1), attention.amax(1))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from mustdrop_kernels import ops
+from mustdrop_kernels import ops, stages
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.engines import PackedPrompts
 from mustdrop_kernels.parallel import scores_over_ranks
@@ -19,6 +19,8 @@ CONFIGS = {
     "budgets": dict(pruning_layers=(0, 1), budgets=(20, 7)),
     "thresholds": dict(pruning_layers=(0, 1), global_threshold=0.015, individual_threshold=0.03),
 }
+
+KEYS = MustDropConfig(key_rate=0.2)
 
 
 def dense():
@@ -32,6 +34,13 @@ def dense():
 
 def shard(x, dim, rank):
     return x.chunk(RANKS, dim)[rank].contiguous()
+
+
+def tower():
+    """Three pictures, one shorter: CLS queries and keys of a vision tower, tokens with CLS."""
+    generator = torch.Generator().manual_seed(2)
+    query, key = torch.randn(3, HQ, D, generator=generator), torch.randn(3, HQ, 37, D, generator=generator)
+    return query, key, torch.tensor([37, 25, 37], dtype=torch.int32)
 
 
 def packed_rows(config, rank=None):
@@ -56,7 +65,11 @@ def run_rank(rank, folder):
     scores = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types, 0.4, 10)
     nobody = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=2), 0.4, 0)
     rows = {name: packed_rows(MustDropConfig(**config), rank) for name, config in CONFIGS.items()}
-    torch.save({"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows}, f"{folder}/rank{rank}.pt")
+    cls, patches, counts = tower()
+    halves = shard(cls, 1, rank), shard(patches, 1, rank)
+    keys = stages.key_tokens(*halves, 0.3, KEYS, counts=counts, group=dist.group.WORLD)
+    found = {"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows, "keys": keys}
+    torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -95,3 +108,13 @@ def test_packed_prompts_lose_the_same_tokens(found, name):
     assert len(expected) < sum(map(sum, PACKED))
     for rank in found:
         assert torch.equal(rank["rows"][name], expected)
+
+
+def test_key_tokens_are_those_of_all_heads(found):
+    query, key, counts = tower()
+    expected = stages.key_tokens(query, key, 0.3, KEYS, counts=counts)
+    assert expected.sum(1).tolist() == [8, 5, 8]
+    for rank in found:
+        assert torch.equal(rank["keys"], expected)
+    half = stages.key_tokens(shard(query, 1, 0), shard(key, 1, 0), 0.3, KEYS, counts=counts)
+    assert not torch.equal(half, expected)

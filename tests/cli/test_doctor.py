@@ -67,13 +67,36 @@ def test_versions_and_libraries(document) -> None:
 
 def test_text_names_everything(mustdrop) -> None:
     text = mustdrop("doctor").stdout
-    for word in (*backends.OPS, *backends.registered(), "libmustdrop_cuda", "torch", "Next:"):
+    for word in (*backends.OPS, *backends.registered(), *facts.VARIABLES, "libmustdrop_cuda", "torch", "Next:"):
         assert word in text
 
 
 def test_environment_is_shown(mustdrop, as_json, monkeypatch) -> None:
     monkeypatch.setenv("MUSTDROP_CMAKE_ARGS", "-DX=1")
     assert as_json(mustdrop("doctor", "--json"))["environment"]["MUSTDROP_CMAKE_ARGS"] == "-DX=1"
+
+
+@pytest.mark.parametrize(
+    ("value", "words", "problem"),
+    [
+        ("", "only models with hf_overrides drop tokens", None),
+        ("budget-64", "every LLaVA drops tokens: {'preset': 'budget-64'}", None),
+        ("budget-65", "no preset 'budget-65'", "vLLM would refuse to start"),
+        ('{"positions": "published"}', "positions must be 'original' in vLLM", "vLLM would refuse to start"),
+    ],
+)
+def test_the_switch_of_the_vllm_plugin(value, words, problem, document, monkeypatch) -> None:
+    """As if vLLM were installed; the plug-in's entry point is this package's own."""
+    find = facts.importlib.util.find_spec
+    monkeypatch.setattr(facts.importlib.util, "find_spec", lambda name: True if name == "vllm" else find(name))
+    monkeypatch.setenv("MUSTDROP_VLLM", value)
+    engines = facts.engines()
+    assert words in engines["vLLM, here"]
+    problems, advice = doctor.judge({**document, "engines": engines}, ["cpu"])
+    assert [problem in sentence for sentence in problems] == ([] if problem is None else [True])
+    assert problem is None or "MUSTDROP_VLLM" in advice[0]
+    monkeypatch.setenv("VLLM_PLUGINS", "another")
+    assert "leaves the plug-in out" in facts.engines()["vLLM, here"]
 
 
 @pytest.mark.parametrize(

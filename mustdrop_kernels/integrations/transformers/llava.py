@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from ...config import MustDropConfig
+from .ranks import head_ranks
+
+OLD_CACHE = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else OLD_CACHE
+"""The keyword by which models take a cache; newer versions of transformers 5 renamed it, and still take the old one."""
 
 
 class Llava:
@@ -22,6 +28,8 @@ class Llava:
         self.language_model: Any = self.body.language_model
         self.layers: Sequence[Any] = self.language_model.layers
         self.image_token_id: int = model.config.image_token_id
+        self.ranks = head_ranks(model)
+        """The ranks that share the language model's heads; None: this one has all."""
         self.vision_config: Any = self.body.vision_tower.config
         self.vision_layers: Sequence[Any] = ()  # where stage 1 needs them
         self._check_depth(config)

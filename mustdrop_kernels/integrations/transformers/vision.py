@@ -181,7 +181,9 @@ class VisionStage:
         with self.stopwatch.measure("key tokens"):
             query = run.query[:, 0].unflatten(-1, heads)  # (B, H, D) of CLS
             key = run.key.unflatten(-1, heads).transpose(1, 2)  # (B, H, S, D)
-            return stages.key_tokens(query, key, attention.scale, self.config, counts=run.counts)[:, 1:]
+            whole = key.shape[1] == self.llava.vision_config.num_attention_heads
+            group = None if whole else self.llava.ranks  # most plans leave the tower whole
+            return stages.key_tokens(query, key, attention.scale, self.config, counts=run.counts, group=group)[:, 1:]
 
     def _check(self, features: int, tokens: int) -> None:
         if features != tokens:

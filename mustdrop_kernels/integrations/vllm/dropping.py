@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 from vllm.forward_context import get_forward_context
 
-from . import settings
+from . import settings, tower
 from .batch import Batch, Ledger
 from .pages import Paging, turning
 from .prefill import Prefill
-from .vision import Marks, VisionStage, split
+from .vision import Marks, split
 
 
 class Dropping:
@@ -37,7 +37,7 @@ class Dropping:
         self._names = [layer.layer_name for layer in attention]
         self._paging = Paging(attention[0])
         self._prefill = Prefill(self.language_model.model, self.drop_config, self._paging)
-        self._vision = self._make_vision_stage(vllm_config, prefix) if self.drop_config.needs_vision_stage else None
+        self._vision = tower.build(self, vllm_config, prefix) if self.drop_config.needs_vision_stage else None
         self._marks: Marks | None = None  # of the step that is about to run
 
     def _attention_layers(self) -> list[Any]:
@@ -51,12 +51,6 @@ class Dropping:
             if impl.sliding_window != -1 or impl.logits_soft_cap or impl.alibi_slopes is not None:
                 raise ValueError("mustdrop: sliding windows, soft caps and ALiBi are not served")
         return found
-
-    def _make_vision_stage(self, vllm_config: Any, prefix: str) -> VisionStage:
-        raise ValueError(
-            "mustdrop: merging and key tokens are served for LLaVA-1.5; merge=False and key_rate=0.0 leave the tower "
-            "alone"
-        )
 
     def check_cache(self) -> None:
         """Refuses a cache that stage 3 cannot read; vLLM chooses it after the model is made."""

@@ -5,18 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from ...config import MustDropConfig
 from . import settings
 
 _SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.MustDropScheduler"
 _WORKER = "mustdrop_kernels.integrations.vllm.worker.MustDropCPUWorker"
-
-# Under vllm, whose logging is set up.
-logger = init_logger("vllm.mustdrop")
 
 
 class MustDropEngineConfig(VerifyAndUpdateConfig):
@@ -25,22 +20,22 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Refuses what cannot work, with a sentence, and sets the rest."""
-        config = settings.read(vllm_config.model_config.hf_config)
-        for problem in _problems(vllm_config, config):
+        hf_config = vllm_config.model_config.hf_config
+        if not hasattr(hf_config, settings.FIELD) and (fields := settings.from_environment()) is not None:
+            setattr(hf_config, settings.FIELD, fields)  # with which it goes to all processes
+        settings.read(hf_config)
+        for problem in _problems(vllm_config):
             raise ValueError(f"mustdrop: {problem}")
         _set_up(vllm_config)
 
 
-def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
+def _problems(vllm_config: Any) -> list[str]:
     parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
     longest, batched = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
     checks = {
         "only vLLM's CPU attention is served so far": not current_platform.is_cpu(),
         "pipeline_parallel_size must be 1: a stage would not know what an earlier one dropped": (
             parallel.pipeline_parallel_size > 1
-        ),
-        "merge must be False and key_rate 0.0 with tensor parallelism: a rank sees only its own heads of the tower": (
-            parallel.tensor_parallel_size > 1 and config.needs_vision_stage
         ),
         "context parallelism cannot be used: a prompt's pages must be in one place": (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
@@ -67,9 +62,6 @@ def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
 
 
 def _set_up(vllm_config: Any) -> None:
-    if vllm_config.cache_config.enable_prefix_caching:
-        logger.warning("mustdrop: prefix caching is switched off: what a prompt's pages hold depends on all of it")
-        vllm_config.cache_config.enable_prefix_caching = False
     # A step's drops must have reached the scheduler before it plans the next step.
     vllm_config.scheduler_config.async_scheduling = False
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULER

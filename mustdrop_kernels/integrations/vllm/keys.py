@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from vllm.distributed import get_tp_group
 from vllm.model_executor.layers.attention import MMEncoderAttention
 from vllm.model_executor.models.clip import CLIPEncoderLayer
 
@@ -25,11 +26,12 @@ class KeyLayer(CLIPEncoderLayer):
         self._found: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # (B, S, C), CLS first
-        """Finds the key tokens of each image."""
-        attention = self.self_attn
+        """Finds the key tokens of each tile. With tensor parallelism each rank has some of the heads."""
+        attention, ranks = self.self_attn, get_tp_group()
         projected, _ = attention.qkv_proj(self.layer_norm1(hidden_states))
         query, key, _ = (x.unflatten(-1, (-1, attention.head_dim)) for x in projected.chunk(3, dim=-1))
-        found = stages.key_tokens(query[:, 0], key.transpose(1, 2), attention.scale, self._drop_config)
+        group = ranks.device_group if ranks.world_size > 1 else None
+        found = stages.key_tokens(query[:, 0], key.transpose(1, 2), attention.scale, self._drop_config, group=group)
         self._found = found[:, 1:]
         return hidden_states
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -19,59 +19,46 @@ from vllm.model_executor.models.llava_next import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from .anyres import shown_patches
 from .dropping import Dropping
-from .keys import KeyLayer
-from .vision import VisionStage
+from .vision import place
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaMultiModalProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class MustDropLlavaForConditionalGeneration(Dropping, LlavaForConditionalGeneration):
-    """LLaVA-1.5, with stage 1 in its CLIP tower."""
-
-    def _make_vision_stage(self, vllm_config: Any, prefix: str) -> VisionStage:
-        """Stage 1 needs a tower with one CLS token before the patches, and features without it."""
-        hf_config, config = self.config, self.drop_config
-        vision = hf_config.vision_config
-        strategy = hf_config.vision_feature_select_strategy
-        if vision.model_type != "clip_vision_model" or strategy != "default":
-            raise ValueError(
-                "mustdrop: merging and key tokens need a CLIP vision tower with "
-                f"vision_feature_select_strategy='default', got {vision.model_type!r} with {strategy!r}; merge=False "
-                "and key_rate=0.0 leave the tower alone"
-            )
-        layers = self.vision_tower.vision_model.encoder.layers
-        running = list(layers)
-        key_layer = None
-        if config.key_rate > 0:
-            if len(running) != vision.num_hidden_layers - 1:
-                raise ValueError(
-                    "mustdrop: key_rate needs vision_feature_layer=-2, the input of the tower's last layer, got "
-                    f"{hf_config.vision_feature_layer}; key_rate=0.0 leaves the tower alone"
-                )
-            name = f"{prefix}.vision_tower" if prefix else "vision_tower"
-            name = f"{name}.vision_model.encoder.layers.{len(running)}"
-            with self._mark_tower_model(vllm_config, "image"):
-                key_layer = KeyLayer(vision, vllm_config.quant_config, name, config)
-            layers.append(key_layer)
-        side = vision.image_size // vision.patch_size
-        return VisionStage(running, (side, side), config, key_layer)
+    """LLaVA-1.5: an image is one tile."""
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
         pixels: Any = kwargs.get("pixel_values")  # (images, 3, H, W)
         if self._vision is None or pixels is None:
             return super().embed_multimodal(**kwargs)
-        placed = []
-        for images in pixels.split(1) if self._vision.one_by_one else [pixels]:
-            features = super().embed_multimodal(**{**kwargs, "pixel_values": images})
-            placed.append(self._vision.place(features))
-        return torch.cat(placed)
+        embed = super().embed_multimodal
+        tiles = self._vision.encode(lambda images: embed(**{**kwargs, "pixel_values": images}), pixels)
+        return [place([tile]) for tile in tiles]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextMultiModalProcessor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class MustDropLlavaNextForConditionalGeneration(Dropping, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT: stages 2 and 3. All tokens of an image can go, those that end its rows too."""
+    """LLaVA-NeXT: the tiles of an image merge each for itself. All its tokens can go later, ends of rows too."""
+
+    def embed_multimodal(self, **kwargs: object) -> Any:
+        """Features of each image at its placeholders."""
+        pixels: Any = kwargs.get("pixel_values")  # per image (tiles, 3, H, W)
+        if self._vision is None or pixels is None:
+            return super().embed_multimodal(**kwargs)
+        sizes: Any = kwargs["image_sizes"]  # (images, 2), height and width
+        return [self._embed(image, size) for image, size in zip(pixels, sizes.tolist(), strict=True)]
+
+    def _embed(self, pixels: Tensor, size: list[int]) -> Tensor:  # (tiles, 3, H, W) -> (placeholders, C+1)
+        assert self._vision is not None
+        vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
+        shown = shown_patches(size, len(pixels), vision.image_size, vision.patch_size, pinpoints)
+        return place(self._vision.encode(self._features, pixels), shown, self.image_newline)
+
+    def _features(self, pixels: Tensor) -> Tensor:  # (tiles, 3, H, W) -> (tiles, S, C)
+        return self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixels))

@@ -3,7 +3,15 @@
 
 from __future__ import annotations
 
-ARCHITECTURES = ("MustDropLlavaForConditionalGeneration", "MustDropLlavaNextForConditionalGeneration")
+import os
+
+from .settings import VARIABLE
+
+ARCHITECTURES = {
+    "MustDropLlavaForConditionalGeneration": "LlavaForConditionalGeneration",
+    "MustDropLlavaNextForConditionalGeneration": "LlavaNextForConditionalGeneration",
+}
+"""Ours, and vLLM's own of the same checkpoints, whose place they take where MUSTDROP_VLLM is set."""
 _MODELS = "mustdrop_kernels.integrations.vllm.model"
 
 
@@ -14,7 +22,8 @@ def register() -> None:
 
     from .engine import MustDropEngineConfig
 
-    for architecture in ARCHITECTURES:
-        if architecture not in ModelRegistry.get_supported_archs():
-            ModelRegistry.register_model(architecture, f"{_MODELS}:{architecture}")
-        MODELS_CONFIG_MAP[architecture] = MustDropEngineConfig
+    for ours, plain in ARCHITECTURES.items():
+        for name in (ours, plain) if os.environ.get(VARIABLE) else (ours,):
+            if getattr(ModelRegistry.models.get(name), "module_name", None) != _MODELS:
+                ModelRegistry.register_model(name, f"{_MODELS}:{ours}")
+            MODELS_CONFIG_MAP[name] = MustDropEngineConfig

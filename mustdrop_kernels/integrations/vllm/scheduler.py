@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling: a prompt with an image is read in one step, and the blocks that it emptied go back to the pool."""
+"""Scheduling: a prompt with an image is read in one step, into blocks of its own, and those that it emptied go back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from .blocks import release_leading_blocks
+from .blocks import keep_out_of_prefix_cache, never_share, release_leading_blocks, shares_blocks
 
 logger = init_logger("vllm.mustdrop")
 
@@ -17,12 +17,28 @@ _NOT_NOW: tuple[list[int], list[int]] = ([], [])  # nothing to load, nothing loa
 
 
 class MustDropScheduler(Scheduler):
-    """vLLM's scheduler with two rules more."""
+    """vLLM's scheduler with three rules more."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.released_blocks = 0
         """Blocks that running requests have given back."""
+        keep_out_of_prefix_cache(self.kv_cache_manager, private=lambda request: request.has_encoder_inputs)
+
+    def add_request(self, request: Any) -> None:
+        """What the blocks of a prompt with images hold depends on all of it, so it shares none, as text does."""
+        if request.has_encoder_inputs:
+            never_share(request)
+        super().add_request(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Any:
+        """Plans a step; the worker compacts the prompts with images that begin in it."""
+        plan = super().schedule(*args, **kwargs)
+        begin = [new.req_id for new in plan.scheduled_new_reqs] + list(plan.scheduled_cached_reqs.resumed_req_ids)
+        for request_id in begin:
+            if self.requests[request_id].has_encoder_inputs and shares_blocks(self.kv_cache_manager, request_id):
+                raise RuntimeError(f"mustdrop: request {request_id} has blocks of another, which cannot be compacted")
+        return plan
 
     def _try_schedule_encoder_inputs(
         self,

@@ -1,18 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for in ``hf_overrides={"mustdrop": {...}}``, and what of it an engine cannot do."""
+"""What was asked for, in ``hf_overrides={"mustdrop": {...}}`` or by MUSTDROP_VLLM, and what of it cannot be done."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
 from typing import Any
 
 from ...config import MustDropConfig
 
 FIELD = "mustdrop"
+VARIABLE = "MUSTDROP_VLLM"
+
+
+def from_environment() -> dict[str, Any] | None:
+    """What ``hf_overrides`` would hold, None where the variable is not set.
+
+    Raises:
+        ValueError: it holds neither a preset's name nor a JSON object.
+    """
+    text = os.environ.get(VARIABLE, "").strip()
+    if not text:
+        return None
+    if not text.startswith("{"):
+        return {"preset": text}
+    try:
+        fields: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"mustdrop: {VARIABLE} must hold a preset's name or a JSON object: {error}") from None
+    return fields
 
 
 def read(hf_config: Any) -> MustDropConfig:
-    """The fields of a ``MustDropConfig``, or ``{"preset": name}`` with fields changed.
+    """What a model's configuration holds: fields of a ``MustDropConfig``, or ``{"preset": name}`` with fields changed.
 
     Raises:
         ValueError: they are missing, are not valid, or ask for what this plug-in cannot do.
@@ -23,14 +44,20 @@ def read(hf_config: Any) -> MustDropConfig:
             'mustdrop: hf_overrides must hold {"mustdrop": {...}} with the fields of MustDropConfig, or '
             f'{{"preset": name}}, got {fields!r}'
         )
-    fields = dict(fields)
-    preset = fields.pop("preset", None)
-    config = MustDropConfig.from_dict(fields) if preset is None else MustDropConfig.preset(preset, **fields)
-    _check(config)
+    config = parse(fields)
     depth = hf_config.text_config.num_hidden_layers
     if beyond := [layer for layer in config.pruning_layers if layer >= depth]:
         raise ValueError(f"mustdrop: pruning_layers: the language model has {depth} layers, there is no {beyond[0]}")
     return dataclasses.replace(config, evict_from=0)
+
+
+def parse(fields: dict[str, Any]) -> MustDropConfig:
+    """Fields, or ``{"preset": name}`` with fields changed -> a config that this plug-in can serve."""
+    fields = dict(fields)
+    preset = fields.pop("preset", None)
+    config = MustDropConfig.from_dict(fields) if preset is None else MustDropConfig.preset(preset, **fields)
+    _check(config)
+    return config
 
 
 def _check(config: MustDropConfig) -> None:

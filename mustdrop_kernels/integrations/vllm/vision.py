@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 in the vision tower: alike windows of each image merge, and CLS names the key tokens."""
+"""Stage 1 in the vision tower: alike windows of each tile merge, and CLS names the key tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,56 +16,89 @@ EMPTY, TOKEN, KEY = 0, 1, 2
 """What a placeholder holds, as the features' last channel says: nothing, a token, a key token."""
 
 
+class Tile(NamedTuple):
+    """What the tower has made of N patches: S tokens."""
+
+    source: Tensor  # (N) int64, token that each patch went into
+    tokens: Tensor  # (S, C+1), features and what a placeholder holds
+
+
 class VisionStage:
     """A hook in the tower, and the way back to the prompt.
 
-    An image keeps its N placeholders. A merged token stands at the one of its window's first patch; the others are
-    empty and leave the prompt before the first layer of the language model. So every token keeps its position. What a
-    placeholder holds travels with the features, as one more channel: vLLM caches, slices and batches them.
+    An image keeps its placeholders. A merged token stands at the first one that shows a patch of its window; the others
+    are empty and leave the prompt before the first layer of the language model. So every token keeps its position. What
+    a placeholder holds travels with the features, as one more channel: vLLM caches, slices and batches them.
     """
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
+        layers: Sequence[nn.Module],  # those that run up to the features
         grid: tuple[int, int],
         config: MustDropConfig,
         key_layer: Any = None,  # a KeyLayer
+        ranks: Any = None,  # vLLM's group of those that share the tower's heads; None: this one has all
     ) -> None:
         if config.merge_layer >= len(layers):
             raise ValueError(
                 f"mustdrop: merge_layer {config.merge_layer}: the vision tower runs {len(layers)} layers up to the one "
                 "whose features are taken"
             )
-        self._grid, self._config, self._key_layer = grid, config, key_layer
+        self._grid, self._config, self._key_layer, self._ranks = grid, config, key_layer, ranks
         self._source: Tensor | None = None  # (B, N) token that each patch went into, of the run that is on
         if config.merge:
             layers[config.merge_layer].register_forward_hook(self._merge)
 
-    @property
-    def one_by_one(self) -> bool:
-        """Whether images come out of the tower with lengths of their own, so that each has to run alone."""
-        return self._config.merge and self._config.merge_budget is None
+    def encode(self, run: Callable[[Tensor], Tensor], pixels: Tensor) -> list[Tile]:
+        """Runs tower and projector, (B, 3, H, W) -> (B, S, C), over B tiles.
+
+        By threshold tiles come out with lengths of their own, so that each has to run alone.
+        """
+        alone = self._config.merge and self._config.merge_budget is None
+        return [tile for tiles in (pixels.split(1) if alone else [pixels]) for tile in self._tiles(run(tiles))]
 
     def _merge(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # (B, 1+N, C)
+        if self._ranks is not None:  # ranks may have added in different orders, and all have to merge the same windows
+            output = self._ranks.broadcast(output.contiguous())
         merged = stages.merge_vision_tokens(output, self._grid, self._config)
         self._source = merged.source[:, 1:] - 1
-        # By threshold the tower runs image by image, and waits for the device to learn how long this one is.
-        return merged.tokens[:, : int(merged.counts)] if self.one_by_one else merged.tokens
+        # By threshold: a wait for the device, to learn how long this tile is.
+        return merged.tokens if self._config.merge_budget is not None else merged.tokens[:, : int(merged.counts)]
 
-    def place(self, features: Tensor) -> Tensor:
-        """Features (B, S, C) of the tokens of each image -> (B, N, C+1) at their placeholders, with the channel."""
+    def _tiles(self, features: Tensor) -> list[Tile]:  # (B, S, C)
         source, self._source = self._source, None
-        batch, tokens, channels = features.shape
+        batch, tokens, _ = features.shape
         if source is None:
             source = torch.arange(tokens, device=features.device).expand(batch, -1)
-        patch = torch.arange(source.shape[1], device=source.device).expand_as(source)
-        slot = source.new_zeros(batch, tokens).scatter_reduce(1, source, patch, "amin", include_self=False)
         marks = features.new_full((batch, tokens), TOKEN)
         if self._key_layer is not None:
             marks.masked_fill_(self._key_layer.take(), KEY)
-        placed = features.new_zeros(batch, source.shape[1], channels + 1)
-        marked = torch.cat([features, marks[..., None]], dim=2)
-        return placed.scatter_(1, slot[..., None].expand_as(marked), marked)
+        return [Tile(*tile) for tile in zip(source, torch.cat([features, marks[..., None]], dim=2), strict=True)]
+
+
+def place(
+    tiles: Sequence[Tile],  # of one image, N patches each
+    shown: Tensor | None = None,  # (P) int64, patch of all tiles' that a placeholder shows; -1: none, the end of a row
+    end: Tensor | None = None,  # (C) feature of the end of a row
+) -> Tensor:  # (P, C+1)
+    """The tokens of an image at its placeholders. By default each patch has one, in order.
+
+    A token none of whose patches is shown, since its window was cropped away, is left out.
+    """
+    tokens = torch.cat([tile.tokens for tile in tiles])
+    begins = torch.tensor([0, *(len(tile.tokens) for tile in tiles[:-1])]).cumsum(0).tolist()
+    token = torch.cat([tile.source + begin for tile, begin in zip(tiles, begins, strict=True)])
+    if shown is not None:
+        shown = shown.to(token.device)
+        token = torch.where(shown < 0, len(tokens), token[shown])  # the ends of rows are one token more
+    places = len(token)
+    order = torch.arange(places, device=token.device)
+    slot = torch.full_like(order[:1], places).repeat(len(tokens) + 1).scatter_reduce(0, token, order, "amin")[:-1]
+    placed = tokens.new_zeros(places + 1, tokens.shape[1]).index_copy(0, slot, tokens)[:-1]
+    if shown is None or end is None:
+        return placed
+    row_end = torch.cat([end.to(placed), placed.new_full((1,), TOKEN)])
+    return torch.where((shown < 0)[:, None], row_end, placed)
 
 
 class Marks(NamedTuple):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import tiny_llava
 from safetensors.torch import load_file, save_file
@@ -12,9 +13,13 @@ from safetensors.torch import load_file, save_file
 def save(folder: Path, *, grid: int = 12, layers: int = 8) -> None:
     """Weights, configuration, tokenizer and processor. Heads of 32, the smallest that vLLM's CPU attention has."""
     model = tiny_llava.model(grid=grid, layers=layers, head_dim=32)
+    write(folder, model, tiny_llava.processor(grid))
+
+
+def write(folder: Path, model: Any, processor: Any) -> None:
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
-    tiny_llava.processor(grid).save_pretrained(folder)
+    processor.save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file({hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
 

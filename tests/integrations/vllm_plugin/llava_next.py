@@ -9,7 +9,6 @@ import checkpoint
 import tiny_llava
 import torch
 from masked_reference import MaskedReference
-from safetensors.torch import load_file, save_file
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -52,11 +51,7 @@ def save(folder: Path) -> None:
         model.model.vision_tower.get_parameter("embeddings.patch_embedding.weight").mul_(2.0)
         for layer in model.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(2.0)
-    model.save_pretrained(folder)
-    processor().save_pretrained(folder)
-    weights = folder / "model.safetensors"
-    renamed = {checkpoint.hub_name(name): x for name, x in load_file(weights).items()}
-    save_file(renamed, weights, metadata={"format": "pt"})
+    checkpoint.write(folder, model, processor())
 
 
 def picture(seed):
@@ -64,13 +59,38 @@ def picture(seed):
 
 
 class Reference(MaskedReference):
-    """Stage 1 is not there; features come from transformers."""
+    """Stage 1 tile by tile; transformers says which patch stands where."""
 
     def _prompt(self, inputs):
         ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
         placeholder = ids == self.model.config.image_token_id
         embeds = self.model.get_input_embeddings()(ids).clone()
-        output = self.model.model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
-        embeds[placeholder] = torch.cat(list(getattr(output, "pooler_output", output)))
+        present, key = mask.clone(), torch.zeros_like(mask)
+        (tiles,) = inputs["pixel_values"]
+        encoded = [self._encode(tile) for tile in tiles]
+        self.tokens = [len(first) for _, first, _ in encoded]
+        taken = set()
+        shown = self._shown(len(tiles), inputs["image_sizes"])
+        for place, number in zip(placeholder[0].nonzero()[:, 0].tolist(), shown, strict=True):
+            if number < 0:
+                embeds[0, place] = self.model.model.image_newline
+                continue
+            tile, patch = divmod(number, GRID * GRID)
+            features, first, keys = encoded[tile]
+            token = first.index(patch if patch in first else self._window_begin(patch))
+            present[0, place] = (tile, token) not in taken
+            taken.add((tile, token))
+            embeds[0, place], key[0, place] = features[token], token in keys
         voters = mask & (torch.arange(ids.shape[1]) > placeholder.nonzero()[:, 1].max())
-        return embeds, mask, voters, placeholder, torch.zeros_like(mask)
+        return embeds, present, voters, placeholder & present, key & present
+
+    def _shown(self, tiles, image_sizes):
+        """Which patch of which tile each placeholder shows, -1 at the ends of rows."""
+        numbers = torch.arange(tiles * GRID * GRID, dtype=torch.float32).view(tiles, -1, 1)
+        features, _ = self.model.model.pack_image_features([numbers], image_sizes, "default", torch.tensor([-1.0]))
+        return features[0][:, 0].int().tolist()
+
+    def _window_begin(self, patch):
+        height, width = self.config.window
+        row, column = divmod(patch, GRID)
+        return row // height * height * GRID + column // width * width

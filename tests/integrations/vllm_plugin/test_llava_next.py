@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT, whose images have tokens of several tiles and lengths, against a masked reference."""
+"""LLaVA-NeXT, whose images have several tiles, ends of rows and cropped bars, against a masked reference."""
 
 from __future__ import annotations
 
@@ -17,24 +17,52 @@ from mustdrop_kernels.config import MustDropConfig
 ARCHITECTURE = "MustDropLlavaNextForConditionalGeneration"
 TEXTS = ["USER: <image>\nWhat is in the image? ASSISTANT:", "USER: <image>\ncar? ASSISTANT: a", "USER: <image> on? "]
 NEW = 12
-PLAN = {"merge": False, "key_rate": 0.0, "pruning_layers": [1, 3, 5], "budgets": [60, 40, 15]}
+BUDGETS = {"pruning_layers": [1, 3, 5], "budgets": [60, 40, 15]}
+PLANS = {
+    "no stage 1": {"merge": False, "key_rate": 0.0, **BUDGETS},
+    "budgets": {"merge_budget": 6, "window": [2, 2], "key_rate": 0.1, **BUDGETS},
+    "thresholds": {
+        "merge_layer": 1,
+        "window": [2, 4],
+        "key_rate": 0.05,
+        "pruning_layers": [0, 4],
+        "global_threshold": 0.01,
+        "individual_threshold": 0.02,
+    },
+}
 
 
-def test_tokens_equal_the_masked_reference(tmp_path):
-    llava_next.save(tmp_path)
-    pictures = [llava_next.picture(seed) for seed in range(3)]
-    model = LlavaNextForConditionalGeneration.from_pretrained(tmp_path).eval()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("llava_next")
+    llava_next.save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    model = LlavaNextForConditionalGeneration.from_pretrained(folder).eval()
     model.generation_config.eos_token_id = None
-    expected, dropped = [], []
+    return model
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tokens_equal_the_masked_reference(name, folder, model):
+    plan = PLANS[name]
+    pictures = [llava_next.picture(seed) for seed in range(3)]
+    expected, dropped, tiles = [], [], []
     for text, picture in zip(TEXTS, pictures, strict=True):
         inputs = dict(llava_next.processor()(images=picture, text=text, return_tensors="pt"))
-        reference = llava_next.Reference(model, MustDropConfig.from_dict({**PLAN, "evict_from": 0}))
+        reference = llava_next.Reference(model, MustDropConfig.from_dict({**plan, "evict_from": 0}))
         tokens, _ = reference.generate(inputs, NEW)
         expected.append(tokens[0].tolist())
         dropped.append(int((~reference.alive[-1]).sum()))
+        tiles += reference.tokens
     assert len(set(dropped)) > 1  # pictures of different size
-    overrides = {"architectures": [ARCHITECTURE], "mustdrop": PLAN}
-    with engine(tmp_path, None, hf_overrides=overrides) as llm, torch.inference_mode():
+    assert (len(set(tiles)) > 1) == (name == "thresholds")
+    assert (min(tiles) < llava_next.GRID**2) == plan.get("merge", True)
+    overrides = {"architectures": [ARCHITECTURE], "mustdrop": plan}
+    with engine(folder, None, hf_overrides=overrides) as llm, torch.inference_mode():
         free = free_blocks(llm)
         requests = [
             {"prompt": text, "multi_modal_data": {"image": picture}}

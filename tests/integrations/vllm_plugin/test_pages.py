@@ -12,11 +12,13 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 import engines  # noqa: F401 - sets vLLM's environment
 import torch
 from vllm import _custom_ops
+from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.integrations.vllm.anyres import shown_patches
 from mustdrop_kernels.integrations.vllm.batch import Ledger
 from mustdrop_kernels.integrations.vllm.pages import Paging, cache_views
-from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, split
+from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, place, split
 
 
 @pytest.mark.parametrize(("isa", "size", "dtype"), [("vec", 32, torch.float32), ("vec16", 80, torch.bfloat16)])
@@ -42,20 +44,59 @@ def test_other_layouts_are_refused():
         Paging(types.SimpleNamespace(isa="amx")).check()
 
 
-def test_merged_tokens_stand_at_their_first_patch():
-    config = MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0)
+def merged_tile(patches):
+    """A tile of 2 x 4 patches whose most alike window of 2 x 2 has merged: the right one, to token 2."""
     layer = torch.nn.Identity()
-    merge = VisionStage([layer], (2, 4), config)
-    patches = torch.eye(9, 16)[None].clone()  # CLS and 2 x 4 patches
-    patches[:, [3, 4, 7, 8]] = 1.0  # the right window is alike
-    merged = layer(patches)
-    assert merged.shape == (1, 6, 16)
-    placed = merge.place(merged[:, 1:])
-    features, marks = split([placed[0]], 16)
+    stage = VisionStage([layer], (2, 4), MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0))
+    (tile,) = stage.encode(lambda pixels: layer(pixels)[:, 1:], patches[None])
+    assert tile.source.tolist() == [0, 1, 2, 2, 3, 4, 2, 2]
+    return tile
+
+
+@pytest.fixture
+def patches():
+    """CLS and 2 x 4 patches, of which the right half is alike."""
+    x = torch.eye(9, 16)
+    x[[3, 4, 7, 8]] = 1.0
+    return x
+
+
+def test_merged_tokens_stand_at_their_first_patch(patches):
+    features, marks = split([place([merged_tile(patches)])], 16)
     assert marks.tolist() == [TOKEN, TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, EMPTY, EMPTY]
-    assert torch.equal(features[0][[0, 1, 4, 5]], patches[0, [1, 2, 5, 6]])
+    assert torch.equal(features[0][[0, 1, 4, 5]], patches[[1, 2, 5, 6]])
     assert torch.equal(features[0][2], torch.ones(16))
     assert features[0][[3, 6, 7]].count_nonzero() == 0
+
+
+def test_merged_tokens_stand_at_the_first_patch_that_is_shown(patches):
+    """Two tiles above each other; the picture has lost its left column and the first row of each tile."""
+    tile, end = merged_tile(patches), torch.full((16,), 5.0)
+    shown = torch.tensor([5, 6, 7, -1, 13, 14, 15, -1])
+    features, marks = split([place([tile, tile._replace(tokens=2 * tile.tokens)], shown, end)], 16)
+    assert marks.tolist() == [TOKEN, TOKEN, EMPTY, TOKEN, 2 * TOKEN, 2 * TOKEN, EMPTY, TOKEN]
+    assert torch.equal(features[0][:2], torch.stack([patches[6], torch.ones(16)]))
+    assert torch.equal(features[0][4:6], torch.stack([2 * patches[6], torch.full((16,), 2.0)]))
+    assert torch.equal(features[0][[3, 7]], torch.full((2, 16), 5.0))
+    left_out = place([tile], torch.tensor([0, 1, 4, 5, -1]), end)  # a window that nothing shows
+    assert left_out[:, 16].tolist() == [TOKEN] * 5
+
+
+def test_anyres_pictures_are_shown_as_vllm_shows_them():
+    """The patches' numbers in place of their features, through vLLM's own arrangement."""
+    pinpoints = [[84, 168], [168, 84], [168, 168]]
+    model = types.SimpleNamespace(
+        config=types.SimpleNamespace(
+            vision_config=types.SimpleNamespace(image_size=84, patch_size=14), image_grid_pinpoints=pinpoints
+        ),
+        image_newline=torch.tensor([-1]),
+    )
+    arrange = LlavaNextForConditionalGeneration._merge_image_patch_embeddings
+    for size, tiles in (((84, 168), 3), ((153, 84), 3), ((168, 148), 5), ((100, 168), 5), ((84, 84), 1)):
+        numbers = torch.arange(tiles * 36).view(tiles, 36, 1)
+        expected = arrange(model, torch.tensor(size), numbers, strategy="spatial_unpad")[:, 0]
+        assert torch.equal(shown_patches(size, tiles, 84, 14, pinpoints), expected)
+        assert (expected < 0).any()
 
 
 def test_features_that_were_given_are_all_there():

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
 from engines import ARCHITECTURE, BUDGETS, arguments
+from servers import switched_on
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations import vllm as plugin
@@ -56,13 +59,6 @@ def test_settings(name, checkpoint):
         configure(checkpoint, BUDGETS, **settings)
 
 
-@pytest.mark.parametrize("stage_1", [{"key_rate": 0.1}, {"merge": True}])
-def test_stage_1_over_ranks(stage_1, checkpoint):
-    ranks = dict(tensor_parallel_size=2, distributed_executor_backend="mp")
-    with pytest.raises(ValueError, match=r"mustdrop: merge must be False and key_rate .* with tensor parallelism"):
-        configure(checkpoint, {**BUDGETS, **stage_1}, **ranks)
-
-
 @pytest.mark.parametrize("name", FIELDS)
 def test_fields(name, checkpoint):
     fields, sentence = FIELDS[name]
@@ -77,15 +73,38 @@ def test_presets_are_read(checkpoint):
 
 
 def test_engine_is_set_up(checkpoint):
-    """Prefix caching and asynchronous scheduling are vLLM's defaults; a plain model keeps them."""
+    """A plain model is left alone."""
     plain = configure(checkpoint, None)
     ours = configure(checkpoint, BUDGETS)
-    assert plain.cache_config.enable_prefix_caching
     assert plain.scheduler_config.scheduler_cls is None
-    assert not ours.cache_config.enable_prefix_caching
     assert not ours.scheduler_config.async_scheduling
     assert ours.scheduler_config.scheduler_cls.endswith("MustDropScheduler")
     assert ours.parallel_config.worker_cls.endswith("MustDropCPUWorker")
+
+
+@pytest.mark.parametrize(("text", "fields"), [(json.dumps(BUDGETS), BUDGETS), ("64", {"preset": "64"})])
+def test_the_variable_switches_on(text, fields, checkpoint, monkeypatch):
+    """Without it the same model is left alone."""
+    with switched_on(text):
+        if "preset" in fields:
+            with pytest.raises(ValueError, match="the language model has 8 layers, there is no 10"):
+                configure(checkpoint, None)
+            return
+        config = configure(checkpoint, None)
+        assert config.model_config.hf_config.mustdrop == fields
+        assert config.scheduler_config.scheduler_cls.endswith("MustDropScheduler")
+        given = configure(checkpoint, {**BUDGETS, "budgets": [3, 2, 1]})
+        assert given.model_config.hf_config.mustdrop["budgets"] == [3, 2, 1]
+    assert configure(checkpoint, None).scheduler_config.scheduler_cls is None
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [('{"budgets": ', "MUSTDROP_VLLM must hold a preset's name or a JSON object"), ("some", "no preset 'some'")],
+)
+def test_what_the_variable_holds_is_checked(text, sentence, checkpoint):
+    with switched_on(text), pytest.raises(ValueError, match=sentence):
+        configure(checkpoint, None)
 
 
 def test_merge_layer_that_the_tower_does_not_run():

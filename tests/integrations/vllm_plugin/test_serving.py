@@ -23,9 +23,13 @@ def test_serving(checkpoint, tmp_path):
     command += ["--plan", '{"merge": false, "key_rate": 0.0, "pruning_layers": [2, 4], "budgets": [64, 32]}']
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300).stdout
-    assert "| 3 | dropped |" in output
-    rows = {(row["arm"], row["concurrency"]): row for row in json.loads(path.read_text())["rows"]}
+    document = json.loads(path.read_text())
+    assert document["machine"]["vllm"]
+    rows = {(row["arm"], row["concurrency"]): row for row in document["rows"]}
     assert set(rows) == {(arm, n) for arm in ("full", "dropped") for n in (1, 3)}
     assert all(row["requests_per_s"] > 0 and row["first_token_s"] > 0 for row in rows.values())
     # Three requests in flight do not need three full prompts' blocks once two of them have dropped.
-    assert rows["dropped", 3]["peak_blocks"] < rows["full", 3]["peak_blocks"]
+    assert rows["dropped", 3]["held_blocks"] < rows["full", 3]["held_blocks"] == rows["full", 3]["peak_blocks"]
+    shown = [sys.executable, str(SCRIPT), "--load", str(path)]
+    assert subprocess.run(shown, env=environment, check=True, capture_output=True, text=True).stdout in output
+    assert "| 3 | dropped |" in output

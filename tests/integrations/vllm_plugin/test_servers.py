@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Streaming, clients that hang up, engines that are killed; one rank and two, each of which holds half of the heads."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+from engines import ASKS, BUDGETS, PLANS
+from servers import Server, joined, switched_on
+from vllm.v1.engine.exceptions import EngineDeadError
+
+NEW = 20
+OVER_RANKS = PLANS["all by thresholds"]
+
+
+def start_one(checkpoint):
+    with switched_on(json.dumps(BUDGETS)):
+        return Server(checkpoint, None)
+
+
+def start_two(checkpoint):
+    return Server(checkpoint, OVER_RANKS, ranks=2)
+
+
+START = {"one rank": start_one, "two ranks": start_two}
+
+
+@pytest.fixture(scope="module")
+def servers(checkpoint):
+    """Both, beside each other; a test may put others in their place."""
+    found = {name: start(checkpoint) for name, start in START.items()}
+    yield found
+    for server in found.values():
+        server.stop()
+
+
+@pytest.fixture(scope="module")
+def answers(transformers_of):
+    """What transformers says to each of their requests; it refuses a prompt in which nobody votes."""
+    return {
+        "one rank": [(ask, transformers_of.generate(ask, BUDGETS, NEW)[0]) for ask in ASKS],
+        "two ranks": [(ask, transformers_of.generate(ask, OVER_RANKS, NEW)[0]) for ask in ASKS[:4]],
+    }
+
+
+@pytest.mark.parametrize("name", START)
+def test_streams_equal_transformers(name, servers, answers):
+    server, (asks, expected) = servers[name], zip(*answers[name], strict=True)
+    streams = server.streams(asks, NEW)
+    assert [joined(pieces) for pieces in streams] == list(expected)
+    assert all(len(pieces) > 1 for pieces in streams)
+    for ask, tokens in answers[name]:
+        assert server.tokens([ask], NEW) == [tokens]
+    assert server.pool_is_free()
+
+
+@pytest.mark.parametrize("name", START)
+def test_clients_that_hang_up_change_nothing(name, servers, answers):
+    server, (asks, expected) = servers[name], zip(*answers[name], strict=True)
+    streams = server.streams(asks, NEW, leave_after={0: 1, 3: 5})
+    for i, pieces in enumerate(streams):
+        got = joined(pieces)
+        assert got == expected[i][: len(got)]
+        assert len(got) == NEW if i not in (0, 3) else 1 <= len(got) < NEW
+    assert server.tokens(asks, NEW) == list(expected)
+    assert server.pool_is_free()
+
+
+def test_killed_engines_leave_nothing_behind(servers, answers, checkpoint):
+    """Both killed at work and started again."""
+    for server in servers.values():
+        ended, left = server.kill_at_work(ASKS[:3], 300)
+        assert all(isinstance(error, EngineDeadError) for error in ended)
+        assert not left
+    for name, start in START.items():
+        servers[name].stop()
+        servers[name] = start(checkpoint)
+    for name, server in servers.items():
+        asks, expected = zip(*answers[name], strict=True)
+        assert server.tokens(asks, NEW) == list(expected)
+        assert server.pool_is_free()
