@@ -36,9 +36,15 @@ def files_in(folder: Path) -> list[str]:
 
 
 def test_demo(
-    interrupted_drawing: list[Path], mustdrop: Callable, checkpoint: Path, picture: Path, tmp_path: Path
+    interrupted_drawing: list[Path],
+    mustdrop: Callable,
+    checkpoint: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / demo.PICTURE).write_bytes(b"an older picture")
+    monkeypatch.setattr(demo, "_REPEATS", 1)
     words = ["--model", checkpoint, "--image", picture, "--preset", "keep-all", "--max-new-tokens", 1]
     result = mustdrop("demo", *words, "--out", tmp_path)
     assert result.exit_code != 0
@@ -49,8 +55,8 @@ def test_demo(
 
 def test_bench(interrupted_drawing: list[Path], mustdrop: Callable, tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
-    words = ["gather_tokens", "--shapes", "tiny", "--quick", "--peers", "none", "--json", written]
-    result = mustdrop("bench", *words, "--plot", tmp_path / "pictures")
+    older = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "llava-1.5.json"
+    result = mustdrop("bench", "--load", older, "--json", written, "--plot", tmp_path / "pictures")
     assert result.exit_code != 0
     assert len(interrupted_drawing) == 1
     assert files_in(tmp_path) == ["bench.json"]

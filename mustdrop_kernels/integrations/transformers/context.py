@@ -107,7 +107,7 @@ class _Session:
                     f"{CACHE} is a {type(cache).__name__}; inside drop_tokens pass none, "
                     "or one that generate returned inside drop_tokens"
                 )
-            with undone_on_error(kwargs["past_key_values"]):
+            with undone_on_error(kwargs[CACHE]):
                 return generate(inputs, generation_config, **kwargs)
 
         return wrapped

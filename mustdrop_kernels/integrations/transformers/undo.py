@@ -36,8 +36,8 @@ class UndoneForward:
         stack.callback(model.register_forward_hook(self._after, always_call=True).remove)
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = kwargs.get("past_key_values")
-        self._begun = (cache, cache.mark()) if isinstance(cache, DropCache) else None
+        cache = next((given for given in kwargs.values() if isinstance(given, DropCache)), None)
+        self._begun = None if cache is None else (cache, cache.mark())
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         begun, self._begun = self._begun, None
