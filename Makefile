@@ -11,7 +11,7 @@ TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
 DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel test-wheel test-hf-kernel docs lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -88,6 +88,19 @@ $(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/mustdrop_torchvisi
 
 test-vllm: build $(VLLM)/.ready  ## the vLLM plug-in's tests in a real vLLM on a CPU (minutes to install)
 	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm_plugin
+
+fuzz: build  ## every operator on every backend of this machine against the oracle; CASES=10000, MINUTES=60, FUZZ="--ops gather_tokens"
+	$(BIN)/python -m tests.fuzz $(if $(CASES),--cases $(CASES)) $(if $(MINUTES),--minutes $(MINUTES)) $(FUZZ)
+
+test-asan: build  ## the CPU kernels under AddressSanitizer and UBSan; ASAN="tests/ops/test_hostile.py" for some tests
+	$(BIN)/python tests/sanitizers/variants.py asan $(ASAN)
+
+test-tsan: build  ## the CPU kernels under ThreadSanitizer, from plain C++ threads
+	$(BIN)/python -m pytest -q tests/sanitizers
+
+coverage: build  ## lines of csrc and of the Python code that the tests reach (minutes)
+	$(BIN)/python -m pip install -q --disable-pip-version-check coverage gcovr
+	$(BIN)/python tests/sanitizers/variants.py coverage
 
 check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
 	$(BIN)/python bench/check_cuda.py $(CHECK)

@@ -31,6 +31,7 @@ from mustdrop_kernels.bench.report import duration, size
 from mustdrop_kernels.bench.timing import quartiles
 from mustdrop_kernels.cli.measure import generate
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.files import write_text
 from mustdrop_kernels.integrations.transformers import drop_tokens
 
 TEXT_BEFORE, TEXT_AFTER = 35, 60
@@ -256,7 +257,7 @@ def main() -> None:
     document = json.loads(wish.load.read_text()) if wish.load else run(wish, settings)
     if wish.json:
         wish.json.parent.mkdir(parents=True, exist_ok=True)
-        wish.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(wish.json, json.dumps(document, indent=1) + "\n")
     if wish.markdown:
         print(markdown(document))
     else:

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from . import overlap
+
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -34,7 +36,8 @@ class Checker:
         dtypes: Sequence[torch.dtype] | None = None,
         any_strides: bool = False,
     ) -> None:
-        """Check rank, known sizes (the integers of ``shape``), dtype, device and the last dimension's stride."""
+        """Check layout, rank, known sizes (integers of ``shape``), dtype, device and the last dimension's stride."""
+        self.strided(argument, t)
         text = "(" + ", ".join(map(str, shape)) + ")"
         self(t.dim() == len(shape), argument, f"must be {text}, got {tuple(t.shape)}")
         for i, size in enumerate(shape):
@@ -47,9 +50,16 @@ class Checker:
         if not any_strides and t.dim():
             self.last_contiguous(argument, t)
 
+    def strided(self, argument: str, t: Tensor) -> None:
+        """Refuse what has not its elements at strides, as they are: sparse and nested tensors, lazy conjugates."""
+        self(isinstance(t, Tensor), argument, f"must be a Tensor, got {type(t).__name__}")
+        kind = "quantized" if t.is_quantized else "nested" if t.is_nested else t.layout
+        self(kind is torch.strided, argument, f"must be an ordinary strided tensor, got {kind}")
+        self(not (t.is_conj() or t.is_neg()), argument, "must not be conjugated or negated lazily: resolve it first")
+
     def last_contiguous(self, argument: str, t: Tensor) -> None:
         """Refuse a tensor whose last dimension has gaps."""
-        ok = t.stride(-1) == 1 or t.shape[-1] <= 1
+        ok = t.stride(-1) == 1 or t.shape[-1] <= 1 or t.numel() == 0
         self(ok, argument, f"must be contiguous in its last dimension, got strides {t.stride()}")
 
     def at_least(self, argument: str, value: int, least: int) -> None:
@@ -288,6 +298,7 @@ def topk_attention_select(
 def gather_tokens(x: Tensor, keep: Tensor, counts: Tensor, *, align_end: bool = False) -> None:
     """Check the arguments of gather_tokens."""
     check = Checker("gather_tokens", x)
+    check.strided("x", x)
     check(x.dim() >= 2, "x", f"must be (B, L, ...), got {tuple(x.shape)}")
     if x.dim() > 2:
         check.last_contiguous("x", x)
@@ -331,7 +342,7 @@ def _caches(
             same = key.shape[d] == keys[0].shape[d]
             check(same, f"keys[{i}]", f"must agree with keys[0] in {shape[d]}, got {tuple(key.shape)}")
         for argument, t in ((f"keys[{i}]", key), (f"values[{i}]", value)):
-            distinct = all(n <= 1 or s != 0 for n, s in zip(t.shape, t.stride(), strict=True))
+            distinct = all(n <= 1 or s != 0 for n, s in zip(t.shape, t.stride(), strict=True)) or t.numel() == 0
             check(distinct, argument, f"must not be expanded (stride 0), got strides {t.stride()}")
 
 
@@ -347,9 +358,9 @@ def compact_kv_(
     like = keys[0] if keys else (values[0] if values else torch.empty(0))
     check = Checker("compact_kv_", like)
     _caches(check, keys, values, ("B", "Hk", "L", "D"), 1, any_strides=False)
-    _distinct(check, keys, values)
     if keys:
         _keep_lists(check, len(keys), keys[0].shape[0], [k.shape[1] for k in keys], keep, counts)
+        _disjoint(check, keys, values, keep, counts)
 
 
 def compact_paged_kv_(
@@ -365,7 +376,6 @@ def compact_paged_kv_(
     """Check the arguments of compact_paged_kv_."""
     check = Checker("compact_paged_kv_", block_table)
     _caches(check, keys, values, ("blocks", "slots", "Hk", "D"), 2, any_strides=True)
-    _distinct(check, keys, values)
     check.tensor("block_table", block_table, ("B", "max_blocks"), (torch.int32,))
     batch = block_table.shape[0]
     check(seq_lens is not None or not align_end, "seq_lens", "must be given with align_end")
@@ -374,14 +384,26 @@ def compact_paged_kv_(
     if keys:
         check.at_least("keys[0]", keys[0].shape[1], 1)
         _keep_lists(check, len(keys), batch, [k.shape[2] for k in keys], keep, counts)
+        _disjoint(check, keys, values, keep, counts, [("block_table", block_table), ("seq_lens", seq_lens)])
 
 
-def _distinct(check: Checker, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Refuse a tensor that is listed twice. Symbolic tensors have no address and are left to the kernel."""
-    seen: set[int] = set()
-    for name, tensors in (("keys", keys), ("values", values)):
-        for i, t in enumerate(tensors):
-            if t.numel() == 0 or t.device.type == "meta" or type(t) is not Tensor:
-                continue
-            check(t.data_ptr() not in seen, f"{name}[{i}]", "must not be the memory of another tensor of the call")
-            seen.add(t.data_ptr())
+def _disjoint(
+    check: Checker,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    keep: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    others: Sequence[tuple[str, Tensor | None]] = (),
+) -> None:
+    """Refuse caches that share memory, with one another or with what says where things go.
+
+    Tensors without an address (symbolic ones) are left to the kernel.
+    """
+    claims = [(f"keys[{i}]", t, True) for i, t in enumerate(keys)]
+    claims += [(f"values[{i}]", t, True) for i, t in enumerate(values)]
+    claims += [(name, t, False) for name, t in others if t is not None]
+    claims += [(f"keep[{i}]", t, False) for i, t in enumerate(keep)]
+    claims += [(f"counts[{i}]", t, False) for i, t in enumerate(counts)]
+    if all(overlap.has_address(t) for _, t, _ in claims):
+        for argument, wrong in overlap.conflicts(claims):
+            check(False, argument, wrong)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -69,6 +69,8 @@ class ScoredSelection(NamedTuple):
 
 
 def _call(op: str, backend: str | None, tensor: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if not isinstance(tensor, Tensor):
+        _refuse_type(op, tensor, args)
     implementation = backends.explicit(op, tensor.device.type, backend)
     if implementation is None:
         if not _load.core.loaded:
@@ -77,6 +79,17 @@ def _call(op: str, backend: str | None, tensor: Tensor, args: tuple[Any, ...], k
     if autograd.needs_gradient(args, kwargs):
         return autograd.apply(op, implementation, args, kwargs)
     return implementation(*args, **kwargs)
+
+
+def _refuse_type(op: str, given: object, args: tuple[Any, ...]) -> NoReturn:
+    """What says where an operator runs is no tensor."""
+    names = [argument.name for argument in getattr(torch.ops.mustdrop, op).default._schema.arguments]
+    name = next(
+        f"{name}[0]" if isinstance(arg, list) else name
+        for name, arg in zip(names, args, strict=False)
+        if arg is given or (isinstance(arg, list) and arg and arg[0] is given)
+    )
+    raise TypeError(f"mustdrop::{op}: {name} must be a Tensor, got {type(given).__name__}")
 
 
 def spatial_merge(
@@ -433,8 +446,8 @@ def compact_kv_(
         backend: who does it.
     """
     args = (list(keys), list(values), list(keep), list(counts))
-    if keys:
-        _call("compact_kv_", backend, keys[0], args, {"align_end": align_end})
+    if args[0]:
+        _call("compact_kv_", backend, args[0][0], args, {"align_end": align_end})
 
 
 def compact_paged_kv_(

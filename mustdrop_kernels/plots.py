@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .files import written_whole
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -81,7 +83,8 @@ def draw_stages(
 
 def save(figure: Figure, path: Path) -> None:
     """Write a figure; the ending of the path says in which format."""
-    figure.savefig(path, facecolor=figure.get_facecolor())
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, facecolor=figure.get_facecolor())
 
 
 def token_image(

@@ -104,7 +104,7 @@ inline void check_place(const char* op, const Argument& argument, const Tensor& 
 
 inline void check_last_dense(const char* op, const Argument& argument, const Tensor& t) {
   const int64_t last = t.dim() - 1;
-  if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1)
+  if (last >= 0 && t.size(last) > 1 && t.stride(last) != 1 && t.numel() != 0)
     refuse_argument(op, argument, " must be contiguous in its last dimension, got strides ", to_text(t.strides()));
 }
 
@@ -119,6 +119,14 @@ inline void check_tensor(const char* op, const Argument& argument, const Tensor&
 
 inline void check_at_least(const char* op, const Argument& argument, int64_t value, int64_t least) {
   if (value < least) refuse_argument(op, argument, " must be at least ", least, ", got ", value);
+}
+
+// Past the largest number it stays there: more than any tensor has, so that a comparison with a tensor's size refuses it.
+inline int64_t product(const std::vector<int64_t>& values) {
+  int64_t result = 1;
+  for (const int64_t value : values)
+    if (__builtin_mul_overflow(result, value, &result)) return INT64_MAX;
+  return result;
 }
 
 // The element type of a tensor that passed check_computed.

@@ -90,17 +90,27 @@ inline void check_device(const char* op, const std::string& argument, const Tens
 }
 
 inline void check_last_contiguous(const char* op, const std::string& argument, const Tensor& t) {
-  MUSTDROP_CHECK(t.dim() == 0 || t.size(t.dim() - 1) <= 1 || t.stride(t.dim() - 1) == 1, op, argument,
+  const int64_t last = t.dim() - 1;
+  MUSTDROP_CHECK(last < 0 || t.size(last) <= 1 || t.stride(last) == 1 || t.numel() == 0, op, argument,
                  " must be contiguous in its last dimension, got strides ", to_text(t.strides()));
 }
 
-// A new tensor on the device of `like`; not zeroed.
-inline Tensor new_empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_empty(like, shape, type);
+// A new tensor on the device of `like`. Where there is no memory for it, the error says for what; torch has said why.
+template <class Make>
+Tensor allocate(const Make& make, const std::vector<int64_t>& shape, ScalarType type) {
+  try {
+    return make();
+  } catch (const std::exception&) {
+    throw std::runtime_error("mustdrop: no memory for a result of shape " + to_text(shape) + ", " + name_of(type));
+  }
+}
+
+inline Tensor new_empty(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {  // not zeroed
+  return allocate([&] { return torch::stable::new_empty(like, shape, type); }, shape, type);
 }
 
 inline Tensor new_zeros(const Tensor& like, std::vector<int64_t> shape, ScalarType type) {
-  return torch::stable::new_zeros(like, shape, type);
+  return allocate([&] { return torch::stable::new_zeros(like, shape, type); }, shape, type);
 }
 
 }  // namespace mustdrop

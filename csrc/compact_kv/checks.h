@@ -3,15 +3,14 @@
 #pragma once
 
 #include "common/stable.h"
+#include "compact_kv/disjoint.h"
 
 namespace mustdrop {
-
-using Tensors = std::vector<Tensor>;
 
 inline std::string item(const char* list, size_t i) { return std::string(list) + "[" + std::to_string(i) + "]"; }
 
 inline void check_not_expanded(const char* op, const std::string& argument, const Tensor& t) {
-  for (int64_t d = 0; d < t.dim(); ++d)
+  for (int64_t d = 0; d < t.dim() && t.numel() != 0; ++d)
     MUSTDROP_CHECK(t.size(d) <= 1 || t.stride(d) != 0, op, argument, " must not be expanded (stride 0), got strides ",
                    to_text(t.strides()));
 }
@@ -36,22 +35,6 @@ inline void check_caches(const char* op, const Tensors& keys, const Tensors& val
     check_not_expanded(op, item("keys", i), key);
     check_not_expanded(op, item("values", i), value);
   }
-}
-
-// The very same memory twice would be compacted twice.
-inline void check_distinct(const char* op, const Tensors& keys, const Tensors& values) {
-  std::vector<const void*> seen;
-  const auto check = [&](const char* list, const Tensors& tensors) {
-    for (size_t i = 0; i < tensors.size(); ++i) {
-      if (tensors[i].numel() == 0) continue;
-      const void* address = tensors[i].const_data_ptr();
-      MUSTDROP_CHECK(std::find(seen.begin(), seen.end(), address) == seen.end(), op, item(list, i),
-                     " must not be the memory of another tensor of the call");
-      seen.push_back(address);
-    }
-  };
-  check("keys", keys);
-  check("values", values);
 }
 
 // One keep set: (B, K) with (B), or (B, Hk, K) with (B, Hk).
@@ -99,8 +82,8 @@ inline void check_compact_kv(const Tensors& keys,      // [B, Hk, L, D] each
     return;
   }
   check_caches(op, keys, values, keys[0], "(B, Hk, L, D)", 1, false);
-  check_distinct(op, keys, values);
   check_keep(op, keep, counts, keys, keys[0].size(0), 1, keys[0]);
+  check_disjoint(op, keys, values, keep, counts);
 }
 
 inline void check_compact_paged_kv(const Tensors& keys,             // [blocks, slots, Hk, D] each
@@ -112,7 +95,6 @@ inline void check_compact_paged_kv(const Tensors& keys,             // [blocks, 
                                    bool align_end) {
   constexpr const char* op = "compact_paged_kv_";
   check_caches(op, keys, values, block_table, "(blocks, slots, Hk, D)", 2, true);
-  check_distinct(op, keys, values);
   check_dim(op, "block_table", block_table, 2, "(B, max_blocks)");
   check_dtype(op, "block_table", block_table, ScalarType::Int);
   check_last_contiguous(op, "block_table", block_table);
@@ -126,6 +108,7 @@ inline void check_compact_paged_kv(const Tensors& keys,             // [blocks, 
   if (keys.empty()) return;
   MUSTDROP_CHECK(keys[0].size(1) >= 1, op, "keys[0]", " must be at least 1 slot a block, got ", shape_of(keys[0]));
   check_keep(op, keep, counts, keys, batch, 2, block_table);
+  check_disjoint(op, keys, values, keep, counts, &block_table, seq_lens);
 }
 
 }  // namespace mustdrop

@@ -1,15 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // compact_kv_ and compact_paged_kv_ on the CPU: all layers in one call, cut into streams (stream.h) for the threads.
-#include <unordered_set>
-
 #include "common/arguments.h"
 #include "common/workers.h"
+#include "compact_kv/disjoint.h"
 #include "compact_kv/stream.h"
 
 namespace mustdrop {
 namespace {
-
-using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kGrainBytes = 128 << 10;  // least work of a thread
 constexpr int64_t kStreamsPerThread = 4;    // so that the last streams do not leave threads idle
@@ -25,7 +22,7 @@ struct Layout {
 
 void check_not_expanded(const char* op, const Argument& argument, const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
-  for (size_t d = 0; d < sizes.size(); ++d)
+  for (size_t d = 0; d < sizes.size() && t.numel() != 0; ++d)
     if (sizes[d] > 1 && strides[d] == 0)
       refuse_argument(op, argument, " must not be expanded (stride 0), got strides ", to_text(strides));
 }
@@ -49,16 +46,6 @@ void check_caches(const char* op, const Tensors& keys, const Tensors& values, co
     check_not_expanded(op, key, keys[i]);
     check_not_expanded(op, value, values[i]);
   }
-}
-
-void check_distinct(const char* op, const Tensors& keys, const Tensors& values) {
-  std::unordered_set<const void*> seen;
-  for (const auto& [name, tensors] : {std::pair{"keys", &keys}, std::pair{"values", &values}})
-    for (size_t i = 0; i < tensors->size(); ++i) {
-      const Tensor& t = (*tensors)[i];
-      if (t.numel() != 0 && !seen.insert(t.const_data_ptr()).second)
-        refuse_argument(op, Argument(name, i), " must not be the memory of another tensor of the call");
-    }
 }
 
 // Keep sets: one for all layers or one per layer, each (B, K) with (B) or (B, Hk, K) with (B, Hk).
@@ -208,9 +195,9 @@ void compact_kv_(const Tensors& keys,    // [B, Hk, L, D] each
                  bool align_end) {
   constexpr const char* op = "compact_kv_";
   check_caches(op, keys, values, {{"B", "Hk", "L", "D"}, 1, 1, false}, keys.data());
-  check_distinct(op, keys, values);
   if (keys.empty()) return;
   check_keep(op, keys[0].size(0), keys, 1, keep, counts, keys[0]);
+  check_disjoint(op, keys, values, keep, counts);
 
   Call call{describe_sets(keep, counts), {}, nullptr, nullptr, align_end};
   for (size_t i = 0; i < keys.size(); ++i)
@@ -240,7 +227,6 @@ void compact_paged_kv_(const Tensors& keys,             // [blocks, slots, Hk, D
                        bool align_end) {
   constexpr const char* op = "compact_paged_kv_";
   check_caches(op, keys, values, {{"blocks", "slots", "Hk", "D"}, 2, 2, true}, &block_table);
-  check_distinct(op, keys, values);
   check_tensor(op, "block_table", block_table, {"B", "max_blocks"}, ScalarType::Int, block_table);
   const int64_t batch = block_table.size(0);
   if (align_end && !seq_lens) refuse_argument(op, "seq_lens", " must be given with align_end");
@@ -248,6 +234,7 @@ void compact_paged_kv_(const Tensors& keys,             // [blocks, slots, Hk, D
   if (keys.empty()) return;
   check_at_least(op, {"keys", 0}, keys[0].size(1), 1);
   check_keep(op, batch, keys, 2, keep, counts, block_table);
+  check_disjoint(op, keys, values, keep, counts, &block_table, seq_lens);
   if (block_table.numel() == 0) return;
 
   Call call{describe_sets(keep, counts), {}, &block_table, seq_lens ? &*seq_lens : nullptr, align_end};

@@ -2,7 +2,7 @@
 // What spatial_merge asks of its arguments.
 #pragma once
 
-#include "common/stable.h"
+#include "common/arguments.h"
 
 namespace mustdrop {
 
@@ -17,17 +17,16 @@ inline void check_spatial_merge(const Tensor& x,  // [B, P+N, C]
   MUSTDROP_CHECK(grid.size() == 2 || grid.size() == 3, op, "grid", " must be [H, W] or [T, H, W], got ", to_text(grid));
   MUSTDROP_CHECK(window.size() == grid.size(), op, "window", " must have as many entries as grid, got ",
                  to_text(window));
-  int64_t patches = 1, windows = 1, tokens = 1;
+  int64_t windows = 1;
   for (size_t d = 0; d < grid.size(); ++d) {
     MUSTDROP_CHECK(grid[d] >= 0, op, "grid", " must not be negative, got ", to_text(grid));
     MUSTDROP_CHECK(window[d] >= 1, op, "window", " must be positive, got ", to_text(window));
-    patches *= grid[d];
-    windows *= grid[d] / window[d];
-    tokens *= window[d];
+    windows = product({windows, grid[d] / window[d]});
   }
+  const int64_t patches = product(grid), tokens = product(window);
   MUSTDROP_CHECK(num_prefix_tokens >= 0, op, "num_prefix_tokens", " must be at least 0, got ", num_prefix_tokens);
-  MUSTDROP_CHECK(x.size(1) == num_prefix_tokens + patches, op, "x",
-                 " must have num_prefix_tokens + prod(grid) = ", num_prefix_tokens + patches, " tokens, got ",
+  MUSTDROP_CHECK(patches <= x.size(1) && num_prefix_tokens == x.size(1) - patches, op, "x",
+                 " must have num_prefix_tokens + prod(grid) = ", num_prefix_tokens, " + ", patches, " tokens, got ",
                  x.size(1));
   if (sizes) {
     check_shape(op, "sizes", *sizes, {x.size(0), x.size(1)});

@@ -20,15 +20,6 @@ struct Options {
   bool uniform, merged_first;
 };
 
-int64_t product(const std::vector<int64_t>& values) {
-  int64_t result = 1;
-  for (const int64_t value : values) {
-    // Past any tensor's size: stays there, so that the comparison with x refuses it.
-    if (__builtin_mul_overflow(result, value, &result)) return INT64_MAX;
-  }
-  return result;
-}
-
 void check_grid(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
                 int64_t num_prefix_tokens) {
   if (grid.size() != 2 && grid.size() != 3)
@@ -97,7 +88,7 @@ class Assignment {
  public:
   Assignment(const cpu::MergeJob& job, const Options& options, uint8_t* merged, int64_t* source, int32_t* counts)
       : job_(job), options_(options), merged_(merged), source_(source), counts_(counts), complete_(job.windows) {
-    const int64_t tokens = job.window[0] * job.window[1] * job.window[2];
+    const int64_t tokens = product({job.window[0], job.window[1], job.window[2]});
     for (int64_t w = 0; w < job.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
   }
 

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import written_whole
 from .run import Document, Row
 from .shapes import parse_shape
 
@@ -36,7 +37,8 @@ def write_all(document: Document, folder: Path) -> list[Path]:
             if figure is None:
                 continue
             path = folder / f"{document['machine']['device']}-{dtype}-{name}.png"
-            figure.savefig(path, dpi=130, bbox_inches="tight")
+            with written_whole(path) as scratch:
+                figure.savefig(scratch, dpi=130, bbox_inches="tight")
             written.append(path)
     return written
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import write_text
 from .cases import Case
 from .run import FORMAT, Contender, Document, Row
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 def write(document: Document, path: Path) -> None:
     """As JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1) + "\n")
+    write_text(path, json.dumps(document, indent=1) + "\n")
 
 
 def read(path: Path) -> Document:

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .. import backends
 from ..config import MustDropConfig
+from ..files import write_text
 from . import Refusal
 from .subject import Subject, load_image, load_model, require_extras
 
@@ -118,7 +119,7 @@ def run(wish: Wish, step: Callable[[str], None]) -> Outcome:
         wish, subject, credit, _preset(wish), report, plain, dropped, repeats, wish.out / PICTURE, wish.out / REPORT
     )
     _draw(outcome, subject.seen(inputs["pixel_values"]))
-    outcome.report_file.write_text(json.dumps(report.to_dict()) + "\n")
+    write_text(outcome.report_file, json.dumps(report.to_dict()) + "\n")
     return outcome
 
 

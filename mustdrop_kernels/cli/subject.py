@@ -107,7 +107,7 @@ def load_model(name: str | None, seed: int, device: str) -> Subject:
     try:
         kind = AutoConfig.from_pretrained(name).model_type
         if kind == "llava":
-            model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto").eval()
+            model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto", use_safetensors=True).eval()
             processor = AutoProcessor.from_pretrained(name)
     except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

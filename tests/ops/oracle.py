@@ -146,7 +146,7 @@ def cls_attention(
     out = np.zeros((batch, span))
     for b in range(batch):
         n = span if counts is None else max(0, min(int(counts[b]), span))
-        if n == 0:
+        if n == 0 or heads == 0:
             continue
         rows = [softmax(k[b, h, :n] @ q[b, h] * scale) for h in range(heads)]
         out[b, :n] = sum(rows) / heads

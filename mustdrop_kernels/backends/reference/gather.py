@@ -21,7 +21,7 @@ def gather_tokens(
     checks.gather_tokens(x, keep, counts, align_end=align_end)
     batch, capacity = keep.shape
     length = x.shape[1]
-    if length == 0:
+    if length == 0 or batch == 0:
         return x.new_zeros(batch, capacity, *x.shape[2:])
     kept = counts.long().clamp(0, capacity)[:, None]
     entry = torch.arange(capacity, device=x.device).expand(batch, -1)

@@ -54,12 +54,14 @@ def spatial_merge(
     )
     batch, length, channels = x.shape
     prefix, patches = num_prefix_tokens, length - num_prefix_tokens
-    members = window_members(grid, window, x.device)  # [W, n]
+    # What the border cuts off in every window needs no memory; such windows are never complete.
+    inside_grid = [min(extent, max(size, 1)) for size, extent in zip(grid, window, strict=True)]
+    members = window_members(grid, inside_grid, x.device)  # [W, n]
     present = members >= 0
     mergeable = present.sum(-1) > 1  # [W]
     similarity = window_similarity(x[:, prefix:], members)  # [B, W]
 
-    complete = present.all(-1) & mergeable
+    complete = present.all(-1) & mergeable & (inside_grid == list(window))
     if budget is not None:
         merged = rank_descending(similarity, complete.expand_as(similarity)) < budget
     else:

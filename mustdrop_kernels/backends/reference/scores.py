@@ -23,7 +23,7 @@ def cls_attention(
     real = column < (counts[:, None] if counts is not None else k.shape[2])  # [B, S] or [S]
     real = real.expand(k.shape[0], -1)
     scores = scale * torch.einsum("bhd,bhsd->bhs", q.float(), k.float())
-    probability = _softmax(scores, real[:, None], None).mean(1)
+    probability = _softmax(scores, real[:, None], None).sum(1) / max(q.shape[1], 1)
     return probability.masked_fill(~real | (column < num_prefix_tokens), 0.0)
 
 
@@ -53,7 +53,7 @@ def _head_mean(
     scores = scale * q.float() @ k.float().repeat_interleave(group, 1).transpose(-1, -2)  # [B, Hq, R, L]
     column = torch.arange(k.shape[2], device=k.device)
     visible = (token_types != 0)[:, None] & (column <= position[..., None])  # [B, R, L]
-    probability = _softmax(scores, visible[:, None], lse).mean(1)
+    probability = _softmax(scores, visible[:, None], lse).sum(1) / max(q.shape[1], 1)
     inside = (position >= 0) & (position < k.shape[2])
     query = inside & (_take(token_types, position.clamp(0, max(k.shape[2] - 1, 0))) == 3)  # [B, R]
     shown = query[..., None] & (token_types == 2)[:, None]

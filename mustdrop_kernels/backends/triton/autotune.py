@@ -22,6 +22,7 @@ import triton
 import triton.testing
 
 from ... import __version__
+from ...files import write_text
 from . import configs
 from .configs import Config, Key
 from .launch import Plans
@@ -62,9 +63,7 @@ def save() -> None:
         "/".join(key): {"tiles": dict(c.tiles), "num_warps": c.num_warps, "num_stages": c.num_stages}
         for key, c in sorted(found.items())
     }
-    scratch = file.with_suffix(f".{os.getpid()}")
-    scratch.write_text(json.dumps(text, indent=1))
-    scratch.replace(file)
+    write_text(file, json.dumps(text, indent=1))
 
 
 def measure(run: Callable[[], Any]) -> float:

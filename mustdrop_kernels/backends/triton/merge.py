@@ -8,6 +8,7 @@ token goes to; and the rows themselves. A grid of two dimensions is a grid of th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from math import prod
 
@@ -284,6 +285,11 @@ class _Plan:
         self.batch, self.length, self.channels = batch, length, channels
         self.capacity = length if budget is None else length - budget * (prod(window) - 1)
         frames, extent = (1, *grid)[-3:], (1, *window)[-3:]
+        # What the border cuts off in every window is not looked at; with `uniform` such windows do not merge.
+        inside = tuple(min(e, max(g, 1)) for g, e in zip(frames, extent, strict=True))
+        if uniform and inside != extent:
+            threshold = math.inf
+        extent = inside
         self.windows = prod(cdiv(g, e) for g, e in zip(frames, extent, strict=True))
         self.ranks = uniform or budget is not None or merged_first
 

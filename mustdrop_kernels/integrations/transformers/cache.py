@@ -44,6 +44,17 @@ class Held:
         self.alive = None if self.alive is None else change(self.alive)
 
 
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """How far a cache was filled."""
+
+    lengths: list[int]  # slots per layer
+    held: list[Held]
+    prompt_length: int
+    renumbered: bool
+    changes: int
+
+
 class DropLayer(DynamicLayer):
     """A layer that counts dropped tokens as seen: generate() and RoPE go by the plain prompt's length."""
 
@@ -80,6 +91,7 @@ class DropCache(DynamicCache):
         if other:
             raise ValueError(f"drop_tokens needs full attention in every layer, this model's cache has {other}")
         self.lifetime = Lifetime()
+        self.changes = 0  # of its rows
         self.reset()
 
     def reset(self) -> None:
@@ -120,6 +132,21 @@ class DropCache(DynamicCache):
         for layer, entry in zip(self.layers, self.held, strict=True):
             layer.dropped = prompt_length - entry.length
 
+    def mark(self) -> Mark:
+        """How far it is filled now."""
+        lengths = [layer.get_seq_length() - layer.dropped for layer in self.layers]
+        return Mark(lengths, list(self.held), self.prompt_length, self.renumbered, self.changes)
+
+    def back_to(self, mark: Mark) -> None:
+        """Takes off what was appended since, after an error. Rows that beams have reordered stay where they are."""
+        if not any(mark.lengths):
+            self.reset()
+        elif self.changes == mark.changes:
+            for i, length in enumerate(mark.lengths):
+                keys, values = self.stored(i)
+                self.store(i, keys[:, :, :length], values[:, :, :length])
+            self.held, self.prompt_length, self.renumbered = list(mark.held), mark.prompt_length, mark.renumbered
+
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends to a layer; where nobody makes masks for a shortened cache, refuses."""
         if self.shortened and not self.lifetime.open:
@@ -142,5 +169,6 @@ class DropCache(DynamicCache):
         self._change_rows(lambda rows: rows[indices])
 
     def _change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.changes += 1
         for entry in {id(entry): entry for entry in self.held}.values():
             entry.change_rows(change)

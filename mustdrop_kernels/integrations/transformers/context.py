@@ -18,6 +18,7 @@ from .cache import DropCache, Lifetime
 from .decode import Decode
 from .llava import CACHE, OLD_CACHE, Llava, hidden_of, with_hidden
 from .prefill import Prefill
+from .undo import UndoneForward, undone_on_error
 from .vision import EncodedImage, VisionStage
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -74,6 +75,7 @@ class _Session:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""
         llava, body = self.llava, self.llava.body
         stack.callback(setattr, self.lifetime, "open", False)
+        UndoneForward().install(stack, llava.model)
         self.vision.install(stack)
         _patch(stack, body, "get_image_features", self.vision.wrap(body.get_image_features))
         _patch(stack, llava.model, "generate", self._wrap_generate(llava.model.generate))
@@ -105,7 +107,8 @@ class _Session:
                     f"{CACHE} is a {type(cache).__name__}; inside drop_tokens pass none, "
                     "or one that generate returned inside drop_tokens"
                 )
-            return generate(inputs, generation_config, **kwargs)
+            with undone_on_error(kwargs[CACHE]):
+                return generate(inputs, generation_config, **kwargs)
 
         return wrapped
 

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether strided tensors share memory: exact. csrc/common/overlap.h is the same in C++."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+_MOST_STEPS = 1 << 16
+
+Shape = tuple[int, ...]
+# (bytes that lie together, ((size, stride in bytes), ...) of the other dimensions by falling stride)
+Form = tuple[int, tuple[tuple[int, int], ...]]
+
+
+def has_address(t: Tensor) -> bool:
+    """Whether a tensor has memory to look at: a fake one, a meta one, a subclass that holds others, have none."""
+    return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and t.device.type != "meta"
+
+
+@functools.lru_cache(maxsize=1024)
+def form(shape: Shape, strides: Shape, element: int) -> Form:
+    """What a view's bytes look like, from its first one on. A dimension of stride 0 names the same bytes again."""
+    kept = sorted((s * element, n) for n, s in zip(shape, strides, strict=True) if n != 1 and s != 0)
+    run, inner = element, 0
+    while inner < len(kept) and kept[inner][0] == run:
+        run *= kept[inner][1]
+        inner += 1
+    return run, tuple((n, s) for s, n in reversed(kept[inner:]))
+
+
+def extent(view: Form) -> int:
+    """Bytes from a view's first to behind its last."""
+    run, dims = view
+    return run + sum((n - 1) * s for n, s in dims)
+
+
+@functools.lru_cache(maxsize=1024)
+def overlaps_itself(view: Form) -> bool:
+    """Whether two elements lie at one address, or within each other."""
+    inner, dims = view
+    if len({s for _, s in dims}) < len(dims):
+        return True
+    nested = True
+    for n, s in reversed(dims):
+        nested = nested and s >= inner
+        inner += (n - 1) * s
+    return not nested and _reach(view, view, 0, trivial=False)
+
+
+@functools.lru_cache(maxsize=16384)
+def share_memory(first: Form, second: Form, distance: int) -> bool:
+    """Whether two views share a byte; `distance`: from the first's first byte to the second's."""
+    if distance >= extent(first) or -distance >= extent(second):
+        return False
+    return _reach(first, second, distance, trivial=True)
+
+
+def _reach(first: Form, second: Form, target: int, *, trivial: bool) -> bool:
+    """Whether a sum of i_d * stride_d + byte of one minus the same of the other is `target`.
+
+    `trivial`: whether the sum whose numbers are all 0, but for the bytes', counts. What is not decided in so many steps
+    (no layout that anybody uses) counts as shared.
+    """
+    ranges: dict[int, tuple[int, int]] = {}
+    for n, s in first[1]:
+        low, high = ranges.get(s, (0, 0))
+        ranges[s] = low, high + n - 1
+    for n, s in second[1]:
+        low, high = ranges.get(s, (0, 0))
+        ranges[s] = low - (n - 1), high
+    terms = [(s, *ranges[s]) for s in sorted(ranges, reverse=True)]
+    bytes_low, bytes_high = 1 - second[0], first[0] - 1
+    least, most = [bytes_low], [bytes_high]  # of the terms behind each
+    for s, low, high in reversed(terms):
+        least.insert(0, least[0] + s * low)
+        most.insert(0, most[0] + s * high)
+    steps = 0
+
+    def search(k: int, rest: int, counts: bool) -> bool:
+        nonlocal steps
+        steps += 1
+        if steps > _MOST_STEPS:
+            return True
+        if k == len(terms):
+            return counts and bytes_low <= rest <= bytes_high
+        s, low, high = terms[k]
+        numbers = range(max(low, -((most[k + 1] - rest) // s)), min(high, (rest - least[k + 1]) // s) + 1)
+        return any(search(k + 1, rest - c * s, counts or c != 0) for c in numbers)
+
+    return search(0, target, trivial)
+
+
+Claim = tuple[str, Tensor, bool]
+"""What a tensor is called, the tensor, and whether it is written."""
+
+
+def conflicts(claims: Sequence[Claim]) -> Iterator[tuple[str, str]]:
+    """Pairs (name, what is wrong) in a call: overlaps of what is written with itself and with the others."""
+    placed: list[tuple[int, int, int]] = []
+    forms: list[Form] = []
+    for name, t, writes in claims:
+        view = form(tuple(t.shape), t.stride(), t.element_size()) if t.numel() else (0, ())
+        forms.append(view)
+        if not view[0]:
+            continue
+        if writes and overlaps_itself(view):
+            yield name, f"must have each element at an address of its own, got strides {t.stride()}"
+        begin = t.data_ptr()
+        placed.append((begin, len(forms) - 1, begin + extent(view)))
+    placed.sort()
+    for i, (begin, one, end) in enumerate(placed):
+        for other_begin, other, _ in placed[i + 1 :]:
+            if other_begin >= end:
+                break
+            if not (claims[one][2] or claims[other][2]):
+                continue
+            if share_memory(forms[one], forms[other], other_begin - begin):
+                yield claims[max(one, other)][0], f"must not share memory with {claims[min(one, other)][0]}"

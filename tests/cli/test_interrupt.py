@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ctrl-C during ``mustdrop demo`` and ``mustdrop bench``: nothing half-written, and what was there before stays."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.figure
+import pytest
+
+from mustdrop_kernels.cli import demo
+
+
+@pytest.fixture
+def interrupted_drawing(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """Ctrl-C in the middle of the first picture."""
+    begun: list[Path] = []
+
+    def savefig(figure: object, path: Path, **options: object) -> None:
+        begun.append(Path(path))
+        Path(path).write_bytes(b"half a pict")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", savefig)
+    return begun
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def test_demo(
+    interrupted_drawing: list[Path],
+    mustdrop: Callable,
+    checkpoint: Path,
+    picture: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / demo.PICTURE).write_bytes(b"an older picture")
+    monkeypatch.setattr(demo, "_REPEATS", 1)
+    words = ["--model", checkpoint, "--image", picture, "--preset", "keep-all", "--max-new-tokens", 1]
+    result = mustdrop("demo", *words, "--out", tmp_path)
+    assert result.exit_code != 0
+    assert len(interrupted_drawing) == 1
+    assert files_in(tmp_path) == [demo.PICTURE]
+    assert (tmp_path / demo.PICTURE).read_bytes() == b"an older picture"
+
+
+def test_bench(interrupted_drawing: list[Path], mustdrop: Callable, tmp_path: Path) -> None:
+    written = tmp_path / "bench.json"
+    older = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "llava-1.5.json"
+    result = mustdrop("bench", "--load", older, "--json", written, "--plot", tmp_path / "pictures")
+    assert result.exit_code != 0
+    assert len(interrupted_drawing) == 1
+    assert files_in(tmp_path) == ["bench.json"]
+    assert json.loads(written.read_text())["rows"], "what was finished is whole"
+
+
+SIGINT_WHILE_TIMING = """
+import os, signal, sys
+from mustdrop_kernels.bench import timing
+real = timing.__dict__[{name!r}]
+def interrupted(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGINT)
+    return real(*args, **kwargs)
+import mustdrop_kernels.bench.run as run
+for module in (timing, run):
+    if hasattr(module, {name!r}):
+        setattr(module, {name!r}, interrupted)
+from mustdrop_kernels.cli import main
+words = "bench gather_tokens --shapes tiny --quick --peers none --json".split()
+sys.argv = ["mustdrop", *words, sys.argv[1]]
+main()
+"""
+
+
+def test_a_real_signal_while_timing(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text("older")
+    code = SIGINT_WHILE_TIMING.format(name="interleaved")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode not in (0, 1), done.stderr
+    assert done.returncode in (130, -signal.SIGINT), done.stderr
+    assert files_in(tmp_path) == ["bench.json"]
+    assert path.read_text() == "older"

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``python -m tests.fuzz``: every operator on everybody who can play here, with a bar, a table and a record."""
+
+from __future__ import annotations
+
+import json as json_module
+import multiprocessing
+import os
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any
+
+import hypothesis
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from mustdrop_kernels.bench.machine import describe
+from mustdrop_kernels.files import write_text
+
+from .families import FAMILIES
+from .hunt import REGRESSIONS, Tally, hunt
+from .players import available, child, closing
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+Ops = Annotated[str, typer.Option(help="Names with commas between. Default: all.")]
+Cases = Annotated[int, typer.Option(min=1, help="Cases of each operator.")]
+Minutes = Annotated[float, typer.Option(help="Stop after so many, whatever is left.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same cases. Default: another each time.")]
+Backends = Annotated[
+    str, typer.Option(help="NAME or NAME=SHARE of the cases, with commas between. Default: who can play here.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write a record of the run here.")]
+Save = Annotated[Path, typer.Option(help="Folder for shrunk failures.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Operators at a time, each with processes of its own.")]
+
+
+@app.command()
+def fuzz(
+    ops: Ops = "",
+    cases: Cases = 1000,
+    minutes: Minutes = 60.0,
+    seed: Seed = None,
+    backends: Backends = "",
+    json: Json = None,
+    save: Save = REGRESSIONS,
+    jobs: Jobs = 1,
+) -> None:
+    """Draw cases, compare everybody with the float64 oracle and with one another, shrink and keep what differs.
+
+    Ends with status 1 if something differs.
+    """
+    console = Console()
+    try:
+        wanted = _ops(ops)
+        shares, missing = _shares(backends)
+    except ValueError as error:
+        print(f"fuzz: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    drawn = int.from_bytes(os.urandom(3), "big") if seed is None else seed
+    for name, reason in missing.items():
+        console.print(f"{name} does not play: {reason}", style="dim", markup=False, highlight=False)
+    begin = time.monotonic()
+    tallies = _run(wanted, shares, cases, drawn, begin + 60 * minutes, jobs)
+    console.print(_table(tallies))
+    failures = [failure for tally in tallies for failure in tally.failures]
+    for failure in failures:
+        path = failure.save(save)
+        console.print(f"{path}\n  {failure.message}", markup=False, highlight=False)
+    if json is not None:
+        write_text(json, json_module.dumps(_record(tallies, shares, missing, drawn, begin), indent=1) + "\n")
+    console.print(f"seed {drawn}")
+    raise typer.Exit(1 if failures else 0)
+
+
+def _ops(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()] or list(FAMILIES)
+    unknown = [name for name in names if name not in FAMILIES]
+    if unknown:
+        raise ValueError(f"there is no operator {unknown[0]!r}; there are {', '.join(FAMILIES)}")
+    return names
+
+
+def _shares(text: str) -> tuple[dict[str, float | None], dict[str, str]]:
+    """Who plays, with what share (None: the usual one); and who does not, and why."""
+    there = available()
+    missing = {name: reason for name, reason in there.items() if reason is not None}
+    if not text:
+        return {name: None for name in there if name not in missing}, missing
+    shares: dict[str, float | None] = {}
+    for entry in text.split(","):
+        name, _, share = entry.strip().partition("=")
+        if name not in there:
+            raise ValueError(f"there is no backend {name!r}; there are {', '.join(there)}")
+        if name in missing:
+            raise ValueError(f"{name} cannot play here: {missing[name]}")
+        shares[name] = float(share) if share else None
+    return shares, {}
+
+
+def _hunt(op: str, shares: dict[str, float | None], cases: int, seed: int, seconds: float, told: Any) -> Tally:
+    """One operator, in a process of its own where several are hunted at a time."""
+    torch.set_num_threads(1)
+    with closing([child(name, share) for name, share in shares.items()]) as players:
+        until = time.monotonic() + seconds
+        return hunt(FAMILIES[op], players, cases, seed, until=until, tell=lambda tally: told.put((op, tally.cases)))
+
+
+def _run(
+    ops: list[str], shares: dict[str, float | None], cases: int, seed: int, until: float, jobs: int
+) -> list[Tally]:
+    columns = (TextColumn("{task.description:26}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    context = multiprocessing.get_context("spawn")
+    found: dict[str, Tally] = {}
+    with (
+        context.Manager() as manager,
+        Progress(*columns, console=Console(stderr=True)) as progress,
+        ProcessPoolExecutor(jobs, mp_context=context) as pool,
+    ):
+        told = manager.Queue()
+        tasks = {op: progress.add_task(op, total=cases, start=False) for op in ops}
+        # Time that is left is shared by the operators that are left, as many at a time as there are jobs.
+        waiting, running = list(ops), {}
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                op = waiting.pop(0)
+                seconds = max(0.0, until - time.monotonic()) * jobs / (len(waiting) + jobs)
+                running[pool.submit(_hunt, op, shares, cases, seed, seconds, told)] = op
+                progress.start_task(tasks[op])
+            while not told.empty():
+                op, done = told.get()
+                progress.update(tasks[op], completed=done)
+            for future in [f for f in running if f.done()]:
+                op = running.pop(future)
+                found[op] = future.result()
+                progress.update(tasks[op], completed=found[op].cases)
+                progress.stop_task(tasks[op])
+            time.sleep(0.2)
+    return [found[op] for op in ops]
+
+
+def _table(tallies: list[Tally]) -> Table:
+    names = list(dict.fromkeys(name for tally in tallies for name in tally.by_player))
+    table = Table(title="Cases of each operator, by who computed them")
+    for column in ("operator", "cases", *names, "near a threshold", "mismatches", "s"):
+        table.add_column(column, justify="left" if column == "operator" else "right")
+    for tally in tallies:
+        near = max(tally.near.values(), default=0)
+        counts = [str(tally.by_player[name]) for name in names]
+        row = [tally.op, str(tally.cases), *counts, str(near), str(len(tally.failures)), f"{tally.seconds:.0f}"]
+        table.add_row(*row, style="red" if tally.failures else None)
+    return table
+
+
+def _record(
+    tallies: list[Tally], shares: dict[str, float | None], missing: dict[str, str], seed: int, begin: float
+) -> dict[str, Any]:
+    """Plain JSON types: what was run, where, and what came of it."""
+    total: Counter[str] = sum((tally.by_player for tally in tallies), Counter())
+    return {
+        "command": " ".join(["python -m tests.fuzz", *sys.argv[1:]]),
+        "seed": seed,
+        "machine": describe(torch.device("cpu"), 1),
+        "hypothesis": hypothesis.__version__,
+        "players": {name: {"cases": total[name]} for name in shares},
+        "not_playing": missing,
+        "seconds": round(time.monotonic() - begin, 1),
+        "cases": sum(tally.cases for tally in tallies),
+        "mismatches": sum(len(tally.failures) for tally in tallies),
+        "ops": {tally.op: tally.to_dict() for tally in tallies},
+    }

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Draws cases, lets everybody compute them, compares; shrinks what differs and keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import FlakyFailure
+from hypothesis.reporting import with_reporter
+from torch import Tensor
+
+from mustdrop_kernels.files import write_text
+
+from .family import Family, Mismatch
+from .inputs import Case
+from .players import Player, takes
+
+REGRESSIONS = Path(__file__).parent / "regressions"
+BLOCK = 250
+"""Cases of one hypothesis run; a failure ends its block."""
+
+
+@dataclass
+class Failure:
+    """A shrunk case on which somebody differs."""
+
+    player: str
+    message: str
+    case: Case
+
+    def save(self, folder: Path) -> Path:
+        """As a file that the regression test replays."""
+        text = json.dumps(self.case, sort_keys=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.case['op']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
+        document = {"player": self.player, "message": self.message, "case": self.case}
+        write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
+        return path
+
+
+@dataclass
+class Tally:
+    """What came of an operator's cases."""
+
+    op: str
+    cases: int = 0
+    shrinking: int = 0  # cases that were tried to make a failure smaller
+    by_player: Counter[str] = field(default_factory=Counter)
+    near: Counter[str] = field(default_factory=Counter)  # cases that nearness to a threshold explains
+    kinds: Counter[str] = field(default_factory=Counter)  # what the cases had in them
+    failures: list[Failure] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "cases": self.cases,
+            "by_player": dict(self.by_player),
+            "mismatches": len(self.failures),
+            "near_threshold": dict(self.near),
+            "shrinking": self.shrinking,
+            "kinds": dict(self.kinds.most_common()),
+            "seconds": round(self.seconds, 1),
+            "failures": [{"player": f.player, "message": f.message, "case": f.case} for f in self.failures],
+        }
+
+
+def compare(family: Family, case: Case, players: Sequence[Player]) -> dict[str, bool]:
+    """Player -> whether the case was near for it.
+
+    Raises:
+        Mismatch: somebody differs from the oracle, or two of them from each other; `player` says who.
+    """
+    for player in players:
+        player.ask(case)
+    answers = {player.name: player.answer(family, case) for player in players}  # all, so that no pipe keeps any
+    arguments = family.build(case)
+    memo: dict[str, Any] = {}
+    near = {}
+    for name, answer in answers.items():
+        try:
+            assert answer.problem is None, answer.problem
+            near[name] = family.judge(case, arguments, memo, answer.tensors)
+        except AssertionError as error:
+            mismatch = Mismatch(f"{name}: {error}")
+            mismatch.player = name  # type: ignore[attr-defined]
+            raise mismatch from None
+    if not any(near.values()) and len(answers) > 1:
+        _agree(family, {name: answer.tensors for name, answer in answers.items()})
+    return near
+
+
+def _agree(family: Family, answers: dict[str, list[Tensor]]) -> None:
+    """Decisions of any two are the same. (Their floats are each within a tolerance of the oracle's.)"""
+    if family.in_place:
+        return  # what is specified has been compared bit by bit; the rest is anybody's
+    first, *others = answers
+    for other in others:
+        for i, (a, b) in enumerate(zip(answers[first], answers[other], strict=True)):
+            same = a.dtype == b.dtype and a.shape == b.shape
+            if same and not a.is_floating_point() and not a.is_complex():
+                same = bool(np.array_equal(a.numpy(), b.numpy()))
+            if not same:
+                mismatch = Mismatch(f"{other} and {first} differ in result {i}")
+                mismatch.player = other  # type: ignore[attr-defined]
+                raise mismatch
+
+
+def kinds_of(case: Case) -> list[str]:
+    """What a case has in it, for the record."""
+    found = [str(case["dtype"])]
+    text = json.dumps(case)
+    found += [name for name in ("inf", "nan", "rubbish", "bad_blocks", "merged_first", "align_end") if _has(case, name)]
+    if '"order"' in text or '"interleaved": "' in text:
+        found.append("views")
+    if '"expand"' in text:
+        found.append("expanded")
+    sizes = [*case.get("shape", []), *case.get("grid", [1]), case.get("batch", 1), case.get("length", 1)]
+    if 0 in sizes or case.get("lengths") == []:
+        found.append("empty")
+    return found
+
+
+def _has(case: Case, name: str) -> bool:
+    if isinstance(case.get("keep"), dict) and case["keep"].get(name):
+        return True
+    return bool(case.get(name)) or name in json.dumps([case.get("special"), case.get("thresholds")])
+
+
+class _Trial:
+    """One block's cases. After a failure the player that failed takes every case, so that shrinking goes on with it."""
+
+    def __init__(self, family: Family, players: Sequence[Player], tally: Tally) -> None:
+        self.family, self.players, self.tally = family, players, tally
+        self.failed: str | None = None
+        self.last: Failure | None = None
+
+    def __call__(self, described: Case) -> None:
+        case = {"op": self.family.op, **described}
+        if self.failed is None:
+            chosen = [p for p in self.players if takes(p, case)]
+        else:
+            # Beside the one that failed, one to compare it with.
+            chosen = [p for p in self.players if p.name == self.failed or p is self.players[0]]
+        try:
+            near = compare(self.family, case, chosen)
+        except Mismatch as mismatch:
+            self.failed = mismatch.player  # type: ignore[attr-defined]
+            self.last = Failure(self.failed, str(mismatch), case)
+            raise
+        if self.failed is not None:
+            self.tally.shrinking += 1
+            return
+        self.tally.cases += 1
+        self.tally.by_player.update(near.keys())
+        self.tally.near.update(name for name, is_near in near.items() if is_near)
+        self.tally.kinds.update(kinds_of(case))
+
+
+def hunt(
+    family: Family,
+    players: Sequence[Player],
+    cases: int,
+    seed: int,
+    *,
+    until: float = float("inf"),
+    most_failures: int = 5,
+    tell: Callable[[Tally], None] = lambda tally: None,
+) -> Tally:
+    """Tries `cases` cases, or stops at the time `until` (of time.monotonic) or with so many failures.
+
+    The same seed draws the same cases.
+    """
+    tally, begin, block = Tally(family.op), time.monotonic(), 0
+    while tally.cases < cases and time.monotonic() < until and len(tally.failures) < most_failures:
+        trial = _Trial(family, players, tally)
+        failure = _run_block(trial, min(BLOCK, cases - tally.cases), seed * 1_000_003 + block)
+        if failure is not None:
+            tally.failures.append(failure)
+        block += 1
+        tally.seconds = time.monotonic() - begin
+        tell(tally)
+    return tally
+
+
+def _run_block(trial: _Trial, cases: int, seed: int) -> Failure | None:
+    @hypothesis.seed(seed)
+    @settings(
+        max_examples=cases, database=None, deadline=None, derandomize=False, report_multiple_bugs=False,
+        phases=[Phase.generate, Phase.shrink], suppress_health_check=list(HealthCheck), print_blob=False,
+    )  # fmt: skip
+    @given(trial.family.strategy)
+    def attempt(described: Case) -> None:
+        trial(described)
+
+    try:
+        with with_reporter(lambda text: None):
+            attempt()
+    except Mismatch:
+        return trial.last  # the last that failed is the smallest
+    except FlakyFailure:
+        assert trial.last is not None
+        trial.last.message = f"not every time: {trial.last.message}"
+        return trial.last
+    return None
+
+
+def replay(path: Path, family: Family, players: Sequence[Player]) -> None:
+    """Compare a kept case again.
+
+    Raises:
+        Mismatch: somebody differs still.
+    """
+    compare(family, json.loads(path.read_text())["case"], players)

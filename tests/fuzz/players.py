@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who computes a case: in this process, or in one of their own that may crash, hang or need another environment."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import cuda_emulation
+import safetensors.torch
+from ops.conftest import candidates
+
+import mustdrop_kernels
+from mustdrop_kernels import _load, backends
+
+from .family import Answer, Family
+from .inputs import Case
+
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
+"""Instruction sets of the CPU kernels, from the least to the best."""
+TESTS = Path(__file__).parents[1]
+
+
+class Player(Protocol):
+    """Computes cases. `share`: of how many cases in one."""
+
+    name: str
+    share: float
+
+    def ask(self, case: Case) -> None:
+        """Begin with a case."""
+
+    def answer(self, family: Family, case: Case) -> Answer:
+        """What became of it."""
+
+    def close(self) -> None:
+        """No more cases."""
+
+
+def call_of(backend: str, op: str, case: Case) -> Callable[..., Any]:
+    """The operator of a backend; the emulated device is configured by the case."""
+    if backend == cuda_emulation.NAME:
+        if backend not in backends.registered():
+            backends.register_backend(cuda_emulation.emulated())
+        cuda_emulation.configure_for(json.dumps(case, sort_keys=True))
+    function = getattr(mustdrop_kernels, op)
+    return lambda **arguments: function(**arguments, backend=backend)
+
+
+@dataclass
+class Here:
+    """In this process. `call` replaces a backend, for tests of the fuzzer."""
+
+    name: str
+    share: float = 1.0
+    call: Callable[[str, Case], Callable[..., Any]] | None = None
+
+    def ask(self, case: Case) -> None:
+        """Computes when it is asked for the answer."""
+
+    def answer(self, family: Family, case: Case) -> Answer:
+        call = call_of(self.name, family.op, case) if self.call is None else self.call(family.op, case)
+        return family.compute(case, call)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass
+class Child:
+    """In a process of its own (``child.py``): a line of JSON goes in; a line of JSON and safetensors come out."""
+
+    name: str
+    backend: str
+    share: float = 1.0
+    environment: dict[str, str] = field(default_factory=dict)
+    patience_s: float = 120.0
+    command: tuple[str, ...] = (sys.executable, "-m", "fuzz.child")
+    _process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, case: Case) -> None:
+        if self._process is None:
+            paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.environment}
+            self._process = subprocess.Popen(
+                [*self.command, self.backend],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
+            )  # fmt: skip
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # the answer will tell
+            self._process.stdin.write(json.dumps(case).encode() + b"\n")
+            self._process.stdin.flush()
+
+    def answer(self, family: Family, case: Case) -> Answer:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        stream = self._process.stdout
+        if not select.select([stream], [], [], self.patience_s)[0]:
+            self.close()
+            return Answer(problem=f"gave no answer in {self.patience_s:.0f} s")
+        head = stream.readline()
+        if not head:
+            status = self._process.wait()
+            self._process = None  # a new one for the next case
+            return Answer(problem=f"died with status {status}")
+        told = json.loads(head)
+        if told["problem"] is not None:
+            return Answer(problem=told["problem"])
+        tensors = safetensors.torch.load(stream.read(told["bytes"]))
+        return Answer([tensors[str(i)] for i in range(len(tensors))])
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+
+def takes(player: Player, case: Case) -> bool:
+    """Whether a case is among the player's share: always the same for the same case."""
+    return zlib.crc32(json.dumps(case, sort_keys=True).encode()) % 10_000 < player.share * 10_000
+
+
+SHARES = {"cpu": 1.0, "reference": 1.0, "cuda_emulated": 0.05, "triton": 0.01}
+LEVEL_SHARE = 0.25
+
+
+def available() -> dict[str, str | None]:
+    """Name -> None, or why nobody of this name plays here. "cpu" plays on the best instruction set."""
+    best = _load.cpu_capability()
+    names: dict[str, str | None] = dict.fromkeys(("cpu", "reference"))
+    for level in LEVELS[:-1]:
+        known = best in LEVELS and LEVELS.index(level) < LEVELS.index(best)
+        names[f"cpu:{level}"] = None if known else f"this machine has {best}"
+    names[cuda_emulation.NAME] = cuda_emulation.why_not()
+    has_triton = candidates()["triton"].why_not("gather_tokens", "cuda")
+    names["triton"] = has_triton if has_triton is not None and "not installed" in has_triton else None
+    return names
+
+
+def child(name: str, share: float | None = None) -> Child:
+    """A player of `available`, in a process of its own."""
+    backend, _, level = name.partition(":")
+    environment = {"OMP_NUM_THREADS": "1"}
+    if level:
+        environment["MUSTDROP_CPU_CAPABILITY"] = level
+    if backend == "triton":
+        environment["TRITON_INTERPRET"] = "1"
+    usual = LEVEL_SHARE if level else SHARES[backend]
+    return Child(name, backend, usual if share is None else share, environment)
+
+
+@contextlib.contextmanager
+def closing(players: list[Player]) -> Iterator[list[Player]]:
+    """Ends their processes."""
+    try:
+        yield players
+    finally:
+        for player in players:
+            player.close()

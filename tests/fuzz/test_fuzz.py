@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A short run of the fuzzer on the backends of this process; `make fuzz` runs it for longer, on more of them.
+
+MUSTDROP_FUZZ_CASES: cases of each operator.
+"""
+
+from __future__ import annotations
+
+import os
+
+import cuda_emulation
+import pytest
+
+from mustdrop_kernels import backends
+
+from .families import FAMILIES
+from .hunt import hunt
+from .players import Here
+
+CASES = int(os.environ.get("MUSTDROP_FUZZ_CASES", "100"))
+SEED = int(os.environ.get("MUSTDROP_FUZZ_SEED", "1"))
+
+
+@pytest.mark.parametrize("op", FAMILIES)
+def test_everybody_agrees_with_the_oracle(op, monkeypatch):
+    monkeypatch.setattr(backends, "_registered", dict(backends._registered))  # the emulation registers itself
+    players = [Here("cpu"), Here("reference")]
+    if cuda_emulation.why_not() is None:
+        players.append(Here(cuda_emulation.NAME, share=0.05))
+    tally = hunt(FAMILIES[op], players, CASES, SEED)
+    assert not tally.failures, "\n".join(f"{f.message}\n  {f.case}" for f in tally.failures)
+    assert tally.cases == tally.by_player["cpu"] == tally.by_player["reference"] == CASES
+    assert sum(tally.near.values()) <= 0.2 * CASES * len(players), "too many cases say little"

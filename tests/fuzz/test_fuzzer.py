@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The fuzzer finds what is planted, makes it small, keeps it, and plays it again."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import find, settings
+
+import mustdrop_kernels as mk
+
+from .families import FAMILIES
+from .family import Mismatch
+from .hunt import Failure, compare, hunt, replay
+from .players import Child, Here, takes
+
+CASES = 400
+
+
+def planted(op, change):
+    """A backend that is the reference but for what `change` does to its answer or its arguments."""
+
+    def call(name, case):
+        def run(**arguments):
+            return change(lambda **given: getattr(mk, name)(**given, backend="reference"), arguments)
+
+        return run
+
+    return Here("planted", call=call)
+
+
+def ties_to_the_higher_index(call, arguments):
+    flipped = {
+        name: value.flip(1) if isinstance(value, torch.Tensor) and value.dim() == 2 else value
+        for name, value in arguments.items()
+    }
+    found = call(**flipped)
+    length = arguments["scores"].shape[1]
+    keep = torch.where(found.keep >= 0, length - 1 - found.keep, 2**40).sort(1).values
+    return torch.where(keep < 2**40, keep, -1), found.counts
+
+
+def one_past_the_counts(call, arguments):
+    return call(**{**arguments, "counts": arguments["counts"] + 1})
+
+
+def one_past_the_end_is_written(call, arguments):
+    call(**arguments)
+    key = arguments["keys"][0]
+    storage = key.untyped_storage()
+    used = key.storage_offset() + sum((n - 1) * s for n, s in zip(key.shape, key.stride(), strict=True)) + 1
+    if key.numel() and used * key.element_size() < storage.nbytes():
+        storage[used * key.element_size()] = storage[used * key.element_size()] ^ 1
+
+
+def a_rounding_too_many(call, arguments):
+    total, peak = call(**arguments)
+    return total.bfloat16().float(), peak
+
+
+def a_merge_that_forgets_the_sizes(call, arguments):
+    return call(**{**arguments, "sizes": None})
+
+
+PLANTED = [
+    ("select_topk", ties_to_the_higher_index),
+    ("gather_tokens", one_past_the_counts),
+    ("compact_kv_", one_past_the_end_is_written),
+    ("text_vision_scores", a_rounding_too_many),
+    ("spatial_merge", a_merge_that_forgets_the_sizes),
+]
+
+
+@pytest.mark.parametrize(("op", "change"), PLANTED, ids=[change.__name__ for _, change in PLANTED])
+def test_a_planted_bug_is_found_shrunk_kept_and_replayed(op, change, tmp_path):
+    family, player = FAMILIES[op], planted(op, change)
+    tally = hunt(family, [Here("reference"), player], CASES, seed=5, most_failures=1)
+    assert tally.failures, "not found"
+    failure = tally.failures[0]
+    assert failure.player == "planted"
+    assert tally.shrinking > 0
+    case = failure.case
+    sizes = [case.get("batch", 1), *case.get("shape", []), case.get("length", 1)]
+    assert max(sizes) <= 12, f"not shrunk: {case}"
+    path = failure.save(tmp_path)
+    assert path.name.startswith(op)
+    with pytest.raises(AssertionError, match="planted"):
+        replay(path, family, [player])
+    replay(path, family, [Here("reference")])
+
+
+def test_the_same_seed_draws_the_same_cases():
+    drawn = []
+    for _ in range(2):
+        seen = []
+
+        def call(name, case, seen=seen):
+            seen.append(json.dumps(case, sort_keys=True))
+            return lambda **arguments: mk.select_topk(**arguments)
+
+        hunt(FAMILIES["select_topk"], [Here("cpu", call=call)], 20, seed=3)
+        drawn.append(seen)
+    assert drawn[0] == drawn[1]
+    assert len(set(drawn[0])) > 15
+
+
+def test_a_share_is_a_share():
+    cases = [{"op": "x", "seed": i} for i in range(2000)]
+    taken = sum(takes(Here("x", share=0.1), case) for case in cases)
+    assert 120 < taken < 280
+
+
+CRASHING = "import os, sys; sys.stdin.readline(); os.abort()"
+SILENT = "import sys, time; sys.stdin.readline(); time.sleep(60)"
+
+
+@pytest.mark.parametrize(("code", "told"), [(CRASHING, "died with status -6"), (SILENT, "gave no answer")])
+def test_a_process_that_crashes_or_hangs_is_a_mismatch(code, told):
+    player = Child("broken", "cpu", patience_s=5.0, command=(sys.executable, "-S", "-c", code))
+    case = {**select_topk_case(), "op": "select_topk"}
+    with pytest.raises(Mismatch, match=told):
+        compare(FAMILIES["select_topk"], case, [player])
+    player.close()
+
+
+def select_topk_case():
+    """The smallest there is."""
+    return find(FAMILIES["select_topk"].strategy, lambda case: True, settings=settings(database=None))
+
+
+def test_a_process_of_its_own_answers_as_this_one():
+    player = Child("cpu", "cpu", environment={"OMP_NUM_THREADS": "1"})
+    try:
+        for op in ("gather_tokens", "compact_kv_", "spatial_merge"):
+            tally = hunt(FAMILIES[op], [Here("reference"), player], 15, seed=2)
+            assert not tally.failures, tally.failures[0].message
+            assert tally.by_player["cpu"] == 15
+    finally:
+        player.close()
+
+
+def test_a_kept_case_has_its_name_from_what_it_says(tmp_path: Path):
+    failure = Failure("cpu", "cpu: differs", {"op": "select_topk", "length": 3})
+    assert failure.save(tmp_path) == failure.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1

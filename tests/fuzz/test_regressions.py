@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases on which somebody once differed: shrunk, kept, and compared on every backend for ever."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from ops.conftest import pairs
+
+from .families import FAMILIES
+from .hunt import REGRESSIONS, replay
+from .players import Here
+
+KEPT = sorted(REGRESSIONS.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
+def test_nobody_differs_any_more(path):
+    op = json.loads(path.read_text())["case"]["op"]
+    names = [pair.name for pair in pairs() if pair.device == "cpu"]
+    replay(path, FAMILIES[op], [Here(name) for name in names])

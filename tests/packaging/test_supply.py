@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""No pickle, no network, few dependencies: read from the sources, and tried with the network taken away."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "mustdrop_kernels"
+pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a source checkout")
+
+# Modules that load code with data, and calls that do.
+UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+UNSAFE_CALLS = {("torch", "load"), ("torch", "save"), ("yaml", "load"), ("numpy", "load"), ("np", "load")}
+UNSAFE_NAMES = {"eval", "exec", "compile", "__import__"}
+NETWORK = {"socket", "http", "urllib", "requests", "httpx", "aiohttp", "huggingface_hub", "ftplib", "ssl"}
+
+
+def sources() -> list[Path]:
+    return [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py")), ROOT / "setup.py"]
+
+
+def findings(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        where = f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            imported = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            imported = [node.module or ""]
+        else:
+            imported = []
+        for name in imported:
+            if name.split(".")[0] in UNSAFE_MODULES | NETWORK:
+                yield f"{where} imports {name}"
+        if not isinstance(node, ast.Call):
+            continue
+        called = node.func
+        if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name):
+            if (called.value.id, called.attr) in UNSAFE_CALLS:
+                yield f"{where} calls {called.value.id}.{called.attr}"
+        elif isinstance(called, ast.Name) and called.id in UNSAFE_NAMES:
+            yield f"{where} calls {called.id}"
+        for keyword in node.keywords:
+            if keyword.arg in ("trust_remote_code", "allow_pickle", "weights_only"):
+                yield f"{where} passes {keyword.arg}"
+
+
+def test_nothing_loads_code_with_data_or_opens_a_connection() -> None:
+    found = [line for path in sources() for line in findings(path)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["import pickle", "from pickle import loads", "torch.load('x')", "import urllib.request", "f(allow_pickle=True)",
+     "eval('1')"],
+)  # fmt: skip
+def test_the_search_finds(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "planted.py"
+    path.write_text(line + "\n")
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert list(findings(path))
+
+
+def test_torch_is_all_that_is_needed() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r"^dependencies = (\[.*\])$", text, re.MULTILINE)
+    assert found is not None
+    assert ast.literal_eval(found[1]) == ["torch>=2.10"]
+
+
+def test_weights_come_as_safetensors_alone() -> None:
+    """Who loads a checkpoint says so; transformers would take a pickle where there is no other file."""
+    calls = [
+        (path, node)
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained"
+    ]
+    loading = [
+        (path, call) for path, call in calls
+        if not ast.unparse(call.func).startswith(("AutoConfig.", "AutoProcessor.", "AutoTokenizer."))
+    ]  # fmt: skip
+    assert loading, "where did loading go?"
+    for path, call in loading:
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert options.get("use_safetensors") == "True", f"{path}: {ast.unparse(call)}"
+
+
+OFFLINE = """
+import socket, sys
+def refuse(*args, **kwargs):
+    raise AssertionError("a connection was opened")
+for name in ("connect", "connect_ex", "sendto"):
+    setattr(socket.socket, name, refuse)
+socket.create_connection = socket.getaddrinfo = refuse
+import mustdrop_kernels, mustdrop_kernels.engines, mustdrop_kernels.integrations.transformers
+from mustdrop_kernels.cli import main
+sys.argv = ["mustdrop", *sys.argv[1:]]
+main()
+"""
+
+
+DEMO = pytest.param(["demo", "--max-new-tokens", "1", "--out"], marks=pytest.mark.slow, id="demo")
+
+
+@pytest.mark.parametrize("words", [pytest.param(["doctor", "--json"], id="doctor"), DEMO])
+def test_without_a_network(words: list[str], tmp_path: Path) -> None:
+    if words[-1] == "--out":
+        words = [*words, str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+    environment |= {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", OFFLINE, *words]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert "a connection was opened" not in done.stderr
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_development_requirements_are_pinned_with_hashes() -> None:
+    """Everything that the extra `dev` names directly, in files that cannot change."""
+    text = (ROOT / "requirements-dev.txt").read_text()
+    entries = re.split(r"\n(?=[a-z0-9])", text.strip())
+    pinned = {}
+    for entry in entries:
+        found = re.match(r"([a-z0-9._-]+)==([^ ;\\]+)", entry)
+        if found is None:
+            assert entry.startswith("#"), entry
+            continue
+        pinned[found[1]] = re.findall(r"--hash=sha256:([0-9a-f]{64})", entry)
+    assert pinned
+    assert all(pinned.values()), [name for name, hashes in pinned.items() if not hashes]
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in ("cli", "transformers", "demo", "triton", "bench", "test", "dev"):
+        listed = re.search(rf"^{extra} = (\[.*\])$", project, re.MULTILINE)
+        assert listed is not None, extra
+        for requirement in ast.literal_eval(listed[1]):
+            name = re.split(r"[\[<>=]", requirement)[0]
+            assert name in ("mustdrop_kernels", *pinned), f"{name} of the extra {extra} is not pinned"
