@@ -2,7 +2,8 @@
 """The three stages of MustDrop on tensors. An integration hands over what its engine has; no model code lives here.
 
 Stage 1: ``merge_vision_tokens`` after an early vision layer, ``key_tokens`` from the CLS attention of the last one.
-Stage 2: ``token_types`` and a ``Tokens`` for the prompt; after each pruning layer ``prune``, then ``Tokens.take``.
+Stage 2: ``token_types`` and a ``Tokens`` for the prompt; after each pruning layer ``prune`` (``select`` if the
+scores are known), then ``Tokens.take``.
 Stage 3: ``evict`` cuts the KV cache of earlier layers to the tokens that survived.
 
 With fixed budgets nothing here waits for the device. With thresholds ``prune`` waits once, for the counts.
@@ -189,17 +190,13 @@ def prune(
         lengths = tuple(selection.counts.tolist())
         return Pruned(selection.keep[:, : max(lengths)], selection.counts, lengths)
 
-    budget = config.budgets[stage]
-    lengths = tuple(
-        length - vision + max(min(vision, budget), keys)
-        for length, vision, keys in zip(tokens.lengths, tokens.vision, tokens.keys, strict=True)
-    )
+    lengths = _lengths_by_budget(tokens, config.budgets[stage])
     selection = ops.topk_attention_select(
         query,
         key,
         tokens.types,
         scale,
-        budget,
+        config.budgets[stage],
         protected=tokens.protected,
         capacity=max(lengths),
         backend=config.backend,
@@ -207,7 +204,58 @@ def prune(
     return Pruned(selection.keep, selection.counts, lengths)
 
 
+def select(scores: ops.Scores, tokens: Tokens, config: MustDropConfig, stage: int) -> Pruned:  # scores: (B, L) each
+    """``prune`` from scores that are known: of packed rows, or of heads that several ranks share."""
+    total, peak = scores
+    if config.budgets is None:
+        thresholds = (config.global_threshold, config.individual_threshold)
+        keep, counts = ops.select_dual(
+            total, peak, tokens.types, *thresholds, protected=tokens.protected, backend=config.backend
+        )
+        lengths = tuple(counts.tolist())
+        return Pruned(keep[:, : max(lengths)], counts, lengths)
+    budget = config.budgets[stage]
+    lengths = _lengths_by_budget(tokens, budget)
+    keep, counts = ops.select_topk(
+        total,
+        tokens.types,
+        budget,
+        protected=tokens.protected,
+        capacity=max(lengths),
+        backend=config.backend,
+    )
+    return Pruned(keep, counts, lengths)
+
+
+def _lengths_by_budget(tokens: Tokens, budget: int) -> tuple[int, ...]:
+    """Each sequence's tokens after a cut to a budget, known on the host."""
+    return tuple(
+        length - vision + min(vision, max(budget, keys))
+        for length, vision, keys in zip(tokens.lengths, tokens.vision, tokens.keys, strict=True)
+    )
+
+
+def leave_out(
+    tokens: Tokens,
+    empty: Tensor,  # (B, L) bool
+    lengths: tuple[int, ...],  # tokens of each sequence that are left
+    *,
+    backend: str | None = None,
+) -> Pruned:
+    """Which tokens go on once those are gone whose placeholders stage 1 has emptied."""
+    types = tokens.types.masked_fill(empty, int(TokenType.PADDING))
+    scores = torch.zeros_like(types, dtype=torch.float32)
+    keep, counts = ops.select_topk(scores, types, types.shape[1], capacity=max(lengths), backend=backend)
+    return Pruned(keep, counts, lengths)
+
+
 # ---------------------------------------------------------------------------------------------- stage 3: decode
+
+
+def slots_of(held: Sequence[Tokens], survivors: Tokens) -> list[Tensor]:
+    """``Tokens.slots`` per layer; layers that hold the same tokens share one tensor."""
+    slots = {id(tokens): tokens.slots(survivors) for tokens in held}
+    return [slots[id(tokens)] for tokens in held]
 
 
 def evict(
@@ -219,8 +267,7 @@ def evict(
     backend: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:  # per layer views (B, Hk, survivors.length, D) of the same memory
     """Cuts the cache of each layer, in place, to the tokens that survived; all layers in one launch."""
-    slots = {id(tokens): tokens.slots(survivors) for tokens in held}
-    keep = [slots[id(tokens)] for tokens in held]
+    keep = slots_of(held, survivors)
     with torch.no_grad():
         ops.compact_kv_(keys, values, keep, [survivors.counts] * len(held), align_end=True, backend=backend)
     width = survivors.length

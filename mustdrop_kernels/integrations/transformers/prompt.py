@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import ops, stages
+from ... import stages
 from ...config import MustDropConfig
 from ...ops import TokenType
-from ...stages import Pruned, Tokens
+from ...stages import Tokens
 from .vision import EncodedImage
 
 
@@ -24,7 +24,9 @@ class Prompt:
     tokens: Tokens  # every placeholder is a vision token
     placeholders: Tensor  # (B, L) bool
     text: list[int]  # text tokens of each sequence
-    merged: Pruned | None  # what is left after merging; None: everything
+    voters: tuple[int, ...]  # of each sequence
+    empty: Tensor  # (B, L) bool, placeholders of patches that went into another's token
+    left: tuple[int, ...]  # tokens of each sequence without those
 
 
 def read_prompt(
@@ -66,15 +68,8 @@ def read_prompt(
         keys=keys,
     )
     text = [length - slot for length, slot in zip(lengths, slots, strict=True)]
-    if vision == slots:
-        return Prompt(tokens, placeholders, text, None)
-    # A patch that went into another's token leaves its placeholder, which is padding from here on.
-    types = types.masked_fill(placeholders & ~standing, int(TokenType.PADDING))
     left = tuple(a + b for a, b in zip(text, vision, strict=True))
-    keep, kept = ops.select_topk(
-        torch.zeros_like(types, dtype=torch.float32), types, types.shape[1], capacity=max(left), backend=config.backend
-    )
-    return Prompt(tokens, placeholders, text, Pruned(keep, kept, left))
+    return Prompt(tokens, placeholders, text, voters, placeholders & ~standing, left)
 
 
 def _spread(flags: Sequence[Tensor], placeholders: Tensor) -> Tensor:

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MustDrop inside an inference engine: stages 2 and 3 of one batch; docs/engines.md is the page.
+
+Plan once per batch, run per layer, commit after prefill::
+
+    plan = PackedPrompts(new_tokens, members, placeholders, config)
+    for index, layer in enumerate(layers):
+        plan.enter()
+        hidden = layer(hidden, positions, metadata(plan.counts))
+        if index in config.pruning_layers:
+            chosen = plan.prune(query, key, scale)
+            hidden, positions = plan.take(hidden, chosen), plan.take(positions, chosen)
+    plan.commit(keys, values, block_table)
+
+``Prompts`` is the protocol; how the rows of a batch lie makes two classes of it: ``PackedPrompts``, with paged caches
+(vLLM), and ``PaddedPrompts``, with dense ones (transformers). No engine is imported here, and nothing outlives a batch:
+what a request has lost is the engine's to remember.
+"""
+
+from __future__ import annotations
+
+from .packed import PackedPrompts, without_leading
+from .padded import PaddedPrompts
+from .prompts import Prompts
+
+__all__ = ["PackedPrompts", "PaddedPrompts", "Prompts", "without_leading"]

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches that are padded to one length, with a dense cache per layer: Hugging Face transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .. import ops, stages
+from ..config import MustDropConfig
+from ..stages import Pruned, Tokens
+from .prompts import Prompts
+
+
+class PaddedPrompts(Prompts["Pruned | None"]):
+    """B prompts as (B, L), padded on the left once tokens have gone. ``None`` for the rows that go on: all do."""
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        config: MustDropConfig,
+        *,
+        voters: Sequence[int],
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        super().__init__(tokens, config, voters=voters, group=group)
+        self.plain = tokens
+        """The prompts as they came."""
+
+    @property
+    def whole(self) -> bool:
+        """Nothing has gone yet, so the model can be left to itself."""
+        return self.tokens is self.plain
+
+    def leave_out(self, empty: Tensor, lengths: tuple[int, ...]) -> Pruned | None:
+        """Takes placeholders away that stage 1 has emptied.
+
+        Args:
+            empty: (B, L) bool.
+            lengths: tokens of each prompt that are left.
+        """
+        return self._go_on(stages.leave_out(self.tokens, empty, lengths, backend=self.config.backend))
+
+    def _decide(self, query: Tensor, key: Tensor, scale: float) -> Pruned:  # (B, Hq, L, D), (B, Hk, L, D)
+        if self._group is not None:
+            return self._decide_over_ranks(query.detach(), key.detach(), scale)
+        return stages.prune(query, key, self.tokens, scale, self.config, self._stage)
+
+    def _go_on(self, pruned: Pruned) -> Pruned | None:
+        if pruned.lengths == self.tokens.lengths:
+            return None
+        renumber = self.config.positions == "published"
+        self.tokens = self.tokens.take(pruned, renumber=renumber, backend=self.config.backend)
+        return pruned
+
+    def take(self, x: Tensor, chosen: Pruned | None) -> Tensor:  # (B, L, ...) -> (B, left, ...)
+        """The rows of hidden states that go on."""
+        if chosen is None:
+            return x
+        return ops.gather_tokens(x, chosen.keep, chosen.counts, align_end=True, backend=self.config.backend)
+
+    @property
+    def moving(self) -> list[int]:
+        """The layers whose caches stage 3 cuts."""
+        first = self.config.first_evicted_layer
+        if first is None:
+            return []
+        return [i for i in range(first, self._before) if self.held[i] is not self.tokens]
+
+    def commit(
+        self,
+        keys: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
+        values: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
+    ) -> list[tuple[Tensor, Tensor]]:  # per moving layer (B, Hk, left, D), views of the same memory
+        """Stage 3: cuts the caches of the layers ``moving`` to what is left; ``held`` follows."""
+        layers = self.moving
+        if not layers:
+            return []
+        held = [self.held[i] for i in layers]
+        cut = stages.evict(keys, values, held, self.tokens, backend=self.config.backend)
+        for i in layers:
+            self.held[i] = self.tokens
+        return cut
