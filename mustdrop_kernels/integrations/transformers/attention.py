@@ -73,7 +73,7 @@ class _Past:
 
 
 _create_causal_mask: Callable[..., Any] = masking_utils.create_causal_mask
-_TRANSFORMERS_5 = "inputs_embeds" in inspect.signature(_create_causal_mask).parameters
+_MASK_ARGUMENTS = inspect.signature(_create_causal_mask).parameters
 
 
 def causal_mask(
@@ -83,17 +83,12 @@ def causal_mask(
     past: int,
 ) -> Any:
     """transformers' own causal mask, in the form that the model's attention takes, for `past` tokens before these."""
-    if _TRANSFORMERS_5:
-        return _create_causal_mask(
-            config=config, inputs_embeds=hidden, attention_mask=alive, past_key_values=_Past(past)
-        )
-    return _create_causal_mask(
-        config=config,
-        input_embeds=hidden,
-        attention_mask=alive,
-        cache_position=torch.arange(past, past + hidden.shape[1], device=hidden.device),
-        past_key_values=_Past(past),
-    )
+    arguments: dict[str, Any] = {"config": config, "attention_mask": alive}
+    arguments["cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"] = _Past(past)
+    if "inputs_embeds" in _MASK_ARGUMENTS:  # transformers 5
+        return _create_causal_mask(**arguments, inputs_embeds=hidden)
+    positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+    return _create_causal_mask(**arguments, input_embeds=hidden, cache_position=positions)
 
 
 def padding_mask(config: Any, real: Tensor, dtype: torch.dtype) -> Tensor:

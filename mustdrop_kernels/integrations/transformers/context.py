@@ -16,7 +16,7 @@ from ...report import Report, Stopwatch
 from .attention import scoring_config
 from .cache import DropCache, Lifetime
 from .decode import Decode
-from .llava import Llava, hidden_of, with_hidden
+from .llava import CACHE, OLD_CACHE, Llava, hidden_of, with_hidden
 from .prefill import Prefill
 from .vision import EncodedImage, VisionStage
 
@@ -97,12 +97,12 @@ class _Session:
         def wrapped(inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
             settings = self.llava.model.generation_config if generation_config is None else generation_config
             _refuse_generation(lambda name: kwargs.get(name, getattr(settings, name, None)))
-            cache = kwargs.get("past_key_values")
+            cache = kwargs.setdefault(CACHE, kwargs.pop(OLD_CACHE, None))
             if cache is None:
-                kwargs["past_key_values"] = self._new_cache()
+                kwargs[CACHE] = self._new_cache()
             elif not isinstance(cache, DropCache):
                 raise TypeError(
-                    f"past_key_values is a {type(cache).__name__}; inside drop_tokens pass none, "
+                    f"{CACHE} is a {type(cache).__name__}; inside drop_tokens pass none, "
                     "or one that generate returned inside drop_tokens"
                 )
             return generate(inputs, generation_config, **kwargs)
@@ -115,12 +115,12 @@ class _Session:
     # The LLaVA body: one forward pass.
 
     def _before_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         if isinstance(cache, DropCache):
             cache.lifetime = self.lifetime
         step: Prefill | Decode
         if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
-            kwargs["past_key_values"] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
+            kwargs[CACHE] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
             features, images = self._take_images(kwargs)
             step = Prefill(self.llava, self.config, self.stopwatch, features, images, kwargs)
         elif isinstance(cache, DropCache) and cache.shortened:
@@ -134,7 +134,7 @@ class _Session:
             wanted = self.llava.language_model.config.use_cache if use_cache is None else use_cache
             return self._new_cache() if wanted else None
         if not isinstance(given, DropCache):
-            raise TypeError(f"past_key_values is a {type(given).__name__}; inside drop_tokens pass none")
+            raise TypeError(f"{CACHE} is a {type(given).__name__}; inside drop_tokens pass none")
         if given.get_seq_length() > 0:
             raise ValueError("an image that comes after cached tokens cannot be dropped from; begin a new prompt")
         return given
@@ -154,7 +154,7 @@ class _Session:
     def _after_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         step = kwargs.get("mustdrop")
         if isinstance(step, Prefill):
-            self.report.prompts.append(step.finish(kwargs["past_key_values"]))
+            self.report.prompts.append(step.finish(kwargs[CACHE]))
 
     # The decoder layers.
 

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import LlavaForConditionalGeneration
+from transformers import LlavaForConditionalGeneration, LlavaModel
 
 from ...config import MustDropConfig
+
+OLD_CACHE = "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else OLD_CACHE
+"""The keyword by which models take a cache; newer versions of transformers 5 renamed it, and still take the old one."""
 
 
 class Llava:
