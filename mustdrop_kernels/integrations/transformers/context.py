@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from ...config import MustDropConfig
 from ...report import Report, Stopwatch
-from .attention import scoring_config
+from .attention import watched_config
 from .cache import DropCache, Lifetime
+from .compat import CACHE, OLD_CACHE, hidden_of, with_hidden
 from .decode import Decode
-from .llava import CACHE, OLD_CACHE, Llava, hidden_of, with_hidden
+from .families import Family, family_of
+from .patching import patch
 from .prefill import Prefill
-from .vision import EncodedImage, VisionStage
+from .vision import VisionStage
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -51,7 +53,9 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
     config = MustDropConfig() if config is None else config
     if model in _active:
         raise RuntimeError("drop_tokens is active on this model already")
-    session = _Session(Llava(model, config), config)
+    family = family_of(model)
+    family.check(config)
+    session = _Session(family, config)
     with contextlib.ExitStack() as stack:
         _active.add(model)
         stack.callback(_active.discard, model)
@@ -62,40 +66,41 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
 class _Session:
     """The hooks. What a forward pass needs to know travels with it, as the keyword `mustdrop`."""
 
-    def __init__(self, llava: Llava, config: MustDropConfig) -> None:
-        self.llava = llava
+    def __init__(self, family: Family, config: MustDropConfig) -> None:
+        self.family = family
         self.config = config
         self.report = Report(config)
         self.lifetime = Lifetime()
-        self.stopwatch = Stopwatch(next(llava.model.parameters()).device)
-        self.vision = VisionStage(llava, config, self.stopwatch)
+        self.stopwatch = Stopwatch(next(family.model.parameters()).device)
+        self.vision = VisionStage(family, config, self.stopwatch)
+        self._input_ids: Tensor | None = None  # of the pass that is running
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""
-        llava, body = self.llava, self.llava.body
+        model, body, language = self.family.model, self.family.body, self.family.language_model
         stack.callback(setattr, self.lifetime, "open", False)
         self.vision.install(stack)
-        _patch(stack, body, "get_image_features", self.vision.wrap(body.get_image_features))
-        _patch(stack, llava.model, "generate", self._wrap_generate(llava.model.generate))
-        stack.callback(llava.model.register_forward_pre_hook(_refuse_labels, with_kwargs=True).remove)
+        patch(stack, model, "generate", self._wrap_generate(model.generate))
+        stack.callback(model.register_forward_pre_hook(_refuse_labels, with_kwargs=True).remove)
         stack.callback(body.register_forward_pre_hook(self._before_body, with_kwargs=True).remove)
-        stack.callback(body.register_forward_hook(self._after_body, with_kwargs=True).remove)
-        for i, layer in enumerate(llava.layers):
+        stack.callback(language.register_forward_pre_hook(self._before_language, with_kwargs=True).remove)
+        stack.callback(language.register_forward_hook(self._after_language, with_kwargs=True).remove)
+        for i, layer in enumerate(self.family.layers):
             before = functools.partial(self._before_layer, i)
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
         for i in self.config.pruning_layers:
-            layer = llava.layers[i]
+            layer = self.family.layers[i]
             # Before transformers' own hook, which records hidden states.
             after = functools.partial(self._after_layer, i)
             stack.callback(layer.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
-            _patch(stack, layer.self_attn, "config", scoring_config(layer.self_attn.config))
+            patch(stack, layer.self_attn, "config", watched_config(layer.self_attn.config))
 
     # generate
 
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
-            settings = self.llava.model.generation_config if generation_config is None else generation_config
+            settings = self.family.model.generation_config if generation_config is None else generation_config
             _refuse_generation(lambda name: kwargs.get(name, getattr(settings, name, None)))
             cache = kwargs.setdefault(CACHE, kwargs.pop(OLD_CACHE, None))
             if cache is None:
@@ -105,33 +110,48 @@ class _Session:
                     f"{CACHE} is a {type(cache).__name__}; inside drop_tokens pass none, "
                     "or one that generate returned inside drop_tokens"
                 )
+            self.stopwatch.read()  # begins anew, whatever became of the last prompt
             return generate(inputs, generation_config, **kwargs)
 
         return wrapped
 
     def _new_cache(self) -> DropCache:
-        return DropCache(self.llava.language_model.config)
+        return DropCache(self.family.language_model.config)
 
-    # The LLaVA body: one forward pass.
+    # The body, which takes input_ids and pictures: one forward pass.
 
-    def _before_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._input_ids = args[0] if args else kwargs.get("input_ids")
+        self.vision.encoded.clear()
+        encoded = kwargs.get("mm_encoder_outputs")  # generate() in transformers 5 runs the tower by itself
+        if not encoded:
+            return
+        for modality, output in encoded.items():
+            if output is not None:
+                if not hasattr(output, "mustdrop"):
+                    raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
+                self.vision.encoded[modality] = output.mustdrop
+
+    # The language model, which takes embeddings: pictures are in place, and nothing is gone yet.
+
+    def _before_language(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get(CACHE)
         if isinstance(cache, DropCache):
             cache.lifetime = self.lifetime
         step: Prefill | Decode
-        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        if self.vision.encoded:
             kwargs[CACHE] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
-            features, images = self._take_images(kwargs)
-            step = Prefill(self.llava, self.config, self.stopwatch, features, images, kwargs)
+            images, self.vision.encoded = self.vision.encoded, {}
+            step = Prefill(self.family, self.config, self.stopwatch, images, self._input_ids, kwargs)
         elif isinstance(cache, DropCache) and cache.shortened:
-            step = Decode(self.llava, cache, kwargs)
+            step = Decode(self.family, cache, kwargs)
         else:
             return None
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
 
     def _cache_for_prompt(self, given: Any, use_cache: bool | None) -> DropCache | None:
         if given is None:
-            wanted = self.llava.language_model.config.use_cache if use_cache is None else use_cache
+            wanted = self.family.language_model.config.use_cache if use_cache is None else use_cache
             return self._new_cache() if wanted else None
         if not isinstance(given, DropCache):
             raise TypeError(f"{CACHE} is a {type(given).__name__}; inside drop_tokens pass none")
@@ -139,19 +159,7 @@ class _Session:
             raise ValueError("an image that comes after cached tokens cannot be dropped from; begin a new prompt")
         return given
 
-    def _take_images(self, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[EncodedImage]]:
-        """Features (N, C) of each image, and what stage 1 made of it. Takes what belongs to images out of `kwargs`."""
-        names = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-        inputs = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
-        output = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")  # transformers 5 may have them already
-        if output is None:
-            output = self.llava.body.get_image_features(**inputs)
-        features = list(getattr(output, "pooler_output", output))
-        if any(feature not in self.vision.encoded for feature in features):
-            raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
-        return features, [self.vision.encoded[feature] for feature in features]
-
-    def _after_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_language(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         step = kwargs.get("mustdrop")
         if isinstance(step, Prefill):
             self.report.prompts.append(step.finish(kwargs[CACHE]))
@@ -172,16 +180,6 @@ class _Session:
         if step is None:
             return None
         return with_hidden(output, step.shorten(index, hidden_of(output)))
-
-
-def _patch(stack: contextlib.ExitStack, target: Any, name: str, value: Any) -> None:
-    """Sets an attribute of an object; the stack puts back what the object itself had, or nothing."""
-    own = vars(target)
-    if name in own:
-        stack.callback(setattr, target, name, own[name])
-    else:
-        stack.callback(delattr, target, name)
-    setattr(target, name, value)
 
 
 def _refuse_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -6,10 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...config import MustDropConfig
@@ -19,10 +18,10 @@ from ...report import CacheReport, PromptReport, Stopwatch
 from ...stages import Pruned, Tokens
 from .attention import causal_mask
 from .cache import DropCache
-from .llava import Llava
+from .encode import EncodedImage
+from .families import Family
 from .prompt import read_prompt
 from .record import image_reports
-from .vision import EncodedImage
 
 
 class Prefill:
@@ -30,37 +29,36 @@ class Prefill:
 
     def __init__(
         self,
-        llava: Llava,
+        family: Family,
         config: MustDropConfig,
         stopwatch: Stopwatch,
-        features: Sequence[Tensor],  # per image (N, C), at their placeholders
-        images: Sequence[EncodedImage],
-        inputs: dict[str, Any],  # of the LLaVA body
+        images: Mapping[str, Sequence[EncodedImage]],  # by modality
+        input_ids: Tensor | None,  # (B, L)
+        inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
     ) -> None:
-        self.llava = llava
+        self.family = family
         self.config = config
         self.stopwatch = stopwatch
-        self.images = images
-        self.prompt = read_prompt(inputs, images, llava.image_token_id, config)
+        embeds = inputs["inputs_embeds"]
+        positions = family.read_positions(inputs.get("position_ids"), embeds)
+        token_ids = {modality: family.token_id(modality) for modality in images}
+        self.prompt = read_prompt(input_ids, inputs.get("attention_mask"), positions, images, token_ids, config)
         self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
         self._mask: Any = None
         self._rotary: Any = None
 
-        embeds = llava.body.get_input_embeddings()(inputs["input_ids"])
-        values = torch.cat(list(features)).to(embeds)
-        self.embeds = embeds.masked_scatter(self.prompt.placeholders[..., None], values)
-        if self.prompt.left != self.prompt.tokens.lengths:
-            self.embeds = self._go_on(self.embeds, self.plan.leave_out(self.prompt.empty, self.prompt.left))
-
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The LLaVA body's inputs with the images in place."""
-        inputs = {**inputs, "input_ids": None, "inputs_embeds": self.embeds}
+        """The language model's inputs without the placeholders that stage 1 has emptied."""
+        if self.prompt.left == self.prompt.tokens.lengths:
+            return inputs
+        chosen = self.plan.leave_out(self.prompt.empty, self.prompt.left)
+        inputs = {**inputs, "inputs_embeds": self._go_on(inputs["inputs_embeds"], chosen)}
         if not self.plan.whole:
             tokens = self.plan.tokens
             inputs["attention_mask"] = _alive(tokens)
-            inputs["position_ids"] = tokens.positions
+            inputs["position_ids"] = self.family.position_ids(tokens.positions)
             if inputs.get("cache_position") is not None:  # transformers 4
                 inputs["cache_position"] = inputs["cache_position"][: tokens.length]
         return inputs
@@ -89,9 +87,9 @@ class Prefill:
 
     def _go_on(self, hidden: Tensor, chosen: Pruned | None) -> Tensor:
         """With fewer tokens: their hidden states, their mask and rotary table (transformers' own)."""
-        hidden, tokens, model = self.plan.take(hidden, chosen), self.plan.tokens, self.llava.language_model
-        self._mask = causal_mask(model.config, hidden, _alive(tokens), past=0)
-        self._rotary = model.rotary_emb(hidden, position_ids=tokens.positions)
+        hidden, tokens = self.plan.take(hidden, chosen), self.plan.tokens
+        self._mask = causal_mask(self.family.language_model.config, hidden, _alive(tokens), past=0)
+        self._rotary = self.family.rotary(hidden, tokens.positions)
         return hidden
 
     def finish(self, cache: DropCache | None) -> PromptReport:
@@ -104,7 +102,7 @@ class Prefill:
         return PromptReport(
             length=plan.plain.length,
             text=self.prompt.text,
-            images=image_reports(self.images, self.prompt.placeholders, self.after),
+            images=image_reports(self.prompt.images, self.prompt.placeholders, self.after),
             layer_tokens=[sum(tokens.vision) for tokens in processed],
             plain_cache=_cache_report([plan.plain] * len(processed), slot_bytes),
             prefill_cache=_cache_report(processed, slot_bytes),
