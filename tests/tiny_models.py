@@ -270,7 +270,8 @@ def _video_llava() -> Any:
 
 
 def _square(config: Any, number: int) -> Picture:
-    return Picture([IMAGE] * SIDE**2, {"pixel_values": pixels((1, 3, TILE, TILE), number)})
+    name = "pixel_values" if tf.__version__ > "5" else "pixel_values_images"
+    return Picture([IMAGE] * SIDE**2, {name: pixels((1, 3, TILE, TILE), number)})
 
 
 # ------------------------------------------------------------------------------------------------------------- Qwen
@@ -312,7 +313,7 @@ def _qwen_picture(config: Any, number: int) -> Picture:
     frames, height, width = GRIDS[-1] if video else GRIDS[number % 3]
     generator = torch.Generator().manual_seed(number)
     values = torch.randn(frames, height, width, 3 * 2 * PATCH * PATCH, generator=generator)
-    values[:, :, width // 2 :] *= 0.1
+    values[:, :, width // 2 :] = values[:1, :1, :1] + 0.3 * values[:, :, width // 2 :]
     # The tower takes patches in blocks of 2 x 2.
     values = values.view(frames, height // 2, 2, width // 2, 2, -1).transpose(2, 3).reshape(frames * height * width, -1)
     grid = torch.tensor([[frames, height, width]])

@@ -50,7 +50,8 @@ def encode(model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> lis
     }[model.config.model_type]
     found = []
     for modality in ("image", "video"):
-        if ("pixel_values" if modality == "image" else "pixel_values_videos") in inputs:
+        names = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}[modality]
+        if any(name in inputs for name in names):
             token = getattr(model.config, f"{modality}_token_id")
             for placeholders, grids in kind(model, config, inputs).images(modality):
                 found.append(_finish(placeholders, grids, token, config))
@@ -230,7 +231,13 @@ class NextVideo(Next):
 
 
 class Onevision(NextVideo):
-    """SigLIP; large pictures are interpolated."""
+    """SigLIP; large pictures are interpolated, a newline ends a video."""
+
+    def _features(self, frames: Tensor) -> Tensor:
+        features = super()._features(frames)
+        if tiny_models.tf.__version__ > "5":
+            return features
+        return torch.cat([features, self.body.image_newline[None]])  # which the model does later
 
     def _pool(self, x: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(x[None, None], size=(2, 2), mode="bilinear")[0, 0]
@@ -251,7 +258,8 @@ class VideoLlava(Llava):
 
     def images(self, modality: str) -> list[tuple[list[Placeholder], list[Tensor]]]:
         if modality == "image":
-            return [self._square(pixels) for pixels in self.inputs["pixel_values"]]
+            images = self.inputs.get("pixel_values", self.inputs.get("pixel_values_images"))
+            return [self._square(pixels) for pixels in images]
         return [self._video(frames) for frames in self.inputs["pixel_values_videos"]]
 
     def _square(self, pixels: Tensor) -> tuple[list[Placeholder], list[Tensor]]:

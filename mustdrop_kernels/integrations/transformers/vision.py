@@ -205,17 +205,28 @@ class VisionStage:
             shares = [alone(length, features.device) for length in lengths]
             if config.merge:
                 with self.stopwatch.measure("merge"):
-                    merged = [
-                        merge_features(*pair, config) for pair in zip(features.split(lengths), views, strict=True)
-                    ]
-                features = torch.cat([image for image, _ in merged])
-                shares = [(token, token == place) for (_, token), (place, _) in zip(merged, shares, strict=True)]
+                    features, shares = self._merge_features(features, lengths, pieces, views)
         keys = [torch.zeros_like(alive) for _, alive in shares]
         if run.importance:
             with self.stopwatch.measure("key tokens"):
                 keys = key_tokens(carry(self._importance(run, shape)), shares, views, config)
         rows = zip(views, shares, keys, strict=True)
         return features, [EncodedImage(run.modality, grids, *share, key) for grids, share, key in rows]
+
+    def _merge_features(
+        self, features: Tensor, lengths: Sequence[int], pieces: Sequence[int], views: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Merged features, and token and alive of each image."""
+        # transformers 4 puts a newline token behind OneVision's videos later.
+        own = lengths if sum(lengths) == len(features) else pieces
+        merged, shares = [], []
+        for image, length, grids in zip(features.split(list(own)), lengths, views, strict=True):
+            image, token = merge_features(image, grids, self.config)
+            place, _ = alone(length, features.device)
+            token = torch.cat([token, place[len(token) :]])
+            merged.append(image)
+            shares.append((token, token == place))
+        return torch.cat(merged), shares
 
     def _numbers(self, run: _Run, lead: int) -> Tensor:  # (tiles, lead + n) float64
         """A number for each token of the batch, at its patches; 0: no patch."""
