@@ -9,6 +9,12 @@ from torch import Tensor
 from . import ops
 
 
+def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean over the ranks' tensors, in place of this rank's: each holds equally many heads."""
+    dist.all_reduce(x, group=group)
+    return x.div_(dist.get_world_size(group))
+
+
 def scores_over_ranks(
     query: Tensor,  # (B, Hq / ranks, Lq, D) of this rank, after RoPE
     key: Tensor,  # (B, Hk / ranks, Lk, D) of this rank, after RoPE
@@ -33,6 +39,5 @@ def scores_over_ranks(
     attention = ops.text_vision_attention(query, key, token_types, scale, max_query, backend=backend)
     if max_query == 0:
         return ops.Scores(attention.sum(1), attention.sum(1))
-    dist.all_reduce(attention, group=group)
-    attention /= dist.get_world_size(group)
+    attention = mean_over_ranks(attention, group)
     return ops.Scores(attention.sum(1), attention.amax(1))

@@ -16,11 +16,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import ops
 from .config import MustDropConfig
 from .ops import TokenType
+from .parallel import mean_over_ranks
 
 # ---------------------------------------------------------------------------------------------- stage 1: vision
 
@@ -57,10 +59,16 @@ def key_tokens(
     *,
     counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
     num_prefix_tokens: int = 1,
+    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: these are all
 ) -> Tensor:  # (B, S) bool
-    """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device."""
+    """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device.
+
+    With a group by one all-reduce of B * S float32 numbers.
+    """
     batch, _, length, _ = key.shape
     attention = cls_attention(query, key, scale, config, counts=counts, num_prefix_tokens=num_prefix_tokens)
+    if group is not None:
+        attention = mean_over_ranks(attention, group)
     place = torch.arange(length, device=key.device).expand(batch, length)
     vision = place >= num_prefix_tokens
     if counts is not None:

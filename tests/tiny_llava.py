@@ -62,7 +62,9 @@ def processor(grid: int = 12) -> LlavaProcessor:
     )
 
 
-def config(grid: int = 12, layers: int = 8, vision_layers: int = 4, head_dim: int = 16) -> LlavaConfig:
+def config(
+    grid: int = 12, layers: int = 8, vision_layers: int = 4, head_dim: int = 16, key_heads: int = 2
+) -> LlavaConfig:
     image_token = tokenizer().convert_tokens_to_ids("<image>")
     vision = CLIPVisionConfig(
         hidden_size=64,
@@ -79,7 +81,7 @@ def config(grid: int = 12, layers: int = 8, vision_layers: int = 4, head_dim: in
         intermediate_size=128,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=key_heads,
         head_dim=head_dim,
         max_position_embeddings=4096,
         bos_token_id=1,
@@ -104,10 +106,11 @@ def model(
     attention: str = "sdpa",
     seed: int = 0,
     head_dim: int = 16,
+    key_heads: int = 2,
 ) -> LlavaForConditionalGeneration:
     """A model in float32 that never stops by itself."""
     torch.manual_seed(seed)
-    settings = config(grid, layers, vision_layers, head_dim)
+    settings = config(grid, layers, vision_layers, head_dim, key_heads)
     llava = LlavaForConditionalGeneration._from_config(settings, attn_implementation=attention).eval()
     tower = llava.model.vision_tower
     tower = getattr(tower, "vision_model", tower)

@@ -40,9 +40,8 @@ class PackedPrompts(Prompts[Tensor]):
         self.rows = torch.arange(sum(new), device=device)
         """(live) int64, ascending: which rows of the batch they are."""
         self._new = list(new)
-        self._counts = torch.tensor(self._new, device=device)  # (R), as `counts`
+        self._counts = self._whole = torch.tensor(self._new, device=device)  # (R), as `counts`
         self._who = torch.tensor(self.members, device=device)  # (M)
-        self._whole = self._counts[self._who]  # (M) rows that the members came with
         place, real = self._padded()
         tokens, voters = _read(place, real, placeholders, key, config.votes)
         self._types = _packed(tokens.types, place, real, len(self.rows))
@@ -52,6 +51,11 @@ class PackedPrompts(Prompts[Tensor]):
     def dropped(self) -> list[int]:
         """Rows of each request that are gone."""
         return [new - left for new, left in zip(self._new, self.counts, strict=True)]
+
+    @property
+    def lost(self) -> Tensor:
+        """(R) int64: ``dropped``, on the device."""
+        return self._whole - self._counts
 
     # Before the layers.
 
@@ -121,7 +125,7 @@ class PackedPrompts(Prompts[Tensor]):
             return
         backend, slots, counts = self.config.backend, keys[0].shape[1], self.tokens.counts
         keys, values = [keys[i] for i in moving], [values[i] for i in moving]
-        table, lost, lengths = block_table[self._who], self._whole - counts, self._whole.int()
+        table, lost, lengths = block_table[self._who], self.lost[self._who], self._whole[self._who].int()
         keep = self._first_slots([self.held[i] for i in moving])
         ops.compact_paged_kv_(
             keys, values, table, keep, [counts] * len(moving), seq_lens=lengths, align_end=True, backend=backend

@@ -43,7 +43,7 @@ class Prefill:
         positions = family.read_positions(inputs.get("position_ids"), embeds)
         token_ids = {modality: family.token_id(modality) for modality in images}
         self.prompt = read_prompt(input_ids, inputs.get("attention_mask"), positions, images, token_ids, config)
-        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters)
+        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
         self._mask: Any = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ... import stages
 from ...config import MustDropConfig
+from ...parallel import mean_over_ranks
 from ...report import Stopwatch
 from .attention import padding_mask, watched_config
 from .compat import features_of, hidden_of, with_features, with_hidden
@@ -149,6 +150,8 @@ class VisionStage:
                 found = stages.cls_attention(query[:, :, 0], key, scale, self.config, counts=run.counts)
             else:
                 found = stages.received_attention(query, key, scale, self.config, counts=run.counts)
+            if query.shape[1] < run.tower.heads:  # most plans leave the tower whole
+                found = mean_over_ranks(found, self.family.ranks)
             run.importance.append(found[:, prefix:])
 
     def _spread(self, module: nn.Module, args: Any, features: Tensor) -> Tensor | None:

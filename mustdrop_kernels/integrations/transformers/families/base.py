@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ....config import MustDropConfig
+from ..ranks import head_ranks
 
 Arguments = dict[str, Any]
 """Of a ``get_..._features`` call, by name; those that were not given are left out."""
@@ -25,6 +26,8 @@ class Tower:
     attention: Any
     """The attention module whose queries and keys name the key tokens."""
     config: Any
+    heads: int
+    """Of all ranks."""
     prefix: int
     """Tokens before the patches: one CLS token, or none."""
     whole: str | None = None
@@ -46,6 +49,8 @@ class Family:
         self.body: Any = model.model  # takes input_ids and pixel_values
         self.language_model: Any = self.body.language_model
         self.layers: Sequence[Any] = self.language_model.layers
+        self.ranks = head_ranks(model)
+        """The ranks that share the language model's heads; None: this one has all."""
         _check_language_model(self.language_model.config)
 
     def token_id(self, modality: str) -> int:

@@ -19,7 +19,12 @@ class InternVL(Family):
         tower = self.body.vision_tower
         layers = tower.encoder.layer
         return Tower(
-            layers, layers[-1].attention, tower.config, prefix=1, whole="joins 2 x 2 patches behind its layers"
+            layers=layers,
+            attention=layers[-1].attention,
+            config=tower.config,
+            heads=tower.config.num_attention_heads,
+            prefix=1,
+            whole="joins 2 x 2 patches behind its layers",
         )
 
     def grid(self, modality: str, arguments: Arguments) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class Llava(Family):
         if prefix is None or self._cut(modality, {}) > prefix:
             return None
         layers = getattr(module, "vision_model", module).encoder.layers  # transformers 5 took `vision_model` away
-        return Tower(layers, layers[-1].self_attn, module.config, prefix)
+        return Tower(layers, layers[-1].self_attn, module.config, module.config.num_attention_heads, prefix)
 
     def _cut(self, modality: str, arguments: Arguments) -> int:
         """Tokens that the model cuts off in front of the features."""

@@ -27,6 +27,7 @@ class Qwen2_5VL(Family):
             layers=visual.blocks,
             attention=visual.blocks[last].attn,
             config=visual.config,
+            heads=visual.config.num_heads,
             prefix=0,
             whole="attends in windows and joins 2 x 2 patches",
         )

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine in a few lines with pages of one token: packed batches, and pools shaped as SGLang's.
+
+It runs the language model of a transformers LLaVA on its own: prompts and decoding rows in one step, a token table, an
+allocator whose slots are soon those that somebody gave back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from mustdrop_kernels.engines import PackedPrompts
+from mustdrop_kernels.integrations.sglang import TokenTable
+
+
+@dataclasses.dataclass
+class Kv:
+    """The fields of SGLang's ``ReqKvInfo`` that are used."""
+
+    req_pool_idx: int
+    cache_protected_len: int = 0
+    kv_committed_len: int = 0
+    kv_allocated_len: int = 0
+
+
+class Allocator:
+    """``TokenToKVPoolAllocator``: slots 1 .. size; what is freed last is given last."""
+
+    def __init__(self, size):
+        self.free_pages = torch.arange(1, size + 1)
+
+    def available_size(self):
+        return len(self.free_pages)
+
+    def alloc(self, need_size):
+        assert need_size <= len(self.free_pages), "the pool is full"
+        slots, self.free_pages = self.free_pages[:need_size], self.free_pages[need_size:]
+        return slots
+
+    def free(self, free_index):
+        self.free_pages = torch.cat([self.free_pages, free_index])
+
+
+class Request:
+    def __init__(self, ids, features, kv):
+        self.ids, self.features, self.kv = ids, features, kv
+        self.output, self.lost = [], 0
+
+
+class Engine:
+    def __init__(self, model, config, size, context=400, rows=8):
+        self.model, self.config = model, config
+        text = model.config.text_config
+        shape = (size + 1, text.num_key_value_heads, text.head_dim)
+        self.k_buffer = [torch.full(shape, torch.nan) for _ in range(text.num_hidden_layers)]
+        self.v_buffer = [torch.full(shape, torch.nan) for _ in range(text.num_hidden_layers)]
+        self.allocator = Allocator(size)
+        self.req_to_token = torch.zeros(rows + 1, context, dtype=torch.int32)
+        self.free_rows = list(range(1, rows + 1))
+
+    def add(self, ids, features=None):  # (L), (N, C)
+        return Request(ids, features, Kv(self.free_rows.pop()))
+
+    def finish(self, request):
+        kv = request.kv
+        assert kv.kv_committed_len == kv.kv_allocated_len
+        self.allocator.free(self.req_to_token[kv.req_pool_idx, : kv.kv_allocated_len].long())
+        self.free_rows.append(kv.req_pool_idx)
+
+    @torch.no_grad()
+    def step(self, requests):
+        """One more token for each; those that have none yet read their prompts."""
+        new, rows, places = [], [], []
+        for request in requests:
+            ids = request.output[-1:] or request.ids
+            past = request.kv.kv_committed_len
+            new.append(len(ids))
+            rows.append(torch.as_tensor(ids))
+            places.append(past + request.lost + torch.arange(len(ids)))  # positions are the plain sequence's
+        ids, positions = torch.cat(rows), torch.cat(places)
+        slots = self._allocate(requests, new)
+        image = ids == self.model.config.image_token_id
+        hidden = self.model.get_input_embeddings()(ids)
+        features = [request.features for request in requests if request.features is not None and not request.output]
+        if features:
+            hidden = hidden.masked_scatter(image[:, None], torch.cat(features))
+        final, plan = self._run(requests, new, image, hidden, positions, slots)
+        ends = torch.tensor(plan.counts if plan else new).cumsum(0) - 1
+        for request, token in zip(requests, self.model.lm_head(final[ends]).argmax(-1).tolist(), strict=True):
+            request.output.append(token)
+
+    def _allocate(self, requests, new):
+        slots = self.allocator.alloc(sum(new))
+        for request, own in zip(requests, slots.split(new), strict=True):
+            kv = request.kv
+            self.req_to_token[kv.req_pool_idx, kv.kv_allocated_len : kv.kv_allocated_len + len(own)] = own.int()
+            kv.kv_allocated_len += len(own)
+            kv.kv_committed_len += len(own)
+        return slots
+
+    def _run(self, requests, new, image, hidden, positions, slots):
+        members = [i for i, r in enumerate(requests) if r.features is not None and not r.output]
+        seq_lens = torch.tensor([request.kv.kv_committed_len for request in requests])
+        language = self.model.model.language_model
+        if not members:
+            for i, layer in enumerate(language.layers):
+                hidden, _ = self._layer(i, layer, hidden, positions, slots, requests, new, seq_lens)
+            return language.norm(hidden), None
+        plan = PackedPrompts(new, members, image, self.config)
+        table = TokenTable(plan, requests, self.req_to_token, slots)
+        for i, layer in enumerate(language.layers):
+            plan.enter()
+            left = seq_lens - plan.lost
+            hidden, (query, key) = self._layer(i, layer, hidden, positions, slots, requests, plan.counts, left)
+            if i in self.config.pruning_layers:
+                chosen = plan.prune(query, key, layer.self_attn.scaling)
+                hidden, positions = plan.take(hidden, chosen), plan.take(positions, chosen)
+                slots = table.turn()
+        table.commit(self.allocator)
+        for member in members:
+            requests[member].lost = plan.dropped[member]
+        return language.norm(hidden), plan
+
+    def _layer(self, i, layer, hidden, positions, slots, requests, new, seq_lens):
+        """The layer's output, and its queries and keys after RoPE, (rows, H, D)."""
+        attention, x = layer.self_attn, layer.input_layernorm(hidden)
+        heads = (-1, attention.head_dim)
+        query, key, value = (f(x).unflatten(-1, heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
+        cos, sin = self.model.model.language_model.rotary_emb(hidden[None], positions[None])
+        query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0], unsqueeze_dim=1)
+        self.k_buffer[i][slots], self.v_buffer[i][slots] = key, value
+        mixed = []
+        for request, rows, length in zip(requests, query.split(new), seq_lens.tolist(), strict=True):
+            own = self.req_to_token[request.kv.req_pool_idx, :length].long()
+            q, k, v = (y.transpose(0, 1) for y in (rows, self.k_buffer[i][own], self.v_buffer[i][own]))
+            mask = torch.ones(len(rows), length, dtype=torch.bool).tril(length - len(rows))
+            mixed.append(scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(0, 1).flatten(1))
+        hidden = hidden + attention.o_proj(torch.cat(mixed))
+        return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), (query, key)
