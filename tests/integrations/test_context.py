@@ -257,7 +257,6 @@ def test_an_attention_of_ones_own_is_called(sdpa, one):
         ({"prefill_chunk_size": 64}, "in one piece"),
         ({"cache_implementation": "static"}, "brings its own cache"),
         ({"use_cache": False}, "anew"),
-        ({"prompt_lookup_num_tokens": 3}, "rolled back"),
     ],
 )
 def test_refused_ways_of_generating(settings, sentence, sdpa, one):

@@ -43,11 +43,15 @@ class Held:
         self.counts = change(self.counts)
         self.alive = None if self.alive is None else change(self.alive)
 
+    def without_last(self, tokens: int) -> None:
+        """Takes tokens away that every sequence has at its end."""
+        self.length -= tokens
+        self.counts = self.counts - tokens
+        self.alive = None if self.alive is None else self.alive[:, : self.length]
+
 
 class DropLayer(DynamicLayer):
     """A layer that counts dropped tokens as seen: generate() and RoPE go by the plain prompt's length."""
-
-    is_croppable = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -62,11 +66,10 @@ class DropLayer(DynamicLayer):
         new = query if isinstance(query, int) else query.shape[0]
         return super().get_seq_length() + new, self.dropped
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Only a whole cache can be cropped."""
-        if self.dropped:
-            raise RuntimeError("a cache that drop_tokens has shortened cannot be cropped")
-        super().crop(*args, **kwargs)
+    def crop(self, tokens: int) -> None:
+        """Takes the last -`tokens` away."""
+        if tokens < 0 and self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[..., :tokens, :], self.values[..., :tokens, :]
 
 
 class DropCache(DynamicCache):
@@ -87,6 +90,7 @@ class DropCache(DynamicCache):
         self.layers = [DropLayer() for _ in self.layers]
         self.held: list[Held] = []  # per layer, shared by layers that hold the same tokens; empty: nothing dropped
         self.prompt_length = 0  # of the plain prompt, padding included
+        self.guessed = 0  # tokens at the prompt's end that are an assistant's guesses
         self.renumbered = False  # positions count what a layer holds
 
     @property
@@ -119,6 +123,20 @@ class DropCache(DynamicCache):
         self.prompt_length, self.renumbered = prompt_length, renumbered
         for layer, entry in zip(self.layers, self.held, strict=True):
             layer.dropped = prompt_length - entry.length
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last -`tokens` away, but for none of the prompt; a length instead, as transformers 4 passes it."""
+        count = -tokens if tokens <= 0 else max(self.get_seq_length() - tokens, 0)
+        if self.shortened:
+            of_prompt = max(count - self.generated, 0)
+            if of_prompt > self.guessed:
+                raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")
+            for entry in {id(entry): entry for entry in self.held}.values():
+                entry.without_last(of_prompt)
+            self.prompt_length -= of_prompt
+            self.guessed -= of_prompt
+        for layer in self.layers:
+            layer.crop(-count)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends to a layer; where nobody makes masks for a shortened cache, refuses."""

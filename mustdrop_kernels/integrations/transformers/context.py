@@ -74,6 +74,7 @@ class _Session:
         self.stopwatch = Stopwatch(next(family.model.parameters()).device)
         self.vision = VisionStage(family, config, self.stopwatch)
         self._input_ids: Tensor | None = None  # of the pass that is running
+        self._prompt_length: int | None = None  # of what generate() was given
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""
@@ -111,7 +112,12 @@ class _Session:
                     "or one that generate returned inside drop_tokens"
                 )
             self.stopwatch.read()  # begins anew, whatever became of the last prompt
-            return generate(inputs, generation_config, **kwargs)
+            given = kwargs.get("input_ids") if inputs is None else inputs
+            self._prompt_length = None if given is None else given.shape[1]
+            try:
+                return generate(inputs, generation_config, **kwargs)
+            finally:
+                self._prompt_length = None
 
         return wrapped
 
@@ -140,14 +146,21 @@ class _Session:
             cache.lifetime = self.lifetime
         step: Prefill | Decode
         if self.vision.encoded:
+            _refuse_checkpointing(self.family)
             kwargs[CACHE] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
             images, self.vision.encoded = self.vision.encoded, {}
-            step = Prefill(self.family, self.config, self.stopwatch, images, self._input_ids, kwargs)
+            step = Prefill(self.family, self.config, self.stopwatch, images, self._input_ids, kwargs, self._guessed())
         elif isinstance(cache, DropCache) and cache.shortened:
             step = Decode(self.family, cache, kwargs)
         else:
             return None
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
+
+    def _guessed(self) -> int:
+        """Tokens at the prompt's end that generate() has put there for an assistant: guesses of what comes next."""
+        if self._prompt_length is None or self._input_ids is None:
+            return 0
+        return max(self._input_ids.shape[1] - self._prompt_length, 0)
 
     def _cache_for_prompt(self, given: Any, use_cache: bool | None) -> DropCache | None:
         if given is None:
@@ -187,6 +200,14 @@ def _refuse_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None
         raise ValueError("drop_tokens cannot compute a loss: labels no longer line up with the tokens that are left")
 
 
+def _refuse_checkpointing(family: Family) -> None:
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in family.layers):
+        raise ValueError(
+            "gradient checkpointing runs layers a second time, when the tokens that they read are gone; "
+            "model.gradient_checkpointing_disable(), or model.eval()"
+        )
+
+
 def _refuse_generation(setting: Callable[[str], Any]) -> None:
     """Says so where a way of generating cannot work, instead of generating something else."""
     if setting("prefill_chunk_size") is not None:
@@ -201,5 +222,3 @@ def _refuse_generation(setting: Callable[[str], Any]) -> None:
         )
     if setting("use_cache") is False:
         raise ValueError("use_cache=False: every step would read the prompt, and drop tokens, anew")
-    if setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None:
-        raise ValueError("assisted generation: a cache that drop_tokens has shortened cannot be rolled back")

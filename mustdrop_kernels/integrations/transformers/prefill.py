@@ -35,14 +35,18 @@ class Prefill:
         images: Mapping[str, Sequence[EncodedImage]],  # by modality
         input_ids: Tensor | None,  # (B, L)
         inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
+        guessed: int = 0,  # tokens at the end that may be taken back
     ) -> None:
         self.family = family
         self.config = config
         self.stopwatch = stopwatch
+        self.guessed = guessed
         embeds = inputs["inputs_embeds"]
         positions = family.read_positions(inputs.get("position_ids"), embeds)
         token_ids = {modality: family.token_id(modality) for modality in images}
-        self.prompt = read_prompt(input_ids, inputs.get("attention_mask"), positions, images, token_ids, config)
+        self.prompt = read_prompt(
+            input_ids, inputs.get("attention_mask"), positions, images, token_ids, config, guessed
+        )
         self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
@@ -98,6 +102,7 @@ class Prefill:
         if cache is not None and not plan.whole:
             self._commit(cache)
             cache.shorten(plan.plain.length, plan.held, renumbered=self.config.positions == "published")
+            cache.guessed = self.guessed
         slot_bytes = 0 if cache is None else cache.slot_bytes
         return PromptReport(
             length=plan.plain.length,
