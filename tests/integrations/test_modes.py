@@ -8,6 +8,7 @@ import copy
 import pytest
 import test_families
 import tiny_llava
+import tiny_models
 import torch
 from masked_reference import MaskedReference
 from test_families import BUDGETS, PLAIN, THRESHOLDS, generate, inputs_of, model_of, one_thread  # noqa: F401
@@ -45,10 +46,13 @@ def test_beams_equal_masked_reference(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("assistant", ["prompt lookup", "itself", "another"])
 def test_assisted_generation_gives_the_same_tokens(assistant, name, config):
+    if name == "qwen2_5_vl" and tiny_models.tf.__version__ < "5":
+        pytest.skip("plain assisted generation of Qwen2.5-VL fails in transformers 4")
     model = model_of(name)
     inputs = inputs_of(name, [[3, ("picture", 1), 12]])
     inputs["input_ids"][:, -2:] = inputs["input_ids"][:, -10:-8]  # so that a lookup finds something, wrong as it is
-    expected, first = dropped(model, inputs, config, max_new_tokens=12)
+    never = {"eos_token_id": tiny_models.VOCABULARY + 1}  # transformers 4 asks for one
+    expected, first = dropped(model, inputs, config, max_new_tokens=12, **never)
     if assistant == "prompt lookup":
         settings = {"prompt_lookup_num_tokens": 3}
     else:
@@ -56,7 +60,7 @@ def test_assisted_generation_gives_the_same_tokens(assistant, name, config):
         if assistant == "another":
             nn.init.normal_(helper.lm_head.weight)
         settings = {"assistant_model": helper}
-    output, report = dropped(model, inputs, config, max_new_tokens=12, **settings)
+    output, report = dropped(model, inputs, config, max_new_tokens=12, **never, **settings)
     assert torch.equal(output.sequences, expected.sequences)
     assert report.last.images[0].kept == first.last.images[0].kept
     cache = getattr(output, "cache", None) or output.past_key_values

@@ -114,6 +114,7 @@ class _Session:
             self.stopwatch.read()  # begins anew, whatever became of the last prompt
             given = kwargs.get("input_ids") if inputs is None else inputs
             self._prompt_length = None if given is None else given.shape[1]
+            self.vision.encoded = {}
             try:
                 return generate(inputs, generation_config, **kwargs)
             finally:
@@ -128,15 +129,16 @@ class _Session:
 
     def _before_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._input_ids = args[0] if args else kwargs.get("input_ids")
-        self.vision.encoded.clear()
+        before, self.vision.encoded = self.vision.encoded, {}
         encoded = kwargs.get("mm_encoder_outputs")  # generate() in transformers 5 runs the tower by itself
-        if not encoded:
-            return
-        for modality, output in encoded.items():
+        for modality, output in (encoded or {}).items():
             if output is not None:
-                if not hasattr(output, "mustdrop"):
+                images = getattr(output, "mustdrop", None)
+                if images is None and self._prompt_length is not None:  # what accelerate copies loses its attributes
+                    images = before.get(modality)
+                if images is None:
                     raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
-                self.vision.encoded[modality] = output.mustdrop
+                self.vision.encoded[modality] = images
 
     # The language model, which takes embeddings: pictures are in place, and nothing is gone yet.
 
