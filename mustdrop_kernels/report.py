@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from .config import MustDropConfig
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from rich.table import Table
 
 
@@ -32,6 +34,9 @@ class ViewReport:
     """bool: patches whose token is a key token."""
     survived: dict[int, Tensor]
     """Pruning layer -> bool: patches whose token goes on after it."""
+    heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """Layer -> float32: the attention that a text token pays it, mean over those that vote and over heads; nan where
+    the token is gone. Empty without ``drop_tokens(..., heat_maps=True)``."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -66,16 +71,19 @@ class ViewReport:
         place = torch.arange(token.numel())
         first = torch.full_like(place, token.numel()).scatter_reduce(0, inverse.flatten(), place, "amin")
         survived = {layer: alive[number] for layer, alive in self.survived.items()}
-        return ViewReport(first[inverse], self.key[number], survived)
+        heat = {layer: values[number] for layer, values in self.heat.items()}
+        return ViewReport(first[inverse], self.key[number], survived, heat)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
+        heat = {str(layer): torch.where(v.isnan(), -1.0, v).tolist() for layer, v in self.heat.items()}
         return {
             "grid": list(self.grid),
             "windows": [list(window) for window in self.windows],
             "token_of_patch": self.token_of_patch.tolist(),
             "key": self.key.int().tolist(),
             "survived": {str(layer): alive.int().tolist() for layer, alive in self.survived.items()},
+            **({"heat": heat} if heat else {}),  # -1 where the token is gone
         }
 
 
@@ -104,6 +112,8 @@ class ImageReport:
     tokens: int
     """Tokens after merging."""
     key_tokens: int
+    heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """Layer -> (N) float32, as in ``ViewReport``."""
 
     @property
     def patches(self) -> int:
@@ -116,7 +126,8 @@ class ImageReport:
         order = torch.zeros_like(self.token)
         order[places.flatten()] = torch.arange(places.numel())
         survived = {layer: alive[places] for layer, alive in self.alive.items()}
-        return ViewReport(order[self.token[places]], self.keys[places], survived)
+        heat = {layer: values[places] for layer, values in self.heat.items()}
+        return ViewReport(order[self.token[places]], self.keys[places], survived, heat)
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -226,20 +237,50 @@ class Report:
         """Plain JSON types."""
         return {"config": self.config.to_dict(), "prompts": [prompt.to_dict() for prompt in self.prompts]}
 
-    def table(self, prompt: PromptReport | None = None) -> Table:
-        """One prompt (by default the last) as a table for ``rich.print``. Needs the extra package rich."""
-        from rich.table import Table
+    def to_json(self, **settings: Any) -> str:
+        """``to_dict`` as one JSON document; `settings` go to ``json.dumps``."""
+        return json.dumps(self.to_dict(), allow_nan=False, **settings)
+
+    def plot(self, image: Any, *, index: int = 0, prompt: PromptReport | None = None) -> Figure:
+        """What was dropped from an image, or, as a contact sheet, from a video. Needs the extra package matplotlib.
+
+        Args:
+            image: the picture, Pillow's or (height, width, 3) uint8; a sequence of them for a video.
+            index: which image of the prompt.
+            prompt: by default the last one.
+        """
+        from .plots import draw_stages
+        from .plots_sheets import as_frames, draw_video, pictures_of
 
         prompt = self.last if prompt is None else prompt
+        frames, report = as_frames(image), prompt.images[index]
+        if len(report.grid) == 3:
+            return draw_video(pictures_of(report, frames), prompt, index=index)
+        return draw_stages(frames[0], prompt, index=index)
+
+    def plot_attention(self, image: Any, *, index: int = 0, prompt: PromptReport | None = None) -> Figure:
+        """What the text looks at, layer by layer; the arguments are those of ``plot``.
+
+        Raises:
+            ValueError: the report was made without ``heat_maps=True``.
+        """
+        from .plots_sheets import as_frames, draw_attention, pictures_of
+
+        prompt = self.last if prompt is None else prompt
+        frames = pictures_of(prompt.images[index], as_frames(image))
+        return draw_attention(frames, prompt, index=index)
+
+    def rows(self, prompt: PromptReport | None = None) -> tuple[list[str], list[list[str]]]:
+        """The columns and rows of ``table``, as text."""
+        prompt = self.last if prompt is None else prompt
         images, times = prompt.images, prompt.milliseconds
-        table = Table(title=f"Vision tokens of {len(images)} image(s)")
-        table.add_column("stage")
-        for name in ("in", "kept", *(["kept of each"] if len(images) > 1 else []), "ms"):
-            table.add_column(name, justify="right")
+        several = len(images) > 1
+        columns = ["stage", "in", "kept", *(["kept of each"] if several else []), "ms"]
+        rows: list[list[str]] = []
 
         def row(stage: str, before: object, after: object, time: str, each: Sequence[int] = ()) -> None:
-            middle = [" ".join(map(str, each))] if len(images) > 1 else []
-            table.add_row(stage, str(before), str(after), *middle, f"{times[time]:.2f}" if time in times else "")
+            middle = [" ".join(map(str, each))] if several else []
+            rows.append([stage, str(before), str(after), *middle, f"{times[time]:.2f}" if time in times else ""])
 
         def tokens(stage: str, before: int, each: list[int], time: str) -> int:
             row(stage, before, sum(each), time, each)
@@ -250,12 +291,23 @@ class Report:
         tokens("1 key tokens", left, [image.key_tokens for image in images], "key tokens")
         for layer in images[0].kept:
             left = tokens(f"2 after layer {layer}", left, [image.kept[layer] for image in images], f"layer {layer}")
-        table.add_section()
         plain, prefill, final = (f"{cache.bytes / 1e6:.2f}" for cache in prompt.caches)
         row("1, 2 KV cache in MB, plain and as read", plain, prefill, "")
         row("3 KV cache in MB, as read and cut", prefill, final, "evict")
-        table.add_section()
         row("tokens of an image, mean over layers", f"{patches / len(images):.1f}", f"{prompt.mean_tokens:.1f}", "")
+        return columns, rows
+
+    def table(self, prompt: PromptReport | None = None) -> Table:
+        """One prompt (by default the last) as a table for ``rich.print``. Needs the extra package rich."""
+        from rich.table import Table
+
+        prompt = self.last if prompt is None else prompt
+        columns, rows = self.rows(prompt)
+        table = Table(title=f"Vision tokens of {len(prompt.images)} image(s)")
+        for column in columns:
+            table.add_column(column, justify="left" if column == "stage" else "right")
+        for number, cells in enumerate(rows, 1):
+            table.add_row(*cells, end_section=number in (len(rows) - 3, len(rows) - 1))
         return table
 
 

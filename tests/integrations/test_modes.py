@@ -132,7 +132,14 @@ def test_compiled_forward_gives_the_same_tokens():
 def test_text_alone_gives_the_same_bits():
     model, inputs = model_of("llava_next"), inputs_of("llava_next", [[9], [4]])
     plain = generate(model, inputs)
-    output, report = dropped(model, inputs)
+    layers = model.model.language_model.layers
+    with drop_tokens(model, CONFIGS["budgets"]) as report:
+        generate(model, inputs_of("llava_next", ONE))
+        assert all(layer._forward_pre_hooks for layer in layers)
+        output = generate(model, inputs)
+        assert not any(layer._forward_pre_hooks for layer in layers)  # so it runs at plain speed
+        report.prompts.clear()
+        generate(model, inputs)
     assert torch.equal(output.sequences, plain.sequences)
     assert all(torch.equal(a, b) for a, b in zip(output.logits, plain.logits, strict=True))
     assert report.prompts == []

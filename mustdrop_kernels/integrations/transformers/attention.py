@@ -44,7 +44,7 @@ def watched_attention(
     if watched.look is not None:
         watched.look(query, key, kwargs["scaling"])
     if mustdrop is not None:
-        mustdrop.attended(query, key, kwargs["scaling"])
+        mustdrop.attended(module.layer_idx, query, key, kwargs["scaling"])
     return output
 
 

@@ -26,7 +26,7 @@ _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Iterator[Report]:
+def drop_tokens(model: nn.Module, config: MustDropConfig | None = None, *, heat_maps: bool = False) -> Iterator[Report]:
     """Within the context, prompts with images lose vision tokens as `config` says; the model is not changed for good.
 
     ``model.generate(**inputs)`` and ``model(**inputs)`` are called as ever, on the processor's plain inputs. What
@@ -39,15 +39,17 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
     by a whole turn as by one token. One prompt is read at a time: do not share the model between threads.
 
     Args:
-        model: a ``LlavaForConditionalGeneration``.
+        model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``).
         config: by default ``MustDropConfig()``.
+        heat_maps: record what the text looks at in every layer, for pictures; costs time and memory.
 
     Yields:
         A report that fills up with each prompt.
 
     Raises:
         TypeError: a model of another class.
-        ValueError: the config asks for layers that the model does not have.
+        ValueError: the config asks for what the model cannot do: layers that it does not have, merging in a vision
+            tower that needs all its patches, a language model with sliding windows.
         RuntimeError: the model is in such a context already.
     """
     config = MustDropConfig() if config is None else config
@@ -55,7 +57,7 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
         raise RuntimeError("drop_tokens is active on this model already")
     family = family_of(model)
     family.check(config)
-    session = _Session(family, config)
+    session = _Session(family, config, heat_maps)
     with contextlib.ExitStack() as stack:
         _active.add(model)
         stack.callback(_active.discard, model)
@@ -66,15 +68,19 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
 class _Session:
     """The hooks. What a forward pass needs to know travels with it, as the keyword `mustdrop`."""
 
-    def __init__(self, family: Family, config: MustDropConfig) -> None:
+    def __init__(self, family: Family, config: MustDropConfig, heat_maps: bool) -> None:
         self.family = family
         self.config = config
+        self.heat_maps = heat_maps
+        self.watched = tuple(range(len(family.layers))) if heat_maps else config.pruning_layers
+        """The layers whose queries and keys are looked at."""
         self.report = Report(config)
         self.lifetime = Lifetime()
         self.stopwatch = Stopwatch(next(family.model.parameters()).device)
         self.vision = VisionStage(family, config, self.stopwatch)
         self._input_ids: Tensor | None = None  # of the pass that is running
         self._prompt_length: int | None = None  # of what generate() was given
+        self._layer_hooks: contextlib.ExitStack | None = None
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""
@@ -86,15 +92,30 @@ class _Session:
         stack.callback(body.register_forward_pre_hook(self._before_body, with_kwargs=True).remove)
         stack.callback(language.register_forward_pre_hook(self._before_language, with_kwargs=True).remove)
         stack.callback(language.register_forward_hook(self._after_language, with_kwargs=True).remove)
-        for i, layer in enumerate(self.family.layers):
-            before = functools.partial(self._before_layer, i)
-            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-        for i in self.config.pruning_layers:
-            layer = self.family.layers[i]
-            # Before transformers' own hook, which records hidden states.
-            after = functools.partial(self._after_layer, i)
-            stack.callback(layer.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
-            patch(stack, layer.self_attn, "config", watched_config(layer.self_attn.config))
+        stack.callback(self._detach_layers)
+
+    def _attach_layers(self) -> None:
+        """Hooks in the language layers, only while there is something to do there: text alone runs at plain speed."""
+        if self._layer_hooks is not None:
+            return
+        with contextlib.ExitStack() as stack:
+            for i, layer in enumerate(self.family.layers):
+                before = functools.partial(self._before_layer, i)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            for i in self.config.pruning_layers:
+                # Before transformers' own hook, which records hidden states.
+                after = functools.partial(self._after_layer, i)
+                hook = self.family.layers[i].register_forward_hook(after, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+            for i in self.watched:
+                attention = self.family.layers[i].self_attn
+                patch(stack, attention, "config", watched_config(attention.config))
+            self._layer_hooks = stack.pop_all()
+
+    def _detach_layers(self) -> None:
+        if self._layer_hooks is not None:
+            self._layer_hooks.close()
+            self._layer_hooks = None
 
     # generate
 
@@ -151,11 +172,22 @@ class _Session:
             _refuse_checkpointing(self.family)
             kwargs[CACHE] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
             images, self.vision.encoded = self.vision.encoded, {}
-            step = Prefill(self.family, self.config, self.stopwatch, images, self._input_ids, kwargs, self._guessed())
+            step = Prefill(
+                self.family,
+                self.config,
+                self.stopwatch,
+                images,
+                self._input_ids,
+                kwargs,
+                guessed=self._guessed(),
+                heat_maps=self.heat_maps,
+            )
         elif isinstance(cache, DropCache) and cache.shortened:
             step = Decode(self.family, cache, kwargs)
         else:
+            self._detach_layers()
             return None
+        self._attach_layers()
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
 
     def _guessed(self) -> int:
@@ -186,7 +218,7 @@ class _Session:
         if step is None:
             return None
         kwargs = step.layer_inputs(index, kwargs, args[0])
-        if isinstance(step, Prefill) and index in self.config.pruning_layers:
+        if isinstance(step, Prefill) and index in self.watched:
             kwargs["mustdrop"] = step  # goes on to the attention function
         return args, kwargs
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ... import ops
 from ...config import MustDropConfig
 from ...engines import PaddedPrompts
 from ...ops import TokenType
+from ...parallel import mean_over_ranks
 from ...report import CacheReport, PromptReport, Stopwatch
 from ...stages import Pruned, Tokens
 from .attention import causal_mask
@@ -35,7 +38,9 @@ class Prefill:
         images: Mapping[str, Sequence[EncodedImage]],  # by modality
         input_ids: Tensor | None,  # (B, L)
         inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
+        *,
         guessed: int = 0,  # tokens at the end that may be taken back
+        heat_maps: bool = False,
     ) -> None:
         self.family = family
         self.config = config
@@ -49,6 +54,7 @@ class Prefill:
         )
         self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
+        self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
         self._mask: Any = None
         self._rotary: Any = None
@@ -75,10 +81,27 @@ class Prefill:
         # Flash attention would read positions with gaps as several packed sequences; no layer needs them.
         return {**inputs, "attention_mask": self._mask, "position_embeddings": self._rotary, "position_ids": None}
 
-    def attended(self, query: Tensor, key: Tensor, scale: float) -> None:
+    def attended(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Scores and selects while a pruning layer's queries (B, Hq, L, D) and keys (B, Hk, L, D) are at hand."""
+        if self.heat is not None:
+            self.heat[layer] = self._look(query, key, scale)
+        if layer not in self.config.pruning_layers:
+            return
         with self.stopwatch.measure(f"layer {self.config.pruning_layers[len(self.after)]}"):
             self._chosen = self.plan.prune(query, key, scale)
+
+    def _look(self, query: Tensor, key: Tensor, scale: float) -> Tensor:  # (B, plain length) float32
+        """What the text that votes looks at, mean over its tokens and heads; nan where no vision token is left."""
+        tokens, group = self.plan.tokens, self.family.ranks
+        found, _ = ops.text_vision_scores(
+            query.detach(), key.detach(), tokens.types, scale, backend=self.config.backend
+        )
+        found = found if group is None else mean_over_ranks(found, group)
+        rows, columns = (tokens.types == TokenType.VISION).nonzero(as_tuple=True)
+        voters = torch.tensor(self.prompt.voters, device=found.device).clamp(min=1)
+        heat = found.new_full((len(voters), self.plan.plain.length), torch.nan)
+        heat[rows, tokens.index[rows, columns]] = found[rows, columns] / voters[rows]
+        return heat
 
     def shorten(self, layer: int, hidden: Tensor) -> Tensor:
         """A pruning layer's output (B, L, C) without the tokens that it dropped."""
@@ -107,7 +130,7 @@ class Prefill:
         return PromptReport(
             length=plan.plain.length,
             text=self.prompt.text,
-            images=image_reports(self.prompt.images, self.prompt.placeholders, self.after),
+            images=image_reports(self.prompt.images, self.prompt.placeholders, self.after, self.heat or {}),
             layer_tokens=[sum(tokens.vision) for tokens in processed],
             plain_cache=_cache_report([plan.plain] * len(processed), slot_bytes),
             prefill_cache=_cache_report(processed, slot_bytes),

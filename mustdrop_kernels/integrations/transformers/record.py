@@ -18,12 +18,14 @@ def image_reports(
     images: Mapping[str, Sequence[EncodedImage]],  # by modality
     placeholders: Mapping[str, Tensor],  # by modality, (B, L) bool
     after: Mapping[int, Tokens],  # pruning layer -> what went on
+    heat: Mapping[int, Tensor],  # layer -> (B, L) float32
 ) -> list[ImageReport]:
     """One report per image or video, in the order of the prompt. Waits for the device."""
     found = []
     for modality, mask in placeholders.items():
         mask = mask.cpu()
         alive = {layer: _alive(tokens, mask) for layer, tokens in after.items()}
+        warmth = {layer: values.cpu()[mask] for layer, values in heat.items()}
         places = torch.nonzero(mask).tolist()  # (row, column) of each placeholder
         begin = 0
         for image in images[modality]:
@@ -39,6 +41,7 @@ def image_reports(
                 kept={layer: int(flags[own].sum()) for layer, flags in alive.items()},
                 tokens=int(image.alive.sum()),
                 key_tokens=int(image.key.sum()),
+                heat={layer: values[own][token] for layer, values in warmth.items()},
             )
             found.append((places[begin], report))
             begin += image.length
