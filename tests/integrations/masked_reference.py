@@ -24,18 +24,23 @@ class MaskedReference:
 
     def __init__(self, model, config: MustDropConfig) -> None:
         self.model, self.config = model, config
+        self.before: list[Tensor] = []  # per layer, (B, past) bool: what is seen of earlier turns
+        self.cache = None
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], new_tokens: int, **settings) -> tuple[Tensor, Tensor]:
-        """New tokens (B, new_tokens) and their logits (B, new_tokens, V)."""
+        """New tokens (B, new_tokens) and their logits (B, new_tokens, V). A second call is the next turn."""
+        self.offset = 0 if self.cache is None else self.cache.get_seq_length()
         self._read(inputs)
         self.alive: list[Tensor] = []
         self.rows, length = inputs["input_ids"].shape
+        if self.cache is not None:
+            settings["past_key_values"] = self.cache
         language = self.model.model.language_model
         implementation = language.config._attn_implementation
 
         def put_images(module, args, kwargs):
-            if kwargs["inputs_embeds"].shape[1] == length:
+            if kwargs["inputs_embeds"].shape[1] == length - self.offset:
                 times = kwargs["inputs_embeds"].shape[0] // self.rows
                 kwargs["inputs_embeds"] = self.embeds.repeat_interleave(times, 0)
             return args, kwargs
@@ -55,13 +60,26 @@ class MaskedReference:
             language.config._attn_implementation = implementation
             _running.pop()
             hook.remove()
+        self.sequences = output.sequences
+        self.cache = getattr(output, "cache", None) or output.past_key_values
+        self._remember()
         return output.sequences[:, length:], torch.stack(output.logits, 1)
+
+    def _remember(self) -> None:
+        """What a next turn sees of this one."""
+        total = self.cache.get_seq_length()
+        seen = []
+        for layer in range(len(self.alive) - 1):
+            parts = [*self.before[layer : layer + 1], self.seen_at_decode(layer)]
+            generated = total - sum(part.shape[1] for part in parts)
+            seen.append(torch.cat([*parts, torch.ones(self.rows, generated, dtype=torch.bool)], 1))
+        self.before = seen
 
     # Stage 1
 
     def _read(self, inputs: dict[str, Tensor]) -> None:
         """What stands at each position of the prompt: (B, L) each."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+        ids, mask = inputs["input_ids"][:, self.offset :], inputs["attention_mask"][:, self.offset :].bool()
         self.embeds = self.model.get_input_embeddings()(ids).clone()
         self.present, self.key, self.voters = mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask)
         images = encode(self.model, self.config, inputs)
@@ -92,7 +110,9 @@ class MaskedReference:
         prompt = self.alive[layer] if query.shape[2] > 1 else self.seen_at_decode(layer)
         prompt = repeat(prompt)
         seen = torch.ones(query.shape[0], length, dtype=torch.bool)
-        seen[:, : prompt.shape[1]] = prompt
+        seen[:, self.offset : self.offset + prompt.shape[1]] = prompt
+        if self.before:
+            seen[:, : self.offset] = repeat(self.before[layer])
         mask = seen[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()[-query.shape[2] :]
         mask = mask | torch.eye(length, dtype=torch.bool)[-query.shape[2] :]  # tokens that nobody sees: no NaN
         key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
@@ -100,7 +120,7 @@ class MaskedReference:
         if query.shape[2] > 1:
             alive = self.alive[layer]
             if layer in self.config.pruning_layers:
-                mean = weights.mean(1)[:: query.shape[0] // self.rows]
+                mean = weights.mean(1)[:: query.shape[0] // self.rows, :, self.offset :]
                 alive = torch.stack([self._keep(layer, row, mean[row]) for row in range(self.rows)])
             self.alive.append(alive)
         return (weights @ value).transpose(1, 2)

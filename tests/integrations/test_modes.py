@@ -11,7 +11,7 @@ import tiny_llava
 import tiny_models
 import torch
 from masked_reference import MaskedReference
-from test_families import BUDGETS, PLAIN, THRESHOLDS, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import BUDGETS, PLAIN, THRESHOLDS, TOWER, generate, inputs_of, model_of, one_thread  # noqa: F401
 from torch import nn
 from transformers import TextStreamer
 
@@ -37,6 +37,43 @@ def test_beams_equal_masked_reference(name):
     output, _ = dropped(model, inputs, num_beams=2)
     tokens, _ = MaskedReference(model, CONFIGS["budgets"]).generate(inputs, test_families.NEW_TOKENS, num_beams=2)
     assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+
+
+@pytest.mark.skipif(tiny_models.tf.__version__ < "5", reason="generate() of transformers 4 ignores such images")
+@pytest.mark.parametrize("kind", ["thresholds", "no eviction", "merging", "keep all"])
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+def test_more_images_in_a_later_turn(name, kind):
+    """Each turn brings its own pixels; text of the second decides about the second's images alone."""
+    model = model_of(name)
+    config = {
+        "thresholds": CONFIGS["thresholds"],
+        "no eviction": MustDropConfig(**PLAIN, **BUDGETS, evict=False),
+        "merging": MustDropConfig(**{**PLAIN, **BUDGETS, **TOWER}),
+        "keep all": MustDropConfig.preset("keep-all", pruning_layers=(1, 3)),
+    }[kind]
+    rows = [[3, ("picture", 0), 8], [9]], [[2, ("picture", 1), 5], [6, ("picture", 2), 7]]
+    first, second = (inputs_of(name, row) for row in rows)
+    reference = MaskedReference(model, config)
+    with drop_tokens(model, config) as report:
+        output = opening = generate(model, first)
+        cache = getattr(output, "cache", None) or output.past_key_values
+        generated = torch.ones(2, test_families.NEW_TOKENS, dtype=torch.long)
+        turn = {
+            **second,
+            "input_ids": torch.cat([output.sequences, second["input_ids"]], 1),
+            "attention_mask": torch.cat([first["attention_mask"], generated, second["attention_mask"]], 1),
+        }
+        output = generate(model, {**turn, "past_key_values": cache})
+    reference.generate(first, test_families.NEW_TOKENS)
+    assert torch.equal(opening.sequences, reference.sequences)
+    tokens, logits = reference.generate(turn, test_families.NEW_TOKENS)
+    assert torch.equal(output.sequences[:, turn["input_ids"].shape[1] :], tokens)
+    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+    assert [len(prompt.images) for prompt in report.prompts] == [1, 2]
+    lengths = [layer.keys.shape[2] - test_families.NEW_TOKENS + 1 for layer in cache.layers]
+    assert lengths == report.last.final_cache.lengths
+    if kind != "keep all":
+        assert sum(lengths) < sum(report.last.plain_cache.lengths)
 
 
 # Assisted decoding: guesses do not vote, and what was not right is taken back.

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -37,6 +38,19 @@ class Held:
         """What is needed of `tokens` once the prompt is read."""
         alive = tokens.types != TokenType.PADDING if tokens.padded else None
         return cls(tokens.length, tokens.counts, alive)
+
+    def followed_by(self, other: Held) -> Held:
+        """These tokens and, behind them, others."""
+        alive = None
+        if self.alive is not None or other.alive is not None:
+            alive = torch.cat([self.real(), other.real()], dim=1)
+        return Held(self.length + other.length, self.counts + other.counts, alive)
+
+    def real(self) -> Tensor:  # (B, length) bool
+        """Which are no padding."""
+        if self.alive is not None:
+            return self.alive
+        return torch.ones(len(self.counts), self.length, dtype=torch.bool, device=self.counts.device)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Does to the batch what was done to keys and values."""
@@ -116,10 +130,20 @@ class DropCache(DynamicCache):
         """Puts others in their place."""
         self.layers[layer].keys, self.layers[layer].values = keys, values
 
-    def shorten(self, prompt_length: int, held: Sequence[Tokens], *, renumbered: bool) -> None:
+    def past(self, mask: Tensor | None, batch: int, device: torch.device) -> list[Held]:
+        """What each layer holds by now, tokens behind the prompt too. `mask` (B, plain length or more): real tokens."""
+        seen, begin = self.get_seq_length(), self.prompt_length if self.shortened else 0
+        alive = None if mask is None else mask[:, begin:seen].bool()
+        whole = torch.full((batch,), seen - begin, dtype=torch.int32, device=device)
+        behind = Held(seen - begin, whole if alive is None else alive.sum(1, dtype=torch.int32), alive)
+        if not self.shortened:
+            return [behind] * len(self.layers)
+        entries = {id(entry): entry.followed_by(behind) for entry in self.held}
+        return [entries[id(entry)] for entry in self.held]
+
+    def shorten(self, prompt_length: int, held: Sequence[Held], *, renumbered: bool) -> None:
         """Declares what each layer holds of a prompt of this length."""
-        entries = {id(tokens): Held.of(tokens) for tokens in held}
-        self.held = [entries[id(tokens)] for tokens in held]
+        self.held = list(held)
         self.prompt_length, self.renumbered = prompt_length, renumbered
         for layer, entry in zip(self.layers, self.held, strict=True):
             layer.dropped = prompt_length - entry.length

@@ -179,7 +179,8 @@ class _Session:
                 images,
                 self._input_ids,
                 kwargs,
-                guessed=self._guessed(),
+                kwargs[CACHE],
+                guessed=self._guessed(kwargs[CACHE]),
                 heat_maps=self.heat_maps,
             )
         elif isinstance(cache, DropCache) and cache.shortened:
@@ -190,11 +191,14 @@ class _Session:
         self._attach_layers()
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
 
-    def _guessed(self) -> int:
+    def _guessed(self, cache: DropCache | None) -> int:
         """Tokens at the prompt's end that generate() has put there for an assistant: guesses of what comes next."""
         if self._prompt_length is None or self._input_ids is None:
             return 0
-        return max(self._input_ids.shape[1] - self._prompt_length, 0)
+        past = 0 if cache is None else cache.get_seq_length()
+        if self._prompt_length < past:  # a turn was given by itself, without what is cached
+            past = 0
+        return max(past + self._input_ids.shape[1] - self._prompt_length, 0)
 
     def _cache_for_prompt(self, given: Any, use_cache: bool | None) -> DropCache | None:
         if given is None:
@@ -202,8 +206,11 @@ class _Session:
             return self._new_cache() if wanted else None
         if not isinstance(given, DropCache):
             raise TypeError(f"{CACHE} is a {type(given).__name__}; inside drop_tokens pass none")
-        if given.get_seq_length() > 0:
-            raise ValueError("an image that comes after cached tokens cannot be dropped from; begin a new prompt")
+        if given.get_seq_length() > 0 and self.config.positions == "published":
+            raise ValueError(
+                "positions='published' renumbers a prompt, which cannot be done to an image behind cached tokens; "
+                "begin a new prompt, or use positions='original'"
+            )
         return given
 
     def _after_language(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
