@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 POSITIONS = ("original", "published")
+MERGE_AT = ("tower", "features")
 VOTES = ("after_image", "last")
 
 
@@ -30,8 +31,13 @@ class MustDropConfig:
     """Merge alike patches. Without it every patch stays a token of its own."""
     merge_layer: int = 0
     """The vision layer, from 0, whose output is merged."""
-    window: tuple[int, int] = (3, 3)
-    """Height and width of a merge window in patches."""
+    merge_at: str = "tower"
+    """Where patches merge: "tower", inside the vision tower, so that its later layers have less to do, or "features",
+    in what the vision side hands to the language model: for towers that need all their patches, and for videos, where
+    a window can reach over frames."""
+    window: tuple[int, ...] = (3, 3)
+    """Height and width of a merge window in patches. With merge_at="features" three numbers are frames, height and
+    width of a window in a video; an image takes the last two."""
     merge_threshold: float = 0.8
     """A window merges if the mean cosine similarity of its patches is at least this."""
     merge_budget: int | None = None
@@ -70,7 +76,12 @@ class MustDropConfig:
             self._require(isinstance(getattr(self, name), bool), name, "True or False")
         self._integer("merge_layer", minimum=0)
         self._integers("window", minimum=1)
-        self._require(len(self.window) == 2, "window", "two numbers, height and width")
+        self._require(self.merge_at in MERGE_AT, "merge_at", f"one of {MERGE_AT}")
+        if self.merge_at == "tower":
+            self._require(len(self.window) == 2, "window", "two numbers, height and width")
+        else:
+            self._require(len(self.window) in (2, 3), "window", "two numbers, height and width, or frames before them")
+            self._require(not self.merge_uniform, "merge_uniform", "False where merge_at is 'features'")
         self._require(math.prod(self.window) > 1 or not self.merge, "window", "of more than one patch")
         self._number("merge_threshold", -1.0, 1.0)
         if self.merge_budget is not None:
@@ -118,9 +129,14 @@ class MustDropConfig:
         self._require(number and math.isfinite(value) and low <= value <= high, name, f"a number {bound}")
 
     @property
+    def merges_in_tower(self) -> bool:
+        """Whether patches merge inside the vision tower."""
+        return self.merge and self.merge_at == "tower"
+
+    @property
     def needs_vision_stage(self) -> bool:
-        """Whether stage 1 does anything: merging, or marking key tokens."""
-        return self.merge or self.key_rate > 0
+        """Whether stage 1 has work inside the vision tower: merging, or marking key tokens."""
+        return self.merges_in_tower or self.key_rate > 0
 
     @property
     def first_evicted_layer(self) -> int | None:

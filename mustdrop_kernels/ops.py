@@ -83,7 +83,7 @@ def _call(op: str, backend: str | None, tensor: Tensor, args: tuple[Any, ...], k
 
 def _refuse_type(op: str, given: object, args: tuple[Any, ...]) -> NoReturn:
     """What says where an operator runs is no tensor."""
-    names = [argument.name for argument in getattr(torch.ops.mustdrop, op).default._schema.arguments]
+    names = [argument.name for argument in operator(op).default._schema.arguments]
     name = next(
         f"{name}[0]" if isinstance(arg, list) else name
         for name, arg in zip(names, args, strict=False)

@@ -66,22 +66,75 @@ def key_tokens(
     With a group by one all-reduce of B * S float32 numbers.
     """
     batch, _, length, _ = key.shape
-    query, key = query.detach(), key.detach()
-    if counts is None:
-        counts = torch.full((batch,), length, dtype=torch.int32, device=key.device)
-    place = torch.arange(length, device=key.device)
-    types = torch.where(place < num_prefix_tokens, int(TokenType.TEXT), int(TokenType.VISION))
-    types = types.masked_fill(place >= counts[:, None], int(TokenType.PADDING)).to(torch.uint8)
-    attention = ops.cls_attention(
-        query, key, scale, counts=counts, num_prefix_tokens=num_prefix_tokens, backend=config.backend
-    )
+    attention = cls_attention(query, key, scale, config, counts=counts, num_prefix_tokens=num_prefix_tokens)
     if group is not None:
         attention = mean_over_ranks(attention, group)
-    budgets = (config.key_rate * (counts - num_prefix_tokens).double()).ceil().int()
-    keep, _ = ops.select_topk(attention, types, length, budgets=budgets, backend=config.backend)
-    kept = torch.zeros(batch, length + 1, dtype=torch.bool, device=key.device)
+    place = torch.arange(length, device=key.device).expand(batch, length)
+    vision = place >= num_prefix_tokens
+    if counts is not None:
+        vision = vision & (place < counts[:, None])
+    return select_keys(attention, vision, config)
+
+
+def cls_attention(
+    query: Tensor,  # (B, H, D) of the CLS token
+    key: Tensor,  # (B, H, S, D)
+    scale: float,
+    config: MustDropConfig,
+    *,
+    counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
+    num_prefix_tokens: int = 1,
+) -> Tensor:  # (B, S) float32, zero for prefix and padding
+    """What the CLS token looks at, mean over heads: how key tokens are found where there is a CLS token."""
+    return ops.cls_attention(
+        query.detach(), key.detach(), scale, counts=counts, num_prefix_tokens=num_prefix_tokens, backend=config.backend
+    )
+
+
+_ROWS = 1 << 22  # attention values that `received_attention` holds at once
+
+
+def received_attention(
+    query: Tensor,  # (B, H, S, D)
+    key: Tensor,  # (B, H, S, D)
+    scale: float,
+    config: MustDropConfig,
+    *,
+    counts: Tensor | None = None,  # (B) how many of S are real; None: all
+) -> Tensor:  # (B, S) float32, zero for padding
+    """What a token gets of all tokens' attention, mean over tokens and heads: how key tokens are found without CLS.
+
+    r[j] = mean over i and heads of softmax_j(scale q_i . k_j). Every token takes the place of CLS in its turn, on the
+    same keys, so no attention matrix per head is built.
+    """
+    batch, _, length, _ = key.shape
+    chunk = max(1, _ROWS // max(length, 1))
+    real = torch.full((batch,), length, dtype=torch.int32, device=key.device) if counts is None else counts
+    received = torch.zeros(batch, length, dtype=torch.float32, device=key.device)
+    for image in range(batch):
+        for begin in range(0, length, chunk):
+            rows = query[image, :, begin : begin + chunk].transpose(0, 1)  # (R, H, D)
+            same = key[image].expand(len(rows), *key.shape[1:])
+            count = real[image].expand(len(rows)).contiguous()
+            attention = cls_attention(rows, same, scale, config, counts=count, num_prefix_tokens=0)
+            asking = torch.arange(begin, begin + len(rows), device=key.device) < count  # padding does not
+            received[image] += (attention * asking[:, None]).sum(0)
+    return received / real[:, None].clamp(min=1)
+
+
+def select_keys(
+    importance: Tensor,  # (B, S) float32
+    vision: Tensor,  # (B, S) bool, tokens of the image
+    config: MustDropConfig,
+) -> Tensor:  # (B, S) bool
+    """The most important ceil(key_rate * N) of each image's N tokens, counted on the device."""
+    batch, length = vision.shape
+    types = torch.where(vision, int(TokenType.VISION), int(TokenType.PADDING)).to(torch.uint8)
+    budgets = (config.key_rate * vision.sum(1).double()).ceil().int()
+    keep, _ = ops.select_topk(importance, types, length, budgets=budgets, backend=config.backend)
+    kept = torch.zeros(batch, length + 1, dtype=torch.bool, device=vision.device)
     kept.scatter_(1, torch.where(keep < 0, length, keep), True)  # the last column takes what is past the counts
-    return kept[:, :length] & (types == TokenType.VISION)
+    return kept[:, :length]
 
 
 # --------------------------------------------------------------------------------------------- stage 2: prefill

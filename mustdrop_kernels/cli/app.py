@@ -115,5 +115,49 @@ def demo(
         work.show(outcome, Console())
 
 
+@app.command()
+def inspect(
+    image: Annotated[
+        list[Path] | None, typer.Option(help="A picture; may be repeated. Default: a photograph of scikit-image.")
+    ] = None,
+    prompt: Annotated[str, typer.Option(help="The question about it.")] = "What is in the image?",
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER|HUB_ID", help="A checkpoint of a model that is served. Default: the demo's."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="Default: 192 for a checkpoint, budget-128 without one.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=JSON", help="Changes the preset, such as --set 'merge_at=\"features\"'."),
+    ] = None,
+    backend: Annotated[str | None, typer.Option(help="Who computes. Default: who serves the device.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
+    seed: Annotated[int, typer.Option(help="Of the untrained model's weights.")] = 0,
+) -> None:
+    """Write a page of HTML about one prompt: what was merged, dropped and looked at, with all pictures inside."""
+    from . import inspect as work
+
+    try:
+        wish = work.Wish(image or (), prompt, model, preset, _settings(set_), backend, out, max_new_tokens, seed)
+        with steps(shown=True) as step:
+            found = work.run(wish, step)
+    except Refusal as refusal:
+        print(f"mustdrop: {refusal}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    print(found.page)
+
+
+def _settings(words: list[str] | None) -> dict[str, Any]:
+    settings = {}
+    for word in words or []:
+        name, _, value = word.partition("=")
+        try:
+            settings[name] = json.loads(value)
+        except json.JSONDecodeError:
+            raise Refusal(f"--set: {word!r} must be a field of MustDropConfig, =, and JSON") from None
+    return settings
+
+
 app.command()(bench)
 app.command()(flops)

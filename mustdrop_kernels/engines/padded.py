@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops, stages
 from ..config import MustDropConfig
+from ..parallel import scores_over_ranks
 from ..stages import Pruned, Tokens
 from .prompts import Prompts
 
@@ -28,6 +30,8 @@ class PaddedPrompts(Prompts["Pruned | None"]):
         super().__init__(tokens, config, voters=voters, group=group)
         self.plain = tokens
         """The prompts as they came."""
+        self.past: Tensor | None = None
+        """(B, P) uint8: types of P cached tokens that stand before these in the layer that runs. None of them goes."""
 
     @property
     def whole(self) -> bool:
@@ -43,7 +47,21 @@ class PaddedPrompts(Prompts["Pruned | None"]):
         """
         return self._go_on(stages.leave_out(self.tokens, empty, lengths, backend=self.config.backend))
 
-    def _decide(self, query: Tensor, key: Tensor, scale: float) -> Pruned:  # (B, Hq, L, D), (B, Hk, L, D)
+    @property
+    def key_types(self) -> Tensor:  # (B, P + L) uint8
+        """What the keys of the layer that runs are."""
+        return self.tokens.types if self.past is None else torch.cat([self.past, self.tokens.types], dim=1)
+
+    def _decide(self, query: Tensor, key: Tensor, scale: float) -> Pruned:  # (B, Hq, L, D), (B, Hk, P + L, D)
+        if self.past is not None:
+            rows = (query.detach(), key.detach(), self.key_types, scale)
+            if self._group is None:
+                scores = ops.text_vision_scores(*rows, backend=self.config.backend)
+            else:
+                scores = scores_over_ranks(*rows, self._most_voters, self._group, backend=self.config.backend)
+            own = slice(self.past.shape[1], None)
+            total, peak = (score[:, own] for score in scores)
+            return stages.select(ops.Scores(total, peak), self.tokens, self.config, self._stage)
         if self._group is not None:
             return self._decide_over_ranks(query.detach(), key.detach(), scale)
         return stages.prune(query, key, self.tokens, scale, self.config, self._stage)

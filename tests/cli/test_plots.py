@@ -23,7 +23,9 @@ def report(layers: tuple[int, ...] = (1, 3)) -> ImageReport:
     alive = torch.arange(36).reshape(6, 6) < 18
     survived = dict(zip(layers, (alive, alive & key), strict=False))
     kept = {layer: int(token[mask].unique().numel()) for layer, mask in survived.items()}
-    return ImageReport(0, token, key, survived, kept, tokens=28, key_tokens=2)
+    alive = {layer: mask.flatten() for layer, mask in survived.items()}
+    views = (torch.arange(36).reshape(6, 6),)
+    return ImageReport(0, "image", views, token.flatten(), key.flatten(), alive, kept, tokens=28, key_tokens=2)
 
 
 def prompt(*images: ImageReport) -> PromptReport:

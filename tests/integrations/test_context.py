@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import tiny_llava
@@ -200,7 +201,7 @@ def test_model_is_left_as_it_was_after_an_exception(where, sdpa, padded, monkeyp
     module = {"vision": sdpa.model.vision_tower, "language": sdpa.model.language_model.layers[3].mlp}.get(where)
     handle = module.register_forward_hook(fail) if module is not None else None
     if where == "enter":
-        monkeypatch.setattr("mustdrop_kernels.integrations.transformers.context.scoring_config", fail)
+        monkeypatch.setattr("mustdrop_kernels.integrations.transformers.context.watched_config", fail)
     with pytest.raises(Broken), drop_tokens(sdpa, DROP):
         fail() if where == "caller" else generate(sdpa, padded)
     if handle is not None:
@@ -256,7 +257,6 @@ def test_an_attention_of_ones_own_is_called(sdpa, one):
         ({"prefill_chunk_size": 64}, "in one piece"),
         ({"cache_implementation": "static"}, "brings its own cache"),
         ({"use_cache": False}, "anew"),
-        ({"prompt_lookup_num_tokens": 3}, "rolled back"),
     ],
 )
 def test_refused_ways_of_generating(settings, sentence, sdpa, one):
@@ -281,7 +281,7 @@ def test_refused_inputs(sdpa, one, processor):
             sdpa(inputs_embeds=embeds, pixel_values=one["pixel_values"])
         with pytest.raises(ValueError, match="loss"):
             sdpa(**one, labels=one["input_ids"])
-        with pytest.raises(ValueError, match="144 image placeholders, the images have 288 patches"):
+        with pytest.raises(ValueError, match="Image features and image tokens do not match"):
             sdpa(**{**one, "pixel_values": one["pixel_values"].repeat(2, 1, 1, 1)})
         with pytest.raises(ValueError, match="shape of input_ids"):
             sdpa(**{**one, "attention_mask": torch.ones(1, 3)})
@@ -291,7 +291,10 @@ def test_refused_inputs(sdpa, one, processor):
 
 
 def test_refused_models_and_configs(sdpa):
-    with pytest.raises(TypeError, match="LlavaForConditionalGeneration, got Linear"), drop_tokens(nn.Linear(2, 2)):
+    with (
+        pytest.raises(TypeError, match=r"LlavaForConditionalGeneration, .*InternVL.*; got Linear"),
+        drop_tokens(nn.Linear(2, 2)),
+    ):
         pass
     with (
         pytest.raises(ValueError, match="merge_layer 3 must come before"),
@@ -304,12 +307,28 @@ def test_refused_models_and_configs(sdpa):
         pass
 
 
-def test_a_tower_without_cls_serves_stage_2_only(sdpa):
-    sdpa.config.vision_feature_select_strategy = "full"
-    try:
-        with pytest.raises(ValueError, match="merging and key tokens need"), drop_tokens(sdpa, DROP):
-            pass
-        with drop_tokens(sdpa, MustDropConfig(merge=False, key_rate=0.0, pruning_layers=(1,))):
-            pass
-    finally:
-        sdpa.config.vision_feature_select_strategy = "default"
+def test_an_unknown_tower_serves_stage_2_only(sdpa, one, monkeypatch):
+    monkeypatch.setattr(sdpa.model.vision_tower.config, "model_type", "other")
+    config = MustDropConfig(merge=False, key_rate=0.0, pruning_layers=(1,), budgets=(20,))
+    with pytest.raises(ValueError, match="neither CLIP nor SigLIP"), drop_tokens(sdpa, DROP):
+        pass
+    with pytest.raises(ValueError, match=r"key_rate=0\.0 leaves the tower alone"):
+        drop_tokens(sdpa, dataclasses.replace(config, key_rate=0.1)).__enter__()
+    with drop_tokens(sdpa, config) as report:
+        generate(sdpa, one)
+    assert report.last.images[0].kept == {1: 20}
+    assert report.last.images[0].grid == (1, 144)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "sentence"),
+    [
+        ("layer_types", ["full_attention"] * 7 + ["sliding_attention"], "full attention in every language layer"),
+        ("sliding_window", 16, "sliding_window=16"),
+        ("attn_logit_softcapping", 50.0, r"attn_logit_softcapping=50\.0"),
+    ],
+)
+def test_language_models_that_are_refused(setting, value, sentence, sdpa, monkeypatch):
+    monkeypatch.setattr(sdpa.model.language_model.config, setting, value, raising=False)
+    with pytest.raises(ValueError, match=sentence), drop_tokens(sdpa, DROP):
+        pass

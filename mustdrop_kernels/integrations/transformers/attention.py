@@ -17,15 +17,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 NAME = "mustdrop"
 
 
-def scoring_config(config: Any) -> Any:
-    """A copy of a language model's config that sends an attention module through ``scoring_attention``."""
-    scoring = copy.copy(config)
-    scoring._attn_implementation = NAME
-    scoring.plain_config = config
-    return scoring
+def watched_config(config: Any, look: Callable[[Tensor, Tensor, float], None] | None = None) -> Any:
+    """A copy of a config that sends an attention module through ``watched_attention``, and so to `look`."""
+    watched = copy.copy(config)
+    watched._attn_implementation = NAME
+    watched.plain_config, watched.look = config, look
+    return watched
 
 
-def scoring_attention(
+def watched_attention(
     module: Any,
     query: Tensor,  # (B, Hq, L, D) after RoPE
     key: Tensor,  # (B, Hk, L, D) after RoPE
@@ -35,14 +35,16 @@ def scoring_attention(
     **kwargs: Any,
 ) -> Any:
     """The attention that the model was set to, and a look at its queries and keys."""
-    scoring = module.config
-    module.config = scoring.plain_config  # flash attention finds its kernel by the name that stands there
+    watched = module.config
+    module.config = watched.plain_config  # flash attention finds its kernel by the name that stands there
     try:
         output = _implementation(module)(module, query, key, value, attention_mask, **kwargs)
     finally:
-        module.config = scoring
+        module.config = watched
+    if watched.look is not None:
+        watched.look(query, key, kwargs["scaling"])
     if mustdrop is not None:
-        mustdrop.attended(query, key, kwargs["scaling"])
+        mustdrop.attended(module.layer_idx, query, key, kwargs["scaling"])
     return output
 
 
@@ -53,7 +55,7 @@ def _implementation(module: Any) -> Callable[..., Any]:
     return sys.modules[type(module).__module__].eager_attention_forward  # each model brings its own
 
 
-AttentionInterface.register(NAME, scoring_attention)
+AttentionInterface.register(NAME, watched_attention)
 
 
 class _Past:

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -38,10 +39,29 @@ class Held:
         alive = tokens.types != TokenType.PADDING if tokens.padded else None
         return cls(tokens.length, tokens.counts, alive)
 
+    def followed_by(self, other: Held) -> Held:
+        """These tokens and, behind them, others."""
+        alive = None
+        if self.alive is not None or other.alive is not None:
+            alive = torch.cat([self.real(), other.real()], dim=1)
+        return Held(self.length + other.length, self.counts + other.counts, alive)
+
+    def real(self) -> Tensor:  # (B, length) bool
+        """Which are no padding."""
+        if self.alive is not None:
+            return self.alive
+        return torch.ones(len(self.counts), self.length, dtype=torch.bool, device=self.counts.device)
+
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Does to the batch what was done to keys and values."""
         self.counts = change(self.counts)
         self.alive = None if self.alive is None else change(self.alive)
+
+    def without_last(self, tokens: int) -> None:
+        """Takes tokens away that every sequence has at its end."""
+        self.length -= tokens
+        self.counts = self.counts - tokens
+        self.alive = None if self.alive is None else self.alive[:, : self.length]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +71,13 @@ class Mark:
     lengths: list[int]  # slots per layer
     held: list[Held]
     prompt_length: int
+    guessed: int
     renumbered: bool
     changes: int
 
 
 class DropLayer(DynamicLayer):
     """A layer that counts dropped tokens as seen: generate() and RoPE go by the plain prompt's length."""
-
-    is_croppable = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -73,11 +92,10 @@ class DropLayer(DynamicLayer):
         new = query if isinstance(query, int) else query.shape[0]
         return super().get_seq_length() + new, self.dropped
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Only a whole cache can be cropped."""
-        if self.dropped:
-            raise RuntimeError("a cache that drop_tokens has shortened cannot be cropped")
-        super().crop(*args, **kwargs)
+    def crop(self, tokens: int) -> None:
+        """Takes the last -`tokens` away."""
+        if tokens < 0 and self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys[..., :tokens, :], self.values[..., :tokens, :]
 
 
 class DropCache(DynamicCache):
@@ -99,6 +117,7 @@ class DropCache(DynamicCache):
         self.layers = [DropLayer() for _ in self.layers]
         self.held: list[Held] = []  # per layer, shared by layers that hold the same tokens; empty: nothing dropped
         self.prompt_length = 0  # of the plain prompt, padding included
+        self.guessed = 0  # tokens at the prompt's end that are an assistant's guesses
         self.renumbered = False  # positions count what a layer holds
 
     @property
@@ -124,10 +143,20 @@ class DropCache(DynamicCache):
         """Puts others in their place."""
         self.layers[layer].keys, self.layers[layer].values = keys, values
 
-    def shorten(self, prompt_length: int, held: Sequence[Tokens], *, renumbered: bool) -> None:
+    def past(self, mask: Tensor | None, batch: int, device: torch.device) -> list[Held]:
+        """What each layer holds by now, tokens behind the prompt too. `mask` (B, plain length or more): real tokens."""
+        seen, begin = self.get_seq_length(), self.prompt_length if self.shortened else 0
+        alive = None if mask is None else mask[:, begin:seen].bool()
+        whole = torch.full((batch,), seen - begin, dtype=torch.int32, device=device)
+        behind = Held(seen - begin, whole if alive is None else alive.sum(1, dtype=torch.int32), alive)
+        if not self.shortened:
+            return [behind] * len(self.layers)
+        entries = {id(entry): entry.followed_by(behind) for entry in self.held}
+        return [entries[id(entry)] for entry in self.held]
+
+    def shorten(self, prompt_length: int, held: Sequence[Held], *, renumbered: bool) -> None:
         """Declares what each layer holds of a prompt of this length."""
-        entries = {id(tokens): Held.of(tokens) for tokens in held}
-        self.held = [entries[id(tokens)] for tokens in held]
+        self.held = list(held)
         self.prompt_length, self.renumbered = prompt_length, renumbered
         for layer, entry in zip(self.layers, self.held, strict=True):
             layer.dropped = prompt_length - entry.length
@@ -135,7 +164,7 @@ class DropCache(DynamicCache):
     def mark(self) -> Mark:
         """How far it is filled now."""
         lengths = [layer.get_seq_length() - layer.dropped for layer in self.layers]
-        return Mark(lengths, list(self.held), self.prompt_length, self.renumbered, self.changes)
+        return Mark(lengths, list(self.held), self.prompt_length, self.guessed, self.renumbered, self.changes)
 
     def back_to(self, mark: Mark) -> None:
         """Takes off what was appended since, after an error. Rows that beams have reordered stay where they are."""
@@ -145,7 +174,22 @@ class DropCache(DynamicCache):
             for i, length in enumerate(mark.lengths):
                 keys, values = self.stored(i)
                 self.store(i, keys[:, :, :length], values[:, :, :length])
-            self.held, self.prompt_length, self.renumbered = list(mark.held), mark.prompt_length, mark.renumbered
+            self.held, self.prompt_length = list(mark.held), mark.prompt_length
+            self.guessed, self.renumbered = mark.guessed, mark.renumbered
+
+    def crop(self, tokens: int) -> None:
+        """Takes the last -`tokens` away, but for none of the prompt; a length instead, as transformers 4 passes it."""
+        count = -tokens if tokens <= 0 else max(self.get_seq_length() - tokens, 0)
+        if self.shortened:
+            of_prompt = max(count - self.generated, 0)
+            if of_prompt > self.guessed:
+                raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")
+            for entry in {id(entry): entry for entry in self.held}.values():
+                entry.without_last(of_prompt)
+            self.prompt_length -= of_prompt
+            self.guessed -= of_prompt
+        for layer in self.layers:
+            layer.crop(-count)
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Appends to a layer; where nobody makes masks for a shortened cache, refuses."""

@@ -13,19 +13,21 @@ from torch import Tensor, nn
 
 from ...config import MustDropConfig
 from ...report import Report, Stopwatch
-from .attention import scoring_config
+from .attention import watched_config
 from .cache import DropCache, Lifetime
+from .compat import CACHE, OLD_CACHE, hidden_of, with_hidden
 from .decode import Decode
-from .llava import CACHE, OLD_CACHE, Llava, hidden_of, with_hidden
+from .families import Family, family_of
+from .patching import patch
 from .prefill import Prefill
 from .undo import UndoneForward, undone_on_error
-from .vision import EncodedImage, VisionStage
+from .vision import VisionStage
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Iterator[Report]:
+def drop_tokens(model: nn.Module, config: MustDropConfig | None = None, *, heat_maps: bool = False) -> Iterator[Report]:
     """Within the context, prompts with images lose vision tokens as `config` says; the model is not changed for good.
 
     ``model.generate(**inputs)`` and ``model(**inputs)`` are called as ever, on the processor's plain inputs. What
@@ -38,21 +40,25 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
     by a whole turn as by one token. One prompt is read at a time: do not share the model between threads.
 
     Args:
-        model: a ``LlavaForConditionalGeneration``.
+        model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``).
         config: by default ``MustDropConfig()``.
+        heat_maps: record what the text looks at in every layer, for pictures; costs time and memory.
 
     Yields:
         A report that fills up with each prompt.
 
     Raises:
         TypeError: a model of another class.
-        ValueError: the config asks for layers that the model does not have.
+        ValueError: the config asks for what the model cannot do: layers that it does not have, merging in a vision
+            tower that needs all its patches, a language model with sliding windows.
         RuntimeError: the model is in such a context already.
     """
     config = MustDropConfig() if config is None else config
     if model in _active:
         raise RuntimeError("drop_tokens is active on this model already")
-    session = _Session(Llava(model, config), config)
+    family = family_of(model)
+    family.check(config)
+    session = _Session(family, config, heat_maps)
     with contextlib.ExitStack() as stack:
         _active.add(model)
         stack.callback(_active.discard, model)
@@ -63,41 +69,62 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
 class _Session:
     """The hooks. What a forward pass needs to know travels with it, as the keyword `mustdrop`."""
 
-    def __init__(self, llava: Llava, config: MustDropConfig) -> None:
-        self.llava = llava
+    def __init__(self, family: Family, config: MustDropConfig, heat_maps: bool) -> None:
+        self.family = family
         self.config = config
+        self.heat_maps = heat_maps
+        self.watched = tuple(range(len(family.layers))) if heat_maps else config.pruning_layers
+        """The layers whose queries and keys are looked at."""
         self.report = Report(config)
         self.lifetime = Lifetime()
-        self.stopwatch = Stopwatch(next(llava.model.parameters()).device)
-        self.vision = VisionStage(llava, config, self.stopwatch)
+        self.stopwatch = Stopwatch(next(family.model.parameters()).device)
+        self.vision = VisionStage(family, config, self.stopwatch)
+        self._input_ids: Tensor | None = None  # of the pass that is running
+        self._prompt_length: int | None = None  # of what generate() was given
+        self._layer_hooks: contextlib.ExitStack | None = None
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""
-        llava, body = self.llava, self.llava.body
+        model, body, language = self.family.model, self.family.body, self.family.language_model
         stack.callback(setattr, self.lifetime, "open", False)
-        UndoneForward().install(stack, llava.model)
+        UndoneForward().install(stack, model)
         self.vision.install(stack)
-        _patch(stack, body, "get_image_features", self.vision.wrap(body.get_image_features))
-        _patch(stack, llava.model, "generate", self._wrap_generate(llava.model.generate))
-        stack.callback(llava.model.register_forward_pre_hook(_refuse_labels, with_kwargs=True).remove)
+        patch(stack, model, "generate", self._wrap_generate(model.generate))
+        stack.callback(model.register_forward_pre_hook(_refuse_labels, with_kwargs=True).remove)
         stack.callback(body.register_forward_pre_hook(self._before_body, with_kwargs=True).remove)
-        stack.callback(body.register_forward_hook(self._after_body, with_kwargs=True).remove)
-        for i, layer in enumerate(llava.layers):
-            before = functools.partial(self._before_layer, i)
-            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
-        for i in self.config.pruning_layers:
-            layer = llava.layers[i]
-            # Before transformers' own hook, which records hidden states.
-            after = functools.partial(self._after_layer, i)
-            stack.callback(layer.register_forward_hook(after, with_kwargs=True, prepend=True).remove)
-            _patch(stack, layer.self_attn, "config", scoring_config(layer.self_attn.config))
+        stack.callback(language.register_forward_pre_hook(self._before_language, with_kwargs=True).remove)
+        stack.callback(language.register_forward_hook(self._after_language, with_kwargs=True).remove)
+        stack.callback(self._detach_layers)
+
+    def _attach_layers(self) -> None:
+        """Hooks in the language layers, only while there is something to do there: text alone runs at plain speed."""
+        if self._layer_hooks is not None:
+            return
+        with contextlib.ExitStack() as stack:
+            for i, layer in enumerate(self.family.layers):
+                before = functools.partial(self._before_layer, i)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove)
+            for i in self.config.pruning_layers:
+                # Before transformers' own hook, which records hidden states.
+                after = functools.partial(self._after_layer, i)
+                hook = self.family.layers[i].register_forward_hook(after, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+            for i in self.watched:
+                attention = self.family.layers[i].self_attn
+                patch(stack, attention, "config", watched_config(attention.config))
+            self._layer_hooks = stack.pop_all()
+
+    def _detach_layers(self) -> None:
+        if self._layer_hooks is not None:
+            self._layer_hooks.close()
+            self._layer_hooks = None
 
     # generate
 
     def _wrap_generate(self, generate: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(generate)
         def wrapped(inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
-            settings = self.llava.model.generation_config if generation_config is None else generation_config
+            settings = self.family.model.generation_config if generation_config is None else generation_config
             _refuse_generation(lambda name: kwargs.get(name, getattr(settings, name, None)))
             cache = kwargs.setdefault(CACHE, kwargs.pop(OLD_CACHE, None))
             if cache is None:
@@ -107,54 +134,89 @@ class _Session:
                     f"{CACHE} is a {type(cache).__name__}; inside drop_tokens pass none, "
                     "or one that generate returned inside drop_tokens"
                 )
-            with undone_on_error(kwargs[CACHE]):
-                return generate(inputs, generation_config, **kwargs)
+            self.stopwatch.read()  # begins anew, whatever became of the last prompt
+            given = kwargs.get("input_ids") if inputs is None else inputs
+            self._prompt_length = None if given is None else given.shape[1]
+            self.vision.encoded = {}
+            try:
+                with undone_on_error(kwargs[CACHE]):
+                    return generate(inputs, generation_config, **kwargs)
+            finally:
+                self._prompt_length = None
 
         return wrapped
 
     def _new_cache(self) -> DropCache:
-        return DropCache(self.llava.language_model.config)
+        return DropCache(self.family.language_model.config)
 
-    # The LLaVA body: one forward pass.
+    # The body, which takes input_ids and pictures: one forward pass.
 
-    def _before_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _before_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        self._input_ids = args[0] if args else kwargs.get("input_ids")
+        before, self.vision.encoded = self.vision.encoded, {}
+        encoded = kwargs.get("mm_encoder_outputs")  # generate() in transformers 5 runs the tower by itself
+        for modality, output in (encoded or {}).items():
+            if output is not None:
+                images = getattr(output, "mustdrop", None)
+                if images is None and self._prompt_length is not None:  # what accelerate copies loses its attributes
+                    images = before.get(modality)
+                if images is None:
+                    raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
+                self.vision.encoded[modality] = images
+
+    # The language model, which takes embeddings: pictures are in place, and nothing is gone yet.
+
+    def _before_language(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = kwargs.get(CACHE)
         if isinstance(cache, DropCache):
             cache.lifetime = self.lifetime
         step: Prefill | Decode
-        if kwargs.get("pixel_values") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
+        if self.vision.encoded:
+            _refuse_checkpointing(self.family)
             kwargs[CACHE] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
-            features, images = self._take_images(kwargs)
-            step = Prefill(self.llava, self.config, self.stopwatch, features, images, kwargs)
+            images, self.vision.encoded = self.vision.encoded, {}
+            step = Prefill(
+                self.family,
+                self.config,
+                self.stopwatch,
+                images,
+                self._input_ids,
+                kwargs,
+                kwargs[CACHE],
+                guessed=self._guessed(kwargs[CACHE]),
+                heat_maps=self.heat_maps,
+            )
         elif isinstance(cache, DropCache) and cache.shortened:
-            step = Decode(self.llava, cache, kwargs)
+            step = Decode(self.family, cache, kwargs)
         else:
+            self._detach_layers()
             return None
+        self._attach_layers()
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
+
+    def _guessed(self, cache: DropCache | None) -> int:
+        """Tokens at the prompt's end that generate() has put there for an assistant: guesses of what comes next."""
+        if self._prompt_length is None or self._input_ids is None:
+            return 0
+        past = 0 if cache is None else cache.get_seq_length()
+        if self._prompt_length < past:  # a turn was given by itself, without what is cached
+            past = 0
+        return max(past + self._input_ids.shape[1] - self._prompt_length, 0)
 
     def _cache_for_prompt(self, given: Any, use_cache: bool | None) -> DropCache | None:
         if given is None:
-            wanted = self.llava.language_model.config.use_cache if use_cache is None else use_cache
+            wanted = self.family.language_model.config.use_cache if use_cache is None else use_cache
             return self._new_cache() if wanted else None
         if not isinstance(given, DropCache):
             raise TypeError(f"{CACHE} is a {type(given).__name__}; inside drop_tokens pass none")
-        if given.get_seq_length() > 0:
-            raise ValueError("an image that comes after cached tokens cannot be dropped from; begin a new prompt")
+        if given.get_seq_length() > 0 and self.config.positions == "published":
+            raise ValueError(
+                "positions='published' renumbers a prompt, which cannot be done to an image behind cached tokens; "
+                "begin a new prompt, or use positions='original'"
+            )
         return given
 
-    def _take_images(self, kwargs: dict[str, Any]) -> tuple[list[Tensor], list[EncodedImage]]:
-        """Features (N, C) of each image, and what stage 1 made of it. Takes what belongs to images out of `kwargs`."""
-        names = ("pixel_values", "vision_feature_layer", "vision_feature_select_strategy", "image_sizes")
-        inputs = {name: value for name in names if (value := kwargs.pop(name, None)) is not None}
-        output = (kwargs.pop("mm_encoder_outputs", None) or {}).get("image")  # transformers 5 may have them already
-        if output is None:
-            output = self.llava.body.get_image_features(**inputs)
-        features = list(getattr(output, "pooler_output", output))
-        if any(feature not in self.vision.encoded for feature in features):
-            raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
-        return features, [self.vision.encoded[feature] for feature in features]
-
-    def _after_body(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_language(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         step = kwargs.get("mustdrop")
         if isinstance(step, Prefill):
             self.report.prompts.append(step.finish(kwargs[CACHE]))
@@ -166,7 +228,7 @@ class _Session:
         if step is None:
             return None
         kwargs = step.layer_inputs(index, kwargs, args[0])
-        if isinstance(step, Prefill) and index in self.config.pruning_layers:
+        if isinstance(step, Prefill) and index in self.watched:
             kwargs["mustdrop"] = step  # goes on to the attention function
         return args, kwargs
 
@@ -177,19 +239,17 @@ class _Session:
         return with_hidden(output, step.shorten(index, hidden_of(output)))
 
 
-def _patch(stack: contextlib.ExitStack, target: Any, name: str, value: Any) -> None:
-    """Sets an attribute of an object; the stack puts back what the object itself had, or nothing."""
-    own = vars(target)
-    if name in own:
-        stack.callback(setattr, target, name, own[name])
-    else:
-        stack.callback(delattr, target, name)
-    setattr(target, name, value)
-
-
 def _refuse_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
     if kwargs.get("labels") is not None:
         raise ValueError("drop_tokens cannot compute a loss: labels no longer line up with the tokens that are left")
+
+
+def _refuse_checkpointing(family: Family) -> None:
+    if any(layer.training and getattr(layer, "gradient_checkpointing", False) for layer in family.layers):
+        raise ValueError(
+            "gradient checkpointing runs layers a second time, when the tokens that they read are gone; "
+            "model.gradient_checkpointing_disable(), or model.eval()"
+        )
 
 
 def _refuse_generation(setting: Callable[[str], Any]) -> None:
@@ -206,5 +266,3 @@ def _refuse_generation(setting: Callable[[str], Any]) -> None:
         )
     if setting("use_cache") is False:
         raise ValueError("use_cache=False: every step would read the prompt, and drop tokens, anew")
-    if setting("assistant_model") is not None or setting("prompt_lookup_num_tokens") is not None:
-        raise ValueError("assisted generation: a cache that drop_tokens has shortened cannot be rolled back")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import causal_mask
 from .cache import DropCache, Held
-from .llava import Llava
+from .families import Family
 
 
 class Decode:
@@ -19,11 +19,10 @@ class Decode:
     The model would build one mask for all layers, from the plain prompt's length.
     """
 
-    def __init__(self, llava: Llava, cache: DropCache, inputs: dict[str, Any]) -> None:
-        self.llava = llava
+    def __init__(self, family: Family, cache: DropCache, inputs: dict[str, Any]) -> None:
+        self.family = family
         self.cache = cache
-        tokens = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        self.new = tokens.shape[1]
+        self.new = inputs["inputs_embeds"].shape[1]
         self.generated = cache.generated  # before this pass
         self.behind = self._behind_prompt(inputs.get("attention_mask"))
         self._shared: dict[int, dict[str, Any]] = {}
@@ -39,7 +38,7 @@ class Decode:
         return mask[:, self.cache.prompt_length :].bool()
 
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The LLaVA body's inputs; each layer gets a mask of its own."""
+        """The language model's inputs; each layer gets a mask of its own."""
         return {**inputs, "attention_mask": None}
 
     def layer_inputs(self, layer: int, inputs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
@@ -50,13 +49,13 @@ class Decode:
         return {**inputs, **self._shared[id(held)]}
 
     def _inputs_for(self, held: Held, hidden: Tensor) -> dict[str, Any]:
-        model = self.llava.language_model
+        model = self.family.language_model
         mask = causal_mask(model.config, hidden, self._alive(held, hidden), past=held.length + self.generated)
         inputs = {"attention_mask": mask}
         if self.cache.renumbered:
             place = self.generated + torch.arange(self.new, device=hidden.device)
             positions = held.counts[:, None].long() + place
-            inputs["position_embeddings"] = model.rotary_emb(hidden, position_ids=positions)
+            inputs["position_embeddings"] = self.family.rotary(hidden, positions)
         return inputs
 
     def _alive(self, held: Held, hidden: Tensor) -> Tensor | None:  # (B, held.length + generated + new)

@@ -6,23 +6,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import ops
 from ...config import MustDropConfig
 from ...engines import PaddedPrompts
 from ...ops import TokenType
+from ...parallel import mean_over_ranks
 from ...report import CacheReport, PromptReport, Stopwatch
 from ...stages import Pruned, Tokens
 from .attention import causal_mask
-from .cache import DropCache
-from .llava import Llava
+from .cache import DropCache, Held
+from .encode import EncodedImage
+from .families import Family
 from .prompt import read_prompt
 from .record import image_reports
-from .vision import EncodedImage
 
 
 class Prefill:
@@ -30,37 +32,48 @@ class Prefill:
 
     def __init__(
         self,
-        llava: Llava,
+        family: Family,
         config: MustDropConfig,
         stopwatch: Stopwatch,
-        features: Sequence[Tensor],  # per image (N, C), at their placeholders
-        images: Sequence[EncodedImage],
-        inputs: dict[str, Any],  # of the LLaVA body
+        images: Mapping[str, Sequence[EncodedImage]],  # by modality
+        input_ids: Tensor | None,  # (B, L)
+        inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
+        cache: DropCache | None,
+        *,
+        guessed: int = 0,  # tokens at the end that may be taken back
+        heat_maps: bool = False,
     ) -> None:
-        self.llava = llava
+        self.family = family
         self.config = config
         self.stopwatch = stopwatch
-        self.images = images
-        self.prompt = read_prompt(inputs, images, llava.image_token_id, config)
-        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=llava.ranks)
+        self.guessed = guessed
+        embeds = inputs["inputs_embeds"]
+        positions = family.read_positions(inputs.get("position_ids"), embeds)
+        token_ids = {modality: family.token_id(modality) for modality in images}
+        mask, seen = inputs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
+        self.past = cache.past(mask, embeds.shape[0], embeds.device) if cache is not None and seen > 0 else None
+        self.shortened = cache is not None and cache.shortened  # before this prompt
+        own = mask if mask is None else mask[:, seen:]
+        self.prompt = read_prompt(input_ids, own, positions, images, token_ids, config, guessed)
+        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
+        self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
-        self._mask: Any = None
+        self._masks: dict[int, Any] = {}  # by what a layer's cache held before
         self._rotary: Any = None
 
-        embeds = llava.body.get_input_embeddings()(inputs["input_ids"])
-        values = torch.cat(list(features)).to(embeds)
-        self.embeds = embeds.masked_scatter(self.prompt.placeholders[..., None], values)
-        if self.prompt.left != self.prompt.tokens.lengths:
-            self.embeds = self._go_on(self.embeds, self.plan.leave_out(self.prompt.empty, self.prompt.left))
-
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The LLaVA body's inputs with the images in place."""
-        inputs = {**inputs, "input_ids": None, "inputs_embeds": self.embeds}
+        """The language model's inputs without the placeholders that stage 1 has emptied."""
+        if self.shortened:
+            inputs = {**inputs, "attention_mask": None}  # each layer gets one of its own
+        if self.prompt.left == self.prompt.tokens.lengths:
+            return inputs
+        chosen = self.plan.leave_out(self.prompt.empty, self.prompt.left)
+        inputs = {**inputs, "inputs_embeds": self._go_on(inputs["inputs_embeds"], chosen)}
         if not self.plan.whole:
             tokens = self.plan.tokens
-            inputs["attention_mask"] = _alive(tokens)
-            inputs["position_ids"] = tokens.positions
+            inputs["attention_mask"] = _alive(tokens) if self.past is None else None
+            inputs["position_ids"] = self.family.position_ids(tokens.positions)
             if inputs.get("cache_position") is not None:  # transformers 4
                 inputs["cache_position"] = inputs["cache_position"][: tokens.length]
         return inputs
@@ -68,15 +81,48 @@ class Prefill:
     def layer_inputs(self, layer: int, inputs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A decoder layer's inputs. While nothing is gone they are the model's own, untouched."""
         self.plan.enter()
+        past = None if self.past is None else self.past[layer]
+        if past is not None:
+            self.plan.past = torch.where(past.real(), int(TokenType.TEXT), int(TokenType.PADDING)).to(torch.uint8)
+        if self.plan.whole and not self.shortened:
+            return inputs
+        inputs = {**inputs, "attention_mask": self._mask(past, hidden)}
         if self.plan.whole:
             return inputs
         # Flash attention would read positions with gaps as several packed sequences; no layer needs them.
-        return {**inputs, "attention_mask": self._mask, "position_embeddings": self._rotary, "position_ids": None}
+        return {**inputs, "position_embeddings": self._rotary, "position_ids": None}
 
-    def attended(self, query: Tensor, key: Tensor, scale: float) -> None:
+    def _mask(self, past: Held | None, hidden: Tensor) -> Any:
+        """transformers' own mask; layers whose caches hold the same share it."""
+        if id(past) not in self._masks:
+            tokens = Held.of(self.plan.tokens)
+            seen = tokens if past is None else past.followed_by(tokens)
+            config, length = self.family.language_model.config, 0 if past is None else past.length
+            self._masks[id(past)] = causal_mask(config, hidden, seen.alive, past=length)
+        return self._masks[id(past)]
+
+    def attended(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Scores and selects while a pruning layer's queries (B, Hq, L, D) and keys (B, Hk, L, D) are at hand."""
+        if self.heat is not None:
+            self.heat[layer] = self._look(query, key, scale)
+        if layer not in self.config.pruning_layers:
+            return
         with self.stopwatch.measure(f"layer {self.config.pruning_layers[len(self.after)]}"):
             self._chosen = self.plan.prune(query, key, scale)
+
+    def _look(self, query: Tensor, key: Tensor, scale: float) -> Tensor:  # (B, plain length) float32
+        """What the text that votes looks at, mean over its tokens and heads; nan where no vision token is left."""
+        tokens, group = self.plan.tokens, self.family.ranks
+        found, _ = ops.text_vision_scores(
+            query.detach(), key.detach(), self.plan.key_types, scale, backend=self.config.backend
+        )
+        found = found[:, found.shape[1] - tokens.length :]
+        found = found if group is None else mean_over_ranks(found, group)
+        rows, columns = (tokens.types == TokenType.VISION).nonzero(as_tuple=True)
+        voters = torch.tensor(self.prompt.voters, device=found.device).clamp(min=1)
+        heat = found.new_full((len(voters), self.plan.plain.length), torch.nan)
+        heat[rows, tokens.index[rows, columns]] = found[rows, columns] / voters[rows]
+        return heat
 
     def shorten(self, layer: int, hidden: Tensor) -> Tensor:
         """A pruning layer's output (B, L, C) without the tokens that it dropped."""
@@ -88,29 +134,43 @@ class Prefill:
         return hidden
 
     def _go_on(self, hidden: Tensor, chosen: Pruned | None) -> Tensor:
-        """With fewer tokens: their hidden states, their mask and rotary table (transformers' own)."""
-        hidden, tokens, model = self.plan.take(hidden, chosen), self.plan.tokens, self.llava.language_model
-        self._mask = causal_mask(model.config, hidden, _alive(tokens), past=0)
-        self._rotary = model.rotary_emb(hidden, position_ids=tokens.positions)
+        """With fewer tokens: their hidden states and their rotary table (transformers' own)."""
+        hidden, tokens = self.plan.take(hidden, chosen), self.plan.tokens
+        self._masks = {}
+        self._rotary = self.family.rotary(hidden, tokens.positions)
         return hidden
 
     def finish(self, cache: DropCache | None) -> PromptReport:
         """After the last layer: cuts the cache and says what was done. Waits for the device."""
         plan, processed = self.plan, list(self.plan.held)
+        before = [0] * len(processed) if self.past is None else [past.length for past in self.past]
         if cache is not None and not plan.whole:
+            plain = plan.plain.length + (0 if self.past is None else cache.get_seq_length() - processed[0].length)
             self._commit(cache)
-            cache.shorten(plan.plain.length, plan.held, renumbered=self.config.positions == "published")
+            cache.shorten(plain, self._held(), renumbered=self.config.positions == "published")
+            cache.guessed = self.guessed
         slot_bytes = 0 if cache is None else cache.slot_bytes
         return PromptReport(
             length=plan.plain.length,
             text=self.prompt.text,
-            images=image_reports(self.images, self.prompt.placeholders, self.after),
+            images=image_reports(self.prompt.images, self.prompt.placeholders, self.after, self.heat or {}),
             layer_tokens=[sum(tokens.vision) for tokens in processed],
-            plain_cache=_cache_report([plan.plain] * len(processed), slot_bytes),
-            prefill_cache=_cache_report(processed, slot_bytes),
-            final_cache=_cache_report(plan.held, slot_bytes),
+            plain_cache=_cache_report([plan.plain] * len(processed), before, slot_bytes),
+            prefill_cache=_cache_report(processed, before, slot_bytes),
+            final_cache=_cache_report(plan.held, before, slot_bytes),
             milliseconds=self.stopwatch.read(),
         )
+
+    def _held(self) -> list[Held]:
+        """What each layer's cache holds; layers that hold the same share it."""
+        pasts: Sequence[Held | None] = [None] * len(self.plan.held) if self.past is None else self.past
+        pairs = list(zip(pasts, self.plan.held, strict=True))
+        found: dict[tuple[int, int], Held] = {}
+        for past, tokens in pairs:
+            if (id(past), id(tokens)) not in found:
+                own = Held.of(tokens)
+                found[id(past), id(tokens)] = own if past is None else past.followed_by(own)
+        return [found[id(past), id(tokens)] for past, tokens in pairs]
 
     def _commit(self, cache: DropCache) -> None:
         """Stage 3."""
@@ -118,8 +178,17 @@ class Prefill:
         if not layers:
             return
         with self.stopwatch.measure("evict"):
-            keys, values = zip(*(cache.stored(i) for i in layers), strict=True)
-            for i, (key, value) in zip(layers, self.plan.commit(keys, values), strict=True):
+            begins = [0 if self.past is None else self.past[i].length for i in layers]
+            stored = [cache.stored(i) for i in layers]
+            keys, values = zip(
+                *((key[:, :, begin:], value[:, :, begin:]) for (key, value), begin in zip(stored, begins, strict=True)),
+                strict=True,
+            )
+            cut = self.plan.commit(keys, values)
+            for i, begin, old, new in zip(layers, begins, stored, cut, strict=True):
+                key, value = new
+                if begin:
+                    key, value = (torch.cat([x[:, :, :begin], y], dim=2) for x, y in zip(old, new, strict=True))
                 cache.store(i, key, value)
 
 
@@ -127,6 +196,6 @@ def _alive(tokens: Tokens) -> Tensor | None:  # (B, L)
     return tokens.types != TokenType.PADDING if tokens.padded else None
 
 
-def _cache_report(held: Sequence[Tokens], slot_bytes: int) -> CacheReport:
-    lengths = [tokens.length for tokens in held]
+def _cache_report(held: Sequence[Tokens], before: Sequence[int], slot_bytes: int) -> CacheReport:
+    lengths = [past + tokens.length for past, tokens in zip(before, held, strict=True)]
     return CacheReport(lengths, sum(lengths) * slot_bytes)

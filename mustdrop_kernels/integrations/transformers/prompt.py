@@ -4,8 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ... import stages
 from ...config import MustDropConfig
 from ...ops import TokenType
 from ...stages import Tokens
-from .vision import EncodedImage
+from .encode import EncodedImage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +21,8 @@ class Prompt:
     """A batch of prompts as the processor made it."""
 
     tokens: Tokens  # every placeholder is a vision token
-    placeholders: Tensor  # (B, L) bool
+    placeholders: dict[str, Tensor]  # by modality, (B, L) bool
+    images: dict[str, list[EncodedImage]]  # by modality, in the order of the placeholders
     text: list[int]  # text tokens of each sequence
     voters: tuple[int, ...]  # of each sequence
     empty: Tensor  # (B, L) bool, placeholders of patches that went into another's token
@@ -30,37 +30,42 @@ class Prompt:
 
 
 def read_prompt(
-    inputs: dict[str, Any],  # of the LLaVA body: input_ids, attention_mask, position_ids, ...
-    images: Sequence[EncodedImage],
-    image_token_id: int,
+    input_ids: Tensor | None,  # (B, L)
+    mask: Tensor | None,  # (B, L), nonzero where there is a token
+    positions: Tensor,  # (B, L) or (B, L, axes)
+    images: Mapping[str, Sequence[EncodedImage]],  # by modality
+    token_ids: Mapping[str, int],  # by modality
     config: MustDropConfig,
+    guessed: int = 0,  # tokens at the end that do not vote
 ) -> Prompt:
-    """Waits for the device once, to learn the sequences' lengths.
+    """Waits for the device once, to learn the sequences' lengths; once more where generate() has repeated the images.
 
     Raises:
         ValueError: the inputs do not fit together, or nothing says which tokens matter.
     """
-    input_ids, mask, positions = (inputs.get(name) for name in ("input_ids", "attention_mask", "position_ids"))
     if input_ids is None:
         raise ValueError("drop_tokens finds the images by their placeholders: pass input_ids, not inputs_embeds")
     if mask is not None and mask.shape != input_ids.shape:
         shapes = f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}"
         raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
-    placeholders = input_ids == image_token_id
-    types = stages.token_types(placeholders, mask, config.votes)
-    standing = _spread([image.alive for image in images], placeholders)
-    protected = _spread([image.key for image in images], placeholders)
+    places = {modality: input_ids == token_ids[modality] for modality in images}
+    present = {modality: _repeated(images[modality], places[modality]) for modality in images}
+    placeholders = torch.stack(list(places.values())).any(0)
+    standing = _spread("alive", present, places)
+    protected = _spread("key", present, places)
+    types = _types(placeholders, mask, config.votes, input_ids.shape[1] - guessed)
 
     flags = (types != TokenType.PADDING, placeholders, standing, protected, types == TokenType.QUERY)
     counts = torch.stack([flag.sum(1) for flag in flags])
     lengths, slots, vision, keys, voters = (tuple(row) for row in counts.tolist())
-    _check(images, slots, voters, config)
+    silent = [row for row, (slot, voter) in enumerate(zip(slots, voters, strict=True)) if slot and not voter]
+    if silent and config.pruning_layers:
+        raise ValueError(f"no text follows the last image of sequence(s) {silent}: nothing says which tokens matter")
 
-    place = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids).contiguous()
     tokens = Tokens(
         types=types,
-        index=place,
-        positions=place if positions is None else positions.expand_as(input_ids).contiguous(),
+        index=torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids).contiguous(),
+        positions=positions,
         protected=protected,
         counts=counts[0].int(),
         lengths=lengths,
@@ -69,20 +74,37 @@ def read_prompt(
     )
     text = [length - slot for length, slot in zip(lengths, slots, strict=True)]
     left = tuple(a + b for a, b in zip(text, vision, strict=True))
-    return Prompt(tokens, placeholders, text, voters, placeholders & ~standing, left)
+    return Prompt(tokens, places, present, text, voters, placeholders & ~standing, left)
 
 
-def _spread(flags: Sequence[Tensor], placeholders: Tensor) -> Tensor:
-    """Flags (N) of each image's placeholders, in order -> (B, L)."""
-    flat = torch.cat(list(flags)).to(placeholders.device)
-    rank = placeholders.flatten().cumsum(0).view_as(placeholders) - 1
-    return placeholders & flat[rank.clamp(0, flat.numel() - 1)]
+def _types(placeholders: Tensor, mask: Tensor | None, votes: str, length: int) -> Tensor:  # (B, L) uint8
+    """Only the first `length` tokens vote: the others are guesses of what comes next."""
+    asked = None if mask is None else mask[:, :length]
+    types = stages.token_types(placeholders[:, :length], asked, votes)
+    return torch.nn.functional.pad(types, (0, placeholders.shape[1] - length), value=int(TokenType.TEXT))
 
 
-def _check(images: Sequence[EncodedImage], slots: Sequence[int], voters: Sequence[int], config: MustDropConfig) -> None:
-    patches = sum(image.alive.numel() for image in images)
-    if sum(slots) != patches:
-        raise ValueError(f"the prompt has {sum(slots)} image placeholders, the images have {patches} patches")
-    silent = [row for row, (slot, voter) in enumerate(zip(slots, voters, strict=True)) if slot and not voter]
-    if silent and config.pruning_layers:
-        raise ValueError(f"no text follows the last image of sequence(s) {silent}: nothing says which tokens matter")
+def _repeated(images: Sequence[EncodedImage], places: Tensor) -> list[EncodedImage]:  # places: (B, L) bool
+    """The images in the order of the placeholders: where generate() repeats rows, it repeats all images of a row."""
+    rows = places.sum(1).tolist()
+    times = sum(rows) // max(sum(image.length for image in images), 1)
+    if times <= 1:
+        return list(images)
+    ordered: list[EncodedImage] = []
+    rest = list(images)
+    for count in rows[::times]:
+        own: list[EncodedImage] = []
+        while sum(image.length for image in own) < count:
+            own.append(rest.pop(0))
+        ordered += own * times
+    return ordered
+
+
+def _spread(flag: str, images: Mapping[str, Sequence[EncodedImage]], places: Mapping[str, Tensor]) -> Tensor:
+    """A flag (N) of each image's placeholders, in order -> (B, L)."""
+    spread = []
+    for modality, mask in places.items():
+        flat = torch.cat([getattr(image, flag) for image in images[modality]]).to(mask.device)
+        rank = mask.flatten().cumsum(0).view_as(mask) - 1
+        spread.append(mask & flat[rank.clamp(0, flat.numel() - 1)])
+    return torch.stack(spread).any(0)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -12,35 +11,41 @@ from torch import Tensor
 from ...ops import TokenType
 from ...report import ImageReport
 from ...stages import Tokens
-from .vision import EncodedImage
+from .encode import EncodedImage
 
 
 def image_reports(
-    images: Sequence[EncodedImage],
-    placeholders: Tensor,  # (B, L) bool
+    images: Mapping[str, Sequence[EncodedImage]],  # by modality
+    placeholders: Mapping[str, Tensor],  # by modality, (B, L) bool
     after: Mapping[int, Tokens],  # pruning layer -> what went on
+    heat: Mapping[int, Tensor],  # layer -> (B, L) float32
 ) -> list[ImageReport]:
-    """One report per image, in the order of the prompt. Waits for the device."""
-    placeholders = placeholders.cpu()
-    alive = {layer: _alive(tokens, placeholders) for layer, tokens in after.items()}
-    rows = torch.nonzero(placeholders)[:, 0].tolist()
-    reports = []
-    begins = itertools.accumulate((len(image.alive) for image in images), initial=0)
-    for image, begin in zip(images, begins, strict=False):  # the last begin is the end
-        own = slice(begin, begin + len(image.alive))
-        token_of_patch = image.token_of_patch.cpu()
-        reports.append(
-            ImageReport(
-                sequence=rows[begin],
-                token_of_patch=token_of_patch.view(image.grid),
-                key=image.key.cpu()[token_of_patch].view(image.grid),
-                survived={layer: flags[own][token_of_patch].view(image.grid) for layer, flags in alive.items()},
+    """One report per image or video, in the order of the prompt. Waits for the device."""
+    found = []
+    for modality, mask in placeholders.items():
+        mask = mask.cpu()
+        alive = {layer: _alive(tokens, mask) for layer, tokens in after.items()}
+        warmth = {layer: values.cpu()[mask] for layer, values in heat.items()}
+        places = torch.nonzero(mask).tolist()  # (row, column) of each placeholder
+        begin = 0
+        for image in images[modality]:
+            own = slice(begin, begin + image.length)
+            token = image.token.cpu()
+            report = ImageReport(
+                sequence=places[begin][0],
+                modality=modality,
+                views=image.views,
+                token=token,
+                keys=image.key.cpu()[token],
+                alive={layer: flags[own][token] for layer, flags in alive.items()},
                 kept={layer: int(flags[own].sum()) for layer, flags in alive.items()},
-                tokens=image.tokens,
-                key_tokens=image.key_tokens,
+                tokens=int(image.alive.sum()),
+                key_tokens=int(image.key.sum()),
+                heat={layer: values[own][token] for layer, values in warmth.items()},
             )
-        )
-    return reports
+            found.append((places[begin], report))
+            begin += image.length
+    return [report for _, report in sorted(found, key=lambda pair: pair[0])]
 
 
 def _alive(tokens: Tokens, placeholders: Tensor) -> Tensor:

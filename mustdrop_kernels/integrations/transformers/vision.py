@@ -1,82 +1,128 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 inside the vision tower: alike patches become one token, and the CLS token names the key tokens."""
+"""Stage 1 inside the vision tower: alike patches become one token, and attention names the key tokens."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import functools
-import math
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import stages
 from ...config import MustDropConfig
+from ...parallel import mean_over_ranks
 from ...report import Stopwatch
-from .attention import padding_mask
-from .llava import Llava, hidden_of, with_hidden
-
-
-@dataclasses.dataclass(frozen=True)
-class EncodedImage:
-    """What stage 1 made of an image of N patches. A token goes by its placeholder in the prompt, 0 .. N-1."""
-
-    grid: tuple[int, int]
-    token_of_patch: Tensor  # (N) int64
-    alive: Tensor  # (N) bool, placeholders that hold a token
-    key: Tensor  # (N) bool, placeholders that hold a key token
-    tokens: int
-    key_tokens: int
+from .attention import padding_mask, watched_config
+from .compat import features_of, hidden_of, with_features, with_hidden
+from .encode import EncodedImage, alone, key_tokens, merge_features, shared
+from .families import Family, Tower
+from .families.base import Arguments, refusal
+from .patching import patch
 
 
 @dataclasses.dataclass
 class _Run:
-    """One run of the tower over a batch of images."""
+    """One run of the tower over the tiles of some images."""
 
-    grid: tuple[int, int]
-    counts: Tensor | None = None  # (B) tokens of each image with CLS; None: not merged
+    modality: str
+    tower: Tower | None
+    grid: tuple[int, int] = (0, 0)
+    counts: Tensor | None = None  # (tiles) tokens of each tile with CLS; None: not merged
     lengths: Sequence[int] = ()  # counts on the host
-    source: Tensor | None = None  # (B, 1+N) token that each patch went into
-    mask: Tensor | None = None  # where the images' lengths differ
-    query: Tensor | None = None  # (B, S, C) of the last layer
-    key: Tensor | None = None  # (B, S, C) of the last layer
+    source: Tensor | None = None  # (tiles, prefix+n) token that each patch went into
+    mask: Tensor | None = None  # where the tiles' lengths differ
+    importance: list[Tensor] = dataclasses.field(default_factory=list)  # (tiles, S) float32, without CLS
 
 
 class VisionStage:
-    """Hooks in the tower, and a ``get_image_features`` that returns each feature at its place in the prompt."""
+    """Hooks in the tower, and ``get_..._features`` that return as many features as an image has placeholders.
 
-    def __init__(self, llava: Llava, config: MustDropConfig, stopwatch: Stopwatch) -> None:
-        self.llava = llava
+    A merged token's feature stands at all of its patches' placeholders, so that the model can pack its features as
+    ever; ``EncodedImage`` says which one is to stay. So a prompt keeps its length until the language model begins.
+    """
+
+    def __init__(self, family: Family, config: MustDropConfig, stopwatch: Stopwatch) -> None:
+        self.family = family
         self.config = config
         self.stopwatch = stopwatch
-        self.encoded = WeakTensorKeyDictionary()
-        """By feature tensor, (N, C): transformers repeats and reorders these (beams, several answers) as it likes."""
-        self._run: _Run | None = None  # the tower works for get_image_features
+        self.encoded: dict[str, list[EncodedImage]] = {}
+        """By modality: what was encoded last."""
+        self._run: _Run | None = None  # the tower works for get_..._features
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Adds the hooks; the stack takes them away."""
-        layers, config = self.llava.vision_layers, self.config
-        if config.merge:
-            # Before transformers' own hook, which records the hidden states that the features are taken from.
-            merge = layers[config.merge_layer].register_forward_hook(self._merge, prepend=True)
-            stack.callback(merge.remove)
-            for layer in layers[config.merge_layer + 1 :]:
-                stack.callback(layer.register_forward_pre_hook(self._mask, with_kwargs=True).remove)
-        if config.key_rate > 0:
-            attention = layers[-1].self_attn
-            stack.callback(attention.q_proj.register_forward_hook(self._take_query).remove)
-            stack.callback(attention.k_proj.register_forward_hook(self._take_key).remove)
+        body, config = self.family.body, self.config
+        towers: dict[int, Tower] = {}
+        for modality in self.family.modalities:
+            name = f"get_{modality}_features"
+            patch(stack, body, name, self._wrap(modality, getattr(body, name)))
+            tower = self.family.tower(modality)
+            if tower is not None:
+                towers[id(tower.attention)] = tower
+        for tower in towers.values():
+            if config.merges_in_tower and tower.whole is None:
+                self._install_merge(stack, tower)
+            if config.key_rate > 0:
+                patch(stack, tower.attention, "config", watched_config(tower.attention.config, self._look))
+        if config.merges_in_tower:
+            stack.callback(body.multi_modal_projector.register_forward_hook(self._spread).remove)
+
+    def _install_merge(self, stack: contextlib.ExitStack, tower: Tower) -> None:
+        # Before transformers' own hook, which records the hidden states that the features are taken from.
+        layer = self.config.merge_layer
+        stack.callback(tower.layers[layer].register_forward_hook(self._merge, prepend=True).remove)
+        for later in tower.layers[layer + 1 :]:
+            stack.callback(later.register_forward_pre_hook(self._mask, with_kwargs=True).remove)
+
+    def _wrap(self, modality: str, get_features: Callable[..., Any]) -> Callable[..., Any]:
+        signature = inspect.signature(get_features)
+
+        @functools.wraps(get_features)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            given = signature.bind(*args, **kwargs).arguments
+            given.update(given.pop("kwargs", {}))
+            arguments = {name: value for name, value in given.items() if value is not None}
+            if not self.encoded:
+                self.stopwatch.read()  # begins anew, whatever became of the last prompt
+            self._run = run = self._begin(modality, arguments)
+            try:
+                output = get_features(*args, **kwargs)
+            finally:
+                self._run = None
+            pieces = features_of(output)
+            features, images = self._encode(run, torch.cat(pieces), [len(piece) for piece in pieces], arguments)
+            self.encoded[modality] = images
+            if self.config.merge and not self.config.merges_in_tower:
+                output = with_features(output, features)
+            if hasattr(output, "pooler_output"):
+                output.mustdrop = images  # generate() may hand this object on, later and repeated
+            return output
+
+        return wrapped
+
+    def _begin(self, modality: str, arguments: Arguments) -> _Run:
+        run = _Run(modality, self.family.tower(modality))
+        if self.config.merges_in_tower and (reason := self.family.why_whole(modality, arguments)):
+            raise ValueError(refusal(reason))
+        if run.tower is not None:
+            run.grid = self.family.grid(modality, arguments)
+        return run
+
+    # While the tower runs
 
     def _merge(self, module: nn.Module, args: Any, output: Any) -> Any:
         run = self._run
-        if run is None:
+        if run is None or run.tower is None:
             return None
         with self.stopwatch.measure("merge"):
-            merged = stages.merge_vision_tokens(hidden_of(output), run.grid, self.config)
+            merged = stages.merge_vision_tokens(
+                hidden_of(output).contiguous(), run.grid, self.config, num_prefix_tokens=run.tower.prefix
+            )
             tokens, run.counts, run.source = merged.tokens, merged.counts, merged.source
             if self.config.merge_budget is not None:
                 run.lengths = [tokens.shape[1]] * tokens.shape[0]
@@ -85,7 +131,7 @@ class VisionStage:
                 tokens = tokens[:, : max(run.lengths)]
             if min(run.lengths) < tokens.shape[1]:
                 real = torch.arange(tokens.shape[1], device=tokens.device) < merged.counts[:, None]
-                run.mask = padding_mask(self.llava.vision_config, real, tokens.dtype)
+                run.mask = padding_mask(run.tower.config, real, tokens.dtype)
         return with_hidden(output, tokens)
 
     def _mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -94,100 +140,116 @@ class VisionStage:
         hidden, _, *rest = args  # the encoder passes hidden_states and attention_mask by position
         return (hidden, self._run.mask, *rest), kwargs
 
-    def _take_query(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._run is not None:
-            self._run.query = output
-
-    def _take_key(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        if self._run is not None:
-            self._run.key = output
-
-    def wrap(self, get_image_features: Callable[..., Any]) -> Callable[..., Any]:
-        """The model's ``get_image_features``, returning as many features as an image has placeholders.
-
-        A merged token's feature stands at one of its patches' placeholders, and zeros at the others, which never reach
-        the language model. So a prompt keeps its length until the language model begins.
-        """
-
-        @functools.wraps(get_image_features)
-        def wrapped(pixel_values: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.stopwatch.read()  # begins anew, whatever became of the last prompt
-            self._run = run = _Run(self._grid(pixel_values))
-            try:
-                output = get_image_features(pixel_values, *args, **kwargs)
-            finally:
-                self._run = None
-            in_object = hasattr(output, "pooler_output")  # transformers 4 returns the features themselves
-            placed = self._place(run, list(output.pooler_output if in_object else output))
-            if not in_object:
-                return placed
-            output.pooler_output = placed
-            return output
-
-        return wrapped
-
-    def _grid(self, pixel_values: Tensor) -> tuple[int, int]:
-        height, width = pixel_values.shape[-2:]
-        patch = getattr(self.llava.vision_config, "patch_size", 1)
-        return height // patch, width // patch
-
-    def _place(self, run: _Run, features: list[Tensor]) -> list[Tensor]:
-        """Features (S, C) of the tokens of each image -> features (N, C) at their placeholders; fills ``encoded``."""
-        key = self._key_tokens(run)
-        placed = []
-        for i, feature in enumerate(features):
-            if run.source is None:
-                tokens = feature.shape[0]
-                source = torch.arange(tokens, device=feature.device)
-            else:
-                tokens = run.lengths[i] - 1  # without CLS
-                source = run.source[i, 1:] - 1
-                self._check(feature.shape[0], max(run.lengths) - 1)
-            patches = source.shape[0]
-            slot = self._placeholders(source, tokens)
-            alive = torch.zeros_like(source, dtype=torch.bool).index_fill(0, slot, True)
-            marked = torch.zeros_like(alive)
-            if key is not None:
-                marked = marked.index_copy(0, slot, key[i, :tokens])
-            placed.append(feature.new_zeros(patches, feature.shape[1]).index_copy(0, slot, feature[:tokens]))
-            self.encoded[placed[-1]] = EncodedImage(
-                grid=run.grid if math.prod(run.grid) == patches else (1, patches),
-                token_of_patch=slot[source],
-                alive=alive,
-                key=marked,
-                tokens=tokens,
-                key_tokens=math.ceil(self.config.key_rate * tokens),
-            )
-        return placed
-
-    def _placeholders(self, source: Tensor, tokens: int) -> Tensor:
-        """(N) token of each patch -> (tokens) the placeholder that each token takes.
-
-        With original positions that of its first patch. Published positions number the tokens, so placeholders
-        0, 1, 2, ... are taken.
-        """
-        if self.config.positions == "published":
-            return torch.arange(tokens, device=source.device)
-        place = torch.arange(source.shape[0], device=source.device)
-        return torch.full_like(place[:tokens], source.shape[0]).scatter_reduce(0, source, place, "amin")
-
-    def _key_tokens(self, run: _Run) -> Tensor | None:  # (B, S) bool, CLS left out
-        if self.config.key_rate == 0:
-            return None
-        assert run.query is not None
-        assert run.key is not None
-        attention = self.llava.vision_layers[-1].self_attn
-        heads = (-1, attention.head_dim)
+    def _look(self, query: Tensor, key: Tensor, scale: float) -> None:  # (tiles, H, S, D) each
+        run = self._run
+        if run is None or run.tower is None:
+            return
         with self.stopwatch.measure("key tokens"):
-            query = run.query[:, 0].unflatten(-1, heads)  # (B, H, D) of CLS
-            key = run.key.unflatten(-1, heads).transpose(1, 2)  # (B, H, S, D)
-            whole = key.shape[1] == self.llava.vision_config.num_attention_heads
-            group = None if whole else self.llava.ranks  # most plans leave the tower whole
-            return stages.key_tokens(query, key, attention.scale, self.config, counts=run.counts, group=group)[:, 1:]
+            prefix = run.tower.prefix
+            if prefix:
+                found = stages.cls_attention(query[:, :, 0], key, scale, self.config, counts=run.counts)
+            else:
+                found = stages.received_attention(query, key, scale, self.config, counts=run.counts)
+            if query.shape[1] < run.tower.heads:  # most plans leave the tower whole
+                found = mean_over_ranks(found, self.family.ranks)
+            run.importance.append(found[:, prefix:])
 
-    def _check(self, features: int, tokens: int) -> None:
-        if features != tokens:
+    def _spread(self, module: nn.Module, args: Any, features: Tensor) -> Tensor | None:
+        """Features (tiles, S, C) of the tokens -> (tiles, lead + n, C) of the patches that they stand for."""
+        run = self._run
+        if run is None or run.tower is None or run.source is None:
+            return None
+        lead = features.shape[1] - (max(run.lengths) - run.tower.prefix)
+        if lead not in (0, run.tower.prefix):
             raise ValueError(
-                f"an image was merged to {tokens} tokens but has {features} features: vision_feature_layer must come "
-                "after merge_layer, and vision_feature_select_strategy must be 'default'"
+                f"{max(run.lengths) - run.tower.prefix} tokens are left of a tile but it has {features.shape[1]} "
+                "features: vision_feature_layer must come after merge_layer"
             )
+        index = torch.cat([torch.arange(lead, device=features.device).expand(len(features), lead),
+                           lead + self._token_of_patch(run)], 1)  # fmt: skip
+        return features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
+
+    def _token_of_patch(self, run: _Run) -> Tensor:  # (tiles, n) int64, without CLS
+        """Whose feature each patch's placeholder gets.
+
+        Published positions number the tokens, so placeholders 0, 1, 2, ... take them.
+        """
+        assert run.tower is not None
+        assert run.source is not None
+        source = run.source[:, run.tower.prefix :] - run.tower.prefix
+        if self.config.positions == "original":
+            return source
+        place = torch.arange(source.shape[1], device=source.device)
+        return place.clamp(max=max(run.lengths) - run.tower.prefix - 1).expand_as(source)
+
+    # Behind the tower
+
+    def _encode(
+        self,
+        run: _Run,
+        features: Tensor,  # (sum of N, C), of all images
+        pieces: Sequence[int],  # as the model has them
+        arguments: Arguments,
+    ) -> tuple[Tensor, list[EncodedImage]]:
+        """What became of each image, and the features that it has at its placeholders."""
+        family, config = self.family, self.config
+        carry = functools.partial(family.pack, run.modality, arguments=arguments, gap=0.0)
+        lengths = list(pieces)
+        if run.tower is not None:
+            lead = family.lead(run.modality, arguments)
+            shape = (family.tiles(run.modality, arguments), lead + run.grid[0] * run.grid[1])
+            lengths = [len(image) for image in carry(torch.zeros(shape))]
+            views = family.views(run.modality, lengths, arguments)
+        else:
+            views = [(torch.arange(length)[None],) for length in lengths]  # in a row
+        if run.source is not None:
+            shares = self._published(run) or [shared(image) for image in carry(self._numbers(run, lead))]
+        else:
+            shares = [alone(length, features.device) for length in lengths]
+            if config.merge:
+                with self.stopwatch.measure("merge"):
+                    features, shares = self._merge_features(features, lengths, pieces, views)
+        keys = [torch.zeros_like(alive) for _, alive in shares]
+        if run.importance:
+            with self.stopwatch.measure("key tokens"):
+                keys = key_tokens(carry(self._importance(run, shape)), shares, views, config)
+        rows = zip(views, shares, keys, strict=True)
+        return features, [EncodedImage(run.modality, grids, *share, key) for grids, share, key in rows]
+
+    def _merge_features(
+        self, features: Tensor, lengths: Sequence[int], pieces: Sequence[int], views: Sequence[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Merged features, and token and alive of each image."""
+        # transformers 4 puts a newline token behind OneVision's videos later.
+        own = lengths if sum(lengths) == len(features) else pieces
+        merged, shares = [], []
+        for image, length, grids in zip(features.split(list(own)), lengths, views, strict=True):
+            image, token = merge_features(image, grids, self.config)
+            place, _ = alone(length, features.device)
+            token = torch.cat([token, place[len(token) :]])
+            merged.append(image)
+            shares.append((token, token == place))
+        return torch.cat(merged), shares
+
+    def _numbers(self, run: _Run, lead: int) -> Tensor:  # (tiles, lead + n) float64
+        """A number for each token of the batch, at its patches; 0: no patch."""
+        token = self._token_of_patch(run)
+        tile = torch.arange(len(token), device=token.device)[:, None] * max(run.lengths)
+        return nn.functional.pad((token + tile + 1).double(), (lead, 0))
+
+    def _published(self, run: _Run) -> list[tuple[Tensor, Tensor]] | None:
+        """Token and alive of each image where placeholders 0, 1, 2, ... take the tokens."""
+        if self.config.positions == "original":
+            return None
+        assert run.tower is not None
+        assert run.source is not None
+        source = run.source[:, run.tower.prefix :] - run.tower.prefix
+        place = torch.arange(source.shape[1], device=source.device)
+        return [(token, place < length - run.tower.prefix) for token, length in zip(source, run.lengths, strict=True)]
+
+    def _importance(self, run: _Run, shape: tuple[int, int]) -> Tensor:  # (tiles, lead + n) float32
+        """At each patch that of its token; 0 before the patches."""
+        found = torch.cat([part.flatten() for part in run.importance]).view(shape[0], -1)
+        if run.source is not None:
+            found = found.gather(1, self._token_of_patch(run))
+        return nn.functional.pad(found, (shape[1] - found.shape[1], 0))

@@ -61,6 +61,8 @@ def parse(fields: dict[str, Any]) -> MustDropConfig:
 
 
 def _check(config: MustDropConfig) -> None:
+    if config.merge and config.merge_at != "tower":
+        raise ValueError(f"mustdrop: merge_at must be 'tower' in vLLM, got {config.merge_at!r}")
     if config.merge and config.merge_uniform:
         raise ValueError(
             "mustdrop: merge_uniform must be False in vLLM, where images share a batch with those of other requests"

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``drop_tokens`` costs a decode step: milliseconds and bytes of the cache, with it and without.
+
+Three prompts: text alone inside the context against plain generation (the hooks and nothing else), an image that keeps
+all its tokens, and one that loses most of them. Both sides run in turn, so that a busy machine slows both alike.
+
+    python bench/overhead.py --threads 2 --json overhead.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from mustdrop_kernels.bench import machine
+from mustdrop_kernels.cli import measure
+from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.integrations.transformers import drop_tokens
+
+IMAGE = 5
+SIDE = 24
+
+
+def build(layers: int, width: int) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5's depth and prompt, less width; random weights."""
+    torch.manual_seed(0)
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        image_size=336,
+        patch_size=14,
+    )
+    text = LlamaConfig(
+        vocab_size=1000,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+    )
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
+    model = LlavaForConditionalGeneration(config).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+def inputs(image: bool) -> dict[str, torch.Tensor]:
+    """60 tokens of text, and 576 of an image before them or not."""
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(10, 1000, (1, 60), generator=generator)
+    if not image:
+        return {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    ids = torch.cat([torch.full((1, SIDE * SIDE), IMAGE), text], 1)
+    pixels = torch.randn(1, 3, 336, 336, generator=generator)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def compare(
+    model: LlavaForConditionalGeneration, prompt: dict, config: MustDropConfig, tokens: int, turns: int
+) -> dict:
+    """Medians of milliseconds per decoded token, and of the ratio of neighbouring runs."""
+    times: dict[str, list[float]] = {"plain": [], "drop_tokens": []}
+    cache = None
+    for turn in range(turns + 1):
+        for side in ("plain", "drop_tokens") if turn % 2 else ("drop_tokens", "plain"):
+            with contextlib.ExitStack() as stack:
+                report = stack.enter_context(drop_tokens(model, config)) if side == "drop_tokens" else None
+                run = measure.generate(model, prompt, tokens)
+            if turn:  # the first warms up
+                times[side].append(run.decode_ms)
+            if report is not None and report.prompts:
+                cache = {"plain": report.last.plain_cache.bytes, "drop_tokens": report.last.final_cache.bytes}
+    ratios = [ours / plain for plain, ours in zip(times["plain"], times["drop_tokens"], strict=True)]
+    return {
+        "decode_ms": {side: statistics.median(values) for side, values in times.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
+        "cache_bytes": cache,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--turns", type=int, default=11)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = build(options.layers, options.width)
+    keep_all = MustDropConfig.preset("keep-all").for_depth(options.layers)
+    budget = MustDropConfig.preset("budget-64").for_depth(options.layers)
+    cases = {
+        "text alone": (inputs(image=False), budget),
+        "image, all kept": (inputs(image=True), keep_all),
+        "image, budget-64": (inputs(image=True), budget),
+    }
+    rows = {}
+    for name, (prompt, config) in cases.items():
+        rows[name] = row = compare(model, prompt, config, options.tokens, options.turns)
+        plain, ours = row["decode_ms"].values()
+        low, _, high = row["ratio_quartiles"] if len(row["ratio_quartiles"]) == 3 else (row["ratio"],) * 3
+        change = f"{100 * (row['ratio'] - 1):+.2f}% ({100 * (low - 1):+.2f} .. {100 * (high - 1):+.2f})"
+        print(f"{name:18} {plain:8.3f} ms {ours:8.3f} ms  {change}")
+    if options.json:
+        described = machine.describe(torch.device("cpu"), options.threads)
+        settings = {key: value for key, value in vars(options).items() if key != "json"}
+        document = {"command": sys.argv[1:], "settings": settings, "machine": described, "rows": rows}
+        options.json.write_text(json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop inspect``: what became of a prompt's pictures, as one page of HTML that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .. import backends
+from ..config import MustDropConfig
+from . import Refusal
+from .page import Page
+from .subject import load_image, load_model, require_extras
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ..report import PromptReport
+
+
+@dataclass(frozen=True)
+class Wish:
+    """The command line."""
+
+    images: Sequence[Path] = ()
+    prompt: str = "What is in the image?"
+    model: str | None = None
+    preset: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    backend: str | None = None
+    out: Path = Path("page.html")
+    max_new_tokens: int = 24
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the page shows."""
+
+    model: str
+    prompt: PromptReport
+    config: MustDropConfig
+    answers: tuple[str, str]
+    page: Path
+
+
+def run(wish: Wish, step: Callable[[str], None]) -> Found:
+    """Generates with and without dropping and writes the page. `step` is told what comes next.
+
+    Raises:
+        Refusal: something that was asked for cannot be done.
+    """
+    require_extras()
+    config = _config(wish)
+    asked: list[Path | None] = [*wish.images] or [None]
+    pictures = [load_image(path) for path in asked]
+    step("loading the model")
+    model, processor, name = _load(wish)
+    config = config.for_depth(model.config.text_config.num_hidden_layers)
+    inputs = _inputs(model, processor, wish.prompt, [image for image, _ in pictures])
+
+    from ..integrations.transformers import drop_tokens
+
+    step("plain generation")
+    plain = _generate(model, inputs, wish.max_new_tokens)
+    step("generation with MustDrop")
+    try:
+        with drop_tokens(model, config, heat_maps=True) as report:
+            dropped = _generate(model, inputs, wish.max_new_tokens)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"{name}: {error}") from None
+
+    step("drawing")
+    before, after = (processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (plain, dropped))
+    found = Found(name, report.last, config, (before, after), wish.out)
+    _write(found, wish, [credit for _, credit in pictures], _seen(model, processor, inputs, pictures), report)
+    return found
+
+
+def _config(wish: Wish) -> MustDropConfig:
+    name = wish.preset or ("192" if wish.model else "budget-128")
+    if name not in MustDropConfig.presets():
+        raise Refusal(f"--preset: there is no {name!r}; there are {', '.join(MustDropConfig.presets())}")
+    if wish.backend is not None and wish.backend not in backends.registered():
+        raise Refusal(f"--backend: there is no {wish.backend!r}; there are {', '.join(backends.registered())}")
+    try:
+        return MustDropConfig.preset(name, backend=wish.backend, **wish.settings)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"--set: {error}") from None
+
+
+def _load(wish: Wish) -> tuple[Any, Any, str]:
+    """Any model that drop_tokens serves; without a name the demo's."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if wish.model is None:
+        subject = load_model(None, wish.seed, device)
+        return subject.model, subject.processor, subject.description
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    try:
+        model = AutoModelForImageTextToText.from_pretrained(wish.model, dtype="auto").eval()
+        processor = AutoProcessor.from_pretrained(wish.model)
+    except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"--model: {wish.model} cannot be loaded: {reason}") from error
+    return model.to(device), processor, wish.model
+
+
+def _inputs(model: Any, processor: Any, prompt: str, images: list[Any]) -> Any:
+    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
+    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
+        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
+    else:
+        token = getattr(processor, "image_token", "<image>")
+        text = f"USER: {' '.join([token] * len(images))}\n{prompt} ASSISTANT:"
+    batch = processor(images=images, text=text, return_tensors="pt")
+    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
+    return batch.to(model.device)
+
+
+def _generate(model: Any, inputs: Any, max_new_tokens: int) -> list[int]:
+    import torch
+
+    with torch.inference_mode():
+        sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    ids: list[int] = sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return ids
+
+
+def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str]]) -> list[np.ndarray]:
+    """Each picture as the model got it: LLaVA-1.5 crops it, the others see all of it."""
+    import numpy as np
+
+    if model.config.model_type != "llava":
+        return [np.asarray(image) for image, _ in pictures]
+    pixels = inputs["pixel_values"].float().cpu()
+    mean, deviation = (pixels.new_tensor(getattr(processor.image_processor, f"image_{x}")) for x in ("mean", "std"))
+    visible = pixels.permute(0, 2, 3, 1) * deviation + mean
+    return list((visible.clamp(0, 1) * 255).round().byte().numpy())
+
+
+def _write(found: Found, wish: Wish, credits: list[str], pictures: list[np.ndarray], report: Any) -> None:
+    """The page: what was asked, what was answered, the table, and for each image what was dropped and looked at."""
+    prompt, config = found.prompt, found.config
+    page = Page("MustDrop: what became of this prompt")
+    page.facts(
+        {
+            "model": found.model,
+            "images": ", ".join(credits),
+            "prompt": wish.prompt,
+            "answer, plain": found.answers[0],
+            "answer, with MustDrop": found.answers[1],
+        }
+    )
+    plain, final = prompt.plain_cache.bytes, prompt.final_cache.bytes
+    page.heading("What was saved")
+    page.facts(
+        {
+            "vision tokens of an image, mean over layers": f"{prompt.mean_tokens:.1f}",
+            "KV cache": f"{plain / 1e6:.2f} MB became {final / 1e6:.2f} MB",
+        }
+    )
+    page.table(*report.rows())
+    for number, image in enumerate(prompt.images):
+        # InternVL's tiles are images of their own: the page shows the picture that they come from.
+        picture = pictures[min(number * len(pictures) // len(prompt.images), len(pictures) - 1)]
+        page.heading(f"{image.modality.capitalize()} {number + 1}")
+        page.figure(report.plot(picture, index=number), f"what was dropped from {image.modality} {number + 1}")
+        page.figure(report.plot_attention(picture, index=number), f"attention to {image.modality} {number + 1}")
+    page.heading("Settings")
+    page.facts({name: str(value) for name, value in config.to_dict().items()})
+    try:
+        wish.out.parent.mkdir(parents=True, exist_ok=True)
+        wish.out.write_text(page.html(), encoding="utf-8")
+    except OSError as error:
+        raise Refusal(f"--out: {wish.out} cannot be written: {error.strerror}") from None

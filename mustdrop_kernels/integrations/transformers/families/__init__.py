@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The models that are served: one class per family, found by the name of the model's class.
+
+``register_family("MyModelForConditionalGeneration", MyFamily)`` adds one; CONTRIBUTING.md does it step by step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import Family, Tower
+from .internvl import InternVL
+from .llava import Llava
+from .llava_next import LlavaNext, LlavaNextVideo, LlavaOnevision
+from .qwen import Qwen2_5VL
+from .video_llava import VideoLlava
+
+__all__ = ["Family", "Tower", "family_of", "register_family"]
+
+_FAMILIES: dict[str, type[Family]] = {
+    "LlavaForConditionalGeneration": Llava,
+    "LlavaNextForConditionalGeneration": LlavaNext,
+    "LlavaNextVideoForConditionalGeneration": LlavaNextVideo,
+    "LlavaOnevisionForConditionalGeneration": LlavaOnevision,
+    "VideoLlavaForConditionalGeneration": VideoLlava,
+    "Qwen2_5_VLForConditionalGeneration": Qwen2_5VL,
+    "InternVLForConditionalGeneration": InternVL,
+}
+
+
+def register_family(class_name: str, family: type[Family]) -> None:
+    """Serves models of the class of this name, and of its subclasses, with `family` from now on."""
+    _FAMILIES[class_name] = family
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model.
+
+    Raises:
+        TypeError: it has none.
+        ValueError: its language model cannot be served.
+    """
+    for cls in type(model).__mro__:
+        if cls.__name__ in _FAMILIES:
+            return _FAMILIES[cls.__name__](model)
+    raise TypeError(f"drop_tokens serves {', '.join(_FAMILIES)}; got {type(model).__name__}")

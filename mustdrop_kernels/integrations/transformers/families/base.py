@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What drop_tokens asks about a model. A model of another kind is a subclass of ``Family``, in a file of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ....config import MustDropConfig
+from ..ranks import head_ranks
+
+Arguments = dict[str, Any]
+"""Of a ``get_..._features`` call, by name; those that were not given are left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A vision tower: transformer layers over the patches of one tile after another."""
+
+    layers: Sequence[Any]
+    attention: Any
+    """The attention module whose queries and keys name the key tokens."""
+    config: Any
+    heads: int
+    """Of all ranks."""
+    prefix: int
+    """Tokens before the patches: one CLS token, or none."""
+    whole: str | None = None
+    """Why patches cannot merge inside it, as the end of a sentence; None: they can."""
+
+
+class Family:
+    """A model: a vision tower, a projector, a language model.
+
+    Placeholders are the positions of a prompt that the features of an image or a video take. An image or a video has N
+    of them, numbered from 0; its *views* say which of them form a grid, for merging (``merge_at="features"``) and for
+    pictures. What is said here of images holds for videos.
+    """
+
+    modalities: ClassVar[tuple[str, ...]] = ("image",)
+
+    def __init__(self, model: Any) -> None:
+        self.model: Any = model
+        self.body: Any = model.model  # takes input_ids and pixel_values
+        self.language_model: Any = self.body.language_model
+        self.layers: Sequence[Any] = self.language_model.layers
+        self.ranks = head_ranks(model)
+        """The ranks that share the language model's heads; None: this one has all."""
+        _check_language_model(self.language_model.config)
+
+    def token_id(self, modality: str) -> int:
+        """The id of a placeholder."""
+        return int(getattr(self.model.config, f"{modality}_token_id"))
+
+    # Stage 1
+
+    def tower(self, modality: str) -> Tower | None:
+        """The tower that sees an image; None: stage 1 does not know it."""
+        return None
+
+    def why_whole(self, modality: str, arguments: Arguments) -> str | None:
+        """Why the patches of these images cannot merge inside the tower, or None."""
+        tower = self.tower(modality)
+        return "is not known" if tower is None else tower.whole
+
+    def grid(self, modality: str, arguments: Arguments) -> tuple[int, int]:
+        """Height and width in patches of what the tower sees at once."""
+        raise NotImplementedError
+
+    def tiles(self, modality: str, arguments: Arguments) -> int:
+        """How many of these grids there are, over all images."""
+        raise NotImplementedError
+
+    def lead(self, modality: str, arguments: Arguments) -> int:
+        """Features of a tile that stand before those of its patches."""
+        raise NotImplementedError
+
+    def pack(
+        self,
+        modality: str,
+        maps: Tensor,  # (tiles, lead + patches), a number for each of the tower's outputs
+        arguments: Arguments,
+        gap: float,
+    ) -> list[Tensor]:
+        """Carries numbers the way that the model carries the tower's outputs to the placeholders of each image.
+
+        Returns:
+            (N) per image; `gap` at placeholders that are no patch, such as the ends of rows.
+        """
+        raise NotImplementedError
+
+    def views(
+        self,
+        modality: str,
+        lengths: Sequence[int],  # N of each image
+        arguments: Arguments,
+    ) -> list[tuple[Tensor, ...]]:
+        """Per image its grids of placeholders, (H, W) or (T, H, W) int64, the finest last."""
+        raise NotImplementedError
+
+    # Positions
+
+    multi_axis: ClassVar[bool] = False
+    """A token has several positions (time, height, width)."""
+
+    def read_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:  # embeds: (B, L, C)
+        """The language model's position_ids -> (B, L), or (B, L, axes)."""
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        return positions.expand(embeds.shape[:2]).contiguous()
+
+    def position_ids(self, positions: Tensor) -> Tensor:
+        """What ``read_positions`` returned, as the language model takes it."""
+        return positions
+
+    def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
+        """The language model's rotary table."""
+        return self.language_model.rotary_emb(hidden, position_ids=self.position_ids(positions))
+
+    # Whether a config can be served
+
+    def check(self, config: MustDropConfig) -> None:
+        """Refuses, in words, what this model cannot do.
+
+        Raises:
+            ValueError: with what to set instead.
+        """
+        self._check_depth(config)
+        towers = {modality: self.tower(modality) for modality in self.modalities}
+        if config.merges_in_tower:
+            reasons = [self.why_whole(modality, {}) for modality in self.modalities]
+            if all(reasons):
+                raise ValueError(refusal(str(reasons[0])))
+        if config.key_rate > 0 and not any(towers.values()):
+            raise ValueError(
+                "key tokens are found in a CLIP, SigLIP or InternVL vision tower or in Qwen2.5-VL's, this model's is "
+                f"{self.vision_kind!r}; key_rate=0.0 leaves the tower alone"
+            )
+        if config.positions == "published" and self.multi_axis:
+            raise ValueError("positions='published' renumbers tokens, which have several positions each in this model")
+        if config.positions == "published" and config.merge and not self.published:
+            raise ValueError("merging with positions='published' is what the published code does with LLaVA-1.5 alone")
+
+    published: ClassVar[bool] = False
+    """The published code knows this model, and an image's placeholders are the patches of one tile."""
+
+    @property
+    def vision_kind(self) -> str:
+        """The kind of vision tower, for messages."""
+        return str(self.model.config.vision_config.model_type)
+
+    def _check_depth(self, config: MustDropConfig) -> None:
+        depth = len(self.layers)
+        beyond = [layer for layer in config.pruning_layers if layer >= depth]
+        if beyond:
+            raise ValueError(
+                f"pruning_layers {config.pruning_layers}: the language model has {depth} layers, so there is no layer "
+                f"{beyond[0]}; config.for_depth({depth}) leaves such layers out"
+            )
+
+
+def refusal(reason: str) -> str:
+    """Why patches cannot merge in the tower, and what can be done."""
+    return (
+        f"patches cannot merge inside this model's vision tower, which {reason}; merge_at='features' merges what comes "
+        "out of it, merge=False leaves merging out"
+    )
+
+
+def _check_language_model(config: Any) -> None:
+    """Scores are those of full softmax attention."""
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if kinds or window is not None:
+        kind = ", ".join(sorted(kinds)) or f"sliding_window={window}"
+        raise ValueError(
+            f"drop_tokens needs full attention in every language layer, this model has {kind}: text behind the window "
+            "does not see the image"
+        )
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        raise ValueError(
+            "drop_tokens scores plain softmax attention, this language model caps its scores "
+            f"(attn_logit_softcapping={config.attn_logit_softcapping})"
+        )
+
+
+def bare(config: Any, name: str) -> int:
+    """A size of a vision config, which may be a pair of equal ones."""
+    size = getattr(config, name)
+    return int(size if isinstance(size, int) else size[0])
+
+
+def square(tokens: int) -> tuple[int, int]:
+    """Height and width of a square of so many tokens."""
+    side = math.isqrt(tokens)
+    return side, side

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One tiny model of each family with random weights, and batches for it; nothing is downloaded, no processor is needed.
+
+Towers keep flat regions alike, so that stage 1 has something to merge, and the language models' attention is uneven, so
+that stage 2 has something to choose. Ids from 10 on are text; `IMAGE` and `VIDEO` are placeholders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers as tf
+from torch import Tensor
+
+PAD, IMAGE, VIDEO = 3, 4, 5
+VOCABULARY = 300
+PATCH = 14
+LAYERS = 6
+
+TEXT = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=48,
+    intermediate_size=96,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=8192,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=PAD,
+    initializer_range=0.15,
+)
+VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, patch_size=PATCH)
+
+
+@dataclasses.dataclass(frozen=True)
+class Picture:
+    """What a row of a batch shows: an image of so many tiles, a video, ..."""
+
+    placeholders: list[int]  # ids that stand for it in the prompt
+    inputs: dict[str, Tensor]  # of this picture alone, with a leading dimension of 1 or of its tiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    """A family: its model, and pictures of it by number."""
+
+    build: Callable[[], Any]
+    picture: Callable[[Any, int], Picture]  # (config, number); the numbers differ in size
+    collate: Callable[[list[dict[str, Tensor]]], dict[str, Tensor]]
+    tower: Callable[[Any], list[Any]] = lambda model: [model.model.vision_tower]
+
+
+def model_of(tiny: Tiny, attention: str = "sdpa", seed: int = 0) -> Any:
+    """In float32; it never stops by itself."""
+    torch.manual_seed(seed)
+    model = tiny.build()
+    model.set_attn_implementation(attention)
+    model = model.eval()
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            layer.self_attn.q_proj.weight.mul_(2.0)
+        for tower in tiny.tower(model):
+            embeddings = getattr(getattr(tower, "vision_model", tower), "embeddings", None)
+            if hasattr(embeddings, "position_embedding"):
+                embeddings.position_embedding.weight.mul_(3.0)
+                embeddings.patch_embedding.weight.mul_(2.0)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = PAD
+    return model
+
+
+def batch(tiny: Tiny, config: Any, rows: list[list[Any]]) -> dict[str, Tensor]:
+    """Rows of text, as a number of tokens, and of pictures, as ("picture", number); padded on the left."""
+    torch.manual_seed(7)
+    sequences, pictures = [], []
+    for row in rows:
+        ids = [1]
+        for piece in row:
+            if isinstance(piece, int):
+                ids += torch.randint(10, VOCABULARY, (piece,)).tolist()
+            else:
+                pictures.append(tiny.picture(config, piece[1]))
+                ids += pictures[-1].placeholders
+        sequences.append(ids)
+    longest = max(map(len, sequences))
+    inputs = {
+        "input_ids": torch.tensor([[PAD] * (longest - len(ids)) + ids for ids in sequences]),
+        "attention_mask": torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in sequences]),
+    }
+    if pictures:
+        inputs |= tiny.collate([picture.inputs for picture in pictures])
+    return inputs
+
+
+def pixels(shape: tuple[int, ...], number: int) -> Tensor:
+    """(..., 3, height, width) noise whose right part is flat, more of it or less by number."""
+    generator = torch.Generator().manual_seed(number)
+    values = torch.randn(shape, generator=generator)
+    flat = values[..., int(shape[-1] * (0.5, 0.3, 0.6)[number % 3]) :]
+    flat *= torch.linspace(0.0, 0.5, shape[-2])[:, None]
+    flat += 0.5 * (number % 2)
+    return values
+
+
+def _cat(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = list(dict.fromkeys(name for picture in pictures for name in picture))
+    return {name: torch.cat([picture[name] for picture in pictures if name in picture]) for name in names}
+
+
+def _padded(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tiles (1, n, 3, H, W) of different n, padded with zeros."""
+    most = max((picture["pixel_values"].shape[1] for picture in pictures if "pixel_values" in picture), default=0)
+    for picture in pictures:
+        if "pixel_values" in picture:
+            tiles = picture["pixel_values"]
+            picture["pixel_values"] = torch.cat([tiles, tiles.new_zeros(1, most - tiles.shape[1], *tiles.shape[2:])], 1)
+    return _cat(pictures)
+
+
+def _tokens(config: Any) -> dict[str, int]:
+    return {"image_token_index": IMAGE, "pad_token_id": PAD} | ({"video_token_index": VIDEO} if config else {})
+
+
+# ------------------------------------------------------------------------------------------------------- LLaVA-1.5
+
+
+def _llava(strategy: str = "default", kind: str = "clip") -> Any:
+    vision = tf.CLIPVisionConfig if kind == "clip" else tf.SiglipVisionConfig
+    side = 6 * PATCH
+    return tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            vision_config=vision(image_size=side, **VISION),
+            text_config=tf.LlamaConfig(**TEXT),
+            vision_feature_layer=-2,
+            vision_feature_select_strategy=strategy,
+            image_token_index=IMAGE,
+        )
+    )
+
+
+def _llava_picture(extra: int) -> Callable[[Any, int], Picture]:
+    def picture(config: Any, number: int) -> Picture:
+        side = config.vision_config.image_size
+        return Picture([IMAGE] * ((side // PATCH) ** 2 + extra), {"pixel_values": pixels((1, 3, side, side), number)})
+
+    return picture
+
+
+# ------------------------------------------------------------------------------------ LLaVA-NeXT, its videos, OneVision
+
+SIDE = 4  # patches of a tile
+TILE = SIDE * PATCH
+SIZES = [(60, 110), (112, 70), (56, 56), (40, 168)]
+"""Height and width of pictures; the last one is very wide."""
+PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [TILE, 3 * TILE]]
+
+
+def _next(**changes: Any) -> Any:
+    return tf.LlavaNextForConditionalGeneration(
+        tf.LlavaNextConfig(
+            vision_config=tf.CLIPVisionConfig(image_size=TILE, **VISION),
+            text_config=tf.LlamaConfig(**TEXT),
+            vision_feature_layer=-2,
+            image_grid_pinpoints=PINPOINTS,
+            image_token_index=IMAGE,
+        )
+    )
+
+
+def _next_video() -> Any:
+    return tf.LlavaNextVideoForConditionalGeneration(
+        tf.LlavaNextVideoConfig(
+            vision_config=tf.CLIPVisionConfig(image_size=TILE, **VISION),
+            text_config=tf.LlamaConfig(**TEXT),
+            vision_feature_layer=-2,
+            image_grid_pinpoints=PINPOINTS,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            spatial_pool_stride=2,
+            spatial_pool_mode="average",
+        )
+    )
+
+
+def _onevision(aspect: str = "anyres_max_9") -> Any:
+    return tf.LlavaOnevisionForConditionalGeneration(
+        tf.LlavaOnevisionConfig(
+            vision_config=tf.SiglipVisionConfig(image_size=TILE, vision_use_head=False, **VISION),
+            text_config=tf.Qwen2Config(**TEXT),
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            vision_aspect_ratio=aspect,
+            image_grid_pinpoints=PINPOINTS,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+        )
+    )
+
+
+def anyres_rows(config: Any, size: tuple[int, int]) -> tuple[int, range, range]:
+    """Tiles in a row, and the rows and columns of patches that are left of the margins."""
+    from transformers.image_processing_utils import select_best_resolution
+
+    height, width = select_best_resolution(size, config.image_grid_pinpoints)
+    rows, columns = height // PATCH, width // PATCH
+    if size[1] / size[0] > columns / rows:
+        margin = (rows - int(round(size[0] * columns / size[1], 7))) // 2
+        return width // TILE, range(margin, rows - margin), range(columns)
+    margin = (columns - int(round(size[1] * rows / size[0], 7))) // 2
+    return width // TILE, range(rows), range(margin, columns - margin)
+
+
+def _tiled(config: Any, number: int) -> Picture:
+    size = SIZES[number % len(SIZES)]
+    _, rows, columns = anyres_rows(config, size)
+    from transformers.image_processing_utils import select_best_resolution
+
+    height, width = select_best_resolution(size, config.image_grid_pinpoints)
+    tiles = 1 + height * width // TILE**2
+    high, wide = shrunk(config, len(rows), len(columns))
+    count = SIDE**2 + high * (wide + 1)
+    values = pixels((1, tiles, 3, TILE, TILE), number)
+    return Picture([IMAGE] * count, {"pixel_values": values, "image_sizes": torch.tensor([size])})
+
+
+def shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:
+    """What OneVision leaves of a picture that is larger than so many tiles."""
+    aspect = getattr(config, "vision_aspect_ratio", None)
+    if aspect is None:
+        return rows, columns
+    ratio = (rows * columns / (int(aspect.removeprefix("anyres_max_")) * SIDE**2)) ** 0.5
+    return (int(rows // ratio), int(columns // ratio)) if ratio > 1.1 else (rows, columns)
+
+
+FRAMES = 3
+
+
+def _video(per_frame: int, end: int, side: int) -> Callable[[Any, int], Picture]:
+    def picture(config: Any, number: int) -> Picture:
+        values = pixels((1, FRAMES, 3, side, side), number)
+        values[:, 1, ..., : side // 2, :] = values[:, 0, ..., : side // 2, :]  # what does not move
+        return Picture([VIDEO] * (FRAMES * per_frame + end), {"pixel_values_videos": values})
+
+    return picture
+
+
+def _either(
+    image: Callable[[Any, int], Picture], video: Callable[[Any, int], Picture]
+) -> Callable[[Any, int], Picture]:
+    """Numbers from 100 on are videos."""
+    return lambda config, number: image(config, number) if number < 100 else video(config, number - 100)
+
+
+def _video_llava() -> Any:
+    return tf.VideoLlavaForConditionalGeneration(
+        tf.VideoLlavaConfig(
+            vision_config=tf.CLIPVisionConfig(image_size=TILE, **VISION),
+            text_config=tf.LlamaConfig(**TEXT),
+            vision_feature_layer=-2,
+            image_token_index=IMAGE,
+            video_token_index=VIDEO,
+            image_seq_length=SIDE**2,
+            video_seq_length=SIDE**2 + 1,
+        )
+    )
+
+
+def _square(config: Any, number: int) -> Picture:
+    name = "pixel_values" if tf.__version__ > "5" else "pixel_values_images"
+    return Picture([IMAGE] * SIDE**2, {name: pixels((1, 3, TILE, TILE), number)})
+
+
+# ------------------------------------------------------------------------------------------------------------- Qwen
+
+GRIDS = [(1, 8, 12), (1, 10, 6), (1, 4, 4), (2, 8, 8)]
+"""Frames, height and width in patches; the last one is a video."""
+
+
+def _qwen() -> Any:
+    return tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(
+            text_config={
+                **TEXT,
+                "rope_scaling": {"type": "mrope", "rope_type": "default", "mrope_section": [2, 2, 2]},
+                "use_sliding_window": False,
+            },
+            vision_config=dict(
+                depth=3,
+                hidden_size=32,
+                intermediate_size=64,
+                num_heads=4,
+                out_hidden_size=48,
+                patch_size=PATCH,
+                window_size=4 * PATCH,
+                fullatt_block_indexes=[1],
+                spatial_merge_size=2,
+                temporal_patch_size=2,
+            ),
+            image_token_id=IMAGE,
+            video_token_id=VIDEO,
+            vision_start_token_id=6,
+            vision_end_token_id=7,
+        )
+    )
+
+
+def _qwen_picture(config: Any, number: int) -> Picture:
+    video = number >= 100
+    frames, height, width = GRIDS[-1] if video else GRIDS[number % 3]
+    generator = torch.Generator().manual_seed(number)
+    values = torch.randn(frames, height, width, 3 * 2 * PATCH * PATCH, generator=generator)
+    values[:, :, width // 2 :] = values[:1, :1, :1] + 0.3 * values[:, :, width // 2 :]
+    # The tower takes patches in blocks of 2 x 2.
+    values = values.view(frames, height // 2, 2, width // 2, 2, -1).transpose(2, 3).reshape(frames * height * width, -1)
+    grid = torch.tensor([[frames, height, width]])
+    token = VIDEO if video else IMAGE
+    ids = [6] + [token] * (frames * height * width // 4) + [7]
+    names = ("pixel_values_videos", "video_grid_thw") if video else ("pixel_values", "image_grid_thw")
+    return Picture(ids, dict(zip(names, (values, grid), strict=True)))
+
+
+# --------------------------------------------------------------------------------------------------------- InternVL
+
+
+def _internvl() -> Any:
+    model = tf.InternVLForConditionalGeneration(
+        tf.InternVLConfig(
+            vision_config=tf.InternVLVisionConfig(
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                patch_size=[PATCH, PATCH],
+                image_size=[8 * PATCH, 8 * PATCH],
+                layer_scale_init_value=0.5,
+            ),
+            text_config=tf.Qwen2Config(**TEXT),
+            image_token_id=IMAGE,
+            downsample_ratio=0.5,
+            image_seq_length=16,
+        )
+    )
+    with torch.no_grad():
+        model.model.vision_tower.embeddings.position_embeddings.normal_(0, 0.5)
+        model.model.vision_tower.embeddings.cls_token.normal_()
+    return model
+
+
+def _internvl_picture(config: Any, number: int) -> Picture:
+    """One tile, or two of them, as the processor cuts them."""
+    tiles = 1 + number % 2
+    return Picture([IMAGE] * (16 * tiles), {"pixel_values": pixels((tiles, 3, 8 * PATCH, 8 * PATCH), number)})
+
+
+FAMILIES = {
+    "llava": Tiny(_llava, _llava_picture(0), _cat),
+    "llava full": Tiny(lambda: _llava("full"), _llava_picture(1), _cat),
+    "llava siglip": Tiny(lambda: _llava("full", "siglip"), _llava_picture(0), _cat),
+    "llava_next": Tiny(_next, _tiled, _padded),
+    "llava_next_video": Tiny(_next_video, _either(_tiled, _video(SIDE**2 // 4, 0, TILE)), _padded),
+    "llava_onevision": Tiny(_onevision, _either(_tiled, _video(SIDE**2 // 4, 1, TILE)), _padded),
+    "llava_onevision shrunk": Tiny(lambda: _onevision("anyres_max_1"), _tiled, _padded),
+    "video_llava": Tiny(
+        _video_llava,
+        _either(_square, _video(SIDE**2 + 1, 0, TILE)),
+        _cat,
+        lambda model: [model.model.image_tower, model.model.video_tower],
+    ),
+    "qwen2_5_vl": Tiny(_qwen, _qwen_picture, _cat, lambda model: []),
+    "internvl": Tiny(_internvl, _internvl_picture, _cat, lambda model: []),
+}
