@@ -6,10 +6,12 @@
 
 #include <iostream>
 
-using Merge = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(
-    const at::Tensor& x, c10::SymIntArrayRef grid, at::IntArrayRef window, double threshold,
-    std::optional<c10::SymInt> budget, bool uniform, int64_t num_prefix_tokens, const std::optional<at::Tensor>& sizes,
-    bool merged_first);
+using Merge = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>(const at::Tensor& x, c10::SymIntArrayRef grid,
+                                                                         at::IntArrayRef window, double threshold,
+                                                                         std::optional<c10::SymInt> budget,
+                                                                         bool uniform, int64_t num_prefix_tokens,
+                                                                         const std::optional<at::Tensor>& sizes,
+                                                                         bool merged_first);
 
 int main(int argc, char** argv) {
   if (argc != 2 || !dlopen(argv[1], RTLD_NOW)) {  // loading the library registers the operators
