@@ -41,6 +41,8 @@ RUN_ELSEWHERE = {
     "make test-wheel": "by hand, before a release: docs/release.md",
     "python tools/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
+    # A model of 7B: the variable and the plug-in are what the tests of the plug-in run, in a real vLLM.
+    "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096": "make test-vllm",
 }
 # Of the C++ example: tests/frameworks/test_libtorch.py.
 CPP = ("cmake -S examples/libtorch", "cmake --build build/libtorch", "build/libtorch/merge")

@@ -42,8 +42,9 @@ VARIABLES: Mapping[str, str] = {
     "MUSTDROP_CUDA_ARCHS": "CUDA targets of the build",
     "MUSTDROP_NVCC": "CUDA compiler of the build",
     "MUSTDROP_CMAKE_ARGS": "further arguments of the build",
+    "MUSTDROP_PORTABLE": "a build without _native, for wheels",
 }
-_OTHERS = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CXX", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
+_OTHERS = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUPY_CACHE_DIR", "CXX", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE")
 
 
 def attempt(what: Callable[[], Any]) -> Any:

@@ -81,7 +81,8 @@ class _Session:
         self.vision = VisionStage(family, config, self.stopwatch)
         self._input_ids: Tensor | None = None  # of the pass that is running
         self._prompt_length: int | None = None  # of what generate() was given
-        self._layer_hooks: contextlib.ExitStack | None = None
+        self._layer_hooks = contextlib.ExitStack()
+        self._attached = False  # the hooks in the layers
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""
@@ -94,11 +95,11 @@ class _Session:
         stack.callback(body.register_forward_pre_hook(self._before_body, with_kwargs=True).remove)
         stack.callback(language.register_forward_pre_hook(self._before_language, with_kwargs=True).remove)
         stack.callback(language.register_forward_hook(self._after_language, with_kwargs=True).remove)
-        stack.callback(self._detach_layers)
+        stack.enter_context(self._layer_hooks)
 
     def _attach_layers(self) -> None:
         """Hooks in the language layers, only while there is something to do there: text alone runs at plain speed."""
-        if self._layer_hooks is not None:
+        if self._attached:
             return
         with contextlib.ExitStack() as stack:
             for i, layer in enumerate(self.family.layers):
@@ -112,12 +113,12 @@ class _Session:
             for i in self.watched:
                 attention = self.family.layers[i].self_attn
                 patch(stack, attention, "config", watched_config(attention.config))
-            self._layer_hooks = stack.pop_all()
+            self._layer_hooks.enter_context(stack.pop_all())
+        self._attached = True
 
     def _detach_layers(self) -> None:
-        if self._layer_hooks is not None:
-            self._layer_hooks.close()
-            self._layer_hooks = None
+        self._layer_hooks.close()
+        self._attached = False
 
     # generate
 
