@@ -220,7 +220,7 @@ class VisionStage:
         self, features: Tensor, lengths: Sequence[int], pieces: Sequence[int], views: Sequence[tuple[Tensor, ...]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Merged features, and token and alive of each image."""
-        # transformers 4 puts a newline token behind OneVision's videos later.
+        # Earlier versions of transformers put a newline token behind OneVision's videos later.
         own = lengths if sum(lengths) == len(features) else pieces
         merged, shares = [], []
         for image, length, grids in zip(features.split(list(own)), lengths, views, strict=True):
