@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from prompts import make_inputs
-from token_pool_engine import Allocator, Engine, Kv
+from token_pool_engine import Allocator, Engine, Kv, Pools
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.engines import PackedPrompts
@@ -45,13 +45,32 @@ def alone(model, config, ids, pixels):
     return output[0, len(ids) :].tolist()
 
 
+def real_pools():
+    """SGLang's own classes."""
+    pytest.importorskip("sglang", reason="needs SGLang, which cannot share this environment's versions")
+    from sglang.srt.managers.schedule_batch import ReqKvInfo
+    from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
+
+    class RealPools:
+        Kv = ReqKvInfo
+
+        def __init__(self, size, heads, head_dim, layers):
+            self.rows = ReqToTokenPool(8, 400, "cpu", enable_memory_saver=False)
+            self.buffers = MHATokenToKVPool(size, 1, torch.float32, heads, head_dim, layers, "cpu", False)
+            self.allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", self.buffers, need_sort=False)
+
+    return RealPools
+
+
+@pytest.mark.parametrize("pools", [lambda: Pools, real_pools], ids=["shaped", "real"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_tokens_are_those_of_transformers(name, sdpa, asks):
+def test_tokens_are_those_of_transformers(name, pools, sdpa, asks):
     """Requests that join a running batch, in a pool that would not hold their full prompts."""
     config = CONFIGS[name]
     lengths = [len(ids) for ids, _ in asks]
     size = sum(lengths) - 40
-    engine = Engine(sdpa, config, size)
+    engine = Engine(sdpa, config, size, pools())
     running, waiting, done = [], sorted(enumerate(asks), key=lambda item: -len(item[1][0])), {}
     together = 0
     while waiting or running:

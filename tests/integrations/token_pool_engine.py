@@ -21,7 +21,7 @@ from mustdrop_kernels.integrations.sglang import TokenTable
 class Kv:
     """The fields of SGLang's ``ReqKvInfo`` that are used."""
 
-    req_pool_idx: int
+    req_pool_idx: int | None = None
     cache_protected_len: int = 0
     kv_committed_len: int = 0
     kv_allocated_len: int = 0
@@ -45,6 +45,39 @@ class Allocator:
         self.free_pages = torch.cat([self.free_pages, free_index])
 
 
+class Rows:
+    """``ReqToTokenPool``."""
+
+    def __init__(self, rows, context):
+        self.req_to_token = torch.zeros(rows + 1, context, dtype=torch.int32)
+        self.free_slots = list(range(1, rows + 1))
+
+    def alloc(self, requests):
+        for request in requests:
+            request.kv.req_pool_idx = self.free_slots.pop()
+
+    def free(self, request):
+        self.free_slots.append(request.kv.req_pool_idx)
+
+
+class Buffers:
+    """``MHATokenToKVPool``."""
+
+    def __init__(self, size, heads, head_dim, layers):
+        self.k_buffer = [torch.zeros(size + 1, heads, head_dim) for _ in range(layers)]
+        self.v_buffer = [torch.zeros(size + 1, heads, head_dim) for _ in range(layers)]
+
+
+class Pools:
+    """Everything that is SGLang's; a test may bring its own classes."""
+
+    Kv = Kv
+
+    def __init__(self, size, heads, head_dim, layers, rows=8, context=400):
+        self.rows, self.allocator = Rows(rows, context), Allocator(size)
+        self.buffers = Buffers(size, heads, head_dim, layers)
+
+
 class Request:
     def __init__(self, ids, features, kv):
         self.ids, self.features, self.kv = ids, features, kv
@@ -52,24 +85,25 @@ class Request:
 
 
 class Engine:
-    def __init__(self, model, config, size, context=400, rows=8):
+    def __init__(self, model, config, size, pools=Pools):
         self.model, self.config = model, config
         text = model.config.text_config
-        shape = (size + 1, text.num_key_value_heads, text.head_dim)
-        self.k_buffer = [torch.full(shape, torch.nan) for _ in range(text.num_hidden_layers)]
-        self.v_buffer = [torch.full(shape, torch.nan) for _ in range(text.num_hidden_layers)]
-        self.allocator = Allocator(size)
-        self.req_to_token = torch.zeros(rows + 1, context, dtype=torch.int32)
-        self.free_rows = list(range(1, rows + 1))
+        self.pools = pools(size, text.num_key_value_heads, text.head_dim, text.num_hidden_layers)
+        self.allocator, self.req_to_token = self.pools.allocator, self.pools.rows.req_to_token
+        self.k_buffer, self.v_buffer = self.pools.buffers.k_buffer, self.pools.buffers.v_buffer
+        for buffer in (*self.k_buffer, *self.v_buffer):
+            buffer.fill_(torch.nan)
 
     def add(self, ids, features=None):  # (L), (N, C)
-        return Request(ids, features, Kv(self.free_rows.pop()))
+        request = Request(ids, features, self.pools.Kv())
+        self.pools.rows.alloc([request])
+        return request
 
     def finish(self, request):
         kv = request.kv
         assert kv.kv_committed_len == kv.kv_allocated_len
         self.allocator.free(self.req_to_token[kv.req_pool_idx, : kv.kv_allocated_len].long())
-        self.free_rows.append(kv.req_pool_idx)
+        self.pools.rows.free(request)
 
     @torch.no_grad()
     def step(self, requests):

@@ -23,6 +23,7 @@ MOVABLE = (
     torch.float64,
     torch.int64,
     torch.int32,
+    torch.int8,
     torch.uint8,
     torch.bool,
     torch.float8_e4m3fn,

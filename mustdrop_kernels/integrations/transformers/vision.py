@@ -203,7 +203,8 @@ class VisionStage:
         else:
             views = [(torch.arange(length)[None],) for length in lengths]  # in a row
         if run.source is not None:
-            shares = self._published(run) or [shared(image) for image in carry(self._numbers(run, lead))]
+            highest = len(run.source) * max(run.lengths)
+            shares = self._published(run) or [shared(image, highest) for image in carry(self._numbers(run, lead))]
         else:
             shares = [alone(length, features.device) for length in lengths]
             if config.merge:
