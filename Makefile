@@ -7,11 +7,12 @@ TORCH ?= torch==2.13.0
 NATIVE := $(shell find csrc python -type f) CMakeLists.txt setup.py
 LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
+TRANSFORMERS_5 := $(VENV)/transformers-5.8
 TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
 DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-vllm check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-transformers-5 test-vllm check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -44,7 +45,7 @@ figures: build  ## the tables and pictures of README and docs from bench/results
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
-test-all: build test-transformers-4  ## the full matrices, and a compile for CUDA where nvcc is found
+test-all: build test-transformers-4 test-transformers-5  ## the full matrices, and a compile for CUDA where nvcc is found
 	$(BIN)/python -m pytest -q -n 2
 	$(INTERPRETED)
 
@@ -70,6 +71,14 @@ $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
 	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 tests/integrations
+
+$(TRANSFORMERS_5)/.ready: | $(VENV)/.packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_5) \
+	  transformers==5.8.1 'tokenizers>=0.22,<=0.23.0' 'huggingface-hub>=1.5,<2.0' httpx httpcore h11 anyio certifi idna
+	touch $@
+
+test-transformers-5: build $(TRANSFORMERS_5)/.ready  ## every model and mode with a version between 4.57 and the newest
+	PYTHONPATH=$(TRANSFORMERS_5) $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/integrations/test_families.py tests/integrations/test_modes.py
 
 # vLLM brings its own torch: an environment of its own, which sees this source tree and its entry point by a .pth file.
 # torchaudio, torchcodec and triton are builds for CUDA that do not load beside a CPU torch; torchvision gets help.

@@ -135,3 +135,19 @@ def test_first_evicted_layer():
     assert MustDropConfig(evict_from=0).first_evicted_layer == 0
     assert MustDropConfig(pruning_layers=()).first_evicted_layer is None
     assert MustDropConfig(pruning_layers=(5, 9)).first_evicted_layer == 5
+
+
+def test_where_patches_merge():
+    config = MustDropConfig(merge_at="features", window=(2, 3, 3))
+    assert not config.merges_in_tower
+    assert config.window == (2, 3, 3)
+    assert MustDropConfig.from_dict(config.to_dict()) == config
+    assert MustDropConfig().merges_in_tower
+    assert not MustDropConfig(merge=False).merges_in_tower
+    for wrong, name in (
+        (dict(window=(2, 3, 3)), "window"),
+        (dict(merge_at="projector"), "merge_at"),
+        (dict(merge_at="features", merge_uniform=True), "merge_uniform"),
+    ):
+        with pytest.raises(ValueError, match=f"MustDropConfig: {name} must be"):
+            MustDropConfig(**wrong)

@@ -86,6 +86,22 @@ def test_key_tokens_of_ragged_images_are_each_images_own(data):
         assert int(kept[row].sum()) == math.ceil(config.key_rate * (count - 1))
 
 
+@pytest.mark.parametrize("rows", [1 << 22, 20])  # all at once, and two queries at a time
+def test_received_attention_is_the_mean_of_what_all_pay(rows, monkeypatch):
+    monkeypatch.setattr(stages, "_ROWS", rows)
+    q, k = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
+    found = stages.received_attention(q, k, 0.7, MustDropConfig())
+    expected = (q @ k.transpose(2, 3) * 0.7).softmax(-1).mean((1, 2))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+    counts = torch.tensor([10, 6], dtype=torch.int32)
+    ragged = stages.received_attention(q, k, 0.7, MustDropConfig(), counts=counts)
+    alone = stages.received_attention(q[1:, :, :6], k[1:, :, :6], 0.7, MustDropConfig())
+    torch.testing.assert_close(ragged[0], expected[0], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(ragged[1, :6], alone[0], atol=1e-6, rtol=1e-5)
+    assert not ragged[1, 6:].any()
+
+
 # Stage 2
 
 

@@ -8,6 +8,7 @@ that stage 2 has something to choose. Ids from 10 on are text; `IMAGE` and `VIDE
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -142,6 +143,17 @@ def _llava(strategy: str = "default", kind: str = "clip") -> Any:
     )
 
 
+def _vip_llava() -> Any:
+    return tf.VipLlavaForConditionalGeneration(
+        tf.VipLlavaConfig(
+            vision_config=tf.CLIPVisionConfig(image_size=6 * PATCH, **VISION),
+            text_config=tf.LlamaConfig(**TEXT),
+            vision_feature_layers=[-2, 2],
+            image_token_index=IMAGE,
+        )
+    )
+
+
 def _llava_picture(extra: int) -> Callable[[Any, int], Picture]:
     def picture(config: Any, number: int) -> Picture:
         side = config.vision_config.image_size
@@ -270,7 +282,8 @@ def _video_llava() -> Any:
 
 
 def _square(config: Any, number: int) -> Picture:
-    name = "pixel_values" if tf.__version__ > "5" else "pixel_values_images"
+    names = inspect.signature(tf.VideoLlavaForConditionalGeneration.forward).parameters
+    name = "pixel_values" if "pixel_values" in names else "pixel_values_images"
     return Picture([IMAGE] * SIDE**2, {name: pixels((1, 3, TILE, TILE), number)})
 
 
@@ -360,6 +373,7 @@ FAMILIES = {
     "llava": Tiny(_llava, _llava_picture(0), _cat),
     "llava full": Tiny(lambda: _llava("full"), _llava_picture(1), _cat),
     "llava siglip": Tiny(lambda: _llava("full", "siglip"), _llava_picture(0), _cat),
+    "vipllava": Tiny(_vip_llava, _llava_picture(0), _cat),
     "llava_next": Tiny(_next, _tiled, _padded),
     "llava_next_video": Tiny(_next_video, _either(_tiled, _video(SIDE**2 // 4, 0, TILE)), _padded),
     "llava_onevision": Tiny(_onevision, _either(_tiled, _video(SIDE**2 // 4, 1, TILE)), _padded),

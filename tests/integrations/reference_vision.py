@@ -7,6 +7,7 @@ Where patches merge inside the tower, the tower is run here, layer by layer; els
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import itertools
 import math
 from typing import Any
@@ -41,6 +42,7 @@ def encode(model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> lis
     """All images, then all videos, each in the order of the prompt."""
     kind = {
         "llava": Llava,
+        "vipllava": Vip,
         "llava_next": Next,
         "llava_next_video": NextVideo,
         "llava_onevision": Onevision,
@@ -111,15 +113,18 @@ class Llava:
     def tile(self, pixels: Tensor, tower: Any, cut: int | None = None) -> list[Placeholder]:
         """The tower's features of a tile (3, H, W); patches of one token have the same."""
         hidden, source, weights, prefix = self._run(pixels, tower)
-        strategy = self.model.config.vision_feature_select_strategy
+        strategy = getattr(self.model.config, "vision_feature_select_strategy", "default")
         cut = int(strategy == "default") if cut is None else cut
-        features = self.body.multi_modal_projector(hidden[self.model.config.vision_feature_layer])
+        features = self.body.multi_modal_projector(self._features_of(hidden))
         asked = weights[0] if prefix else weights.mean(0)  # (S) what CLS looks at, or what is received
         placeholders = [Placeholder(features[i], None, None) for i in range(cut, prefix)]
         number = next(self._numbers)
         for token in source:
             placeholders.append(Placeholder(features[prefix + token], (number, token), float(asked[prefix + token])))
         return placeholders
+
+    def _features_of(self, hidden: list[Tensor]) -> Tensor:
+        return hidden[self.model.config.vision_feature_layer]
 
     def _run(self, pixels: Tensor, tower: Any) -> tuple[list[Tensor], list[int], Tensor, int]:
         """Hidden states (S, C), each patch's token, the last layer's attention (S, S), tokens before the patches."""
@@ -160,6 +165,13 @@ class Llava:
                     own[patch] = window[0]
         order = sorted(tokens)
         return torch.stack([*x[:prefix], *(tokens[patch] for patch in order)]), [order.index(patch) for patch in own]
+
+
+class Vip(Llava):
+    """Features of several layers, side by side."""
+
+    def _features_of(self, hidden: list[Tensor]) -> Tensor:
+        return torch.cat([hidden[layer] for layer in self.model.config.vision_feature_layers], -1)
 
 
 class Next(Llava):
@@ -214,7 +226,8 @@ class NextVideo(Next):
         return placeholders, [places]
 
     def _features(self, frames: Tensor) -> Tensor:  # (N, C)
-        name = "pixel_values_videos" if tiny_models.tf.__version__ > "5" else "pixel_values"
+        names = inspect.signature(self.body.get_video_features).parameters
+        name = "pixel_values_videos" if "pixel_values_videos" in names else "pixel_values"
         layer, strategy = (getattr(self.model.config, f"vision_feature_{x}") for x in ("layer", "select_strategy"))
         output = self.body.get_video_features(
             **{name: frames[None]}, vision_feature_layer=layer, vision_feature_select_strategy=strategy
@@ -235,9 +248,9 @@ class Onevision(NextVideo):
 
     def _features(self, frames: Tensor) -> Tensor:
         features = super()._features(frames)
-        if tiny_models.tf.__version__ > "5":
+        if len(features) % len(frames):
             return features
-        return torch.cat([features, self.body.image_newline[None]])  # which the model does later
+        return torch.cat([features, self.body.image_newline[None]])  # which earlier versions do later
 
     def _pool(self, x: Tensor) -> Tensor:
         return torch.nn.functional.interpolate(x[None, None], size=(2, 2), mode="bilinear")[0, 0]

@@ -101,3 +101,30 @@ def test_equals_masked_reference(name, kind):
         assert sum(image.kept[layer] for image in last.images) == left
     assert left < last.layer_tokens[0]
     assert last.final_cache.bytes < last.plain_cache.bytes
+
+
+@pytest.mark.parametrize("name", ["qwen2_5_vl", "internvl"])
+def test_towers_that_need_all_their_patches(name):
+    model = model_of(name)
+    with pytest.raises(ValueError, match=r"cannot merge inside this model's vision tower.*merge_at='features'"):
+        drop_tokens(model, MustDropConfig(**{**PLAIN, **TOWER})).__enter__()
+
+
+@pytest.mark.parametrize(("name", "picture"), [("llava_next_video", 100), ("llava_onevision shrunk", 1)])
+def test_pictures_that_need_all_their_patches(name, picture):
+    """Other pictures of the same model can merge in the tower."""
+    model, config = model_of(name), MustDropConfig(**{**PLAIN, **BUDGETS, **TOWER})
+    with drop_tokens(model, config) as report:
+        generate(model, inputs_of(name, [[3, ("picture", 2), 8]]))
+        with pytest.raises(ValueError, match="cannot merge inside this model's vision tower"):
+            generate(model, inputs_of(name, [[3, ("picture", picture), 8]]))
+    assert len(report.prompts) == 1
+
+
+def test_positions_that_cannot_be_renumbered():
+    for name, changes, sentence in (
+        ("qwen2_5_vl", {}, "several positions each"),
+        ("llava_next", TOWER, "LLaVA-1.5 alone"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            drop_tokens(model_of(name), MustDropConfig(**{**PLAIN, **changes}, positions="published")).__enter__()

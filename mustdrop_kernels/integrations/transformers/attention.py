@@ -69,6 +69,9 @@ class _Past:
     def get_query_offset(self, layer_idx: int = 0) -> int:
         return self.length
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # what earlier versions of transformers 5 ask for
+        return self.length
+
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
         new = query if isinstance(query, int) else query.shape[0]
         return self.length + new, 0

@@ -15,11 +15,12 @@ from ...config import MustDropConfig
 from ...report import Report, Stopwatch
 from .attention import watched_config
 from .cache import DropCache, Lifetime
-from .compat import CACHE, OLD_CACHE, hidden_of, with_hidden
+from .compat import CACHE, OLD_CACHE, features_of, hidden_of, with_hidden
 from .decode import Decode
 from .families import Family, family_of
 from .patching import patch
 from .prefill import Prefill
+from .prompt import repeated
 from .undo import UndoneForward, undone_on_error
 from .vision import VisionStage
 
@@ -163,6 +164,9 @@ class _Session:
                     images = before.get(modality)
                 if images is None:
                     raise ValueError("image features must be computed inside drop_tokens: pass pixel_values")
+                if self._input_ids is not None:
+                    places = self._input_ids == self.family.token_id(modality)
+                    images = repeated(images, places, sum(map(len, features_of(output))))
                 self.vision.encoded[modality] = images
 
     # The language model, which takes embeddings: pictures are in place, and nothing is gone yet.

@@ -35,15 +35,15 @@ def alone(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(length, device=device), torch.ones(length, dtype=torch.bool, device=device)
 
 
-def shared(numbers: Tensor) -> tuple[Tensor, Tensor]:
-    """Token and alive where placeholders of the same number (N), 1, 2, ..., share a token; 0 shares with nobody.
+def shared(numbers: Tensor, highest: int) -> tuple[Tensor, Tensor]:
+    """Token and alive where placeholders of the same number (N), 1 .. highest, share a token; 0 shares with nobody.
 
     The first placeholder of a number holds the token.
     """
     length = numbers.shape[0]
     place = torch.arange(length, device=numbers.device)
-    _, number = torch.where(numbers > 0, numbers, -1 - place).unique(return_inverse=True)
-    first = torch.full_like(place, length).scatter_reduce(0, number, place, "amin")
+    number = torch.where(numbers > 0, numbers, highest + 1 + place).long()
+    first = place.new_full((highest + 1 + length,), length).scatter_reduce(0, number, place, "amin")
     token = first[number]
     return token, token == place
 

@@ -38,7 +38,7 @@ def read_prompt(
     config: MustDropConfig,
     guessed: int = 0,  # tokens at the end that do not vote
 ) -> Prompt:
-    """Waits for the device once, to learn the sequences' lengths; once more where generate() has repeated the images.
+    """Waits for the device once, to learn the sequences' lengths.
 
     Raises:
         ValueError: the inputs do not fit together, or nothing says which tokens matter.
@@ -49,7 +49,7 @@ def read_prompt(
         shapes = f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}"
         raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
     places = {modality: input_ids == token_ids[modality] for modality in images}
-    present = {modality: _repeated(images[modality], places[modality]) for modality in images}
+    present = {modality: list(images[modality]) for modality in images}
     placeholders = torch.stack(list(places.values())).any(0)
     standing = _spread("alive", present, places)
     protected = _spread("key", present, places)
@@ -84,17 +84,19 @@ def _types(placeholders: Tensor, mask: Tensor | None, votes: str, length: int) -
     return torch.nn.functional.pad(types, (0, placeholders.shape[1] - length), value=int(TokenType.TEXT))
 
 
-def _repeated(images: Sequence[EncodedImage], places: Tensor) -> list[EncodedImage]:  # places: (B, L) bool
-    """The images in the order of the placeholders: where generate() repeats rows, it repeats all images of a row."""
-    rows = places.sum(1).tolist()
-    times = sum(rows) // max(sum(image.length for image in images), 1)
+def repeated(images: Sequence[EncodedImage], places: Tensor, features: int) -> list[EncodedImage]:
+    """The images in the order of their placeholders (B, L), where generate() has so many features of them.
+
+    It repeats a row for its beams, and all images of a row with it: A B A B for two beams. Waits for the device then.
+    """
+    times = round(features / max(sum(image.length for image in images), 1))
     if times <= 1:
         return list(images)
     ordered: list[EncodedImage] = []
     rest = list(images)
-    for count in rows[::times]:
+    for count in places.sum(1).tolist()[::times]:
         own: list[EncodedImage] = []
-        while sum(image.length for image in own) < count:
+        while rest and sum(image.length for image in own) < count:
             own.append(rest.pop(0))
         ordered += own * times
     return ordered

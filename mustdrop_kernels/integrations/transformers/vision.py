@@ -203,7 +203,8 @@ class VisionStage:
         else:
             views = [(torch.arange(length)[None],) for length in lengths]  # in a row
         if run.source is not None:
-            shares = self._published(run) or [shared(image) for image in carry(self._numbers(run, lead))]
+            highest = len(run.source) * max(run.lengths)
+            shares = self._published(run) or [shared(image, highest) for image in carry(self._numbers(run, lead))]
         else:
             shares = [alone(length, features.device) for length in lengths]
             if config.merge:
@@ -220,7 +221,7 @@ class VisionStage:
         self, features: Tensor, lengths: Sequence[int], pieces: Sequence[int], views: Sequence[tuple[Tensor, ...]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """Merged features, and token and alive of each image."""
-        # transformers 4 puts a newline token behind OneVision's videos later.
+        # Earlier versions of transformers put a newline token behind OneVision's videos later.
         own = lengths if sum(lengths) == len(features) else pieces
         merged, shares = [], []
         for image, length, grids in zip(features.split(list(own)), lengths, views, strict=True):

@@ -14,11 +14,13 @@ from .llava import Llava
 from .llava_next import LlavaNext, LlavaNextVideo, LlavaOnevision
 from .qwen import Qwen2_5VL
 from .video_llava import VideoLlava
+from .vip_llava import VipLlava
 
 __all__ = ["Family", "Tower", "family_of", "register_family"]
 
 _FAMILIES: dict[str, type[Family]] = {
     "LlavaForConditionalGeneration": Llava,
+    "VipLlavaForConditionalGeneration": VipLlava,
     "LlavaNextForConditionalGeneration": LlavaNext,
     "LlavaNextVideoForConditionalGeneration": LlavaNextVideo,
     "LlavaOnevisionForConditionalGeneration": LlavaOnevision,

@@ -33,12 +33,12 @@ class Llava(Family):
 
     def _tower(self, module: Any, modality: str) -> Tower | None:
         prefix = PREFIX.get(module.config.model_type)
-        if prefix is None or self._cut(modality, {}) > prefix:
+        if prefix is None or self.cut(modality, {}) > prefix:
             return None
         layers = getattr(module, "vision_model", module).encoder.layers  # transformers 5 took `vision_model` away
         return Tower(layers, layers[-1].self_attn, module.config, module.config.num_attention_heads, prefix)
 
-    def _cut(self, modality: str, arguments: Arguments) -> int:
+    def cut(self, modality: str, arguments: Arguments) -> int:
         """Tokens that the model cuts off in front of the features."""
         strategy = arguments.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
         return int(strategy == "default")
@@ -46,7 +46,7 @@ class Llava(Family):
     def why_whole(self, modality: str, arguments: Arguments) -> str | None:
         """Why the patches of these images cannot merge inside the tower, or None."""
         if self.tower(modality) is None:
-            strategy = self.model.config.vision_feature_select_strategy
+            strategy = getattr(self.model.config, "vision_feature_select_strategy", None)
             return (
                 f"is {self.vision_kind!r} with vision_feature_select_strategy={strategy!r}, neither CLIP nor SigLIP "
                 "with 'full'"
@@ -56,7 +56,7 @@ class Llava(Family):
     def lead(self, modality: str, arguments: Arguments) -> int:
         """The CLS token, where it is not cut off."""
         tower = self.tower(modality)
-        return 0 if tower is None else tower.prefix - self._cut(modality, arguments)
+        return 0 if tower is None else tower.prefix - self.cut(modality, arguments)
 
     def grid(self, modality: str, arguments: Arguments) -> tuple[int, int]:
         """Height and width of a tile in patches."""
@@ -77,6 +77,12 @@ class Llava(Family):
         lead = self.lead(modality, arguments)
         return [(lead + torch.arange(height * width).view(height, width),) for _ in lengths]
 
+    @property
+    def feature_layers(self) -> int | list[int]:
+        """The layers whose outputs are the features; 0: the embeddings."""
+        layers: int | list[int] = self.model.config.vision_feature_layer
+        return layers
+
     def check(self, config: MustDropConfig) -> None:
         """Merging comes before the features are taken."""
         super().check(config)
@@ -85,7 +91,7 @@ class Llava(Family):
                 self._check_merge_layer(tower, config)
 
     def _check_merge_layer(self, tower: Tower, config: MustDropConfig) -> None:
-        depth, features = len(tower.layers), self.model.config.vision_feature_layer
+        depth, features = len(tower.layers), self.feature_layers
         taken = [features] if isinstance(features, int) else features
         first = min(layer if layer >= 0 else depth + 1 + layer for layer in taken)  # 0: the embeddings
         if config.merge_layer >= min(first, depth - 1):

@@ -22,8 +22,9 @@ class VideoLlava(Llava):
         """The tower of images or of videos."""
         return self._tower(self.body.video_tower if modality == "video" else self.body.image_tower, modality)
 
-    def _cut(self, modality: str, arguments: Arguments) -> int:
-        return 0 if modality == "video" else super()._cut(modality, arguments)
+    def cut(self, modality: str, arguments: Arguments) -> int:
+        """A frame keeps its CLS token."""
+        return 0 if modality == "video" else super().cut(modality, arguments)
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
         """The frames of a video, one behind the other."""
