@@ -384,7 +384,7 @@ def compact_paged_kv_(
     if keys:
         check.at_least("keys[0]", keys[0].shape[1], 1)
         _keep_lists(check, len(keys), batch, [k.shape[2] for k in keys], keep, counts)
-        _disjoint(check, keys, values, keep, counts, [("block_table", block_table), ("seq_lens", seq_lens)])
+        _disjoint(check, keys, values, keep, counts, block_table, seq_lens)
 
 
 def _disjoint(
@@ -393,7 +393,8 @@ def _disjoint(
     values: Sequence[Tensor],
     keep: Sequence[Tensor],
     counts: Sequence[Tensor],
-    others: Sequence[tuple[str, Tensor | None]] = (),
+    block_table: Tensor | None = None,
+    seq_lens: Tensor | None = None,
 ) -> None:
     """Refuse caches that share memory, with one another or with what says where things go.
 
@@ -401,9 +402,12 @@ def _disjoint(
     """
     claims = [(f"keys[{i}]", t, True) for i, t in enumerate(keys)]
     claims += [(f"values[{i}]", t, True) for i, t in enumerate(values)]
-    claims += [(name, t, False) for name, t in others if t is not None]
+    if block_table is not None:
+        claims.append(("block_table", block_table, False))
     claims += [(f"keep[{i}]", t, False) for i, t in enumerate(keep)]
     claims += [(f"counts[{i}]", t, False) for i, t in enumerate(counts)]
+    if seq_lens is not None:
+        claims.append(("seq_lens", seq_lens, False))
     if all(overlap.has_address(t) for _, t, _ in claims):
         for argument, wrong in overlap.conflicts(claims):
             check(False, argument, wrong)

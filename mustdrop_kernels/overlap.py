@@ -97,25 +97,45 @@ Claim = tuple[str, Tensor, bool]
 """What a tensor is called, the tensor, and whether it is written."""
 
 
+class Layout:
+    """How the tensors of a call lie in memory, but for their addresses."""
+
+    def __init__(self, claims: Sequence[Claim]) -> None:
+        """Tensors without elements claim nothing."""
+        numbered = [(i, claim) for i, claim in enumerate(claims) if claim[1].numel()]
+        self.numbers = [i for i, _ in numbered]
+        self.names = [name for _, (name, _, _) in numbered]
+        self.writes = [writes for _, (_, _, writes) in numbered]
+        self.forms = [form(tuple(t.shape), t.stride(), t.element_size()) for _, (_, t, _) in numbered]
+        self.extents = [extent(view) for view in self.forms]
+
+    def shared(self, addresses: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Pairs of tensors (numbers within ``names``, the lower first) of which one is written and a byte is shared.
+
+        `addresses`: of the first element of each tensor of the call.
+        """
+        placed = sorted((addresses[number], i) for i, number in enumerate(self.numbers))
+        for i, (begin, one) in enumerate(placed):
+            end = begin + self.extents[one]
+            for other_begin, other in placed[i + 1 :]:
+                if other_begin >= end:
+                    break
+                if (self.writes[one] or self.writes[other]) and share_memory(
+                    self.forms[one], self.forms[other], other_begin - begin
+                ):
+                    yield min(one, other), max(one, other)
+
+    def disjoint(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether tensors of this layout share nothing that is written."""
+        return next(self.shared([t.data_ptr() for t in tensors]), None) is None
+
+
 def conflicts(claims: Sequence[Claim]) -> Iterator[tuple[str, str]]:
     """Pairs (name, what is wrong) in a call: overlaps of what is written with itself and with the others."""
-    placed: list[tuple[int, int, int]] = []
-    forms: list[Form] = []
-    for name, t, writes in claims:
-        view = form(tuple(t.shape), t.stride(), t.element_size()) if t.numel() else (0, ())
-        forms.append(view)
-        if not view[0]:
-            continue
-        if writes and overlaps_itself(view):
-            yield name, f"must have each element at an address of its own, got strides {t.stride()}"
-        begin = t.data_ptr()
-        placed.append((begin, len(forms) - 1, begin + extent(view)))
-    placed.sort()
-    for i, (begin, one, end) in enumerate(placed):
-        for other_begin, other, _ in placed[i + 1 :]:
-            if other_begin >= end:
-                break
-            if not (claims[one][2] or claims[other][2]):
-                continue
-            if share_memory(forms[one], forms[other], other_begin - begin):
-                yield claims[max(one, other)][0], f"must not share memory with {claims[min(one, other)][0]}"
+    layout = Layout(claims)
+    for i, view in enumerate(layout.forms):
+        if layout.writes[i] and overlaps_itself(view):
+            strides = claims[layout.numbers[i]][1].stride()
+            yield layout.names[i], f"must have each element at an address of its own, got strides {strides}"
+    for first, second in layout.shared([t.data_ptr() for _, t, _ in claims]):
+        yield layout.names[second], f"must not share memory with {layout.names[first]}"

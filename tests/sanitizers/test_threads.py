@@ -91,6 +91,7 @@ def test_no_race_and_the_same_results(driver: Path, level: str) -> None:
 
 
 def test_a_planted_race_is_reported(driver: Path) -> None:
-    done = run(driver, "planted", MUSTDROP_CPU_CAPABILITY="baseline")
+    options = {"TSAN_OPTIONS": "halt_on_error=1 exitcode=66"}
+    done = run(driver, "planted", MUSTDROP_CPU_CAPABILITY="baseline", **options)
     assert "WARNING: ThreadSanitizer: data race" in done.stderr
     assert done.returncode != 0

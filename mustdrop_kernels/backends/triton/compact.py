@@ -15,12 +15,13 @@ programs share an element.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import checks
+from ... import checks, overlap
 from . import configs
 from .configs import config, width_class
 from .launch import Launch, Plans, as_words, cdiv, power_of_two, signature
@@ -171,11 +172,12 @@ def compact_kv_(
 ) -> None:
     """See ``mustdrop_kernels.compact_kv_``."""
     key = signature(keys, values, keep, counts, align_end)
-    groups = _plans.get(key)
-    if groups is None or not _all_distinct(keys, values):
+    tensors = (*keys, *values, *keep, *counts)
+    plan = _plans.get(key)
+    if plan is None or not plan.layout.disjoint(tensors):
         checks.compact_kv_(keys, values, keep, counts, align_end=align_end)
-        groups = _plans.add(key, _plan(keys, values, keep, counts, align_end, None, None))
-    _run(groups, keys, values, keep, counts, None, None)
+        plan = _plans.add(key, _plan(keys, values, keep, counts, align_end, None, None))
+    _run(plan.groups, keys, values, keep, counts, None, None)
 
 
 def compact_paged_kv_(
@@ -190,16 +192,18 @@ def compact_paged_kv_(
 ) -> None:
     """See ``mustdrop_kernels.compact_paged_kv_``."""
     key = signature(keys, values, block_table, keep, counts, seq_lens, align_end)
-    groups = _paged_plans.get(key)
-    if groups is None or not _all_distinct(keys, values):
+    tensors = (*keys, *values, *keep, *counts, block_table, *([] if seq_lens is None else [seq_lens]))
+    plan = _paged_plans.get(key)
+    if plan is None or not plan.layout.disjoint(tensors):
         checks.compact_paged_kv_(keys, values, block_table, keep, counts, seq_lens=seq_lens, align_end=align_end)
-        groups = _paged_plans.add(key, _plan(keys, values, keep, counts, align_end, block_table, seq_lens))
-    _run(groups, keys, values, keep, counts, block_table, seq_lens if align_end else None)
+        plan = _paged_plans.add(key, _plan(keys, values, keep, counts, align_end, block_table, seq_lens))
+    _run(plan.groups, keys, values, keep, counts, block_table, seq_lens if align_end else None)
 
 
-def _all_distinct(keys: Sequence[Tensor], values: Sequence[Tensor]) -> bool:
-    """The only thing that the checks ask of addresses: a plan does not know it."""
-    return len({t.data_ptr() for t in (*keys, *values)}) == len(keys) + len(values)
+class _Plan(NamedTuple):
+    groups: list[tuple[Launch, list[int], list[int]]]
+    layout: overlap.Layout
+    """What the checks ask of addresses, which a signature does not know: looked at in every call."""
 
 
 def _parts(cache: Tensor) -> list[Tensor]:
@@ -238,7 +242,7 @@ def _plan(
     align_end: bool,
     table: Tensor | None,
     seq_lens: Tensor | None,
-) -> list[tuple[Launch, list[int], list[int]]]:
+) -> _Plan:
     """Launches, each with the numbers of its caches (padded to a power of two) and of its keep sets.
 
     Caches of one launch agree in everything but their addresses: a model's layers do, unless they were cut before.
@@ -261,7 +265,9 @@ def _plan(
             cache = parts[members[0]][1]
             launch = _launch(cache, keep[shared[0]], counts[shared[0]], layers, align_end, table, seq_lens)
             groups.append((launch, members, shared))
-    return groups
+    written = [("cache", cache, True) for cache in (*keys, *values)]
+    read = [("read", t, False) for t in (*keep, *counts, table, seq_lens) if t is not None]
+    return _Plan(groups, overlap.Layout([*written, *read]))
 
 
 def _launch(

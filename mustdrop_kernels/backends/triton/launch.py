@@ -84,6 +84,8 @@ def signature(*args: Any) -> tuple[Any, ...]:
         else signature(*a)
         if isinstance(a, (list, tuple))
         else a
+        if a is None or isinstance(a, (int, float, str))
+        else type(a)  # something wrong: the checks will say so
         for a in args
     )
 
