@@ -85,8 +85,8 @@ def layouts(draw: st.DrawFn, axes: int, last: bool = True) -> Case | None:
     orders = list(itertools.permutations(range(free)))
     order = list(orders[draw(st.integers(0, len(orders) - 1))]) + ([axes - 1] if last else [])
     layout: Case = {"order": order, "margin": draw(st.sampled_from([1, 2, 3, 8, 0]))}
-    if draw(st.integers(0, 9)) == 0:
-        layout = {"expand": draw(st.integers(0, max(0, free - 1)))}
+    if free and draw(st.integers(0, 9)) == 0:
+        layout = {"expand": draw(st.integers(0, free - 1))}
     return layout
 
 
