@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_families import BUDGETS, FRAMES, PLAIN, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import BUDGETS, PLAIN, generate, inputs_of, model_of, one_thread  # noqa: F401
 from tiny_models import FAMILIES, IMAGE, LAYERS
 from tiny_models import FRAMES as FRAME_COUNT
 from tiny_models import model_of as build
@@ -22,7 +22,7 @@ def run():
     """An image in one row, a video in another; nothing is dropped before layer 2."""
     model = build(FAMILIES["llava_next_video"], attention="eager")
     inputs = inputs_of("llava_next_video", [[3, ("picture", 1), 8], [2, ("picture", 100), 6]])
-    config = MustDropConfig(**{**PLAIN, **BUDGETS, **FRAMES, "merge_threshold": 0.9})
+    config = MustDropConfig(**PLAIN, **BUDGETS)
     with drop_tokens(model, config, heat_maps=True) as report:
         generate(model, inputs, max_new_tokens=2)
     with torch.no_grad():

@@ -57,12 +57,6 @@ class Held:
         self.counts = change(self.counts)
         self.alive = None if self.alive is None else change(self.alive)
 
-    def without_last(self, tokens: int) -> None:
-        """Takes tokens away that every sequence has at its end."""
-        self.length -= tokens
-        self.counts = self.counts - tokens
-        self.alive = None if self.alive is None else self.alive[:, : self.length]
-
 
 @dataclasses.dataclass(frozen=True)
 class Mark:
@@ -71,7 +65,6 @@ class Mark:
     lengths: list[int]  # slots per layer
     held: list[Held]
     prompt_length: int
-    guessed: int
     renumbered: bool
     changes: int
 
@@ -117,7 +110,6 @@ class DropCache(DynamicCache):
         self.layers = [DropLayer() for _ in self.layers]
         self.held: list[Held] = []  # per layer, shared by layers that hold the same tokens; empty: nothing dropped
         self.prompt_length = 0  # of the plain prompt, padding included
-        self.guessed = 0  # tokens at the prompt's end that are an assistant's guesses
         self.renumbered = False  # positions count what a layer holds
 
     @property
@@ -164,7 +156,7 @@ class DropCache(DynamicCache):
     def mark(self) -> Mark:
         """How far it is filled now."""
         lengths = [layer.get_seq_length() - layer.dropped for layer in self.layers]
-        return Mark(lengths, list(self.held), self.prompt_length, self.guessed, self.renumbered, self.changes)
+        return Mark(lengths, list(self.held), self.prompt_length, self.renumbered, self.changes)
 
     def back_to(self, mark: Mark) -> None:
         """Takes off what was appended since, after an error. Rows that beams have reordered stay where they are."""
@@ -174,20 +166,13 @@ class DropCache(DynamicCache):
             for i, length in enumerate(mark.lengths):
                 keys, values = self.stored(i)
                 self.store(i, keys[:, :, :length], values[:, :, :length])
-            self.held, self.prompt_length = list(mark.held), mark.prompt_length
-            self.guessed, self.renumbered = mark.guessed, mark.renumbered
+            self.held, self.prompt_length, self.renumbered = list(mark.held), mark.prompt_length, mark.renumbered
 
     def crop(self, tokens: int) -> None:
         """Takes the last -`tokens` away, but for none of the prompt; a length instead, as transformers 4 passes it."""
         count = -tokens if tokens <= 0 else max(self.get_seq_length() - tokens, 0)
-        if self.shortened:
-            of_prompt = max(count - self.generated, 0)
-            if of_prompt > self.guessed:
-                raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")
-            for entry in {id(entry): entry for entry in self.held}.values():
-                entry.without_last(of_prompt)
-            self.prompt_length -= of_prompt
-            self.guessed -= of_prompt
+        if self.shortened and count > self.generated:
+            raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")
         for layer in self.layers:
             layer.crop(-count)
 

@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...config import MustDropConfig
@@ -82,6 +83,7 @@ class _Session:
         self.vision = VisionStage(family, config, self.stopwatch)
         self._input_ids: Tensor | None = None  # of the pass that is running
         self._prompt_length: int | None = None  # of what generate() was given
+        self._guesses: dict[str, Any] | None = None  # of an assistant, behind the prompt that is read
         self._layer_hooks = contextlib.ExitStack()
         self._attached = False  # the hooks in the layers
 
@@ -138,13 +140,16 @@ class _Session:
                 )
             self.stopwatch.read()  # begins anew, whatever became of the last prompt
             given = kwargs.get("input_ids") if inputs is None else inputs
-            self._prompt_length = None if given is None else given.shape[1]
+            before, self._prompt_length = self._prompt_length, None if given is None else given.shape[1]
             self.vision.encoded = {}
             try:
-                with undone_on_error(kwargs[CACHE]):
+                with contextlib.ExitStack() as during:
+                    during.enter_context(undone_on_error(kwargs[CACHE]))
+                    during.enter_context(_without_implementation(self.family.model.generation_config))
+                    during.enter_context(_without_implementation(settings))
                     return generate(inputs, generation_config, **kwargs)
             finally:
-                self._prompt_length = None
+                self._prompt_length = before
 
         return wrapped
 
@@ -180,6 +185,7 @@ class _Session:
             _refuse_checkpointing(self.family)
             kwargs[CACHE] = self._cache_for_prompt(cache, kwargs.get("use_cache"))
             images, self.vision.encoded = self.vision.encoded, {}
+            kwargs, self._guesses = self._without_guesses(kwargs)
             step = Prefill(
                 self.family,
                 self.config,
@@ -188,7 +194,6 @@ class _Session:
                 self._input_ids,
                 kwargs,
                 kwargs[CACHE],
-                guessed=self._guessed(kwargs[CACHE]),
                 heat_maps=self.heat_maps,
             )
         elif isinstance(cache, DropCache) and cache.shortened:
@@ -199,14 +204,31 @@ class _Session:
         self._attach_layers()
         return args, {**step.model_inputs(kwargs), "mustdrop": step}
 
-    def _guessed(self, cache: DropCache | None) -> int:
-        """Tokens at the prompt's end that generate() has put there for an assistant: guesses of what comes next."""
-        if self._prompt_length is None or self._input_ids is None:
-            return 0
-        past = 0 if cache is None else cache.get_seq_length()
+    def _without_guesses(self, kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """The language model's inputs in two: the prompt, and an assistant's guesses of what comes after it.
+
+        generate() puts them behind the prompt. They must not vote, nor see what stage 3 takes away, so they get a pass
+        of their own.
+        """
+        cache: DropCache | None = kwargs[CACHE]
+        if self._prompt_length is None or self._input_ids is None or cache is None:
+            return kwargs, None
+        past = cache.get_seq_length()
         if self._prompt_length < past:  # a turn was given by itself, without what is cached
             past = 0
-        return max(past + self._input_ids.shape[1] - self._prompt_length, 0)
+        count = past + self._input_ids.shape[1] - self._prompt_length
+        if count <= 0:
+            return kwargs, None
+        prompt, guesses = dict(kwargs), dict(kwargs)
+        for name, dim in (("inputs_embeds", 1), ("position_ids", -1), ("cache_position", 0)):
+            if kwargs.get(name) is not None:
+                length = kwargs[name].shape[dim] - count
+                prompt[name] = kwargs[name].narrow(dim, 0, length)
+                guesses[name] = kwargs[name].narrow(dim, length, count)
+        if kwargs.get("attention_mask") is not None:
+            prompt["attention_mask"] = kwargs["attention_mask"][:, :-count]
+        self._input_ids = self._input_ids[:, :-count]
+        return prompt, guesses
 
     def _cache_for_prompt(self, given: Any, use_cache: bool | None) -> DropCache | None:
         if given is None:
@@ -225,6 +247,10 @@ class _Session:
         step = kwargs.get("mustdrop")
         if isinstance(step, Prefill):
             self.report.prompts.append(step.finish(kwargs[CACHE]))
+            guesses, self._guesses = self._guesses, None
+            if guesses is not None:
+                behind = module(**guesses).last_hidden_state
+                output.last_hidden_state = torch.cat([output.last_hidden_state, behind], dim=1)
 
     # The decoder layers.
 
@@ -242,6 +268,17 @@ class _Session:
         if step is None:
             return None
         return with_hidden(output, step.shorten(index, hidden_of(output)))
+
+
+@contextlib.contextmanager
+def _without_implementation(settings: Any) -> Iterator[None]:
+    """No name of a cache beside ours; assisted generation in transformers 4 leaves "dynamic_full" behind."""
+    before = getattr(settings, "cache_implementation", None)
+    settings.cache_implementation = None
+    try:
+        yield
+    finally:
+        settings.cache_implementation = before
 
 
 def _refuse_labels(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -264,7 +301,7 @@ def _refuse_generation(setting: Callable[[str], Any]) -> None:
             "prefill_chunk_size: drop_tokens reads a prompt in one piece, since the text that says which image tokens "
             "matter comes after them"
         )
-    if setting("cache_implementation") not in (None, "dynamic"):
+    if setting("cache_implementation") not in (None, "dynamic", "dynamic_full"):
         raise ValueError(
             f"cache_implementation={setting('cache_implementation')!r}: drop_tokens brings its own cache, whose layers "
             "shrink"

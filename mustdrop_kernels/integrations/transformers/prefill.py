@@ -40,13 +40,11 @@ class Prefill:
         inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
         cache: DropCache | None,
         *,
-        guessed: int = 0,  # tokens at the end that may be taken back
         heat_maps: bool = False,
     ) -> None:
         self.family = family
         self.config = config
         self.stopwatch = stopwatch
-        self.guessed = guessed
         embeds = inputs["inputs_embeds"]
         positions = family.read_positions(inputs.get("position_ids"), embeds)
         token_ids = {modality: family.token_id(modality) for modality in images}
@@ -54,7 +52,7 @@ class Prefill:
         self.past = cache.past(mask, embeds.shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
         own = mask if mask is None else mask[:, seen:]
-        self.prompt = read_prompt(input_ids, own, positions, images, token_ids, config, guessed)
+        self.prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
         self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
@@ -148,7 +146,6 @@ class Prefill:
             plain = plan.plain.length + (0 if self.past is None else cache.get_seq_length() - processed[0].length)
             self._commit(cache)
             cache.shorten(plain, self._held(), renumbered=self.config.positions == "published")
-            cache.guessed = self.guessed
         slot_bytes = 0 if cache is None else cache.slot_bytes
         return PromptReport(
             length=plan.plain.length,

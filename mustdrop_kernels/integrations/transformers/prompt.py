@@ -36,7 +36,6 @@ def read_prompt(
     images: Mapping[str, Sequence[EncodedImage]],  # by modality
     token_ids: Mapping[str, int],  # by modality
     config: MustDropConfig,
-    guessed: int = 0,  # tokens at the end that do not vote
 ) -> Prompt:
     """Waits for the device once, to learn the sequences' lengths.
 
@@ -53,7 +52,7 @@ def read_prompt(
     placeholders = torch.stack(list(places.values())).any(0)
     standing = _spread("alive", present, places)
     protected = _spread("key", present, places)
-    types = _types(placeholders, mask, config.votes, input_ids.shape[1] - guessed)
+    types = stages.token_types(placeholders, mask, config.votes)
 
     flags = (types != TokenType.PADDING, placeholders, standing, protected, types == TokenType.QUERY)
     counts = torch.stack([flag.sum(1) for flag in flags])
@@ -75,13 +74,6 @@ def read_prompt(
     text = [length - slot for length, slot in zip(lengths, slots, strict=True)]
     left = tuple(a + b for a, b in zip(text, vision, strict=True))
     return Prompt(tokens, places, present, text, voters, placeholders & ~standing, left)
-
-
-def _types(placeholders: Tensor, mask: Tensor | None, votes: str, length: int) -> Tensor:  # (B, L) uint8
-    """Only the first `length` tokens vote: the others are guesses of what comes next."""
-    asked = None if mask is None else mask[:, :length]
-    types = stages.token_types(placeholders[:, :length], asked, votes)
-    return torch.nn.functional.pad(types, (0, placeholders.shape[1] - length), value=int(TokenType.TEXT))
 
 
 def repeated(images: Sequence[EncodedImage], places: Tensor, features: int) -> list[EncodedImage]:
