@@ -24,7 +24,12 @@ _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Iterator[Report]:
+def drop_tokens(
+    model: nn.Module,
+    config: MustDropConfig | None = None,
+    *,
+    vision_stage: Callable[[Llava, MustDropConfig, Stopwatch], VisionStage] = VisionStage,
+) -> Iterator[Report]:
     """Within the context, prompts with images lose vision tokens as `config` says; the model is not changed for good.
 
     ``model.generate(**inputs)`` and ``model(**inputs)`` are called as ever, on the processor's plain inputs. What
@@ -39,6 +44,7 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
     Args:
         model: a ``LlavaForConditionalGeneration``.
         config: by default ``MustDropConfig()``.
+        vision_stage: makes stage 1, where another one than MustDrop's is to be compared with it.
 
     Yields:
         A report that fills up with each prompt.
@@ -51,7 +57,7 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
     config = MustDropConfig() if config is None else config
     if model in _active:
         raise RuntimeError("drop_tokens is active on this model already")
-    session = _Session(Llava(model, config), config)
+    session = _Session(Llava(model, config), config, vision_stage)
     with contextlib.ExitStack() as stack:
         _active.add(model)
         stack.callback(_active.discard, model)
@@ -62,13 +68,13 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None) -> Itera
 class _Session:
     """The hooks. What a forward pass needs to know travels with it, as the keyword `mustdrop`."""
 
-    def __init__(self, llava: Llava, config: MustDropConfig) -> None:
+    def __init__(self, llava: Llava, config: MustDropConfig, vision_stage: Callable[..., VisionStage]) -> None:
         self.llava = llava
         self.config = config
         self.report = Report(config)
         self.lifetime = Lifetime()
         self.stopwatch = Stopwatch(next(llava.model.parameters()).device)
-        self.vision = VisionStage(llava, config, self.stopwatch)
+        self.vision = vision_stage(llava, config, self.stopwatch)
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Attaches everything; the stack takes it off, in reverse, whatever happens."""

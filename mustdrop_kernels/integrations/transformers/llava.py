@@ -26,7 +26,7 @@ class Llava:
         self.vision_layers: Sequence[Any] = ()  # where stage 1 needs them
         self._check_depth(config)
         if config.needs_vision_stage:
-            self.vision_layers = self._find_vision_layers()
+            self.vision_layers = self.find_vision_layers()
         if config.merge:
             self._check_merge_layer(config)
 
@@ -39,8 +39,8 @@ class Llava:
                 f"{beyond[0]}; config.for_depth({depth}) leaves such layers out"
             )
 
-    def _find_vision_layers(self) -> Sequence[Any]:
-        """Stage 1 needs a tower with one CLS token before the patches, and features without it."""
+    def find_vision_layers(self) -> Sequence[Any]:
+        """The tower's layers. Stage 1 needs one CLS token before the patches, and features without it."""
         kind, strategy = self.vision_config.model_type, self.model.config.vision_feature_select_strategy
         if kind != "clip_vision_model" or strategy != "default":
             raise ValueError(

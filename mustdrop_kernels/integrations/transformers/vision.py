@@ -136,29 +136,34 @@ class VisionStage:
         key = self._key_tokens(run)
         placed = []
         for i, feature in enumerate(features):
-            if run.source is None:
-                tokens = feature.shape[0]
-                source = torch.arange(tokens, device=feature.device)
-            else:
-                tokens = run.lengths[i] - 1  # without CLS
-                source = run.source[i, 1:] - 1
-                self._check(feature.shape[0], max(run.lengths) - 1)
-            patches = source.shape[0]
-            slot = self._placeholders(source, tokens)
-            alive = torch.zeros_like(source, dtype=torch.bool).index_fill(0, slot, True)
+            slot, token_of_patch = self._layout(run, i, feature)
+            tokens, patches = slot.shape[0], token_of_patch.shape[0]
+            alive = torch.zeros_like(token_of_patch, dtype=torch.bool).index_fill(0, slot, True)
             marked = torch.zeros_like(alive)
             if key is not None:
                 marked = marked.index_copy(0, slot, key[i, :tokens])
             placed.append(feature.new_zeros(patches, feature.shape[1]).index_copy(0, slot, feature[:tokens]))
             self.encoded[placed[-1]] = EncodedImage(
                 grid=run.grid if math.prod(run.grid) == patches else (1, patches),
-                token_of_patch=slot[source],
+                token_of_patch=token_of_patch,
                 alive=alive,
                 key=marked,
                 tokens=tokens,
                 key_tokens=math.ceil(self.config.key_rate * tokens),
             )
         return placed
+
+    def _layout(self, run: _Run, image: int, feature: Tensor) -> tuple[Tensor, Tensor]:
+        """(tokens) the placeholder that each token takes, and (N) that of each patch's token."""
+        if run.source is None:
+            tokens = feature.shape[0]
+            source = torch.arange(tokens, device=feature.device)
+        else:
+            tokens = run.lengths[image] - 1  # without CLS
+            source = run.source[image, 1:] - 1
+            self._check(feature.shape[0], max(run.lengths) - 1)
+        slot = self._placeholders(source, tokens)
+        return slot, slot[source]
 
     def _placeholders(self, source: Tensor, tokens: int) -> Tensor:
         """(N) token of each patch -> (tokens) the placeholder that each token takes.

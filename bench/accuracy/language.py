@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Projector and language model learn to answer; the tower is frozen.
+
+A dozen questions share one picture: each sees the picture and itself, so the picture is read once. At first only
+patches with boxes and some others are given, at their own places, which costs a third. And at first every token from
+the word on that says what is asked for is told the answer, a hint that is faded out: without it the model stays for
+long at "some digit that is there", and with it to the end it would read pictures in its first layers only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from loop import Stage
+from model import EOS, PAD, tokenizer, tower
+from torch import Tensor, nn
+from tower import encode, patches
+from transformers import AttentionInterface
+
+from mustdrop_kernels.evaluation.pictures import BOXES, GRID, Scene, scene
+from mustdrop_kernels.evaluation.questions import KINDS, Question, ask
+
+_PREFIX = "user :"
+_EVEN = {kind: 2 for kind in KINDS}
+_HARD = {**_EVEN, "digit at place": 3, "digit right of colour": 3, "presence": 1}
+
+
+@dataclass(frozen=True)
+class Lessons(Stage):
+    """See the module."""
+
+    tokens: int = GRID * GRID  # of a picture
+    hint: tuple[float, float] = (0.0, 0.0)  # weight of the hint, at the begin and at the end of the stage
+    asked: Mapping[str, int] = field(default_factory=lambda: _HARD)  # of one picture, by kind
+    boxes: tuple[int, int] = BOXES
+    tilt: float = 10.0  # degrees
+
+
+RECIPE = [
+    Lessons("few tokens, hints", 1500, 8, 1.5e-3, tokens=144, hint=(1.0, 0.6), final=0.6, warm_up=100),
+    Lessons("few tokens, hints fade", 1000, 8, 1e-3, tokens=144, hint=(0.6, 0.0), final=0.5),
+    Lessons("whole pictures", 1000, 4, 7e-4, final=0.02),
+]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,  # (B, H, L, D)
+    key: Tensor,  # (B, H, L, D)
+    value: Tensor,  # (B, H, L, D)
+    attention_mask: Tensor,  # (B, 1, T, L) bool: what the last T tokens, the text, may see
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    """Causal in the picture; the questions after it as the mask says."""
+    head = query.shape[2] - attention_mask.shape[2]
+    picture = F.scaled_dot_product_attention(query[:, :, :head], key[:, :, :head], value[:, :, :head], is_causal=True)
+    text = F.scaled_dot_product_attention(query[:, :, head:], key, value, attn_mask=attention_mask)
+    return torch.cat([picture, text], dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+@dataclass
+class Pack:
+    """The questions about a batch of pictures, one after the other."""
+
+    ids: Tensor  # (B, T) int64
+    places: Tensor  # (B, T) int64, within the question
+    block: Tensor  # (B, T) int64, number of the question, -1: padding
+    answer: Tensor  # (B, T) int64, what comes next, -100: nobody asks
+    hint: Tensor  # (B, T) int64, the answer, at the tokens that may be told it
+    kinds: list[list[str]]
+
+
+class Words:
+    """Turns questions into tokens."""
+
+    def __init__(self) -> None:
+        self.tokenizer = tokenizer()
+        self.prefix = self._ids(_PREFIX)
+
+    def _ids(self, text: str) -> list[int]:
+        return self.tokenizer(text)["input_ids"]
+
+    def pack(self, asked: list[list[Question]]) -> Pack:
+        """One row a picture."""
+        rows = []
+        for questions in asked:
+            row: list[list[int]] = []
+            for number, question in enumerate(questions):
+                ids = self._ids(f"{question.text} assistant : {question.answer}")
+                key = len(ids) - 1 - ids[::-1].index(self._ids(question.key)[0], 1)
+                after = [-100] * (len(ids) - 2) + [ids[-1], EOS]
+                told = [ids[-1] if key <= i < len(ids) - 2 else -100 for i in range(len(ids))]
+                row += [list(each) for each in zip(ids, range(len(ids)), [number] * len(ids), after, told, strict=True)]
+            rows.append(torch.tensor(row))
+        padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
+        ids, places, block, answer, hint = padded.unbind(2)
+        kinds = [[question.kind for question in questions] for questions in asked]
+        return Pack(ids.clamp(min=0).where(ids >= 0, PAD), places.clamp(min=0), block, answer, hint, kinds)
+
+
+class LanguageTask:
+    """See the module."""
+
+    name = "language"
+
+    def __init__(self, model: nn.Module, seed: int, stages: list[Lessons], validation: int = 30):
+        self.module, self.seed, self.stages = model, seed, stages
+        self.vision, self.words = tower(model), Words()
+        self.language = model.model.language_model
+        self.language.config._attn_implementation = "packed"
+        self.vision.requires_grad_(False)
+        self.validation = []
+        for i in range(validation):
+            seen = scene("validation", seed, i)
+            self.validation.append((seen, questions(seen, _EVEN, np.random.default_rng((seed, i, 3)))))
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """All but the tower."""
+        return [weight for weight in self.module.parameters() if weight.requires_grad]
+
+    def loss(self, stage: Lessons, first: int, done: float) -> Tensor:
+        """Cross entropy of the answers and, at first, of the hints."""
+        draw = np.random.default_rng((self.seed, first, 4))
+        seen = [scene("train", self.seed + 1, first + i, stage.boxes, stage.tilt) for i in range(stage.pictures)]
+        pack = self.words.pack([questions(each, stage.asked, draw) for each in seen])
+        at = torch.from_numpy(np.stack([_chosen(each, stage.tokens, draw) for each in seen]))
+        hidden = self.hidden(seen, at, pack)
+        begin, end = stage.hint
+        weight = begin + (end - begin) * done
+        loss = self._entropy(hidden, pack.answer)
+        return loss + weight * self._entropy(hidden, pack.hint) if weight else loss
+
+    def _entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        asked = labels >= 0
+        return F.cross_entropy(self.module.lm_head(hidden[asked]), labels[asked])
+
+    def hidden(self, seen: list[Scene], at: Tensor, pack: Pack) -> Tensor:
+        """The text's last hidden states, (B, T, width)."""
+        with torch.no_grad():
+            x = torch.stack([patches(each.pixels) for each in seen])
+            whole = torch.arange(GRID * GRID).expand(len(seen), -1)
+            features = encode(self.vision, x, whole, last=False)[-1][:, 1:]
+            features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
+        embed = self.language.embed_tokens
+        prefix = embed(torch.tensor(self.words.prefix)).expand(len(seen), -1, -1)
+        picture = self.module.model.multi_modal_projector(features)
+        x = torch.cat([prefix, picture, embed(pack.ids)], dim=1)
+        head, text = x.shape[1] - pack.ids.shape[1], pack.ids.shape[1]
+        begin = torch.arange(len(self.words.prefix)).expand(len(seen), -1)
+        places = torch.cat([begin, begin.shape[1] + at, begin.shape[1] + GRID * GRID + pack.places], dim=1)
+        own = (pack.block[:, :, None] == pack.block[:, None]) & torch.ones(text, text, dtype=torch.bool).tril()
+        mask = torch.cat([torch.ones(len(seen), text, head, dtype=torch.bool), own], dim=2)[:, None]
+        rotary = self.language.rotary_emb(x, position_ids=places)
+        for layer in self.language.layers:
+            x = layer(x, attention_mask=mask, position_embeddings=rotary)
+        return self.language.norm(x[:, head:])
+
+    def validate(self) -> dict[str, float]:
+        """Shares right by kind, all tokens given."""
+        right, total = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
+        for begin in range(0, len(self.validation), 5):
+            seen, asked = map(list, zip(*self.validation[begin : begin + 5], strict=True))
+            pack = self.words.pack(asked)
+            at = torch.arange(GRID * GRID).expand(len(seen), -1)
+            hidden = self.hidden(seen, at, pack)
+            last = (pack.answer >= 0) & (pack.answer != EOS)
+            hit = self.module.lm_head(hidden[last]).argmax(-1) == pack.answer[last]
+            for kind, good in zip((kind for row in pack.kinds for kind in row), hit.tolist(), strict=True):
+                right[kind] += good
+                total[kind] += 1
+        shares = {kind: right[kind] / max(1, total[kind]) for kind in KINDS}
+        return {**shares, "all": sum(shares.values()) / len(shares)}
+
+
+def questions(seen: Scene, asked: Mapping[str, int], draw: np.random.Generator) -> list[Question]:
+    """So many of each kind, where the scene has an answer."""
+    found = [ask(seen, kind, draw) for kind, count in asked.items() for _ in range(count)]
+    return [question for question in found if question is not None]
+
+
+def _chosen(seen: Scene, tokens: int, draw: np.random.Generator) -> np.ndarray:
+    """Indices of patches: those that show boxes, then any others."""
+    share = np.max([box.coverage().reshape(-1) for box in seen.boxes], axis=0)
+    first = (share >= 0.25) + draw.random(share.shape)
+    return np.sort(np.argsort(-first)[:tokens])
