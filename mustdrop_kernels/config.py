@@ -176,6 +176,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "budget-192": dict(merge_budget=32, budgets=(272, 228, 184, 144)),
     "budget-128": dict(merge_budget=40, budgets=(200, 164, 128, 80)),
     "budget-64": dict(merge_budget=56, budgets=(108, 82, 56, 40)),
+    "small-64": dict(merge_budget=40, pruning_layers=(0, 2, 5), budgets=(72, 48, 32)),
     "keep-all": dict(merge=False, key_rate=0.0, global_threshold=0.0, individual_threshold=0.0),
 }
 

@@ -25,6 +25,7 @@ from mustdrop_kernels.evaluation.pictures import BOXES, GRID, Scene, scene
 from mustdrop_kernels.evaluation.questions import KINDS, Question, ask
 
 _PREFIX = "user :"
+_ONE_EACH = dict.fromkeys(KINDS, 1)
 _EVEN = {kind: 2 for kind in KINDS}
 _HARD = {**_EVEN, "digit at place": 3, "digit right of colour": 3, "presence": 1}
 
@@ -38,13 +39,16 @@ class Lessons(Stage):
     asked: Mapping[str, int] = field(default_factory=lambda: _HARD)  # of one picture, by kind
     boxes: tuple[int, int] = BOXES
     tilt: float = 10.0  # degrees
+    pool: int | None = None  # so many pictures come again and again, with other questions; None: always new ones
 
 
 RECIPE = [
-    Lessons("few tokens, hints", 1500, 8, 1.5e-3, tokens=144, hint=(1.0, 0.6), final=0.6, warm_up=100),
-    Lessons("few tokens, hints fade", 1000, 8, 1e-3, tokens=144, hint=(0.6, 0.0), final=0.5),
-    Lessons("whole pictures", 1000, 4, 7e-4, final=0.02),
-]
+    Lessons("few boxes", 500, 20, 1.5e-3, tokens=36, hint=(1.0, 1.0), final=0.8, warm_up=100, asked=_ONE_EACH,
+            boxes=(2, 4), pool=2000),
+    Lessons("more boxes", 500, 10, 1.5e-3, tokens=90, hint=(1.0, 0.8), final=0.7, asked=_EVEN, boxes=(4, 8), pool=1500),
+    Lessons("all boxes", 900, 8, 1.2e-3, tokens=144, hint=(0.8, 0.2), final=0.5, pool=2000),
+    Lessons("whole pictures", 800, 4, 7e-4, hint=(0.2, 0.0), final=0.02),
+]  # fmt: skip
 
 
 def packed_attention(
@@ -116,6 +120,7 @@ class LanguageTask:
         self.language = model.model.language_model
         self.language.config._attn_implementation = "packed"
         self.vision.requires_grad_(False)
+        self.pool: dict[tuple[tuple[int, int], float, int], tuple[Scene, Tensor]] = {}
         self.validation = []
         for i in range(validation):
             seen = scene("validation", seed, i)
@@ -128,10 +133,10 @@ class LanguageTask:
     def loss(self, stage: Lessons, first: int, done: float) -> Tensor:
         """Cross entropy of the answers and, at first, of the hints."""
         draw = np.random.default_rng((self.seed, first, 4))
-        seen = [scene("train", self.seed + 1, first + i, stage.boxes, stage.tilt) for i in range(stage.pictures)]
+        seen, features = self._pictures(stage, range(first, first + stage.pictures))
         pack = self.words.pack([questions(each, stage.asked, draw) for each in seen])
         at = torch.from_numpy(np.stack([_chosen(each, stage.tokens, draw) for each in seen]))
-        hidden = self.hidden(seen, at, pack)
+        hidden = self.hidden(features, at, pack)
         begin, end = stage.hint
         weight = begin + (end - begin) * done
         loss = self._entropy(hidden, pack.answer)
@@ -141,22 +146,39 @@ class LanguageTask:
         asked = labels >= 0
         return F.cross_entropy(self.module.lm_head(hidden[asked]), labels[asked])
 
-    def hidden(self, seen: list[Scene], at: Tensor, pack: Pack) -> Tensor:
-        """The text's last hidden states, (B, T, width)."""
-        with torch.no_grad():
-            x = torch.stack([patches(each.pixels) for each in seen])
-            whole = torch.arange(GRID * GRID).expand(len(seen), -1)
-            features = encode(self.vision, x, whole, last=False)[-1][:, 1:]
-            features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
+    def _pictures(self, stage: Lessons, numbers: range) -> tuple[list[Scene], Tensor]:
+        """Scenes, and their features (B, 576, width)."""
+        if stage.pool is None:
+            seen = [scene("train", self.seed + 1, i, stage.boxes, stage.tilt) for i in numbers]
+            return seen, self.features(seen)
+        keys = [(stage.boxes, stage.tilt, i % stage.pool) for i in numbers]
+        missing = [key for key in keys if key not in self.pool]
+        if missing:
+            fresh = [scene("train", self.seed + 1, i, boxes, tilt) for boxes, tilt, i in missing]
+            for key, each, feature in zip(missing, fresh, self.features(fresh), strict=True):
+                self.pool[key] = Scene(np.empty(0), each.boxes, each.photograph), feature.half()
+        found, features = zip(*(self.pool[key] for key in keys), strict=True)
+        return list(found), torch.stack(features).float()
+
+    @torch.no_grad()
+    def features(self, seen: list[Scene]) -> Tensor:
+        """What the frozen tower makes of pictures, (B, 576, width)."""
+        x = torch.stack([patches(each.pixels) for each in seen])
+        whole = torch.arange(GRID * GRID).expand(len(seen), -1)
+        return encode(self.vision, x, whole, last=False)[-1][:, 1:]
+
+    def hidden(self, features: Tensor, at: Tensor, pack: Pack) -> Tensor:
+        """The text's last hidden states, (B, T, width), where the picture's tokens `at` (B, N) are given."""
+        features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
         embed = self.language.embed_tokens
-        prefix = embed(torch.tensor(self.words.prefix)).expand(len(seen), -1, -1)
+        prefix = embed(torch.tensor(self.words.prefix)).expand(len(at), -1, -1)
         picture = self.module.model.multi_modal_projector(features)
         x = torch.cat([prefix, picture, embed(pack.ids)], dim=1)
         head, text = x.shape[1] - pack.ids.shape[1], pack.ids.shape[1]
-        begin = torch.arange(len(self.words.prefix)).expand(len(seen), -1)
+        begin = torch.arange(len(self.words.prefix)).expand(len(at), -1)
         places = torch.cat([begin, begin.shape[1] + at, begin.shape[1] + GRID * GRID + pack.places], dim=1)
         own = (pack.block[:, :, None] == pack.block[:, None]) & torch.ones(text, text, dtype=torch.bool).tril()
-        mask = torch.cat([torch.ones(len(seen), text, head, dtype=torch.bool), own], dim=2)[:, None]
+        mask = torch.cat([torch.ones(len(at), text, head, dtype=torch.bool), own], dim=2)[:, None]
         rotary = self.language.rotary_emb(x, position_ids=places)
         for layer in self.language.layers:
             x = layer(x, attention_mask=mask, position_embeddings=rotary)
@@ -169,7 +191,7 @@ class LanguageTask:
             seen, asked = map(list, zip(*self.validation[begin : begin + 5], strict=True))
             pack = self.words.pack(asked)
             at = torch.arange(GRID * GRID).expand(len(seen), -1)
-            hidden = self.hidden(seen, at, pack)
+            hidden = self.hidden(self.features(seen), at, pack)
             last = (pack.answer >= 0) & (pack.answer != EOS)
             hit = self.module.lm_head(hidden[last]).argmax(-1) == pack.answer[last]
             for kind, good in zip((kind for row in pack.kinds for kind in row), hit.tolist(), strict=True):

@@ -56,8 +56,26 @@ class Task(Protocol):
         """Shares right on the validation split."""
 
 
-def fit(task: Task, folder: Path, *, every_s: float = 120.0, log: Callable[[str], None] = print) -> None:
-    """Trains to the end of the last stage, from the last checkpoint on if there is one."""
+def fit(
+    task: Task,
+    folder: Path,
+    *,
+    every_s: float = 120.0,
+    until: int | None = None,
+    log: Callable[[str], None] = print,
+) -> bool:
+    """Trains to the end of the last stage, from the last checkpoint on if there is one.
+
+    Args:
+        task: what is trained.
+        folder: of checkpoints and the log.
+        every_s: seconds from checkpoint to checkpoint.
+        until: stop after so many steps of this task, all stages together.
+        log: is given a line at each checkpoint.
+
+    Returns:
+        Whether the last stage is done.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(list(task.trained()), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     at = _Position(folder / f"{task.name}.pt", task.module, optimizer)
@@ -71,6 +89,9 @@ def fit(task: Task, folder: Path, *, every_s: float = 120.0, log: Callable[[str]
             losses: list[float] = []
             begin = time.monotonic()
             while at.step < stage.steps:
+                if until is not None and sum(s.steps for s in task.stages[: at.stage]) + at.step >= until:
+                    at.save()
+                    return False
                 losses.append(_step(task, stage, at, optimizer))
                 at.step += 1
                 progress.advance(bar)
@@ -82,6 +103,7 @@ def fit(task: Task, folder: Path, *, every_s: float = 120.0, log: Callable[[str]
             at.save()
             _record(task, stage, at, losses, begin, folder, log)
             saved = time.monotonic()
+    return True
 
 
 def _step(task: Task, stage: Stage, at: _Position, optimizer: torch.optim.Optimizer) -> float:

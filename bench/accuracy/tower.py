@@ -44,7 +44,9 @@ RECIPE = [
     Windows("fours", 350, 8, 1.2e-3, group=4, window=4, final=0.5),
     Windows("quarters", 250, 5, 1e-3, group=4, window=6, final=0.5),
     Windows("sixteens", 500, 6, 1.5e-3, window=4, final=0.5, tilt=10.0),
-    Windows("pictures", 750, 4, 1e-3, final=0.02, boxes=(6, 16), tilt=10.0),
+    Windows("pictures", 262, 4, 1e-3, final=0.75, boxes=(6, 16), tilt=10.0),
+    Windows("pairs again", 1200, 8, 1.5e-3, group=2, window=4, final=0.1, tilt=10.0),
+    Windows("pictures again", 400, 4, 8e-4, final=0.02, boxes=(6, 16), tilt=10.0),
 ]
 
 
@@ -187,5 +189,3 @@ def _window(seen: Scene, cell: int, window: int, draw: np.random.Generator) -> n
                 offsets[axis] = draw.integers(max(0, end - window + 1), max(0, min(room, begin)) + 1) if room else 0
     rows, columns = (np.arange(window) + offset for offset in offsets)
     return ((row * _CELL + rows)[:, None] * GRID + column * _CELL + columns).reshape(-1)
-
-

@@ -29,13 +29,19 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
     every: Annotated[float, typer.Option(help="Seconds from checkpoint to checkpoint.")] = 120.0,
     steps: Annotated[int | None, typer.Option(help="Of each stage, instead of the recipe's: to try it out.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after so many steps: tower:N or language:N.")] = None,
     validation: Annotated[int, typer.Option(min=1, help="Pictures to validate on.")] = 30,
 ) -> None:
     """Train, or go on training, the small LLaVA."""
     torch.set_num_threads(threads)
     model = build(seed, layers=layers, width=width, vision_layers=vision_layers)
-    fit(tower.TowerTask(model, seed, _cut(tower.RECIPE, steps), validation), out, every_s=every)
-    fit(language.LanguageTask(model, seed, _cut(language.RECIPE, steps), validation), out, every_s=every)
+    name, _, count = (until or "").partition(":")
+    for task in (
+        tower.TowerTask(model, seed, _cut(tower.RECIPE, steps), validation),
+        language.LanguageTask(model, seed, _cut(language.RECIPE, steps), validation),
+    ):
+        if not fit(task, out, every_s=every, until=int(count) if task.name == name else None):
+            return
     save(model, out / "model")
 
 

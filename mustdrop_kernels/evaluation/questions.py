@@ -103,13 +103,9 @@ KINDS: dict[str, Asked] = {
     "presence": _presence,
 }
 CHANCE = {kind: 0.5 if kind == "presence" else 0.1 for kind in KINDS}
-WORDS = tuple(
-    dict.fromkeys(
-        "user assistant which digit colour is in the box with row column right of there a yes no ? , :".split()
-        + [*DIGITS, *COLOURS]
-    )
-)
-assert CELLS == len(PLACES)
+_COMMON = "user assistant which digit colour is in the box with row column right of there a yes no ? , :"
+WORDS = tuple(dict.fromkeys([*_COMMON.split(), *DIGITS, *COLOURS]))  # their order is that of the tokenizer
+assert len(PLACES) == CELLS
 
 
 def ask(seen: Scene, kind: str, draw: np.random.Generator) -> Question | None:

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...config import MustDropConfig
 from .base import Method, Sizes
-from .schedules import falling, scaled
+from .schedules import scaled, shaped
+
+# Tokens after each cut in SparseVLM's own settings for LLaVA-1.5, of 576.
+_SPARSEVLM = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 
 
-def _dropping(sizes: Sizes, layers: tuple[int, ...], average: float, votes: str) -> Method:
-    budgets = falling(sizes.patches, layers, sizes.depth, average)
+def _dropping(sizes: Sizes, layers: tuple[int, ...], average: float, shape: Sequence[float], votes: str) -> Method:
+    budgets = shaped(sizes.patches, layers, sizes.depth, average, shape[: len(layers)])
     return Method(
         MustDropConfig(merge=False, key_rate=0.0, pruning_layers=layers, budgets=budgets, votes=votes, evict=False)
     )
@@ -21,28 +26,29 @@ def fastv(sizes: Sizes, average: float) -> Method:
     Departs: the layer is the published K = 2 of 32 at this model's depth, at least the first, so that small averages
     stay in reach.
     """
-    return _dropping(sizes, scaled((1,), sizes.depth), average, "last")
+    return _dropping(sizes, scaled((1,), sizes.depth), average, (1,), "last")
 
 
 def sparsevlm(sizes: Sizes, average: float) -> Method:
     """SparseVLM (arXiv 2410.04417): cuts after layers 2, 6 and 15 of 32, by the attention of the text.
 
-    Departs: all text after the image rates, not only the words that resemble the picture; fixed budgets instead of the
-    rank of the attention matrix; dropped tokens are not recycled into aggregates.
+    Departs: all text after the image rates, not only the words that resemble the picture; counts in proportion to the
+    published ones instead of by the rank of the attention matrix; dropped tokens are not recycled into aggregates.
     """
-    return _dropping(sizes, scaled((2, 6, 15), sizes.depth), average, "after_image")
+    shape = next((_SPARSEVLM[budget] for budget in _SPARSEVLM if average >= budget), _SPARSEVLM[64])
+    return _dropping(sizes, scaled((2, 6, 15), sizes.depth), average, shape, "after_image")
 
 
 def pyramiddrop(sizes: Sizes, average: float) -> Method:
-    """PyramidDrop (arXiv 2410.17247): four equal stages, each keeping one share, by the attention of the last token.
+    """PyramidDrop (arXiv 2410.17247): four equal stages, each of half the tokens, by the attention of the last token.
 
-    Departs: where the published layers 8, 16 and 24 of 32 cannot reach the average at half the tokens a stage, the
-    ratio falls first, and below what that reaches the first cut moves to the first layer.
+    Departs: the first cut takes as much as the average asks for, the later ones halve; where even that does not
+    suffice at the published layers (8, 16 and 24 of 32), the first cut moves to the first layer.
     """
     layers = scaled((7, 15, 23), sizes.depth)
-    if (layers[0] + 1) * sizes.patches > 0.9 * average * sizes.depth:
+    if (layers[0] + 1) * sizes.patches > 0.8 * average * sizes.depth:
         layers = (0, *layers[:-1])
-    return _dropping(sizes, layers, average, "last")
+    return _dropping(sizes, layers, average, (4, 2, 1), "last")
 
 
 def all_after(layer: int) -> Method:

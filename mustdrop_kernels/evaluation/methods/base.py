@@ -35,3 +35,11 @@ class Method:
     config: MustDropConfig
     stage: Callable[[int], Callable[..., Any]] | None = None
     """Makes another first stage from a seed; see ``drop_tokens(vision_stage=)``."""
+
+    in_tower: bool = False
+    """Whether that stage changes what the vision tower computes."""
+
+    @property
+    def leaves_tower(self) -> bool:
+        """Whether the vision tower computes what it does plainly."""
+        return not self.in_tower and not self.config.needs_vision_stage

@@ -8,11 +8,12 @@ from typing import Any
 
 from ...config import MustDropConfig
 from .base import Method, Sizes
-from .schedules import Unreachable, falling, scaled
+from .schedules import Unreachable, scaled, shaped
 
-_PUBLISHED_LAYERS = (2, 6, 10, 14)
-# Windows of nine that merge, of 64: those of the presets "budget-192", "budget-128" and "budget-64".
-_WINDOWS = {192: 32, 128: 40, 64: 56}
+_LAYERS = MustDropConfig().pruning_layers
+
+# Of each "budget-*" preset: windows of nine that merge, of 64, and the tokens after each cut.
+_SHAPES = {192: (32, (272, 228, 184, 144)), 128: (40, (200, 164, 128, 80)), 64: (56, (108, 82, 56, 40))}
 
 
 def mustdrop(sizes: Sizes, average: float, **changes: Any) -> Method:
@@ -21,8 +22,9 @@ def mustdrop(sizes: Sizes, average: float, **changes: Any) -> Method:
     Departs: windows merge by rank and tokens drop by rank, so that the number is met exactly; positions stay those of
     the plain prompt.
     """
-    windows = _WINDOWS.get(int(average), 60 if average < 64 else 32) * sizes.patches // 576
-    return _with(sizes, average, windows, scaled(_PUBLISHED_LAYERS, sizes.depth), 0.08, **changes)
+    windows, shape = next((_SHAPES[budget] for budget in _SHAPES if average >= budget), _SHAPES[64])
+    layers = scaled(_LAYERS, sizes.depth)
+    return _with(sizes, average, windows, layers, shape, **changes)
 
 
 def renumbered(sizes: Sizes, average: float) -> Method:
@@ -31,11 +33,11 @@ def renumbered(sizes: Sizes, average: float) -> Method:
 
 
 def _with(
-    sizes: Sizes, average: float, windows: int, layers: tuple[int, ...], key_rate: float, **changes: Any
+    sizes: Sizes, average: float, windows: int, layers: tuple[int, ...], shape: tuple[int, ...], **changes: Any
 ) -> Method:
-    start = sizes.patches - 8 * windows
-    budgets = falling(start, layers, sizes.depth, average)
-    config = MustDropConfig(merge_budget=windows, pruning_layers=layers, budgets=budgets, key_rate=key_rate)
+    windows = windows * sizes.patches // 576
+    budgets = shaped(sizes.patches - 8 * windows, layers, sizes.depth, average, shape[-len(layers) :])
+    config = MustDropConfig(merge_budget=windows, pruning_layers=layers, budgets=budgets)
     return Method(dataclasses.replace(config, **changes))
 
 

@@ -27,33 +27,32 @@ def scaled(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(end - 1 for end in ends))
 
 
-def falling(start: int, layers: Sequence[int], depth: int, average: float) -> tuple[int, ...]:
-    """Budgets after each of `layers` that fall by one ratio and bring the mean over `depth` layers to `average`.
+def shaped(start: int, layers: Sequence[int], depth: int, average: float, shape: Sequence[float]) -> tuple[int, ...]:
+    """Budgets after each of `layers`, in proportion to `shape`, that bring the mean over `depth` layers to `average`.
 
-    Rounded down, and what is left goes to the last ones, so that the mean is never above `average`.
+    None is above `start`. Rounded down, and what that leaves goes to the last ones, so the mean is never above.
 
     Raises:
-        Unreachable: the layers before the first cut are too many already.
+        Unreachable: what the layers before the first cut process is too much already.
     """
-    total = int(average * depth)
     lengths = [end - begin for begin, end in itertools.pairwise([*(layer + 1 for layer in layers), depth])]
-    left = total - start * (layers[0] + 1) if layers else 0
+    before = start * (layers[0] + 1)
+    left = int(average * depth) - before
     if left < sum(lengths):
-        raise Unreachable(
-            f"{start} tokens in {layers[0] + 1} of {depth} layers are more than {average:g} on average"
-            if layers
-            else "there is no layer to cut after"
-        )
-    low, high = 0.0, 1.0
+        raise Unreachable(f"{start} tokens in {layers[0] + 1} of {depth} layers leave none for the others")
+
+    def budgets(factor: float) -> list[int]:
+        return [max(1, min(start, int(factor * part + 1e-9))) for part in shape]
+
+    def cost(found: Sequence[int]) -> int:
+        return sum(budget * length for budget, length in zip(found, lengths, strict=True))
+
+    low, high = 0.0, start / min(shape)
     for _ in range(60):
-        ratio = (low + high) / 2
-        if sum(start * ratio ** (i + 1) * n for i, n in enumerate(lengths)) > left:
-            high = ratio
-        else:
-            low = ratio
-    budgets = [max(1, int(start * low ** (i + 1) + 1e-9)) for i in range(len(lengths))]
-    for i in reversed(range(len(lengths))):
-        spare = left - sum(b * n for b, n in zip(budgets, lengths, strict=True))
-        most = budgets[i - 1] if i else start
-        budgets[i] = min(most, budgets[i] + max(0, spare) // lengths[i])
-    return tuple(budgets)
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(budgets(middle)) <= left else (low, middle)
+    found = budgets(low)
+    for i in reversed(range(len(found))):
+        most = found[i - 1] if i else start
+        found[i] = min(most, found[i] + max(0, left - cost(found)) // lengths[i])
+    return tuple(found)

@@ -32,36 +32,38 @@ class Selection(VisionStage):
         super().__init__(*args)
         self.choose = choose
         self.generator = torch.Generator().manual_seed(seed)
-        self._query: Tensor | None = None
-        self._key: Tensor | None = None
+        self._states: Any = None
         self._chosen: Chosen | None = None
 
     def install(self, stack: contextlib.ExitStack) -> None:
-        """Adds the hooks."""
-        layer = self.llava.model.config.vision_feature_layer
+        """Adds the hooks: none within the tower, whose output may then come from anywhere."""
         layers = self.llava.find_vision_layers()
-        self.attention = layers[layer if layer < 0 else layer - 1].self_attn
-        stack.callback(self.attention.q_proj.register_forward_hook(self._save("_query")).remove)
-        stack.callback(self.attention.k_proj.register_forward_hook(self._save("_key")).remove)
+        self.layer = self.llava.model.config.vision_feature_layer % (len(layers) + 1) - 1
+        stack.callback(self.llava.body.vision_tower.register_forward_hook(self._take_states).remove)
         projector = self.llava.body.multi_modal_projector
         stack.callback(projector.register_forward_pre_hook(self._reduce).remove)
 
-    def _save(self, name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        return lambda module, args, output: setattr(self, name, output)
+    def _take_states(self, module: nn.Module, args: Any, output: Any) -> None:
+        self._states = output.hidden_states
 
     def _reduce(self, module: nn.Module, args: Any) -> Any:
         (features,) = args
-        query, key = self._query, self._key
-        assert query is not None
-        assert key is not None
         with self.stopwatch.measure("choose"):
-            heads = (-1, self.attention.head_dim)
-            look = ops.cls_attention(
-                query[:, 0].unflatten(-1, heads), key.unflatten(-1, heads).transpose(1, 2), self.attention.scale,
-                backend=self.config.backend,
-            )  # fmt: skip
-            self._chosen = self.choose(features, look[:, 1:], key[:, 1:], self.generator)
+            look, key = self._attention(self._states[self.layer])
+            self._chosen = self.choose(features, look, key, self.generator)
         return (self._chosen[0],)
+
+    def _attention(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (B, 1+N, C) -> (B, N), (B, N, C)
+        """What CLS looks at in the layer that makes the features, and that layer's keys."""
+        layer = self.llava.find_vision_layers()[self.layer]
+        attention, hidden = layer.self_attn, layer.layer_norm1(hidden)
+        query, key = attention.q_proj(hidden[:, 0]), attention.k_proj(hidden)
+        heads = (-1, attention.head_dim)
+        look = ops.cls_attention(
+            query.unflatten(-1, heads), key.unflatten(-1, heads).transpose(1, 2), attention.scale,
+            backend=self.config.backend,
+        )  # fmt: skip
+        return look[:, 1:], key[:, 1:]
 
     def _layout(self, run: Any, image: int, feature: Tensor) -> tuple[Tensor, Tensor]:
         assert self._chosen is not None
@@ -123,7 +125,7 @@ def visionzip(sizes: Sizes, average: float) -> Method:
         dominant = best(look, count - contextual)
         rest = best(torch.zeros_like(look).scatter(1, dominant, -1.0), look.shape[1] - dominant.shape[1])
         step = rest.shape[1] // contextual
-        centres = rest[:, : step * contextual : step]
+        centres = rest[:, : step * contextual : step].contiguous()
         merged, _ = _average_into(features, key, centres, rest, torch.ones_like(look))
         slot, order = torch.cat([dominant, centres], dim=1).sort(dim=1)
         kept = torch.cat([_take(features, dominant), merged], dim=1)
@@ -167,5 +169,3 @@ def _average_into(
     merged = (share.transpose(1, 2) @ _take(features, members).float()).to(features.dtype)
     owner = _itself(place).where(place < 0, centres.gather(1, place.clamp(min=0)))
     return merged, owner
-
-

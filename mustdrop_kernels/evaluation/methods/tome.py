@@ -25,7 +25,7 @@ def tome(sizes: Sizes, average: float) -> Method:
     """
     if average > sizes.patches:
         raise Unreachable(f"there are only {sizes.patches} tokens")
-    return Method(NOTHING, lambda seed: lambda *args: Merging(int(average), *args))
+    return Method(NOTHING, lambda seed: lambda *args: Merging(int(average), *args), in_tower=True)
 
 
 class Merging(VisionStage):
