@@ -36,6 +36,7 @@ class Lessons(Stage):
 
     tokens: int = GRID * GRID  # of a picture
     hint: tuple[float, float] = (0.0, 0.0)  # weight of the hint, at the begin and at the end of the stage
+    look: tuple[float, float] = (0.0, 0.0)  # weight of being told where to look, the same way
     asked: Mapping[str, int] = field(default_factory=lambda: _HARD)  # of one picture, by kind
     boxes: tuple[int, int] = BOXES
     tilt: float = 10.0  # degrees
@@ -43,12 +44,37 @@ class Lessons(Stage):
 
 
 RECIPE = [
-    Lessons("few boxes", 500, 20, 1.5e-3, tokens=36, hint=(1.0, 1.0), final=0.8, warm_up=100, asked=_ONE_EACH,
-            boxes=(2, 4), pool=2000),
-    Lessons("more boxes", 500, 10, 1.5e-3, tokens=90, hint=(1.0, 0.8), final=0.7, asked=_EVEN, boxes=(4, 8), pool=1500),
-    Lessons("all boxes", 900, 8, 1.2e-3, tokens=144, hint=(0.8, 0.2), final=0.5, pool=2000),
-    Lessons("whole pictures", 800, 4, 7e-4, hint=(0.2, 0.0), final=0.02),
+    Lessons("few boxes", 400, 20, 1.5e-3, tokens=36, hint=(1.0, 1.0), look=(0.5, 0.5), final=0.8, warm_up=100,
+            asked=_ONE_EACH, boxes=(2, 4), pool=2000),
+    Lessons("more boxes", 300, 10, 1.5e-3, tokens=90, hint=(1.0, 0.8), look=(0.5, 0.5), final=0.7, asked=_EVEN,
+            boxes=(4, 8), pool=1500),
+    Lessons("all boxes", 700, 8, 1.2e-3, tokens=144, hint=(0.8, 0.1), look=(0.5, 0.1), final=0.5, pool=2000),
+    Lessons("whole pictures", 650, 4, 7e-4, hint=(0.1, 0.0), look=(0.1, 0.0), final=0.02),
 ]  # fmt: skip
+
+# Where to look is told to these: late enough for the words of a question to have come together.
+_TOLD_LAYERS, _TOLD_HEADS = (2, 3, 4, 5), 2
+
+
+class Looks:
+    """What the asking tokens should look at, and how far they do."""
+
+    def __init__(self, wanted: Tensor):  # (B, T, L) bool, all False where nobody asks
+        self.wanted = wanted
+        self.asking = wanted.any(-1)
+        self.losses: list[Tensor] = []
+
+    def add(self, query: Tensor, key: Tensor, mask: Tensor, scale: float) -> None:
+        """Notes minus the logarithm of the attention that falls where it should."""
+        scores = (query[:, :_TOLD_HEADS].float() @ key[:, :_TOLD_HEADS].float().transpose(2, 3)) * scale
+        scores = scores.masked_fill(~mask, -torch.inf)
+        everywhere = scores.logsumexp(-1)
+        there = scores.masked_fill(~self.wanted[:, None], -1e4).logsumexp(-1)
+        self.losses.append((everywhere - there).mean(1)[self.asking].mean())
+
+    def loss(self) -> Tensor:
+        """Over all layers that are told."""
+        return torch.stack(self.losses).mean()
 
 
 def packed_attention(
@@ -57,12 +83,15 @@ def packed_attention(
     key: Tensor,  # (B, H, L, D)
     value: Tensor,  # (B, H, L, D)
     attention_mask: Tensor,  # (B, 1, T, L) bool: what the last T tokens, the text, may see
+    looks: Looks | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Causal in the picture; the questions after it as the mask says."""
     head = query.shape[2] - attention_mask.shape[2]
     picture = F.scaled_dot_product_attention(query[:, :, :head], key[:, :, :head], value[:, :, :head], is_causal=True)
     text = F.scaled_dot_product_attention(query[:, :, head:], key, value, attn_mask=attention_mask)
+    if looks is not None and module.layer_idx in _TOLD_LAYERS:
+        looks.add(query[:, :, head:], key, attention_mask, module.scaling)
     return torch.cat([picture, text], dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -78,7 +107,7 @@ class Pack:
     block: Tensor  # (B, T) int64, number of the question, -1: padding
     answer: Tensor  # (B, T) int64, what comes next, -100: nobody asks
     hint: Tensor  # (B, T) int64, the answer, at the tokens that may be told it
-    kinds: list[list[str]]
+    questions: list[list[Question]]
 
 
 class Words:
@@ -105,8 +134,7 @@ class Words:
             rows.append(torch.tensor(row))
         padded = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-100)
         ids, places, block, answer, hint = padded.unbind(2)
-        kinds = [[question.kind for question in questions] for questions in asked]
-        return Pack(ids.clamp(min=0).where(ids >= 0, PAD), places.clamp(min=0), block, answer, hint, kinds)
+        return Pack(ids.clamp(min=0).where(ids >= 0, PAD), places.clamp(min=0), block, answer, hint, asked)
 
 
 class LanguageTask:
@@ -136,11 +164,26 @@ class LanguageTask:
         seen, features = self._pictures(stage, range(first, first + stage.pictures))
         pack = self.words.pack([questions(each, stage.asked, draw) for each in seen])
         at = torch.from_numpy(np.stack([_chosen(each, stage.tokens, draw) for each in seen]))
-        hidden = self.hidden(features, at, pack)
-        begin, end = stage.hint
-        weight = begin + (end - begin) * done
+        hint, told = (begin + (end - begin) * done for begin, end in (stage.hint, stage.look))
+        looks = Looks(self._wanted(seen, at, pack)) if told else None
+        hidden = self.hidden(features, at, pack, looks)
         loss = self._entropy(hidden, pack.answer)
-        return loss + weight * self._entropy(hidden, pack.hint) if weight else loss
+        if hint:
+            loss = loss + hint * self._entropy(hidden, pack.hint)
+        return loss if looks is None else loss + told * looks.loss()
+
+    def _wanted(self, seen: list[Scene], at: Tensor, pack: Pack) -> Tensor:  # (B, T, L) bool
+        """The patches that show the answer, for the tokens from the one on that says what is asked for."""
+        first = len(self.words.prefix)
+        wanted = torch.zeros(*pack.ids.shape, first + at.shape[1] + pack.ids.shape[1], dtype=torch.bool)
+        asking = (pack.hint >= 0) | ((pack.answer >= 0) & (pack.answer != EOS))
+        for row, (each, asked) in enumerate(zip(seen, pack.questions, strict=True)):
+            shown = [torch.from_numpy(box.coverage().reshape(-1) >= 0.4)[at[row]] for box in each.boxes]
+            for number, question in enumerate(asked):
+                if question.boxes:
+                    there = torch.stack([shown[i] for i in question.boxes]).any(0)
+                    wanted[row, asking[row] & (pack.block[row] == number), first : first + at.shape[1]] = there
+        return wanted
 
     def _entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         asked = labels >= 0
@@ -167,7 +210,7 @@ class LanguageTask:
         whole = torch.arange(GRID * GRID).expand(len(seen), -1)
         return encode(self.vision, x, whole, last=False)[-1][:, 1:]
 
-    def hidden(self, features: Tensor, at: Tensor, pack: Pack) -> Tensor:
+    def hidden(self, features: Tensor, at: Tensor, pack: Pack, looks: Looks | None = None) -> Tensor:
         """The text's last hidden states, (B, T, width), where the picture's tokens `at` (B, N) are given."""
         features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
         embed = self.language.embed_tokens
@@ -181,7 +224,7 @@ class LanguageTask:
         mask = torch.cat([torch.ones(len(at), text, head, dtype=torch.bool), own], dim=2)[:, None]
         rotary = self.language.rotary_emb(x, position_ids=places)
         for layer in self.language.layers:
-            x = layer(x, attention_mask=mask, position_embeddings=rotary)
+            x = layer(x, attention_mask=mask, position_embeddings=rotary, looks=looks)
         return self.language.norm(x[:, head:])
 
     def validate(self) -> dict[str, float]:
@@ -194,7 +237,7 @@ class LanguageTask:
             hidden = self.hidden(self.features(seen), at, pack)
             last = (pack.answer >= 0) & (pack.answer != EOS)
             hit = self.module.lm_head(hidden[last]).argmax(-1) == pack.answer[last]
-            for kind, good in zip((kind for row in pack.kinds for kind in row), hit.tolist(), strict=True):
+            for kind, good in zip((q.kind for row in asked for q in row), hit.tolist(), strict=True):
                 right[kind] += good
                 total[kind] += 1
         shares = {kind: right[kind] / max(1, total[kind]) for kind in KINDS}
