@@ -113,6 +113,7 @@ class _Plan:
         """The filled document."""
         from ..bench.machine import describe
         from ..evaluation import run
+        from ..evaluation.methods import Sizes, Unreachable, make
         from ..flops import LanguageModel
         from .demo import quiet_transformers
         from .subject import load_model
@@ -126,7 +127,11 @@ class _Plan:
             "model": subject.name, "sizes": dataclasses.asdict(LanguageModel.of(subject.model.config)),
             "dtype": str(subject.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
         }  # fmt: skip
-        document = run.start(about, questions, self._cells(depth))
+        cells = self._cells(depth)
+        for cell in cells:  # an unknown name is refused before anything is asked
+            with contextlib.suppress(Unreachable):
+                make(*cell, Sizes.of(subject.model.config))
+        document = run.start(about, questions, cells)
         if self.json is not None:
             document = run.resume(document, self.json)
         document["machine"] = describe(torch.device(device), torch.get_num_threads())

@@ -20,7 +20,7 @@ _PHOTOGRAPH = "rocket.jpg"
 _CREDIT = "rocket.jpg of scikit-image (photograph: SpaceX, public domain)"
 SMALL_MODEL = Path(__file__).resolve().parents[1] / "evaluation" / "model"
 """Trained by bench/accuracy/train.py."""
-_DEMO_SEED = 2026
+DEMO_SEED = 2026
 SMALL = "the small LLaVA of mustdrop_kernels"
 
 
@@ -84,7 +84,7 @@ def made_question(number: int) -> tuple[Image, str, str, str]:
         raise Refusal("pictures are made from scikit-learn and scikit-image: pip install them, or give --image")
     from ..evaluation.questions import items
 
-    item = items("test", _DEMO_SEED, number + 1)[-1]
+    item = items("test", DEMO_SEED, number + 1)[-1]
     seen = item.scene()
     credit = f"digits of scikit-learn on {seen.photograph}, none of it used in training"
     return seen.image, credit, item.question.text, item.question.answer

@@ -178,15 +178,15 @@ def _budget_grid(
     document: Document, only: Sequence[str] | None, title: str
 ) -> Iterable[tuple[str, list[str], list[list[str]]]]:
     found = rows(document, only)
-    budgets = sorted({row["budget"] for row in found if row["budget"] is not None}, reverse=True)
+    compared = [c for c in document["cells"] if c["budget"] is not None and (c["right"] or c["why_not"])]
+    budgets = sorted({cell["budget"] for cell in compared}, reverse=True)
     full = next((row for row in found if row["method"] == FULL), None)
     if not budgets:
         return
     at = {(row["method"], row["budget"]): row for row in found}
     missing = {(cell["method"], cell["budget"]) for cell in document["cells"] if cell["why_not"]}
-    methods = dict.fromkeys(row["method"] for row in found if row["budget"] is not None)
     lines = []
-    for method in methods:
+    for method in dict.fromkeys(cell["method"] for cell in compared):
         shown = [at.get((method, budget)) for budget in budgets]
         lines.append([
             f"`{method}`",
