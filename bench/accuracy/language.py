@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Projector and language model learn to answer; the tower is frozen.
 
-A dozen questions share one picture: each sees the picture and itself, so the picture is read once. Pictures of few boxes
-come first, and of all but the last only patches with boxes and some others are given, at their own places. At first
-every token from the word on that says what is asked for is told the answer, and half of the heads of four layers are
-told which patches to look at. Both fade out. Without them the model stays for long at "some digit that is there"; and
-layers 2 to 5 of 12 being told, questions are read there and not in the first layers.
+A dozen questions share one picture: each sees the picture and itself, so the picture is read once. Pictures of few
+boxes come first, and of all but the last only patches with boxes and some others are given, at their own places. At
+first every token from the word on that says what is asked for is told the answer, and half of the heads of four layers
+are told which patches to look at. Both fade out. Without them the model stays for long at "some digit that is there";
+and layers 2 to 5 of 12 being told, questions are read there and not in the first layers.
 """
 
 from __future__ import annotations

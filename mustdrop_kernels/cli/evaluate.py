@@ -44,8 +44,8 @@ Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
 
-QUICK_METHODS = ("random", "cls", "sparsevlm", "mustdrop")
-OURS = "mustdrop"
+QUICK_METHODS = ("random", "cls", "sparsevlm", "mustdrop-read")
+OURS = "mustdrop-read"
 
 
 def evaluate(

@@ -20,6 +20,7 @@ METHODS: dict[str, Callable[[Sizes, float], Method]] = {
     "visionzip": selection.visionzip,
     "cls": selection.cls_top,
     "mustdrop": mustdrop.mustdrop,
+    "mustdrop-read": mustdrop.read,
     "mustdrop-renumbered": mustdrop.renumbered,
 }
 
