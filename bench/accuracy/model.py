@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,6 +26,7 @@ from mustdrop_kernels.evaluation.pictures import GRID, PATCH, SIZE
 from mustdrop_kernels.evaluation.questions import WORDS
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+_THETA = 1e6
 PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIAL))
 # No text before the first "USER:" and no newline after the image, as the vocabulary has no use for either.
 CHAT_TEMPLATE = (
@@ -83,7 +87,7 @@ def build(seed: int, *, layers: int, width: int, vision_layers: int) -> LlavaFor
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=2048,
-        rope_theta=1e6,
+        rope_theta=_THETA,
         bos_token_id=BOS,
         eos_token_id=EOS,
         pad_token_id=PAD,
@@ -135,9 +139,26 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     dtype = model.dtype
     model.half().save_pretrained(folder)
     model.to(dtype)
-    processor().save_pretrained(folder)
+    both = processor()
+    both.save_pretrained(folder)
+    both.image_processor.save_pretrained(folder)  # where transformers 4 looks for it
+    _edit(folder / "config.json", lambda config: config["text_config"].update(rope_theta=_THETA))
+    _edit(
+        folder / "tokenizer_config.json",
+        lambda config: config.update(
+            tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=config.pop("extra_special_tokens")
+        ),
+    )
     weights = folder / "model.safetensors"
     save_file({_hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """What transformers 5 writes in other words than 4 reads."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _hub_name(name: str) -> str:

@@ -72,9 +72,8 @@ def evaluate(
     if threads is not None:
         torch.set_num_threads(threads)
     try:
-        require_extras()
         if load is not None:
-            from ..evaluation.run import read
+            from ..evaluation.document import read
 
             document = read(load)
         else:
@@ -112,12 +111,14 @@ class _Plan:
     def carry_out(self) -> dict[str, Any]:
         """The filled document."""
         from ..bench.machine import describe
+        from ..evaluation import document as documents
         from ..evaluation import run
         from ..evaluation.methods import Sizes, Unreachable, make
         from ..flops import LanguageModel
         from .demo import quiet_transformers
         from .subject import load_model
 
+        require_extras()
         quiet_transformers()
         questions, about = self._questions()
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -131,15 +132,15 @@ class _Plan:
         for cell in cells:  # an unknown name is refused before anything is asked
             with contextlib.suppress(Unreachable):
                 make(*cell, Sizes.of(subject.model.config))
-        document = run.start(about, questions, cells)
+        document = documents.start(about, questions, cells)
         if self.json is not None:
-            document = run.resume(document, self.json)
+            document = documents.resume(document, self.json)
         document["machine"] = describe(torch.device(device), torch.get_num_threads())
         document["command"] = "mustdrop " + " ".join(sys.argv[1:])
 
         def keep(filled: dict[str, Any]) -> None:
             if self.json is not None:
-                run.write(filled, self.json)
+                documents.write(filled, self.json)
 
         with _progress() as tell:
             run.run(document, subject, questions, tell, keep, batch=self.batch, max_new_tokens=self.max_new_tokens)

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..flops import LanguageModel, account
-from .methods import FULL
+from . import FULL
 from .scoring import f1, interval, paired
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .run import Document
+    from .document import Document
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
@@ -213,14 +213,15 @@ def _difference_grid(
     budgets = sorted({row["budget"] for row in whole}, reverse=True)
     at = {(row["method"], row["budget"]): row for row in whole}
     lines = []
+    parts = {"": at} if len(only) == len(kinds(document)) else {", read late": part, ", all": at}
     for method in dict.fromkeys(row["method"] for row in whole):
         cells = [f"`{method}`"]
         for budget in budgets:
-            for source in (part, at):
+            for source in parts.values():
                 row = source.get((method, budget))
                 cells.append("" if row is None else _signed(row))
         lines.append(cells)
-    headings = [f"{budget:g}, {what}" for budget in budgets for what in ("read late", "all")]
+    headings = [f"{budget:g}{what}" for budget in budgets for what in parts]
     yield f"Points by which `{ours}` is ahead, paired, 95% intervals", ["against", *headings], lines
 
 
@@ -264,7 +265,11 @@ def draw(document: Document, path: Path, ours: str) -> None:
     from matplotlib import pyplot
 
     parts = {"read late": late(document), "all questions": kinds(document)}
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.8), sharey=True, layout="constrained")
+    if len(parts["read late"]) == len(parts["all questions"]):
+        del parts["read late"]
+    size = (6.4 * len(parts), 4.8)
+    figure, grid = pyplot.subplots(1, len(parts), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    axes = grid[0]
     for axis, (title, only) in zip(axes, parts.items(), strict=True):
         found = rows(document, only)
         methods = dict.fromkeys(row["method"] for row in found if row["budget"] is not None)
@@ -288,7 +293,7 @@ def draw(document: Document, path: Path, ours: str) -> None:
         axis.set_title(title + ("" if len(only) == len(kinds(document)) else f": {', '.join(only)}"), fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
-    axes[1].legend(fontsize=8, ncols=2)
+    axes[-1].legend(fontsize=8, ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .. import FULL
 from . import attention, mustdrop, selection, tome
 from .base import NOTHING, Method, Sizes
 from .schedules import Unreachable
 
-FULL = "full"
 METHODS: dict[str, Callable[[Sizes, float], Method]] = {
     "random": selection.random,
     "fastv": attention.fastv,

@@ -12,13 +12,22 @@ from .schedules import Unreachable, scaled, shaped
 
 _LAYERS = MustDropConfig().pruning_layers
 
-# Of each "budget-*" preset: windows of nine that merge, of 64, and the tokens after each cut.
-_SHAPES = {192: (32, (272, 228, 184, 144)), 128: (40, (200, 164, 128, 80)), 64: (56, (108, 82, 56, 40))}
+Shape = tuple[int, tuple[int, ...], tuple[int, ...]]
+"""Windows of nine that merge, of 64; layers of 32 to cut after; in what proportion to keep."""
 
-
-# The same for ``mustdrop-read``: chosen on the validation split.
-_READ_SHAPES = {192: (8, (6, 6, 1)), 128: (24, (6, 6, 1)), 64: (48, (6, 6, 1)), 32: (48, (18, 7, 1))}
-_READ_LAYERS = (2, 7, 15)  # of 32: about the first, a quarter, half
+# The presets "budget-*".
+_PUBLISHED: dict[int, Shape] = {
+    192: (32, _LAYERS, (272, 228, 184, 144)),
+    128: (40, _LAYERS, (200, 164, 128, 80)),
+    64: (56, _LAYERS, (108, 82, 56, 40)),
+}
+# Chosen on the validation split: cuts after about the first layer and half of them, for 32 tokens after a quarter too.
+_READ: dict[int, Shape] = {
+    192: (8, (2, 15), (6, 1)),
+    128: (24, (2, 15), (6, 1)),
+    64: (48, (2, 15), (6, 1)),
+    32: (48, (2, 7, 15), (18, 7, 1)),
+}
 
 
 def mustdrop(sizes: Sizes, average: float, **changes: Any) -> Method:
@@ -27,7 +36,7 @@ def mustdrop(sizes: Sizes, average: float, **changes: Any) -> Method:
     Departs: windows merge by rank and tokens drop by rank, so that the number is met exactly; positions stay those of
     the plain prompt.
     """
-    return _with(sizes, average, _SHAPES, _LAYERS, **changes)
+    return _with(sizes, average, _PUBLISHED, **changes)
 
 
 def read(sizes: Sizes, average: float) -> Method:
@@ -37,7 +46,7 @@ def read(sizes: Sizes, average: float) -> Method:
     drop little by little. Here windows with something in them stay whole, the first cut is larger, what it leaves stays
     until half of the layers have read it, and then nearly all goes. No key tokens: they would stay to the end.
     """
-    return _with(sizes, average, _READ_SHAPES, _READ_LAYERS, key_rate=0.0)
+    return _with(sizes, average, _READ, key_rate=0.0)
 
 
 def renumbered(sizes: Sizes, average: float) -> Method:
@@ -45,15 +54,9 @@ def renumbered(sizes: Sizes, average: float) -> Method:
     return mustdrop(sizes, average, positions="published")
 
 
-def _with(
-    sizes: Sizes,
-    average: float,
-    shapes: dict[int, tuple[int, tuple[int, ...]]],
-    layers: tuple[int, ...],
-    **changes: Any,
-) -> Method:
-    windows, shape = next((shapes[budget] for budget in shapes if average >= budget), shapes[min(shapes)])
-    windows, layers = windows * sizes.patches // 576, scaled(layers, sizes.depth)
+def _with(sizes: Sizes, average: float, shapes: dict[int, Shape], **changes: Any) -> Method:
+    windows, published, shape = next((shapes[budget] for budget in shapes if average >= budget), shapes[min(shapes)])
+    windows, layers = windows * sizes.patches // 576, scaled(published, sizes.depth)
     budgets = shaped(sizes.patches - 8 * windows, layers, sizes.depth, average, shape[-len(layers) :])
     config = MustDropConfig(merge_budget=windows, pruning_layers=layers, budgets=budgets)
     return Method(dataclasses.replace(config, **changes))
