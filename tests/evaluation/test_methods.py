@@ -60,10 +60,8 @@ def test_a_method_is_the_same_twice_and_leaves_the_model_alone(name: str, subjec
         assert torch.equal(subject.model(**inputs).logits[:, -1], before)
 
 
-@pytest.mark.parametrize("name", ["random", "cls", "visionzip", "prumerge", "tome"])
+@pytest.mark.parametrize("name", ["random", "cls", "prumerge", "tome"])  # VisionZip merges at every budget
 def test_a_budget_of_everything_is_the_plain_model(name: str, subject, inputs) -> None:
-    if name == "visionzip":
-        pytest.skip("ten of 64 tokens are merged ones at every budget")
     with torch.inference_mode():
         plain = subject.model(**inputs).logits[:, -1]
     found, report = logits(subject, make(name, 576, Sizes.of(subject.model.config)), inputs)
