@@ -268,12 +268,16 @@ def draw(document: Document, path: Path, ours: str) -> None:
     if len(parts["read late"]) == len(parts["all questions"]):
         del parts["read late"]
     size = (6.4 * len(parts), 4.8)
-    figure, grid = pyplot.subplots(1, len(parts), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    figure, grid = pyplot.subplots(
+        1, len(parts), figsize=(size[0] + 2.2, size[1]), sharey=True, layout="constrained", squeeze=False
+    )
     axes = grid[0]
     for axis, (title, only) in zip(axes, parts.items(), strict=True):
         found = rows(document, only)
         methods = dict.fromkeys(row["method"] for row in found if row["budget"] is not None)
-        for number, method in enumerate(methods):
+        others = [method for method in methods if method != ours]
+        colours = {ours: "black"} | {method: f"C{number % 10}" for number, method in enumerate(others)}
+        for method in methods:
             line = sorted((row for row in found if row["method"] == method), key=lambda row: row["tokens"])
             x, y = [row["tokens"] for row in line], [100 * row["accuracy"] for row in line]
             low = [100 * (row["accuracy"] - row["interval"][0]) for row in line]
@@ -281,7 +285,7 @@ def draw(document: Document, path: Path, ours: str) -> None:
             mine = method.startswith("mustdrop")
             axis.errorbar(
                 x, y, [low, high], marker="o", ms=4, capsize=2, lw=2.4 if mine else 1.2, elinewidth=0.7,
-                ls="-" if mine else "--", label=method, color=f"C{number % 10}", zorder=3 if mine else 2,
+                ls="-" if mine else "--", label=method, color=colours[method], zorder=3 if mine else 2,
             )  # fmt: skip
         for row in found:
             if row["method"] == FULL:
@@ -293,7 +297,7 @@ def draw(document: Document, path: Path, ours: str) -> None:
         axis.set_title(title + ("" if len(only) == len(kinds(document)) else f": {', '.join(only)}"), fontsize=9)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
-    axes[-1].legend(fontsize=8, ncols=2)
+    axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
