@@ -178,7 +178,8 @@ class MustDropConfig:
         "192", "128", "64" and "64-strict" hold the published thresholds, named after the number of vision tokens
         that they keep on average over the layers of LLaVA-1.5-7B. "budget-192", "budget-128" and "budget-64" keep
         exactly that average there (576 patches, 32 layers) with fixed counts at every step, so all shapes are known
-        beforehand. "keep-all" scores at every pruning layer and drops nothing.
+        beforehand. "small-64" is for the small model of ``mustdrop demo``, which has 12 layers. "keep-all" scores at
+        every pruning layer and drops nothing.
         """
         return {name: cls.preset(name) for name in _PRESETS}
 
@@ -192,6 +193,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "budget-192": dict(merge_budget=32, budgets=(272, 228, 184, 144)),
     "budget-128": dict(merge_budget=40, budgets=(200, 164, 128, 80)),
     "budget-64": dict(merge_budget=56, budgets=(108, 82, 56, 40)),
+    # For 12 layers: mustdrop_kernels.evaluation.methods.mustdrop.read.
+    "small-64": dict(merge_budget=48, pruning_layers=(0, 2, 5), budgets=(105, 80, 21), key_rate=0.0),
     "keep-all": dict(merge=False, key_rate=0.0, global_threshold=0.0, individual_threshold=0.0),
 }
 

@@ -51,7 +51,8 @@ def test_keep_all_scores_but_drops_nothing():
 
 def test_presets_by_name():
     presets = MustDropConfig.presets()
-    assert set(presets) == {"192", "128", "64", "64-strict", "budget-192", "budget-128", "budget-64", "keep-all"}
+    budgets = {"budget-192", "budget-128", "budget-64", "small-64"}
+    assert set(presets) == {"192", "128", "64", "64-strict", "keep-all", *budgets}
     assert all(MustDropConfig.preset(name) == config for name, config in presets.items())
     changed = MustDropConfig.preset("64", positions="published")
     assert changed == dataclasses.replace(presets["64"], positions="published")

@@ -16,6 +16,7 @@ from rich.console import Console
 from .. import __version__
 from . import Refusal
 from .bench import bench
+from .evaluate import evaluate
 from .flops import flops
 
 app = typer.Typer(
@@ -83,20 +84,20 @@ def collect_env() -> None:
 
 @app.command()
 def demo(
-    image: Annotated[Path | None, typer.Option(help="A picture. Default: a photograph of scikit-image.")] = None,
-    prompt: Annotated[str, typer.Option(help="The question about it.")] = "What is in the image?",
+    image: Annotated[Path | None, typer.Option(help="A picture. Default: one made here, of digits.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: a small untrained one, made here."),
+        typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: the small one in the package."),
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(help="Thresholds or budgets. Default: 192 for a checkpoint, budget-128 for the untrained model."),
+        typer.Option(help="Thresholds or budgets. Default: 192 for a checkpoint, small-64 for the small model."),
     ] = None,
     backend: Annotated[str | None, typer.Option(help="Who computes. Default: who serves the device.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the untrained model's weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which of the made pictures and questions.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a picture through a LLaVA with and without dropping; print what it saves and draw what it dropped."""
@@ -118,14 +119,14 @@ def demo(
 @app.command()
 def inspect(
     image: Annotated[
-        list[Path] | None, typer.Option(help="A picture; may be repeated. Default: a photograph of scikit-image.")
+        list[Path] | None, typer.Option(help="A picture; may be repeated. Default: one made here, of digits.")
     ] = None,
-    prompt: Annotated[str, typer.Option(help="The question about it.")] = "What is in the image?",
+    prompt: Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="A checkpoint of a model that is served. Default: the demo's."),
+        typer.Option(metavar="FOLDER|HUB_ID", help="A checkpoint of a model that is served. Default: the small one."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="Default: 192 for a checkpoint, budget-128 without one.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Default: 192 for a checkpoint, small-64 without one.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=JSON", help="Changes the preset, such as --set 'merge_at=\"features\"'."),
@@ -133,7 +134,7 @@ def inspect(
     backend: Annotated[str | None, typer.Option(help="Who computes. Default: who serves the device.")] = None,
     out: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
-    seed: Annotated[int, typer.Option(help="Of the untrained model's weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Which of the made pictures and questions.")] = 0,
 ) -> None:
     """Write a page of HTML about one prompt: what was merged, dropped and looked at, with all pictures inside."""
     from . import inspect as work
@@ -160,4 +161,5 @@ def _settings(words: list[str] | None) -> dict[str, Any]:
 
 
 app.command()(bench)
+app.command(name="eval")(evaluate)
 app.command()(flops)

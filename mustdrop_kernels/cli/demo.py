@@ -19,20 +19,18 @@ from .. import backends
 from ..config import MustDropConfig
 from ..files import write_text
 from . import Refusal
-from .subject import Subject, load_image, load_model, require_extras
+from .subject import SMALL, Subject, load_image, load_model, made_question, require_extras
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from ..report import PromptReport, Report
     from .measure import Runs
 
 PICTURE = "mustdrop_demo.png"
 REPORT = "mustdrop_report.json"
-UNTRAINED_PRESET = "budget-128"
-TRAINED_PRESET = "192"
-UNTRAINED_NOTE = (
-    "The model is untrained: its answers are noise, and so is what its text looks at. "
-    "The published thresholds mean nothing to it, so a fixed number of tokens is kept."
-)
+PRESET, SMALL_PRESET = "192", "small-64"
+PROMPT = "What is in the image?"
 _WARM_UP_TOKENS = 2
 _REPEATS = 3
 _LONG_S = 30.0  # a model whose warm-up takes longer than this is measured once
@@ -43,7 +41,7 @@ class Wish:
     """The command line."""
 
     image: Path | None = None
-    prompt: str = "What is in the image?"
+    prompt: str | None = None
     model: str | None = None
     preset: str | None = None
     backend: str | None = None
@@ -59,6 +57,8 @@ class Outcome:
     wish: Wish
     subject: Subject
     image: str
+    question: str
+    truth: str | None
     preset: str
     report: Report
     plain: Runs
@@ -94,19 +94,19 @@ def run(wish: Wish, step: Callable[[str], None]) -> Outcome:
     """
     config = _config(wish)
     require_extras()
-    image, credit = load_image(wish.image)
+    image, credit, question, truth = _question(wish)
     device = _device(config)
     _make_folder(wish.out)
 
     step("loading transformers")
     from ..integrations.transformers import drop_tokens
 
-    _quiet_transformers()
-    step(f"loading {wish.model}" if wish.model else "building a small untrained LLaVA")
-    subject = load_model(wish.model, wish.seed, device)
+    quiet_transformers()
+    step(f"loading {wish.model or SMALL}")
+    subject = load_model(wish.model, device)
     layers = subject.model.config.text_config.num_hidden_layers
     config = config.for_depth(layers)
-    inputs = subject.inputs(image, wish.prompt)
+    inputs = subject.inputs(image, question)
     try:
         with drop_tokens(subject.model, config):
             pass
@@ -115,16 +115,25 @@ def run(wish: Wish, step: Callable[[str], None]) -> Outcome:
 
     plain, dropped, report, repeats = _measure(subject, inputs, config, wish.max_new_tokens, step)
     step("drawing")
+    picture, maps = wish.out / PICTURE, wish.out / REPORT
     outcome = Outcome(
-        wish, subject, credit, _preset(wish), report, plain, dropped, repeats, wish.out / PICTURE, wish.out / REPORT
+        wish, subject, credit, question, truth, _preset(wish), report, plain, dropped, repeats, picture, maps
     )
     _draw(outcome, subject.seen(inputs["pixel_values"]))
     write_text(outcome.report_file, json.dumps(report.to_dict()) + "\n")
     return outcome
 
 
+def _question(wish: Wish) -> tuple[Image, str, str, str | None]:
+    """Picture, what to call it, question, right answer where it is known."""
+    if wish.model is None and wish.image is None:
+        image, credit, question, truth = made_question(wish.seed)
+        return image, credit, wish.prompt or question, truth if wish.prompt is None else None
+    return *load_image(wish.image), wish.prompt or PROMPT, None
+
+
 def _preset(wish: Wish) -> str:
-    return wish.preset or (TRAINED_PRESET if wish.model else UNTRAINED_PRESET)
+    return wish.preset or (PRESET if wish.model else SMALL_PRESET)
 
 
 def _config(wish: Wish) -> MustDropConfig:
@@ -163,7 +172,8 @@ def _make_folder(folder: Path) -> None:
         raise Refusal(f"--out: {folder} cannot be made: {error.strerror}") from None
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
+    """No advice and no progress bars of its own."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -203,9 +213,10 @@ def _draw(outcome: Outcome, image: Any) -> None:
     left = list(first.kept.values())[-1] if first.kept else first.tokens
     plain, final = outcome.prompt.plain_cache.bytes, outcome.prompt.final_cache.bytes
     title = f"MustDrop: {first.patches} image tokens become {left}, the KV cache shrinks {plain / final:.1f} times"
-    note = f"Preset {outcome.preset}. Image: {outcome.image}. Model: {outcome.subject.description}."
-    if not outcome.subject.trained:
-        note += "\n" + UNTRAINED_NOTE
+    plain_answer, answer = outcome.answers
+    note = f"{outcome.question} With all tokens: {plain_answer!r}. With MustDrop: {answer!r}."
+    note += "" if outcome.truth is None else f" Right: {outcome.truth!r}."
+    note += f"\nPreset {outcome.preset}. Image: {outcome.image}. Model: {outcome.subject.description}."
     save(draw_stages(image, outcome.prompt, title=title, footnote=note), outcome.picture)
 
 
@@ -216,19 +227,17 @@ def to_dict(outcome: Outcome) -> dict[str, Any]:
     """Plain JSON types. The maps of the picture are in the report's file."""
     from .measure import WHAT
 
-    prompt, wish = outcome.prompt, outcome.wish
+    prompt = outcome.prompt
     image = prompt.images[0]
     caches = {"plain": prompt.plain_cache, "before_stage_3": prompt.prefill_cache, "after_stage_3": prompt.final_cache}
     plain, dropped = outcome.answers
     return {
         "model": {
             "name": outcome.subject.name,
-            "trained": outcome.subject.trained,
             "description": outcome.subject.description,
-            "seed": None if outcome.subject.trained else wish.seed,
         },
         "image": outcome.image,
-        "prompt": wish.prompt,
+        "prompt": outcome.question,
         "preset": outcome.preset,
         "config": outcome.report.config.to_dict(),
         "tokens": {
@@ -247,9 +256,13 @@ def to_dict(outcome: Outcome) -> dict[str, Any]:
             "mustdrop": _times(outcome.dropped),
             "stages_ms": prompt.milliseconds,
         },
-        "answers": {"plain": plain, "mustdrop": dropped, "same_tokens": outcome.same_tokens},
+        "answers": {
+            "right": outcome.truth,
+            "plain": plain,
+            "mustdrop": dropped,
+            "same_tokens": outcome.same_tokens,
+        },
         "files": {"picture": str(outcome.picture), "report": str(outcome.report_file)},
-        "note": None if outcome.subject.trained else UNTRAINED_NOTE,
     }
 
 
@@ -262,8 +275,8 @@ def show(outcome: Outcome, console: Console) -> None:
     """The tables."""
     console.print(f"\n[bold]MustDrop[/], preset {outcome.preset}, on {escape(outcome.image)}")
     console.print(f"Model: {escape(outcome.subject.description)}", highlight=False)
-    if not outcome.subject.trained:
-        console.print(f"[yellow]{UNTRAINED_NOTE}[/]")
+    right = "" if outcome.truth is None else f"    Right answer: [bold]{escape(outcome.truth)}[/]"
+    console.print(f"Question: [bold]{escape(outcome.question)}[/]{right}", highlight=False)
     console.print(Group("", outcome.report.table(outcome.prompt), "", _comparison(outcome)))
     console.print(f"\nPicture: [bold]{outcome.picture}[/]    maps and counts: {outcome.report_file}", soft_wrap=True)
 

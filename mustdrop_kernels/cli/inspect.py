@@ -12,7 +12,7 @@ from .. import backends
 from ..config import MustDropConfig
 from . import Refusal
 from .page import Page
-from .subject import load_image, load_model, require_extras
+from .subject import load_image, load_model, made_question, require_extras
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,7 +25,7 @@ class Wish:
     """The command line."""
 
     images: Sequence[Path] = ()
-    prompt: str = "What is in the image?"
+    prompt: str | None = None
     model: str | None = None
     preset: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
@@ -35,11 +35,16 @@ class Wish:
     seed: int = 0
 
 
+PRESET, SMALL_PRESET = "192", "small-64"
+PROMPT = "What is in the image?"
+
+
 @dataclass(frozen=True)
 class Found:
     """What the page shows."""
 
     model: str
+    question: str
     prompt: PromptReport
     config: MustDropConfig
     answers: tuple[str, str]
@@ -54,12 +59,11 @@ def run(wish: Wish, step: Callable[[str], None]) -> Found:
     """
     require_extras()
     config = _config(wish)
-    asked: list[Path | None] = [*wish.images] or [None]
-    pictures = [load_image(path) for path in asked]
+    pictures, question = _question(wish)
     step("loading the model")
     model, processor, name = _load(wish)
     config = config.for_depth(model.config.text_config.num_hidden_layers)
-    inputs = _inputs(model, processor, wish.prompt, [image for image, _ in pictures])
+    inputs = _inputs(model, processor, question, [image for image, _ in pictures])
 
     from ..integrations.transformers import drop_tokens
 
@@ -74,13 +78,22 @@ def run(wish: Wish, step: Callable[[str], None]) -> Found:
 
     step("drawing")
     before, after = (processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (plain, dropped))
-    found = Found(name, report.last, config, (before, after), wish.out)
+    found = Found(name, question, report.last, config, (before, after), wish.out)
     _write(found, wish, [credit for _, credit in pictures], _seen(model, processor, inputs, pictures), report)
     return found
 
 
+def _question(wish: Wish) -> tuple[list[tuple[Any, str]], str]:
+    """Pictures with what to call them, and the question: one that was made for the small model, where none is given."""
+    if wish.model is None and not wish.images:
+        image, credit, question, _ = made_question(wish.seed)
+        return [(image, credit)], wish.prompt or question
+    asked: list[Path | None] = [*wish.images] or [None]
+    return [load_image(path) for path in asked], wish.prompt or PROMPT
+
+
 def _config(wish: Wish) -> MustDropConfig:
-    name = wish.preset or ("192" if wish.model else "budget-128")
+    name = wish.preset or (PRESET if wish.model else SMALL_PRESET)
     if name not in MustDropConfig.presets():
         raise Refusal(f"--preset: there is no {name!r}; there are {', '.join(MustDropConfig.presets())}")
     if wish.backend is not None and wish.backend not in backends.registered():
@@ -92,12 +105,12 @@ def _config(wish: Wish) -> MustDropConfig:
 
 
 def _load(wish: Wish) -> tuple[Any, Any, str]:
-    """Any model that drop_tokens serves; without a name the demo's."""
+    """Any model that drop_tokens serves; without a name the small model of the package."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if wish.model is None:
-        subject = load_model(None, wish.seed, device)
+        subject = load_model(None, device)
         return subject.model, subject.processor, subject.description
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -151,7 +164,7 @@ def _write(found: Found, wish: Wish, credits: list[str], pictures: list[np.ndarr
         {
             "model": found.model,
             "images": ", ".join(credits),
-            "prompt": wish.prompt,
+            "prompt": found.question,
             "answer, plain": found.answers[0],
             "answer, with MustDrop": found.answers[1],
         }

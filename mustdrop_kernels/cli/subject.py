@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
 # Shipped in scikit-image's wheel; SpaceX put it into the public domain.
 _PHOTOGRAPH = "rocket.jpg"
 _CREDIT = "rocket.jpg of scikit-image (photograph: SpaceX, public domain)"
+SMALL_MODEL = Path(__file__).resolve().parents[1] / "evaluation" / "model"
+"""Trained by bench/accuracy/train.py."""
+DEMO_SEED = 2026
+SMALL = "the small LLaVA of mustdrop_kernels"
 
 
 @dataclass(frozen=True)
@@ -26,29 +31,35 @@ class Subject:
     model: Any
     processor: Any
     name: str
-    trained: bool
 
     @property
     def description(self) -> str:
         """One phrase for people."""
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
-        where = f"{millions:,.0f} million weights, {self.model.dtype}, {self.model.device}".replace("torch.", "")
-        return f"{self.name} ({where})" if self.trained else f"a small untrained LLaVA ({where})"
+        size = f"{millions:,.0f}" if millions > 10 else f"{millions:.1f}"
+        where = f"{size} million weights, {self.model.dtype}, {self.model.device}"
+        return f"{self.name} ({where})".replace("torch.", "")
 
     def inputs(self, image: Image, prompt: str) -> Any:
         """The processor's tensors for one image and a question about it."""
+        return self.batch([image], [prompt])
+
+    def batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Any:
+        """The processor's tensors for questions about one image each, shorter ones padded on the left."""
+        texts = [self._text(prompt) for prompt in prompts]
+        batch = self.processor(images=list(images), text=texts, return_tensors="pt", padding=len(texts) > 1)
+        batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        return batch.to(self.model.device)
+
+    def _text(self, prompt: str) -> str:
         parts = [{"type": "image"}, {"type": "text", "text": prompt}]
         template = getattr(self.processor, "chat_template", None) or getattr(
             self.processor.tokenizer, "chat_template", None
         )
         if template:
             chat = [{"role": "user", "content": parts}]
-            text = self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        else:
-            text = f"USER: <image>\n{prompt} ASSISTANT:"
-        batch = self.processor(images=image, text=text, return_tensors="pt")
-        batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
-        return batch.to(self.model.device)
+            return self.processor.apply_chat_template(chat, add_generation_prompt=True)
+        return f"USER: <image>\n{prompt} ASSISTANT:"
 
     def seen(self, pixel_values: Any) -> np.ndarray:  # (height, width, 3) uint8
         """The image as the vision tower got it: resized, cropped, and here made visible again."""
@@ -64,6 +75,19 @@ def require_extras() -> None:
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise Refusal(f"the demo needs {' and '.join(missing)}: pip install 'mustdrop_kernels[demo]'")
+
+
+def made_question(number: int) -> tuple[Image, str, str, str]:
+    """A picture that the small model has not seen, what to call it, a question about it, and the right answer."""
+    missing = [name for name in ("sklearn", "skimage") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Refusal("pictures are made from scikit-learn and scikit-image: pip install them, or give --image")
+    from ..evaluation.questions import items
+
+    item = items("test", DEMO_SEED, number + 1)[-1]
+    seen = item.scene()
+    credit = f"digits of scikit-learn on {seen.photograph}, none of it used in training"
+    return seen.image, credit, item.question.text, item.question.answer
 
 
 def load_image(path: Path | None) -> tuple[Image, str]:
@@ -94,24 +118,21 @@ def _default_photograph() -> Path:
     return path
 
 
-def load_model(name: str | None, seed: int, device: str) -> Subject:
-    """The checkpoint of this name or in this folder; without one the untrained model."""
-    model: Any
-    if name is None:
-        from .untrained import build
-
-        model, processor = build(seed)
-        return Subject(model.to(device), processor, "untrained", trained=False)
+def load_model(name: str | None, device: str) -> Subject:
+    """The checkpoint of this name or in this folder; without one the small model that the package brings."""
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
+    model: Any
+    where, dtype = (name, "auto") if name is not None else (str(SMALL_MODEL), "float32")
     try:
-        kind = AutoConfig.from_pretrained(name).model_type
+        kind = AutoConfig.from_pretrained(where).model_type
         if kind == "llava":
-            model = LlavaForConditionalGeneration.from_pretrained(name, dtype="auto", use_safetensors=True).eval()
-            processor = AutoProcessor.from_pretrained(name)
+            model = LlavaForConditionalGeneration.from_pretrained(where, dtype=dtype, use_safetensors=True).eval()
+            processor = AutoProcessor.from_pretrained(where)
+            processor.tokenizer.padding_side = "left"
     except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"--model: {name} cannot be loaded: {reason}") from error
+        raise Refusal(f"--model: {where} cannot be loaded: {reason}") from error
     if kind != "llava":
-        raise Refusal(f"--model: {name} is a {kind!r} model; the demo runs LLaVA (LlavaForConditionalGeneration)")
-    return Subject(model.to(device), processor, name, trained=True)
+        raise Refusal(f"--model: {where} is a {kind!r} model; wanted is a LLaVA (LlavaForConditionalGeneration)")
+    return Subject(model.to(device), processor, name or SMALL)

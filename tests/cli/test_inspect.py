@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from mustdrop_kernels.cli.page import Page
+from mustdrop_kernels.cli.subject import made_question
+from mustdrop_kernels.config import MustDropConfig
 
 NASTY = "<script>document.title = 'broken'</script> & \"what\"?"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -94,3 +96,15 @@ def test_refusals(mustdrop, tmp_path, picture, checkpoint):
         assert result.exit_code == 2
         assert sentence in result.stderr.replace("\n", " ")
         assert not (tmp_path / "page.html").exists()
+
+
+def test_without_a_model_the_small_one_is_asked_what_fits_its_picture(mustdrop, tmp_path):
+    pytest.importorskip("sklearn")
+    out = tmp_path / "page.html"
+    result = mustdrop("inspect", "--out", out, "--max-new-tokens", 1)
+    assert result.exit_code == 0, result.output
+    words = Reader(out.read_text(encoding="utf-8")).words
+    _, credit, question, _ = made_question(0)
+    assert credit in words
+    assert question in words
+    assert str(list(MustDropConfig.preset("small-64").budgets)) in words

@@ -25,11 +25,20 @@ from .prompt import repeated
 from .undo import UndoneForward, undone_on_error
 from .vision import VisionStage
 
+FirstStage = Callable[[Family, MustDropConfig, Stopwatch], VisionStage]
+"""Makes stage 1 for a model: ``VisionStage``, or a subclass that leaves other tokens of its images."""
+
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @contextlib.contextmanager
-def drop_tokens(model: nn.Module, config: MustDropConfig | None = None, *, heat_maps: bool = False) -> Iterator[Report]:
+def drop_tokens(
+    model: nn.Module,
+    config: MustDropConfig | None = None,
+    *,
+    heat_maps: bool = False,
+    vision_stage: FirstStage = VisionStage,
+) -> Iterator[Report]:
     """Within the context, prompts with images lose vision tokens as `config` says; the model is not changed for good.
 
     ``model.generate(**inputs)`` and ``model(**inputs)`` are called as ever, on the processor's plain inputs. What
@@ -45,6 +54,7 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None, *, heat_
         model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``).
         config: by default ``MustDropConfig()``.
         heat_maps: record what the text looks at in every layer, for pictures; costs time and memory.
+        vision_stage: makes stage 1, where another one than MustDrop's is to be compared with it.
 
     Yields:
         A report that fills up with each prompt.
@@ -60,7 +70,7 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None, *, heat_
         raise RuntimeError("drop_tokens is active on this model already")
     family = family_of(model)
     family.check(config)
-    session = _Session(family, config, heat_maps)
+    session = _Session(family, config, heat_maps, vision_stage)
     with contextlib.ExitStack() as stack:
         _active.add(model)
         stack.callback(_active.discard, model)
@@ -71,7 +81,7 @@ def drop_tokens(model: nn.Module, config: MustDropConfig | None = None, *, heat_
 class _Session:
     """The hooks. What a forward pass needs to know travels with it, as the keyword `mustdrop`."""
 
-    def __init__(self, family: Family, config: MustDropConfig, heat_maps: bool) -> None:
+    def __init__(self, family: Family, config: MustDropConfig, heat_maps: bool, vision_stage: FirstStage) -> None:
         self.family = family
         self.config = config
         self.heat_maps = heat_maps
@@ -80,7 +90,7 @@ class _Session:
         self.report = Report(config)
         self.lifetime = Lifetime()
         self.stopwatch = Stopwatch(next(family.model.parameters()).device)
-        self.vision = VisionStage(family, config, self.stopwatch)
+        self.vision = vision_stage(family, config, self.stopwatch)
         self._input_ids: Tensor | None = None  # of the pass that is running
         self._prompt_length: int | None = None  # of what generate() was given
         self._guesses: dict[str, Any] | None = None  # of an assistant, behind the prompt that is read

@@ -24,14 +24,20 @@ from .families import Family, Tower
 from .families.base import Arguments, refusal
 from .patching import patch
 
+Share = tuple[Tensor, Tensor]
+"""Token (N) int64 and alive (N) bool of an image, as in ``EncodedImage``."""
+Carry = Callable[[Tensor], list[Tensor]]
+"""A number for each of the tower's outputs (tiles, lead + patches) -> (N) per image."""
+
 
 @dataclasses.dataclass
-class _Run:
+class Run:
     """One run of the tower over the tiles of some images."""
 
     modality: str
     tower: Tower | None
     grid: tuple[int, int] = (0, 0)
+    lead: int = 0  # features of a tile before those of its patches
     counts: Tensor | None = None  # (tiles) tokens of each tile with CLS; None: not merged
     lengths: Sequence[int] = ()  # counts on the host
     source: Tensor | None = None  # (tiles, prefix+n) token that each patch went into
@@ -52,7 +58,7 @@ class VisionStage:
         self.stopwatch = stopwatch
         self.encoded: dict[str, list[EncodedImage]] = {}
         """By modality: what was encoded last."""
-        self._run: _Run | None = None  # the tower works for get_..._features
+        self._run: Run | None = None  # the tower works for get_..._features
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Adds the hooks; the stack takes them away."""
@@ -105,12 +111,13 @@ class VisionStage:
 
         return wrapped
 
-    def _begin(self, modality: str, arguments: Arguments) -> _Run:
-        run = _Run(modality, self.family.tower(modality))
+    def _begin(self, modality: str, arguments: Arguments) -> Run:
+        run = Run(modality, self.family.tower(modality))
         if self.config.merges_in_tower and (reason := self.family.why_whole(modality, arguments)):
             raise ValueError(refusal(reason))
         if run.tower is not None:
             run.grid = self.family.grid(modality, arguments)
+            run.lead = self.family.lead(modality, arguments)
         return run
 
     # While the tower runs
@@ -169,7 +176,7 @@ class VisionStage:
                            lead + self._token_of_patch(run)], 1)  # fmt: skip
         return features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
 
-    def _token_of_patch(self, run: _Run) -> Tensor:  # (tiles, n) int64, without CLS
+    def _token_of_patch(self, run: Run) -> Tensor:  # (tiles, n) int64, without CLS
         """Whose feature each patch's placeholder gets.
 
         Published positions number the tokens, so placeholders 0, 1, 2, ... take them.
@@ -186,7 +193,7 @@ class VisionStage:
 
     def _encode(
         self,
-        run: _Run,
+        run: Run,
         features: Tensor,  # (sum of N, C), of all images
         pieces: Sequence[int],  # as the model has them
         arguments: Arguments,
@@ -196,20 +203,16 @@ class VisionStage:
         carry = functools.partial(family.pack, run.modality, arguments=arguments, gap=0.0)
         lengths = list(pieces)
         if run.tower is not None:
-            lead = family.lead(run.modality, arguments)
-            shape = (family.tiles(run.modality, arguments), lead + run.grid[0] * run.grid[1])
+            shape = (family.tiles(run.modality, arguments), run.lead + run.grid[0] * run.grid[1])
             lengths = [len(image) for image in carry(torch.zeros(shape))]
             views = family.views(run.modality, lengths, arguments)
         else:
             views = [(torch.arange(length)[None],) for length in lengths]  # in a row
-        if run.source is not None:
-            highest = len(run.source) * max(run.lengths)
-            shares = self._published(run) or [shared(image, highest) for image in carry(self._numbers(run, lead))]
+        if config.merge and not config.merges_in_tower:
+            with self.stopwatch.measure("merge"):
+                features, shares = self._merge_features(features, lengths, pieces, views)
         else:
-            shares = [alone(length, features.device) for length in lengths]
-            if config.merge:
-                with self.stopwatch.measure("merge"):
-                    features, shares = self._merge_features(features, lengths, pieces, views)
+            shares = self.shares(run, lengths, carry, features.device)
         keys = [torch.zeros_like(alive) for _, alive in shares]
         if run.importance:
             with self.stopwatch.measure("key tokens"):
@@ -217,9 +220,20 @@ class VisionStage:
         rows = zip(views, shares, keys, strict=True)
         return features, [EncodedImage(run.modality, grids, *share, key) for grids, share, key in rows]
 
+    def shares(self, run: Run, lengths: Sequence[int], carry: Carry, device: torch.device) -> list[Share]:
+        """Whose token each placeholder of each image shares, and which hold one, when the tower is done.
+
+        A subclass with another first stage overrides it. Features stand at the placeholders already: the projector's
+        output can be brought to them by a hook, since a model takes no other number of them.
+        """
+        if run.source is None:
+            return [alone(length, device) for length in lengths]
+        highest = len(run.source) * max(run.lengths)
+        return self._published(run) or [shared(image, highest) for image in carry(self._numbers(run))]
+
     def _merge_features(
         self, features: Tensor, lengths: Sequence[int], pieces: Sequence[int], views: Sequence[tuple[Tensor, ...]]
-    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    ) -> tuple[Tensor, list[Share]]:
         """Merged features, and token and alive of each image."""
         # Earlier versions of transformers put a newline token behind OneVision's videos later.
         own = lengths if sum(lengths) == len(features) else pieces
@@ -232,13 +246,13 @@ class VisionStage:
             shares.append((token, token == place))
         return torch.cat(merged), shares
 
-    def _numbers(self, run: _Run, lead: int) -> Tensor:  # (tiles, lead + n) float64
+    def _numbers(self, run: Run) -> Tensor:  # (tiles, lead + n) float64
         """A number for each token of the batch, at its patches; 0: no patch."""
         token = self._token_of_patch(run)
         tile = torch.arange(len(token), device=token.device)[:, None] * max(run.lengths)
-        return nn.functional.pad((token + tile + 1).double(), (lead, 0))
+        return nn.functional.pad((token + tile + 1).double(), (run.lead, 0))
 
-    def _published(self, run: _Run) -> list[tuple[Tensor, Tensor]] | None:
+    def _published(self, run: Run) -> list[Share] | None:
         """Token and alive of each image where placeholders 0, 1, 2, ... take the tokens."""
         if self.config.positions == "original":
             return None
@@ -248,7 +262,7 @@ class VisionStage:
         place = torch.arange(source.shape[1], device=source.device)
         return [(token, place < length - run.tower.prefix) for token, length in zip(source, run.lengths, strict=True)]
 
-    def _importance(self, run: _Run, shape: tuple[int, int]) -> Tensor:  # (tiles, lead + n) float32
+    def _importance(self, run: Run, shape: tuple[int, int]) -> Tensor:  # (tiles, lead + n) float32
         """At each patch that of its token; 0 before the patches."""
         found = torch.cat([part.flatten() for part in run.importance]).view(shape[0], -1)
         if run.source is not None:

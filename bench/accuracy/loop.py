@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: stages of steps, checkpoints to go on from, a log, a progress bar.
+
+What a step learns from depends on the seed, the stage and the step alone, so a run that was stopped and resumed ends
+with the weights of one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps that are alike."""
+
+    name: str
+    steps: int
+    pictures: int  # per step
+    rate: float  # of learning, at its highest
+    final: float = 0.05  # the last rate, as a share of the highest
+    warm_up: int = 50
+
+    def rate_at(self, step: int) -> float:
+        """A linear rise, then a cosine."""
+        if step < self.warm_up:
+            return self.rate * (step + 1) / self.warm_up
+        done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
+        return self.rate * (self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Task(Protocol):
+    """What is trained."""
+
+    name: str
+    stages: list[Any]
+    module: nn.Module  # everything that a checkpoint holds
+
+    def trained(self) -> Iterable[nn.Parameter]:
+        """What the optimizer changes."""
+
+    def loss(self, stage: Any, first: int, done: float) -> torch.Tensor:
+        """Of the pictures from number `first` on, when a share `done` of the stage is behind."""
+
+    def validate(self) -> dict[str, float]:
+        """Shares right on the validation split."""
+
+
+def fit(
+    task: Task,
+    folder: Path,
+    *,
+    every_s: float = 120.0,
+    until: int | None = None,
+    log: Callable[[str], None] = print,
+) -> bool:
+    """Trains to the end of the last stage, from the last checkpoint on if there is one.
+
+    Args:
+        task: what is trained.
+        folder: of checkpoints and the log.
+        every_s: seconds from checkpoint to checkpoint.
+        until: stop after so many steps of this task, all stages together.
+        log: is given a line at each checkpoint.
+
+    Returns:
+        Whether the last stage is done.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(list(task.trained()), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
+    at = _Position(folder / f"{task.name}.pt", task.module, optimizer)
+    at.load()
+    saved = time.monotonic()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns) as progress:
+        while at.stage < len(task.stages):
+            stage = task.stages[at.stage]
+            bar = progress.add_task(f"{task.name}: {stage.name}", total=stage.steps, completed=at.step)
+            losses: list[float] = []
+            begin = time.monotonic()
+            while at.step < stage.steps:
+                if until is not None and sum(s.steps for s in task.stages[: at.stage]) + at.step >= until:
+                    at.save()
+                    return False
+                losses.append(_step(task, stage, at, optimizer))
+                at.step += 1
+                progress.advance(bar)
+                if time.monotonic() - saved > every_s:
+                    at.save()
+                    _record(task, stage, at, losses, begin, folder, log)
+                    losses, begin, saved = [], time.monotonic(), time.monotonic()
+            at.stage, at.step = at.stage + 1, 0
+            at.save()
+            _record(task, stage, at, losses, begin, folder, log)
+            saved = time.monotonic()
+    return True
+
+
+def _step(task: Task, stage: Stage, at: _Position, optimizer: torch.optim.Optimizer) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = stage.rate_at(at.step)
+    before = sum(s.steps * s.pictures for s in task.stages[: at.stage])
+    loss = task.loss(stage, before + at.step * stage.pictures, at.step / stage.steps)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(task.trained(), 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def _record(
+    task: Task, stage: Stage, at: _Position, losses: list[float], begin: float, folder: Path, log: Callable[[str], None]
+) -> None:
+    if not losses:
+        return
+    seconds = (time.monotonic() - begin) / len(losses)
+    task.module.eval()
+    with torch.inference_mode():
+        found = task.validate()
+    task.module.train()
+    line = {"task": task.name, "stage": stage.name, "step": at.step or stage.steps, "loss": sum(losses) / len(losses)}
+    line |= {"seconds_per_step": seconds, **found}
+    line = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
+    with (folder / "log.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    log(json.dumps(line))
+
+
+class _Position:
+    """Where a run is, on disk."""
+
+    def __init__(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer):
+        self.path, self.module, self.optimizer = path, module, optimizer
+        self.stage = self.step = 0
+
+    def load(self) -> None:
+        if not self.path.exists():
+            return
+        state = torch.load(self.path, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.stage, self.step = state["stage"], state["step"]
+
+    def save(self) -> None:
+        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {"stage": self.stage, "step": self.step}
+        partial = self.path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(self.path)  # a stop in between leaves the last one whole

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small LLaVA before training: its configuration, tokenizer and processor, and how it is written to a folder."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from mustdrop_kernels.evaluation.pictures import GRID, PATCH, SIZE
+from mustdrop_kernels.evaluation.questions import WORDS
+
+SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
+_THETA = 1e6
+PAD, BOS, EOS, UNK, IMAGE = range(len(SPECIAL))
+# No text before the first "USER:" and no newline after the image, as the vocabulary has no use for either.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'].upper() }}: {% if message['content'] is string %}"
+    "{{ message['content'] }} {% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>\n{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word a token, in lower case."""
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
+    core.normalizer = normalizers.Lowercase()
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
+        padding_side="left",
+    )
+
+
+def processor() -> LlavaProcessor:
+    """Makes a model's inputs of pictures and text."""
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
+        tokenizer=tokenizer(),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def build(seed: int, *, layers: int, width: int, vision_layers: int) -> LlavaForConditionalGeneration:
+    """Random weights."""
+    heads = width // 32
+    vision = CLIPVisionConfig(
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=vision_layers,
+        num_attention_heads=heads,
+        image_size=SIZE,
+        patch_size=PATCH,
+        projection_dim=width,
+    )
+    text = LlamaConfig(
+        vocab_size=-(-(len(SPECIAL) + len(WORDS)) // 16) * 16,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=2048,
+        rope_theta=_THETA,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=PAD,
+        initializer_range=0.5 * width**-0.5,
+    )
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=IMAGE,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    torch.manual_seed(seed)
+    model = LlavaForConditionalGeneration._from_config(config)
+    with torch.no_grad():
+        language = model.model.language_model
+        language.embed_tokens.weight.normal_(0.0, 0.3)
+        for layer in language.layers:  # what a layer adds stays small beside what it was given
+            layer.self_attn.o_proj.weight.mul_((2 * layers) ** -0.5)
+            layer.mlp.down_proj.weight.mul_((2 * layers) ** -0.5)
+        tower(model).embeddings.position_embedding.weight[1:] = _places(width)
+    generation = model.generation_config
+    generation.bos_token_id, generation.eos_token_id, generation.pad_token_id = BOS, EOS, PAD
+    return model
+
+
+def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
+    """The CLIP module that has `embeddings` and `encoder`, under either of transformers' names."""
+    found = model.model.vision_tower
+    return getattr(found, "vision_model", found)
+
+
+def _places(width: int) -> torch.Tensor:  # (576, width) float32
+    """Sines and cosines of rows and columns: a start from which attention to neighbours is soon learned.
+
+    They are as large as what the patches bring, else places drown in colours.
+    """
+    waves = torch.logspace(math.log2(2.5), math.log2(4 * GRID), width // 4, base=2)  # in patches
+    angles = torch.arange(GRID)[:, None] * 2 * math.pi / waves
+    along = torch.cat([angles.sin(), angles.cos()], dim=1)  # (24, width / 2)
+    rows, columns = along[:, None].expand(-1, GRID, -1), along[None].expand(GRID, -1, -1)
+    return torch.cat([rows, columns], dim=2).flatten(0, 1)
+
+
+def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    """float16 weights under the hub's names, with all that `from_pretrained` needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = model.dtype
+    model.half().save_pretrained(folder)
+    model.to(dtype)
+    both = processor()
+    both.save_pretrained(folder)
+    both.image_processor.save_pretrained(folder)  # where transformers 4 looks for it
+    _edit(folder / "config.json", lambda config: config["text_config"].update(rope_theta=_THETA))
+    _edit(
+        folder / "tokenizer_config.json",
+        lambda config: config.update(
+            tokenizer_class="PreTrainedTokenizerFast", additional_special_tokens=config.pop("extra_special_tokens")
+        ),
+    )
+    weights = folder / "model.safetensors"
+    save_file({_hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)
+
+
+def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """What transformers 5 writes in other words than 4 reads."""
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _hub_name(name: str) -> str:
+    """transformers 5 writes shorter names than the hub's checkpoints have, and other engines read only those."""
+    name = name.removeprefix("model.")
+    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
+        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if name == "lm_head.weight":
+        return "language_model.lm_head.weight"
+    if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head")):
+        return name.replace("language_model.", "language_model.model.", 1)
+    return name

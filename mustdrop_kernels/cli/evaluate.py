@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop eval``: does it keep the answers? Every method on the same questions at equal average tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from . import Refusal
+
+if TYPE_CHECKING:
+    from ..evaluation.datasets import Questions
+
+Model = Annotated[
+    str | None, typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: the small one in the package.")
+]
+File = Annotated[
+    Path | None,
+    typer.Option("--questions", help="A file of TextVQA, GQA or POPE, or its folder. Default: made, framed digits."),
+]
+Images = Annotated[Path | None, typer.Option(help="Folder of the file's pictures. Default: the file's.")]
+Methods = Annotated[str | None, typer.Option(help="With commas between; after-K and preset-NAME too. Default: all.")]
+Budgets = Annotated[str, typer.Option(help="Vision tokens on average over the layers, with commas between.")]
+Count = Annotated[int | None, typer.Option(min=1, help="Questions. Default: 1020 made ones, all of a file.")]
+Seeds = Annotated[str, typer.Option(help="Of made questions, with commas between.")]
+Split = Annotated[str, typer.Option(help="Of made questions: validation to choose settings by, test to report.")]
+Layers = Annotated[bool, typer.Option("--layers/--no-layers", help="First drop all vision after layer 0, 1, 2, ...")]
+Ours = Annotated[str, typer.Option(help="The method that the others are compared with.")]
+Quick = Annotated[bool, typer.Option("--quick", help="200 questions, 4 methods: a look, not a measurement.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the document here; go on where it stopped.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against tokens into this file.")]
+Markdown = Annotated[str | None, typer.Option(help="Print Markdown: all, or the table whose title begins so.")]
+Load = Annotated[Path | None, typer.Option(help="Show this document instead of asking anything.")]
+Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
+
+QUICK_METHODS = ("random", "cls", "sparsevlm", "mustdrop-read")
+OURS = "mustdrop-read"
+
+
+def evaluate(
+    model: Model = None,
+    file: File = None,
+    images: Images = None,
+    methods: Methods = None,
+    budgets: Budgets = "192,128,64,32",
+    count: Count = None,
+    seeds: Seeds = "0,1,2",
+    split: Split = "test",
+    layers: Layers = True,
+    ours: Ours = OURS,
+    quick: Quick = False,
+    json: Json = None,
+    plot: Plot = None,
+    markdown: Markdown = None,
+    load: Load = None,
+    batch: Batch = 8,
+    max_new_tokens: Tokens = 4,
+    threads: Threads = None,
+) -> None:
+    """Ask a LLaVA questions with all vision tokens and with fewer, by every method at equal average tokens."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    try:
+        if load is not None:
+            from ..evaluation.document import read
+
+            document = read(load)
+        else:
+            names = methods.split(",") if methods else list(QUICK_METHODS) if quick else None
+            plan = _Plan(model, file, images, names, budgets, count or (200 if quick else None), seeds, split,
+                         layers and not quick, json, batch, max_new_tokens)  # fmt: skip
+            document = plan.carry_out()
+    except (Refusal, ValueError, OSError) as error:
+        print(f"mustdrop: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    _show(document, ours, markdown)
+    if plot is not None:
+        from ..evaluation.summary import draw
+
+        draw(document, plot, ours)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """The command line."""
+
+    model: str | None
+    file: Path | None
+    images: Path | None
+    methods: Sequence[str] | None
+    budgets: str
+    count: int | None
+    seeds: str
+    split: str
+    layers: bool
+    json: Path | None
+    batch: int
+    max_new_tokens: int
+
+    def carry_out(self) -> dict[str, Any]:
+        """The filled document."""
+        from ..bench.machine import describe
+        from ..evaluation import document as documents
+        from ..evaluation import run
+        from ..evaluation.methods import Sizes, Unreachable, make
+        from ..flops import LanguageModel
+        from .demo import quiet_transformers
+        from .subject import load_model
+
+        require_extras()
+        quiet_transformers()
+        questions, about = self._questions()
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        subject = load_model(self.model, device)
+        depth = subject.model.config.text_config.num_hidden_layers
+        about |= {
+            "model": subject.name, "sizes": dataclasses.asdict(LanguageModel.of(subject.model.config)),
+            "dtype": str(subject.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
+        }  # fmt: skip
+        cells = self._cells(depth)
+        for cell in cells:  # an unknown name is refused before anything is asked
+            with contextlib.suppress(Unreachable):
+                make(*cell, Sizes.of(subject.model.config))
+        document = documents.start(about, questions, cells)
+        if self.json is not None:
+            document = documents.resume(document, self.json)
+        document["machine"] = describe(torch.device(device), torch.get_num_threads())
+        document["command"] = "mustdrop " + " ".join(sys.argv[1:])
+
+        def keep(filled: dict[str, Any]) -> None:
+            if self.json is not None:
+                documents.write(filled, self.json)
+
+        with _progress() as tell:
+            run.run(document, subject, questions, tell, keep, batch=self.batch, max_new_tokens=self.max_new_tokens)
+        return document
+
+    def _questions(self) -> tuple[Questions, dict[str, Any]]:
+        from ..evaluation import datasets, pictures
+
+        if self.file is not None:
+            found = datasets.read(self.file, self.images).head(self.count)
+            return found, {"questions": found.name, "file": self.file.name}
+        if self.split not in pictures.SPLITS:
+            raise ValueError(f"--split: there is no {self.split!r}; there are {', '.join(pictures.SPLITS)}")
+        seeds = [int(seed) for seed in self.seeds.split(",")]
+        found = datasets.made(self.split, seeds, self.count or 1020)
+        return found, {"questions": found.name, "split": self.split, "seeds": seeds}
+
+    def _cells(self, depth: int) -> list[tuple[str, float | None]]:
+        from ..evaluation.methods import FULL, METHODS
+
+        cells: list[tuple[str, float | None]] = [(FULL, None)]
+        if self.layers:
+            cells += [(f"after-{layer}", None) for layer in range(depth - 1)]
+        budgets = [float(text) for text in self.budgets.split(",")]
+        for name in self.methods or METHODS:
+            fixed = name.startswith(("after-", "preset-"))
+            cells += [(name, None)] if fixed else [(name, budget) for budget in budgets] if name != FULL else []
+        return cells
+
+
+def _show(document: dict[str, Any], ours: str, markdown: str | None) -> None:
+    from ..evaluation import summary
+
+    if markdown is not None:
+        part = None if markdown == "all" else markdown
+        print(summary.markdown(document, ours, part))
+        return
+    console = Console()
+    for table in summary.tables(document, ours):
+        console.print(table)
+    for line in summary.notes(document):
+        console.print(line, style="dim", markup=False, highlight=False)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """A bar on standard error."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
+               TimeRemainingColumn())  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)
+
+
+def require_extras() -> None:
+    """Refuse where a package is missing that made questions need."""
+    needed = {"transformers": "transformers", "PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise Refusal(f"the evaluation needs {' and '.join(missing)}: pip install 'mustdrop_kernels[eval]'")

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What other first stages than MustDrop's have in common: fewer tokens reach the projector than there are patches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...integrations.transformers.families.llava import Llava
+from ...integrations.transformers.vision import Carry, Run, Share, VisionStage
+
+
+class OtherStage(VisionStage):
+    """A first stage of LLaVA-1.5 that leaves M tokens of the N patches of every image."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        tower = self.family.tower("image")
+        if not isinstance(self.family, Llava) or tower is None or tower.prefix != 1 or self.family.lead("image", {}):
+            raise ValueError(
+                f"this method needs a CLIP tower and vision_feature_select_strategy='default', this model's tower is "
+                f"{self.family.vision_kind!r}"
+            )
+        layers = self.family.feature_layers
+        if not isinstance(layers, int):
+            raise ValueError(f"this method needs the features of one layer, this model takes those of {layers}")
+        self.tower_layers: Sequence[Any] = tower.layers
+        self.depth = layers if layers >= 0 else len(tower.layers) + 1 + layers
+        """How many layers of the tower make the features."""
+
+    def install(self, stack: contextlib.ExitStack) -> None:
+        """Adds the hooks; the stack takes them away."""
+        super().install(stack)
+        stack.callback(self.family.body.multi_modal_projector.register_forward_hook(self._place).remove)
+
+    def layout(self) -> tuple[Tensor, Tensor]:
+        """The placeholder that each token takes (B, M), and for each patch that of its token (B, N); both int64."""
+        raise NotImplementedError
+
+    def _place(self, module: nn.Module, args: Any, features: Tensor) -> Tensor:
+        """Features (B, M, C) -> (B, N, C) at their placeholders; elsewhere zeros, which no language layer sees."""
+        slot, token = self.layout()
+        batch, _, channels = features.shape
+        placed = features.new_zeros(batch, token.shape[1], channels)
+        return placed.scatter(1, slot[..., None].expand_as(features), features)
+
+    def shares(self, run: Run, lengths: Sequence[int], carry: Carry, device: torch.device) -> list[Share]:
+        """Whose token each placeholder of each image shares, and which hold one."""
+        slot, token = self.layout()
+        alive = torch.zeros_like(token, dtype=torch.bool).scatter(1, slot, True)
+        return list(zip(token, alive, strict=True))

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a model every question in every way that is compared.
+
+Questions go by in batches, and every batch through all methods: pictures are made once, all methods have answered the
+same questions whenever it stops, and where it stopped it goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..cli.subject import Subject
+from ..integrations.transformers import drop_tokens
+from .datasets import Example, Questions
+from .document import Document
+from .methods import FULL, Method, Sizes, Unreachable, make
+from .tower import SharedTower
+
+Tell = Callable[[str, float], None]
+
+
+def run(
+    document: Document,
+    subject: Subject,
+    questions: Questions,
+    tell: Tell,
+    keep: Callable[[Document], None],
+    *,
+    batch: int = 8,
+    max_new_tokens: int = 4,
+    every_s: float = 30.0,
+) -> None:
+    """Fills the document's cells.
+
+    Args:
+        document: of ``start`` or ``resume``.
+        subject: the model.
+        questions: what is asked.
+        tell: is told what is being done, and what share is done.
+        keep: is given the document now and then, and at the end.
+        batch: questions at a time.
+        max_new_tokens: length of the answers.
+        every_s: how often to keep.
+    """
+    sizes = Sizes.of(subject.model.config)
+    ready = {}
+    for number, cell in enumerate(document["cells"]):
+        try:
+            ready[number] = make(cell["method"], cell["budget"], sizes)
+        except Unreachable as reason:
+            cell["why_not"] = str(reason)
+    tower = SharedTower(subject.model.model.vision_tower)
+    total, done = len(questions.examples), time.monotonic()
+    for begin in range(0, total, batch):
+        examples = questions.examples[begin : begin + batch]
+        # Only whole batches are kept, so each cell has this batch or has not.
+        missing = [n for n in ready if len(document["cells"][n]["right"]) < begin + len(examples)]
+        if not missing:
+            continue
+        inputs = subject.batch([e.picture() for e in examples], [e.text for e in examples])
+        tower.next_batch()
+        for number in missing:
+            cell = document["cells"][number]
+            tell(f"{cell['method']} {cell['budget'] or ''}", begin / total)
+            _ask(cell, ready[number], subject, tower, examples, questions, inputs, begin, max_new_tokens)
+        if time.monotonic() - done > every_s:
+            keep(document)
+            done = time.monotonic()
+    keep(document)
+
+
+def _ask(
+    cell: dict[str, Any],
+    method: Method,
+    subject: Subject,
+    tower: SharedTower,
+    examples: Sequence[Example],
+    questions: Questions,
+    inputs: Any,
+    seed: int,
+    max_new_tokens: int,
+) -> None:
+    """One batch by one method."""
+    report = None
+    with contextlib.ExitStack() as stack:
+        if cell["method"] != FULL:
+            stage: dict[str, Any] = {} if method.stage is None else {"vision_stage": method.stage(seed)}
+            report = stack.enter_context(drop_tokens(subject.model, method.config, **stage))
+        stack.enter_context(torch.inference_mode())
+        if method.leaves_tower:
+            stack.enter_context(tower.shared())
+        begin = time.perf_counter()
+        sequences = subject.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        cell["seconds"] += time.perf_counter() - begin
+        if method.leaves_tower and tower.spared:
+            cell["seconds"] += tower.seconds
+    texts = subject.processor.tokenizer.batch_decode(
+        sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    )
+    scores = [questions.score(text.strip(), e.answers) for text, e in zip(texts, examples, strict=True)]
+    cell["right"] += [int(score) if score in (0.0, 1.0) else round(score, 4) for score in scores]
+    _count(cell, subject, inputs, report, len(examples))
+
+
+def _count(cell: dict[str, Any], subject: Subject, inputs: Any, report: Any, questions: int) -> None:
+    """Tokens and bytes of a question, one number a batch of questions."""
+    depth = subject.model.config.text_config.num_hidden_layers
+    real = int(inputs["attention_mask"].sum())
+    if report is None:
+        vision = int((inputs["input_ids"] == subject.model.config.image_token_id).sum())
+        layers, last, evicts = [vision / questions] * depth, vision / questions, None
+        text = (real - vision) / questions
+    else:
+        prompt = report.last
+        layers = [tokens / questions for tokens in prompt.layer_tokens]
+        final = [image.kept[max(image.kept)] if image.kept else image.tokens for image in prompt.images]
+        last, evicts = sum(final) / questions, report.config.first_evicted_layer
+        text = sum(prompt.text) / questions
+    held = [n if evicts is None or i < evicts else last for i, n in enumerate(layers)]
+    slots = sum(held) + text * depth
+    before = len(cell["tokens"])
+    cell["tokens"].append(round(sum(layers) / len(layers), 3))
+    cell["last"].append(round(last, 3))
+    cell["kv_bytes"].append(round(slots * _slot_bytes(subject)))
+    old = cell["processed"] or [0.0] * len(layers)
+    cell["processed"] = [round((a * before + b) / (before + 1), 3) for a, b in zip(old, layers, strict=True)]
+    cell["text"] = round((cell["text"] * before + text) / (before + 1), 3)
+
+
+def _slot_bytes(subject: Subject) -> int:
+    """Keys and values of one token in one layer."""
+    from ..flops import LanguageModel
+
+    size = torch.empty(0, dtype=subject.model.dtype).element_size()
+    return LanguageModel.of(subject.model.config).token_bytes(size)

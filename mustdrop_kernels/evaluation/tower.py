@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vision tower's output, computed once a batch for all methods that leave the tower alone."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+
+class SharedTower:
+    """Stands in front of a tower's forward.
+
+    Attributes:
+        seconds: what the last batch's plain run took; whoever used its output without computing it owes so much.
+    """
+
+    def __init__(self, tower: nn.Module):
+        self.tower = tower
+        self.seconds = 0.0
+        self.spared = False
+        self._output: Any = None
+
+    def next_batch(self) -> None:
+        """Forgets."""
+        self._output = None
+
+    @contextlib.contextmanager
+    def shared(self) -> Iterator[None]:
+        """Within the context the tower runs once a batch. Afterwards `spared` says whether this was not that time."""
+        forward, self.spared = self.tower.forward, self._output is not None
+
+        def once(*args: Any, **kwargs: Any) -> Any:
+            if self._output is None:
+                begin = time.perf_counter()
+                self._output = forward(*args, **with_states(kwargs))
+                self.seconds = time.perf_counter() - begin
+            return self._output
+
+        self.tower.forward = once
+        try:
+            yield
+        finally:
+            del self.tower.forward
+
+
+def with_states(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A tower's arguments, asking for the hidden states of all layers."""
+    return {**kwargs, "output_hidden_states": True}

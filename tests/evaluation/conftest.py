@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The small trained model, and a few held-out questions."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("sklearn")
+pytest.importorskip("skimage")
+
+from mustdrop_kernels.cli.subject import Subject, load_model
+from mustdrop_kernels.evaluation import datasets
+
+
+@pytest.fixture(scope="session")
+def subject() -> Subject:
+    return load_model(None, "cpu")
+
+
+@pytest.fixture(scope="session")
+def asked() -> datasets.Questions:
+    """Two of each kind."""
+    return datasets.made("test", [11, 12], 12)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training script starts, stops, goes on to the same weights, and writes a model that loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "accuracy" / "train.py"
+pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not in a source checkout")
+
+
+def train(out: Path, *words: str) -> None:
+    tiny = ["--layers", "2", "--width", "32", "--vision-layers", "2", "--validation", "2", "--steps", "2"]
+    subprocess.run([sys.executable, SCRIPT, "--out", out, *tiny, *words], check=True, capture_output=True, timeout=300)
+
+
+def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
+    train(tmp_path / "once")
+    train(tmp_path / "twice", "--until", "language:1")
+    assert not (tmp_path / "twice" / "model").exists()
+    stopped = torch.load(tmp_path / "twice" / "language.pt", weights_only=True)
+    assert (stopped["stage"], stopped["step"]) == (0, 1)
+    train(tmp_path / "twice")
+    once, twice = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("once", "twice"))
+    assert once.keys() == twice.keys()
+    assert all(torch.equal(once[name], twice[name]) for name in once)
+    assert all(weight.dtype == torch.float16 for weight in once.values())
+    assert "vision_tower.vision_model.embeddings.patch_embedding.weight" in once, "the hub's names"
+
+    lines = [json.loads(line) for line in (tmp_path / "once" / "log.jsonl").read_text().splitlines()]
+    assert {line["task"] for line in lines} == {"tower", "language"}
+    assert all(0 <= lines[-1][kind] <= 1 for kind in ("digit in colour", "presence", "all"))
+
+
+def test_help_says_what_it_does() -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True, text=True)
+    assert "Train, or go on training" in done.stdout
