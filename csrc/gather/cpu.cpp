@@ -145,6 +145,7 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
   shape[1] = capacity;
   Tensor out = new_empty(x, shape, x.scalar_type());
   if (out.numel() == 0) return out;
+  if (x.numel() == 0) return new_zeros(x, shape, x.scalar_type());  // nothing to take, and no address
 
   const Gather g{describe_token(x),
                  static_cast<const char*>(x.const_data_ptr()),

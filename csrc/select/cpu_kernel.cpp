@@ -256,7 +256,7 @@ int64_t write_keep(const uint8_t* flags, int64_t length, int64_t* keep, int64_t 
     else
       for (; mask && next < end; mask &= mask - 1) *next++ = base + __builtin_ctzll(mask);
   }
-  memset(next, 0xff, (end - next) * sizeof *next);  // -1
+  if (next < end) memset(next, 0xff, (end - next) * sizeof *next);  // -1; an empty result has no address
   return number;
 }
 

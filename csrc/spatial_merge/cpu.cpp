@@ -174,8 +174,9 @@ class Assignment {
 void copy_prefix(const cpu::MergeJob& job, int64_t b, int64_t element_size) {
   const int64_t row = job.channels * element_size;
   for (int64_t token = 0; token < job.prefix; ++token) {
-    std::memcpy(static_cast<char*>(job.tokens) + (b * job.capacity + token) * row,
-                static_cast<const char*>(job.x) + (b * job.x_batch + token * job.x_row) * element_size, row);
+    if (row > 0)  // else there is no address
+      std::memcpy(static_cast<char*>(job.tokens) + (b * job.capacity + token) * row,
+                  static_cast<const char*>(job.x) + (b * job.x_batch + token * job.x_row) * element_size, row);
     job.out_sizes[b * job.capacity + token] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
   }
 }

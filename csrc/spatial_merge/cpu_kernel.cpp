@@ -154,7 +154,8 @@ void write_window(const MergeTask& task, int64_t item) {
     const T* image = static_cast<const T*>(job.x) + b * job.x_batch;
     for_each_token(job, extent, [&](int64_t token) {
       const int64_t row = job.source[b * job.length + token];
-      memcpy(out + row * job.channels, image + token * job.x_row, job.channels * sizeof(T));
+      if (job.channels > 0)  // else there is no address
+        memcpy(out + row * job.channels, image + token * job.x_row, job.channels * sizeof(T));
       out_sizes[row] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
     });
   }
@@ -162,7 +163,7 @@ void write_window(const MergeTask& task, int64_t item) {
   const int64_t padding = job.capacity - job.counts[b];
   const int64_t first = job.counts[b] + padding * window / job.windows;
   const int64_t last = job.counts[b] + padding * (window + 1) / job.windows;
-  memset(out + first * job.channels, 0, (last - first) * job.channels * sizeof(T));
+  if (job.channels > 0) memset(out + first * job.channels, 0, (last - first) * job.channels * sizeof(T));
   memset(out_sizes + first, 0, (last - first) * sizeof(float));
 }
 

@@ -76,8 +76,11 @@ def pytest_command(arguments: list[str], *before: str) -> list[str]:
 
 def asan(arguments: list[str]) -> int:
     """The CPU backend's conformance suite, or what is given; the first finding ends the process."""
+    sanitizer = building.preload("address")
+    # Results that no memory holds are refused, as without a sanitizer.
+    sanitizer["ASAN_OPTIONS"] += ":allocator_may_return_null=1:log_path=stderr"
     more = {
-        **building.preload("address"),
+        **sanitizer,
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "MUSTDROP_TEST_BACKENDS": "cpu",
         "MUSTDROP_EMULATION_SAMPLE": "0",
