@@ -101,7 +101,7 @@ struct Cut {
 
 constexpr int kBins = 2048;
 constexpr uint32_t kLast = 1023;  // the bits that are left after two digits
-constexpr int kCopies = 2;  // of the counters: equal digits in a row do not wait for each other
+constexpr int kCopies = 2;        // of the counters: equal digits in a row do not wait for each other
 
 // Finds the digit of the open-th highest key; `open` becomes how many keys with that digit are still wanted.
 uint32_t cut_digit(const uint32_t* keys, int64_t count, int shift, int64_t& open) {
