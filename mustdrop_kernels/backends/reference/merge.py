@@ -27,13 +27,16 @@ def window_members(grid: Sequence[int], window: Sequence[int], device: torch.dev
 
 
 def window_similarity(x: Tensor, members: Tensor) -> Tensor:
-    """(B, windows) float32: mean cosine over ordered pairs; NaN for windows of one token, which have no pair."""
+    """(B, windows) float32: mean cosine over ordered pairs; NaN for windows of one token, which have no pair.
+
+    In float64 until the end: torch sums in an order that depends on the place in memory, and equal windows shall tie.
+    """
     present = members >= 0  # [windows, n]
-    u = x.float() / x.float().norm(dim=-1, keepdim=True).clamp(min=1e-8)  # [B, N, C]
+    u = x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-8)  # [B, N, C]
     u = torch.where(present[..., None], u[:, members.clamp(min=0)], 0.0)  # [B, windows, n, C]
     n = present.sum(-1)
     squares = (u * u).sum((-1, -2))
-    return ((u.sum(-2) ** 2).sum(-1) - squares) / (n * (n - 1))
+    return (((u.sum(-2) ** 2).sum(-1) - squares) / (n * (n - 1))).float()
 
 
 def spatial_merge(
