@@ -217,13 +217,14 @@ def anyres_rows(config: Any, size: tuple[int, int]) -> tuple[int, range, range]:
     """Tiles in a row, and the rows and columns of patches that are left of the margins."""
     from transformers.image_processing_utils import select_best_resolution
 
+    patch, tile = config.vision_config.patch_size, config.vision_config.image_size
     height, width = select_best_resolution(size, config.image_grid_pinpoints)
-    rows, columns = height // PATCH, width // PATCH
+    rows, columns = height // patch, width // patch
     if size[1] / size[0] > columns / rows:
         margin = (rows - int(round(size[0] * columns / size[1], 7))) // 2
-        return width // TILE, range(margin, rows - margin), range(columns)
+        return width // tile, range(margin, rows - margin), range(columns)
     margin = (columns - int(round(size[1] * rows / size[0], 7))) // 2
-    return width // TILE, range(rows), range(margin, columns - margin)
+    return width // tile, range(rows), range(margin, columns - margin)
 
 
 def _tiled(config: Any, number: int) -> Picture:

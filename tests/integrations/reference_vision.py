@@ -184,7 +184,8 @@ class Next(Llava):
         ]
 
     def _picture(self, tiles: Tensor, size: tuple[int, int]) -> tuple[list[Placeholder], list[Tensor]]:
-        config, side = self.model.config, tiny_models.SIDE
+        config, vision = self.model.config, self.model.config.vision_config
+        side = vision.image_size // vision.patch_size
         across, rows, columns = tiny_models.anyres_rows(config, size)
         encoded = {}
 

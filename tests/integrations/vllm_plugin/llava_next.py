@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import checkpoint
+import reference_vision
 import tiny_llava
 import torch
 from masked_reference import MaskedReference
@@ -58,39 +60,30 @@ def picture(seed):
     return tiny_llava.picture(seed, GRID).resize(SIZES[seed % len(SIZES)])
 
 
+class Tiles(reference_vision.Next):
+    """Counts the tokens of each tile, and finds its key tokens: in vLLM a tile has its own."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.tokens, self.keys = [], set()
+
+    def tile(self, pixels, tower, cut=None):
+        found = super().tile(pixels, tower, cut)
+        importance = {place.owner: place.importance for place in found if place.owner is not None}
+        ranked = sorted(importance, key=lambda token: (-importance[token], token))
+        self.keys.update(ranked[: math.ceil(self.config.key_rate * len(ranked))])
+        self.tokens.append(len(ranked))
+        return found
+
+
 class Reference(MaskedReference):
-    """Stage 1 tile by tile; transformers says which patch stands where."""
+    """Of one picture, with key tokens tile by tile."""
 
-    def _prompt(self, inputs):
-        ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
-        placeholder = ids == self.model.config.image_token_id
-        embeds = self.model.get_input_embeddings()(ids).clone()
-        present, key = mask.clone(), torch.zeros_like(mask)
-        (tiles,) = inputs["pixel_values"]
-        encoded = [self._encode(tile) for tile in tiles]
-        self.tokens = [len(first) for _, first, _ in encoded]
-        taken = set()
-        shown = self._shown(len(tiles), inputs["image_sizes"])
-        for place, number in zip(placeholder[0].nonzero()[:, 0].tolist(), shown, strict=True):
-            if number < 0:
-                embeds[0, place] = self.model.model.image_newline
-                continue
-            tile, patch = divmod(number, GRID * GRID)
-            features, first, keys = encoded[tile]
-            token = first.index(patch if patch in first else self._window_begin(patch))
-            present[0, place] = (tile, token) not in taken
-            taken.add((tile, token))
-            embeds[0, place], key[0, place] = features[token], token in keys
-        voters = mask & (torch.arange(ids.shape[1]) > placeholder.nonzero()[:, 1].max())
-        return embeds, present, voters, placeholder & present, key & present
-
-    def _shown(self, tiles, image_sizes):
-        """Which patch of which tile each placeholder shows, -1 at the ends of rows."""
-        numbers = torch.arange(tiles * GRID * GRID, dtype=torch.float32).view(tiles, -1, 1)
-        features, _ = self.model.model.pack_image_features([numbers], image_sizes, "default", torch.tensor([-1.0]))
-        return features[0][:, 0].int().tolist()
-
-    def _window_begin(self, patch):
-        height, width = self.config.window
-        row, column = divmod(patch, GRID)
-        return row // height * height * GRID + column // width * width
+    def _read(self, inputs):
+        super()._read(inputs)
+        tiles = Tiles(self.model, self.config, inputs)
+        ((placeholders, _),) = tiles.images("image")
+        self.tokens = tiles.tokens
+        places = inputs["input_ids"] == self.model.config.image_token_id
+        self.key[places] = torch.tensor([place.owner in tiles.keys for place in placeholders])
+        self.key &= self.present
