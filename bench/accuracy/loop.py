@@ -17,6 +17,8 @@ from typing import Any, Protocol
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 
@@ -78,7 +80,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(list(task.trained()), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    at = _Position(folder / f"{task.name}.pt", task.module, optimizer)
+    at = _Position(folder / f"{task.name}.safetensors", task.module, optimizer)
     at.load()
     saved = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -146,14 +148,23 @@ class _Position:
     def load(self) -> None:
         if not self.path.exists():
             return
-        state = torch.load(self.path, weights_only=True)
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.stage, self.step = state["stage"], state["step"]
+        with safe_open(self.path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            position = json.loads(file.metadata()["position"])
+        state: dict[int, dict[str, Any]] = {}
+        for name in [name for name in tensors if name.startswith("optimizer.")]:
+            _, number, what = name.split(".", 2)
+            state.setdefault(int(number), {})[what] = tensors.pop(name)
+        self.module.load_state_dict(tensors)
+        self.optimizer.load_state_dict({"state": state, "param_groups": position["param_groups"]})
+        self.stage, self.step = position["stage"], position["step"]
 
     def save(self) -> None:
-        state = {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
-        state |= {"stage": self.stage, "step": self.step}
+        optimizer = self.optimizer.state_dict()
+        tensors = {name: x.clone() for name, x in self.module.state_dict().items()}  # tied weights share memory
+        for number, state in optimizer["state"].items():
+            tensors |= {f"optimizer.{number}.{what}": x for what, x in state.items()}
+        position = {"stage": self.stage, "step": self.step, "param_groups": optimizer["param_groups"]}
         partial = self.path.with_suffix(".partial")
-        torch.save(state, partial)
+        save_file(tensors, partial, {"position": json.dumps(position)})
         partial.replace(self.path)  # a stop in between leaves the last one whole

@@ -115,7 +115,7 @@ def _load(wish: Wish) -> tuple[Any, Any, str]:
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(wish.model, dtype="auto").eval()
+        model = AutoModelForImageTextToText.from_pretrained(wish.model, dtype="auto", use_safetensors=True).eval()
         processor = AutoProcessor.from_pretrained(wish.model)
     except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import cuda_emulation
 import safetensors.torch
+from cuda_emulation import nvrtc
 from ops.conftest import candidates
 
 import mustdrop_kernels
@@ -28,6 +29,7 @@ from .inputs import Case
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """Instruction sets of the CPU kernels, from the least to the best."""
 TESTS = Path(__file__).parents[1]
+EMULATED = {cuda_emulation.NAME: cuda_emulation.emulated, nvrtc.NAME: nvrtc.emulated}
 
 
 class Player(Protocol):
@@ -48,9 +50,9 @@ class Player(Protocol):
 
 def call_of(backend: str, op: str, case: Case) -> Callable[..., Any]:
     """The operator of a backend; the emulated device is configured by the case."""
-    if backend == cuda_emulation.NAME:
+    if backend in EMULATED:
         if backend not in backends.registered():
-            backends.register_backend(cuda_emulation.emulated())
+            backends.register_backend(EMULATED[backend]())
         cuda_emulation.configure_for(json.dumps(case, sort_keys=True))
     function = getattr(mustdrop_kernels, op)
     return lambda **arguments: function(**arguments, backend=backend)

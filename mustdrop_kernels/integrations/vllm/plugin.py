@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import os
 
-from .settings import VARIABLE
-
 ARCHITECTURES = {
     "MustDropLlavaForConditionalGeneration": "LlavaForConditionalGeneration",
     "MustDropLlavaNextForConditionalGeneration": "LlavaNextForConditionalGeneration",
@@ -21,6 +19,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from .engine import MustDropEngineConfig
+    from .settings import VARIABLE
 
     for ours, plain in ARCHITECTURES.items():
         for name in (ours, plain) if os.environ.get(VARIABLE) else (ours,):
