@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there: an interrupt, a crash or a full disk leaves what was there before."""
+"""Files that are whole or not there: an interrupt, a crash or a full disk leaves what was there before.
+
+And how the documents among them are read again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -38,3 +43,18 @@ def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
+
+
+def read_document(path: Path, kind: str, maker: str) -> dict[str, Any]:
+    """A JSON document whose ``format`` is `kind`; `maker` writes such.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        document = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(document, dict) or document.get("format") != kind:
+        raise ValueError(f"{path} is not a document of {maker} ({kind})")
+    return document

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import read_document, write_text
 from .cases import Case
 from .run import FORMAT, Contender, Document, Row
 
@@ -29,13 +29,7 @@ def read(path: Path) -> Document:
     Raises:
         ValueError: it is something else.
     """
-    try:
-        document = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a document of mustdrop bench ({FORMAT})")
-    return document
+    return read_document(path, FORMAT, "mustdrop bench")
 
 
 def only(document: Document, ops: Collection[str] | None) -> Document:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import read_document, write_text
+
 if TYPE_CHECKING:
     from .datasets import Questions
 
@@ -44,13 +46,7 @@ def read(path: Path) -> Document:
     Raises:
         ValueError: it is something else.
     """
-    try:
-        document = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a document of mustdrop eval ({FORMAT})")
-    return document
+    return read_document(path, FORMAT, "mustdrop eval")
 
 
 def write(document: Document, path: Path) -> None:
@@ -58,9 +54,7 @@ def write(document: Document, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({**document, "cells": None}, indent=1)
     cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in document["cells"])
-    partial = path.with_suffix(".partial")
-    partial.write_text(head.replace('"cells": null', f'"cells": [\n  {cells}\n ]') + "\n")
-    partial.replace(path)
+    write_text(path, head.replace('"cells": null', f'"cells": [\n  {cells}\n ]') + "\n")
 
 
 def resume(new: Document, path: Path) -> Document:
