@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CPU library another way, beside the usual one, and runs tests with it.
+"""Builds the CPU library another way, beside the usual one, and runs tests with it (tests/backends/test_cpu_amx.py too).
 
     python tests/sanitizers/variants.py asan [PYTEST ARGUMENTS]    # AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/sanitizers/variants.py coverage                   # lines of csrc and of the Python code
@@ -23,7 +23,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from cuda_emulation import building  # noqa: E402
 
-OPTIONS = {"asan": "-DMUSTDROP_SANITIZE=ON", "coverage": "-DMUSTDROP_COVERAGE=ON"}
+OPTIONS = {
+    "asan": "-DMUSTDROP_SANITIZE=ON",
+    "coverage": "-DMUSTDROP_COVERAGE=ON",
+    "amx": "-DMUSTDROP_AMX_PLAIN=ON",
+}
 LEVELS = ("baseline", "avx2", "avx512")
 CPU_SUITE = ["tests/ops", "-m", "not slow", "-k", "cpu-cpu"]
 # What runs Python in processes of its own would run it without counting.
