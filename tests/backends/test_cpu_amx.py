@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of bfloat16 in AMX's registers: on a machine without them their plain twin, and the instructions as compiled."""
+"""Tiles of bfloat16 in AMX's registers: their plain twin, and the instructions as compiled."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from sanitizers import variants
 
 from mustdrop_kernels import _load
-from sanitizers import variants
 
 REPOSITORY = Path(__file__).parents[2]
 SCORES = """

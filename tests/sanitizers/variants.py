@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CPU library another way, beside the usual one, and runs tests with it (tests/backends/test_cpu_amx.py too).
+"""Builds the CPU library another way, beside the usual one, and runs tests with it.
 
     python tests/sanitizers/variants.py asan [PYTEST ARGUMENTS]    # AddressSanitizer and UndefinedBehaviorSanitizer
     python tests/sanitizers/variants.py coverage                   # lines of csrc and of the Python code
 
 A variant is a folder build/VARIANT/site that is put first on the path: the package's files by symbolic links, and its
-own library.
+own library. There is one more, amx, for tests/backends/test_cpu_amx.py.
 """
 
 from __future__ import annotations
