@@ -57,7 +57,7 @@ def load_all() -> None:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set of the CPU kernels: "baseline", "avx2", "avx512", "avx512_bf16"; None without the library."""
+    """The instruction set of the CPU kernels, such as "avx2" (`MUSTDROP_CPU_CAPABILITY`); None without the library."""
     if not core.loaded:
         return None
     query = ctypes.CDLL(str(core.path)).mustdrop_cpu_capability

@@ -4,12 +4,13 @@
 // Products: the query rows of a key head are packed once, transposed, into tiles [dim, width * kLanes]; a block of kKeys keys
 // is multiplied with a tile by broadcasting one key element at a time, so that keys need no transposition and sums stay in
 // registers. Where a vector would stand nearly empty (few lanes), keys are read once, with dot products. Where the machine
-// multiplies pairs of bfloat16 (cpu_pairs.h), bfloat16 keys are read as they are. Exponentials are taken against the maximum
+// multiplies pairs or tiles of bfloat16 (cpu_pairs.h, cpu_tiles.h), bfloat16 keys are read as they are. Exponentials are taken against the maximum
 // of their chunk, so that each score is computed once: when all chunks are known, a factor per chunk and lane turns them into
 // probabilities.
 #include "attention_scores/cpu_kernel.h"
 
 #include "attention_scores/cpu_pairs.h"
+#include "attention_scores/cpu_tiles.h"
 #include "common/cpu_dot.h"
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
@@ -202,12 +203,17 @@ Chunk chunk_at(const ScoreJob& job, int64_t c) {
 
 // score_tiles_of where the job is paired.
 template <class Use>
-void pair_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, const float* query, float* scores,
+void pair_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, const float* query, float* keys, float* scores,
                 const Use& use) {
   const bfloat16* k = static_cast<const bfloat16*>(job.k) + head * job.k_head;
   for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
-    multiply_pairs<kKeys, decltype(width)::value>(k, chunk.offset, chunk.count, query + v * kLanes * job.dim, job.dim,
-                                                  job.scale, scores);
+    constexpr int W = decltype(width)::value;
+    const float* tile = query + v * kLanes * job.dim;
+    if (job.tiled)
+      multiply_tiles<W>(k, chunk.offset, chunk.count, tile, job.dim, job.scale, reinterpret_cast<bfloat16*>(keys),
+                        scores);
+    else
+      multiply_pairs<kKeys, W>(k, chunk.offset, chunk.count, tile, job.dim, job.scale, scores);
     use(v * kLanes, width, scores);
   });
 }
@@ -222,7 +228,7 @@ void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float
     dot_keys(job, k, chunk.offset, chunk.count, query, scores);
     return use(0, Width<1>{}, scores);
   }
-  if (job.paired) return pair_tiles(job, head, chunk, query, scores, use);
+  if (job.paired) return pair_tiles(job, head, chunk, query, keys, scores, use);
   convert_keys(job, k, chunk.offset, chunk.count, keys);
   for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
     multiply_tile<decltype(width)::value>(keys, chunk.count, query + v * kLanes * job.dim, job.dim, scores);

@@ -12,8 +12,9 @@
 
 namespace mustdrop::cpu {
 
-constexpr int64_t kChunk = 48;     // keys of a work item; a multiple of every level's register block
-constexpr int64_t kLaneStep = 16;  // strides of lanes and rows are multiples of this, the widest vector
+constexpr int64_t kChunk = 48;                    // keys of a work item; a multiple of every level's register block
+constexpr int64_t kLaneStep = 16;                 // strides of lanes and rows are multiples of this, the widest vector
+constexpr int64_t kTileKeys = 16, kTileDim = 32;  // of a tile of bfloat16 in AMX's registers: 16 rows of 64 bytes
 
 struct ScoreJob {
   // Shapes
@@ -24,7 +25,8 @@ struct ScoreJob {
   int64_t vision_chunks, text_chunks;
   float scale;
   Element element;  // of q and k
-  bool paired;      // products take pairs of bfloat16 (level avx512_bf16); query then holds pairs, not scaled
+  bool paired;      // products take pairs of bfloat16 (from level avx512_bf16 on); query then holds pairs, not scaled
+  bool tiled;       // and a tile of them at once (level amx_bf16)
 
   // Inputs; offsets and strides in elements
   const void* q;

@@ -109,8 +109,9 @@ Planned plan_job(const ScoreInputs& inputs, const ScoreSequence& sequence, std::
   job.rows = rows, job.row_stride = round_up(rows, kLaneStep);
   job.lanes = job.group * rows, job.lane_stride = round_up(job.lanes, kLaneStep);
   job.scale = inputs.scale, job.element = inputs.element;
-  job.paired = cpu::level() == cpu::Level::avx512_bf16 && inputs.element == cpu::Element::bf16 && inputs.k_dim == 1 &&
+  job.paired = cpu::level() >= cpu::Level::avx512_bf16 && inputs.element == cpu::Element::bf16 && inputs.k_dim == 1 &&
                inputs.dim % 2 == 0;
+  job.tiled = job.paired && cpu::level() == cpu::Level::amx_bf16 && inputs.dim % cpu::kTileDim == 0;
   job.q = inputs.q, job.q_head = inputs.q_head;
   job.k = inputs.k, job.k_head = inputs.k_head, job.k_dim = inputs.k_dim;
   job.lse = inputs.lse, job.lse_head = inputs.lse_head;

@@ -12,11 +12,13 @@
 
 namespace mustdrop::cpu {
 
-// avx512_bf16 is avx512 on a machine that also multiplies pairs of bfloat16: the same kernels, which may ask for it.
-enum class Level { baseline, avx2, avx512, avx512_bf16 };
+// avx512_bf16 is avx512 on a machine that also multiplies pairs of bfloat16, amx_bf16 on one that multiplies tiles of them:
+// the same kernels, which may ask for it.
+enum class Level { baseline, avx2, avx512, avx512_bf16, amx_bf16 };
 
-// The level in use: the best that this machine has, or the one that MUSTDROP_CPU_CAPABILITY names ("baseline", "avx2",
-// "avx512", "avx512_bf16"; read once; a level that the machine lacks is refused by an exception at the first call).
+// The level in use: the best up to avx512_bf16 that this machine has, or the one that MUSTDROP_CPU_CAPABILITY names
+// ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"; read once; a level that the machine lacks is refused by an
+// exception at the first call). amx_bf16 has to be named, since it has only run on its plain twin.
 Level level();
 
 enum class Element : int32_t { f32, f16, bf16 };
@@ -38,6 +40,7 @@ enum class Element : int32_t { f32, f16, bf16 };
   }                                                                \
   inline void NAME(const ARGS& args, int64_t begin, int64_t end) { \
     switch (level()) {                                             \
+      case Level::amx_bf16:                                        \
       case Level::avx512_bf16:                                     \
       case Level::avx512:                                          \
         return avx512::NAME(args, begin, end);                     \

@@ -8,11 +8,33 @@
 
 #include "common/cpu.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace mustdrop::cpu {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};  // by Level
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};  // by Level
 
+// Whether the machine has AMX's tiles and its product of bfloat16, and the kernel lets this process use them.
+bool has_amx() {
+#if defined(MUSTDROP_AMX_PLAIN)
+  return true;
+#elif defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;   // of leaf 7's edx
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; the state that holds the tiles
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile) &&
+         syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// The best that is chosen unasked.
 Level best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -32,9 +54,11 @@ Level chosen_level() {
   const std::string text = name;
   const auto found = std::find(std::begin(kNames), std::end(kNames), text);
   if (found == std::end(kNames))
-    throw std::runtime_error("MUSTDROP_CPU_CAPABILITY must be baseline, avx2, avx512 or avx512_bf16, got " + text);
+    throw std::runtime_error("MUSTDROP_CPU_CAPABILITY must be baseline, avx2, avx512, avx512_bf16 or amx_bf16, got " +
+                             text);
   const Level asked = static_cast<Level>(found - std::begin(kNames));
-  if (asked > best) throw std::runtime_error("MUSTDROP_CPU_CAPABILITY=" + text + ": this machine does not have it");
+  if (asked == Level::amx_bf16 ? best < Level::avx512_bf16 || !has_amx() : asked > best)
+    throw std::runtime_error("MUSTDROP_CPU_CAPABILITY=" + text + ": this machine does not have it");
   return asked;
 }
 

@@ -5,7 +5,7 @@
     python tests/sanitizers/variants.py coverage                   # lines of csrc and of the Python code
 
 A variant is a folder build/VARIANT/site that is put first on the path: the package's files by symbolic links, and its
-own library.
+own library. There is one more, amx, for tests/backends/test_cpu_amx.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 from cuda_emulation import building  # noqa: E402
 
-OPTIONS = {"asan": "-DMUSTDROP_SANITIZE=ON", "coverage": "-DMUSTDROP_COVERAGE=ON"}
+OPTIONS = {
+    "asan": "-DMUSTDROP_SANITIZE=ON",
+    "coverage": "-DMUSTDROP_COVERAGE=ON",
+    "amx": "-DMUSTDROP_AMX_PLAIN=ON",
+}
 LEVELS = ("baseline", "avx2", "avx512")
 CPU_SUITE = ["tests/ops", "-m", "not slow", "-k", "cpu-cpu"]
 # What runs Python in processes of its own would run it without counting.
