@@ -32,6 +32,19 @@ def written_whole(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def folder_written_whole(path: Path) -> Iterator[Path]:
+    """The same for a folder; what was in `path` before goes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as name:
+        scratch = Path(name, path.name)
+        scratch.mkdir()
+        yield scratch
+        if path.exists():
+            path.rename(Path(name, "before"))
+        scratch.rename(path)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file."""
     with written_whole(path) as scratch:

@@ -21,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from mustdrop_kernels.files import written_whole
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -165,6 +167,5 @@ class _Position:
         for number, state in optimizer["state"].items():
             tensors |= {f"optimizer.{number}.{what}": x for what, x in state.items()}
         position = {"stage": self.stage, "step": self.step, "param_groups": optimizer["param_groups"]}
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, {"position": json.dumps(position)})
-        partial.replace(self.path)  # a stop in between leaves the last one whole
+        with written_whole(self.path) as scratch:  # a stop in between leaves the last one
+            save_file(tensors, scratch, {"position": json.dumps(position)})

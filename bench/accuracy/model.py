@@ -24,6 +24,7 @@ from transformers import (
 
 from mustdrop_kernels.evaluation.pictures import GRID, PATCH, SIZE
 from mustdrop_kernels.evaluation.questions import WORDS
+from mustdrop_kernels.files import folder_written_whole
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _THETA = 1e6
@@ -135,7 +136,11 @@ def _places(width: int) -> torch.Tensor:  # (576, width) float32
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     """float16 weights under the hub's names, with all that `from_pretrained` needs."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with folder_written_whole(folder) as scratch:
+        _save(model, scratch)
+
+
+def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     dtype = model.dtype
     model.half().save_pretrained(folder)
     model.to(dtype)

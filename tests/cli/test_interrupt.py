@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C during ``mustdrop demo`` and ``mustdrop bench``: nothing half-written, and what was there before stays."""
+"""Ctrl-C during ``mustdrop demo``, ``bench`` and ``eval``: nothing half-written, and what was there before stays."""
 
 from __future__ import annotations
 
@@ -90,3 +90,38 @@ def test_a_real_signal_while_timing(tmp_path: Path) -> None:
     assert done.returncode in (130, -signal.SIGINT), done.stderr
     assert files_in(tmp_path) == ["bench.json"]
     assert path.read_text() == "older"
+
+
+SIGINT_WHILE_ASKING = """
+import functools, os, signal, sys
+from mustdrop_kernels.evaluation import run
+real, asked = run._ask, []
+def interrupted(*args):
+    asked.append(args)
+    if len(asked) == 6:  # in the middle of the second batch
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(*args)
+if sys.argv.pop(1) == "interrupted":
+    run._ask = interrupted
+run.run = functools.partial(run.run, every_s=0.0)
+from mustdrop_kernels.cli import main
+main()
+"""
+
+
+def test_a_real_signal_while_questions_are_asked(tmp_path: Path) -> None:
+    def evaluate(how: str, path: Path) -> subprocess.CompletedProcess[str]:
+        words = "eval --count 6 --batch 2 --seeds 0 --methods random,cls,mustdrop --budgets 64 --no-layers --json"
+        command = [sys.executable, "-c", SIGINT_WHILE_ASKING, how, *words.split(), str(path)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    path = tmp_path / "eval.json"
+    done = evaluate("interrupted", path)
+    assert done.returncode in (130, -signal.SIGINT), done.stderr
+    assert files_in(tmp_path) == ["eval.json"]
+    assert [len(cell["right"]) for cell in json.loads(path.read_text())["cells"]] == [2, 2, 2, 2]
+
+    whole = tmp_path / "whole.json"
+    assert evaluate("undisturbed", path).returncode == evaluate("undisturbed", whole).returncode == 0
+    for one, other in zip(json.loads(path.read_text())["cells"], json.loads(whole.read_text())["cells"], strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}

@@ -17,9 +17,11 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "accuracy" / "train.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not in a source checkout")
 
 
+TINY = ["--layers", "2", "--width", "32", "--vision-layers", "2", "--validation", "2", "--steps", "2"]
+
+
 def train(out: Path, *words: str) -> None:
-    tiny = ["--layers", "2", "--width", "32", "--vision-layers", "2", "--validation", "2", "--steps", "2"]
-    subprocess.run([sys.executable, SCRIPT, "--out", out, *tiny, *words], check=True, capture_output=True, timeout=300)
+    subprocess.run([sys.executable, SCRIPT, "--out", out, *TINY, *words], check=True, capture_output=True, timeout=300)
 
 
 def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -39,6 +41,33 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "once" / "log.jsonl").read_text().splitlines()]
     assert {line["task"] for line in lines} == {"tower", "language"}
     assert all(0 <= lines[-1][kind] <= 1 for kind in ("digit in colour", "presence", "all"))
+
+
+INTERRUPTED = """
+import os, pathlib, signal, sys
+sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
+import {module} as module
+def interrupted(tensors, path, *metadata):
+    pathlib.Path(path).write_bytes(b"half of it")
+    os.kill(os.getpid(), signal.SIGINT)
+module.save_file = interrupted
+import train, typer
+sys.argv = sys.argv[1:]
+typer.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("module", ["loop", "model"])  # who writes checkpoints, and the trained model
+def test_ctrl_c_while_it_writes_leaves_nothing_half_written(tmp_path: Path, module: str) -> None:
+    code = INTERRUPTED.format(module=module)
+    command = [sys.executable, "-c", code, SCRIPT, "--out", tmp_path, *TINY]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode not in (0, 1), done.stderr
+    whole = {"loop": [], "model": ["language.safetensors", "log.jsonl", "tower.safetensors"]}[module]
+    assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == whole
+    if module == "model":
+        train(tmp_path)
+        assert (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_help_says_what_it_does() -> None:
