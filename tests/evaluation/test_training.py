@@ -47,7 +47,7 @@ INTERRUPTED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
 import {module} as module
-def interrupted(tensors, path, *metadata):
+def interrupted(tensors, path, metadata):
     pathlib.Path(path).write_bytes(b"half of it")
     os.kill(os.getpid(), signal.SIGINT)
 module.save_file = interrupted
