@@ -91,8 +91,9 @@ def compare(family: Family, case: Case, players: Sequence[Player]) -> dict[str, 
         try:
             assert answer.problem is None, answer.problem
             near[name] = family.judge(case, arguments, memo, answer.tensors)
-        except AssertionError as error:
-            mismatch = Mismatch(f"{name}: {error}")
+        except Exception as error:  # of the judge's own too: one case must not end the run
+            what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
+            mismatch = Mismatch(f"{name}: {what}")
             mismatch.player = name  # type: ignore[attr-defined]
             raise mismatch from None
     if not any(near.values()) and len(answers) > 1:

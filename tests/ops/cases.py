@@ -80,7 +80,7 @@ def f64(t: Tensor) -> np.ndarray:
 
 def as_bytes(t: Tensor) -> np.ndarray:
     """(..., D) -> (..., D * itemsize) uint8; a tensor of no axis or of no element stays countable."""
-    t = t.detach().cpu().contiguous()
+    t = t.detach().cpu().clone(memory_format=torch.contiguous_format)  # an axis of one element may have any stride
     if t.dim() == 0:
         t = t.reshape(1)
     if t.numel() == 0:

@@ -50,7 +50,8 @@ def window_similarity(tokens: np.ndarray) -> float:
     n = len(tokens)
     if n < 2:
         return -math.inf
-    unit = [t / max(math.sqrt(float(t @ t)), 1e-8) for t in tokens]
+    with np.errstate(invalid="ignore"):  # infinite tokens
+        unit = [t / max(math.sqrt(float(t @ t)), 1e-8) for t in tokens]
     pairs = [float(unit[i] @ unit[j]) for i in range(n) for j in range(n) if i != j]
     return sum(pairs) / len(pairs)
 
