@@ -10,7 +10,7 @@
 
 #include "common/float_types.h"
 
-#if defined(__F16C__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -66,6 +66,36 @@ inline VecFloat load_part(const T* from, int64_t n) {
 }
 
 inline void store(float* to, VecFloat v) { memcpy(to, &v, sizeof v); }
+
+// Copies to memory without a detour through the caches, which would first read what is overwritten. Other threads may
+// read it after end_streams().
+#if defined(__SSE2__)
+inline void stream_bytes(void* to, const void* from, int64_t bytes) {
+  constexpr int64_t kStep = 4 * kLanes;
+  int64_t i = 0;
+  if (reinterpret_cast<uintptr_t>(to) % kStep == 0)
+    for (; i + kStep <= bytes; i += kStep) {
+      char* at = static_cast<char*>(to) + i;
+      const VecFloat v = load_as<VecFloat>(static_cast<const char*>(from) + i);
+#if defined(__AVX512F__)
+      _mm512_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m512>(v));
+#elif defined(__AVX2__)
+      _mm256_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m256>(v));
+#else
+      _mm_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m128>(v));
+#endif
+    }
+  if (i < bytes) memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, bytes - i);
+}
+
+inline void end_streams() { _mm_sfence(); }
+#else
+inline void stream_bytes(void* to, const void* from, int64_t bytes) {
+  if (bytes > 0) memcpy(to, from, bytes);
+}
+
+inline void end_streams() {}
+#endif
 
 // The larger one; where b is NaN, a.
 inline VecFloat larger(VecFloat a, VecFloat b) { return b > a ? b : a; }

@@ -12,7 +12,8 @@ namespace mustdrop {
 namespace {
 
 constexpr const char* kOp = "spatial_merge";
-constexpr int64_t kGrainBytes = 256 << 10;  // least work of a thread
+constexpr int64_t kGrainBytes = 256 << 10;   // least work of a thread
+constexpr int64_t kCachedBytes = 8ll << 20;  // of results that the next reader may find in a cache
 
 struct Options {
   float threshold;
@@ -245,6 +246,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
   auto* counts_data = static_cast<int32_t*>(counts.mutable_data_ptr());
   job.source = source_data, job.counts = counts_data;
   job.tokens = tokens.mutable_data_ptr(), job.out_sizes = static_cast<float*>(out_sizes.mutable_data_ptr());
+
+  job.streams = batch * job.capacity * job.channels * static_cast<int64_t>(x.element_size()) > kCachedBytes;
 
   const Options options{static_cast<float>(threshold), budget, uniform, merged_first};
   Assignment assignment(job, options, merged.data(), source_data, counts_data);

@@ -141,6 +141,13 @@ void write_merged(const MergeTask& task, const WindowExtent& extent, int64_t b) 
   job.out_sizes[b * job.capacity + row] = size;
 }
 
+void put_bytes(void* to, const void* from, int64_t bytes, bool streams) {
+  if (streams)
+    stream_bytes(to, from, bytes);
+  else if (bytes > 0)  // else there is no address
+    memcpy(to, from, bytes);
+}
+
 template <class T>
 void write_window(const MergeTask& task, int64_t item) {
   const MergeJob& job = *task.job;
@@ -154,8 +161,7 @@ void write_window(const MergeTask& task, int64_t item) {
     const T* image = static_cast<const T*>(job.x) + b * job.x_batch;
     for_each_token(job, extent, [&](int64_t token) {
       const int64_t row = job.source[b * job.length + token];
-      if (job.channels > 0)  // else there is no address
-        memcpy(out + row * job.channels, image + token * job.x_row, job.channels * sizeof(T));
+      put_bytes(out + row * job.channels, image + token * job.x_row, job.channels * sizeof(T), job.streams);
       out_sizes[row] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
     });
   }
@@ -195,6 +201,7 @@ void write_windows(const MergeTask& task, int64_t begin, int64_t end) {
         write_window<bfloat16>(task, item);
         break;
     }
+  if (task.job->streams) end_streams();
 }
 
 }  // namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL

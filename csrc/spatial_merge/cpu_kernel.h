@@ -30,6 +30,7 @@ struct MergeJob {
   // Results
   void* tokens;      // [B, capacity, channels]
   float* out_sizes;  // [B, capacity]
+  bool streams;      // tokens are more than caches hold: they are written past them
 };
 
 struct MergeTask {

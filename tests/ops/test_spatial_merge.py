@@ -143,6 +143,23 @@ def test_clip_large(backend, batch, mode, dtype):
     check(backend, x, [24, 24], [3, 3], merged_first=True, **mode)
 
 
+@pytest.mark.parametrize("channels", [1023, 1024])
+@pytest.mark.parametrize("budget", [None, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
+def test_a_batch_is_its_images(backend, channels, budget, dtype):
+    """The same bits, also where the result is larger than caches and is written past them."""
+    if backend.name not in ("cpu", "cuda"):
+        pytest.skip("large")
+    one = pictures(1, [24, 24], [3, 3], channels, seed=2, dtype=dtype, device=backend.device)
+    x = torch.cat([one * 2.0**i for i in range(10)])  # as similar to each other as before
+    whole = backend.spatial_merge(x, [24, 24], [3, 3], budget=budget)
+    assert whole[0].nbytes > 8 << 20
+    for b in range(len(x)):
+        single = backend.spatial_merge(x[b : b + 1], [24, 24], [3, 3], budget=budget)
+        for of_batch, alone in zip(whole, single, strict=True):
+            assert same_bits(of_batch[b : b + 1], alone)
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 2}], ids=str)
 def test_sizes(backend, dtype, mode):
