@@ -256,7 +256,6 @@ def main() -> None:
         parser.error(f"--tokens: {', '.join(unknown)} unknown; there are {', '.join(SETTINGS)}")
     document = json.loads(wish.load.read_text()) if wish.load else run(wish, settings)
     if wish.json:
-        wish.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(wish.json, json.dumps(document, indent=1) + "\n")
     if wish.markdown:
         print(markdown(document))

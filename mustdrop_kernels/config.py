@@ -194,7 +194,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "budget-128": dict(merge_budget=40, budgets=(200, 164, 128, 80)),
     "budget-64": dict(merge_budget=56, budgets=(108, 82, 56, 40)),
     # For 12 layers: mustdrop_kernels.evaluation.methods.mustdrop.read.
-    "small-64": dict(merge_budget=48, pruning_layers=(0, 2, 5), budgets=(105, 80, 21), key_rate=0.0),
+    "small-64": dict(merge_budget=40, pruning_layers=(0, 2, 5), budgets=(106, 84, 8), key_rate=0.0),
     "keep-all": dict(merge=False, key_rate=0.0, global_threshold=0.0, individual_threshold=0.0),
 }
 

@@ -18,9 +18,11 @@ from typing import Any
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A path beside `path`, with its ending, to write to; takes the place of `path` once everything is written.
+    Folders that are missing are made.
 
     Where the block raises, also KeyboardInterrupt, `path` stays as it was and nothing else is left behind.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     scratch = Path(name)
@@ -46,9 +48,9 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file."""
+    """Write a whole text file, in UTF-8."""
     with written_whole(path) as scratch:
-        scratch.write_text(text)
+        scratch.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:

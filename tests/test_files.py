@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mustdrop_kernels.files import write_text, written_whole
+from mustdrop_kernels.files import folder_written_whole, write_text, written_whole
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
@@ -41,6 +41,26 @@ def test_what_is_written_has_the_usual_mode_and_ending(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(path).st_mode) == stat.S_IMODE(os.stat(plain).st_mode)
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        write_text(tmp_path / "nowhere" / "x.json", "")
+def test_missing_folders_are_made(tmp_path: Path) -> None:
+    write_text(tmp_path / "a" / "b" / "report.json", "whole")
+    assert (tmp_path / "a" / "b" / "report.json").read_text() == "whole"
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, old: bool) -> None:
+    folder = tmp_path / "model"
+    if old:
+        folder.mkdir()
+        (folder / "before").touch()
+
+    def interrupted() -> None:
+        with folder_written_whole(folder) as scratch:
+            (scratch / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == (["model", "model/before"] if old else [])
+    with folder_written_whole(folder) as scratch:
+        (scratch / "whole").touch()
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["model", "model/whole"]

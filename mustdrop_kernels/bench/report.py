@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 def write(document: Document, path: Path) -> None:
     """As JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps(document, indent=1) + "\n")
 
 

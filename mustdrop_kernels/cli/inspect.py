@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backends
 from ..config import MustDropConfig
+from ..files import write_text
 from . import Refusal
 from .page import Page
 from .subject import load_image, load_model, made_question, require_extras
@@ -187,7 +188,6 @@ def _write(found: Found, wish: Wish, credits: list[str], pictures: list[np.ndarr
     page.heading("Settings")
     page.facts({name: str(value) for name, value in config.to_dict().items()})
     try:
-        wish.out.parent.mkdir(parents=True, exist_ok=True)
-        wish.out.write_text(page.html(), encoding="utf-8")
+        write_text(wish.out, page.html())
     except OSError as error:
         raise Refusal(f"--out: {wish.out} cannot be written: {error.strerror}") from None

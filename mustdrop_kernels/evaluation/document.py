@@ -51,7 +51,6 @@ def read(path: Path) -> Document:
 
 def write(document: Document, path: Path) -> None:
     """As JSON, a line a cell; a stop in between leaves the last one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps({**document, "cells": None}, indent=1)
     cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in document["cells"])
     write_text(path, head.replace('"cells": null', f'"cells": [\n  {cells}\n ]') + "\n")

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import written_whole
 from ..flops import LanguageModel, account
 from . import FULL
 from .scoring import f1, interval, paired
@@ -298,6 +299,6 @@ def draw(document: Document, path: Path, ours: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, dpi=110)
     pyplot.close(figure)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -19,6 +18,7 @@ from pathlib import Path
 from cupy.cuda import nvrtc
 
 from ... import _load
+from ...files import written_whole
 
 HEADERS = _load.LIBRARY_FOLDER / "kernels"
 OPTIONS = ("-std=c++17",)
@@ -73,18 +73,11 @@ def compiled(kernel: str, target: str) -> Code:
         name, image = path.read_bytes().split(b"\0", 1)
     except (OSError, ValueError):
         (code,) = compile_kernels([kernel], target)
-        with contextlib.suppress(OSError):  # a home that cannot be written to costs time, nothing else
-            _write(path, code.name.encode() + b"\0" + code.image)
+        # A home that cannot be written to costs time, nothing else. Processes that compile it at once all write the same.
+        with contextlib.suppress(OSError), written_whole(path) as scratch:
+            scratch.write_bytes(code.name.encode() + b"\0" + code.image)
         return code
     return Code(name.decode(), image)
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Processes that compile the same kernel at once all write the same; nobody reads half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def compile_kernels(kernels: Sequence[str], target: str) -> list[Code]:

@@ -57,7 +57,6 @@ def load() -> None:
 def save() -> None:
     """Write all results, in one step: another process may read, and may have added some."""
     file = cache_file()
-    file.parent.mkdir(parents=True, exist_ok=True)
     found = {**_read(file), **configs.TUNED}
     text = {
         "/".join(key): {"tiles": dict(c.tiles), "num_warps": c.num_warps, "num_stages": c.num_stages}
