@@ -73,7 +73,7 @@ def compiled(kernel: str, target: str) -> Code:
         name, image = path.read_bytes().split(b"\0", 1)
     except (OSError, ValueError):
         (code,) = compile_kernels([kernel], target)
-        # A home that cannot be written to costs time, nothing else. Processes that compile it at once all write the same.
+        # A home that cannot be written to costs time, nothing else. Processes that compile it at once write the same.
         with contextlib.suppress(OSError), written_whole(path) as scratch:
             scratch.write_bytes(code.name.encode() + b"\0" + code.image)
         return code
