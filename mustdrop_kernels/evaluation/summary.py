@@ -157,6 +157,7 @@ def _grids(document: Document, ours: str) -> Iterable[tuple[str, list[str], list
         yield from _budget_grid(document, everything, f"Read late ({', '.join(everything)})")
     yield from _budget_grid(document, None, "All questions")
     yield from _difference_grid(document, ours, everything)
+    yield from _preset_grid(document)
     yield _cost_grid(document)
 
 
@@ -226,18 +227,28 @@ def _difference_grid(
     yield f"Points by which `{ours}` is ahead, paired, 95% intervals", ["against", *headings], lines
 
 
+def _preset_grid(document: Document) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+    found = [row for row in rows(document) if row["method"].startswith("preset-")]
+    if found:
+        lines = [[f"`{row['method'].removeprefix('preset-')}`", _with_interval(row), *_costs(row)] for row in found]
+        yield "Presets as they are, their layers at this model's depth", ["preset", "right", *_COSTS], lines
+
+
+_COSTS = ["tokens, mean", "at the end", "KV cache", "operations saved"]
+
+
+def _costs(row: Row) -> list[str]:
+    return [f"{row['tokens']:.1f}", f"{row['last']:.1f}", f"{row['kv_bytes'] / 1e6:.2f} MB", f"{row['saved']:.1%}"]
+
+
 def _cost_grid(document: Document) -> tuple[str, list[str], list[list[str]]]:
     lines = []
     for row in rows(document):
         if row["method"].startswith("after-"):
             continue
-        lines.append([
-            f"`{row['method']}`", "" if row["budget"] is None else f"{row['budget']:g}", _percent(row["accuracy"]),
-            f"{row['tokens']:.1f}", f"{row['last']:.1f}", f"{row['kv_bytes'] / 1e6:.2f} MB", f"{row['saved']:.1%}",
-            f"{row['ms']:.0f} ms",
-        ])  # fmt: skip
-    headings = ["method", "budget", "right", "tokens, mean", "at the end", "KV cache", "operations saved", "time"]
-    return "What it costs, a question", headings, lines
+        budget = "" if row["budget"] is None else f"{row['budget']:g}"
+        lines.append([f"`{row['method']}`", budget, _percent(row["accuracy"]), *_costs(row), f"{row['ms']:.0f} ms"])
+    return "What it costs, a question", ["method", "budget", "right", *_COSTS, "time"], lines
 
 
 def _percent(share: float) -> str:
