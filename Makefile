@@ -120,7 +120,7 @@ check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target 
 wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90a" make wheel
 	rm -rf build/wheel $(DIST)/*.whl
 	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
 
 $(VENV)/hf-kernels/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(VENV)/hf-kernels kernels

@@ -12,14 +12,18 @@ from pathlib import Path
 
 import torch
 
+from ._namespace import NAMESPACE
+
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
+# kernel-builder of Hugging Face builds one library for all operators, beside the Python files.
+ALL_IN_ONE = next(Path(__file__).parent.glob(f"{NAMESPACE}*.so"), None)
 
 
 class Library:
     """One shared library: where it is, whether it is loaded, and why not."""
 
-    def __init__(self, name: str) -> None:
-        self.path = LIBRARY_FOLDER / f"{name}.so"
+    def __init__(self, name: str, path: Path | None = None) -> None:
+        self.path = path or LIBRARY_FOLDER / f"{name}.so"
         self.problem: str | None = f"{name} has not been loaded"
 
     @property
@@ -40,8 +44,8 @@ class Library:
             self.problem = None
 
 
-core = Library("libmustdrop")
-cuda = Library("libmustdrop_cuda")
+core = Library("libmustdrop", ALL_IN_ONE)
+cuda = Library("libmustdrop_cuda", ALL_IN_ONE)
 nvrtc = Library("libmustdrop_nvrtc")  # loaded by the backend `cupy` when it is first called
 
 
