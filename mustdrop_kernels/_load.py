@@ -8,6 +8,7 @@ where torch has CUDA, since a CPU-only torch has not the symbols that it needs.
 from __future__ import annotations
 
 import ctypes
+import struct
 from pathlib import Path
 
 import torch
@@ -37,11 +38,30 @@ class Library:
             self.problem = f"{self.path.name} was not built (not found in {self.path.parent})"
             return
         try:
+            _refuse_cut_off(self.path)
             torch.ops.load_library(self.path)
         except (OSError, RuntimeError) as error:
             self.problem = f"{self.path.name} could not be loaded: {error.__cause__ or error}"
         else:
             self.problem = None
+
+
+def _refuse_cut_off(path: Path) -> None:
+    """Raise OSError where the end of a library is missing, as of an interrupted copy: loading it ends the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return  # the loader says what is wrong
+        segments, sections = struct.unpack_from("<QQ", header, 32)
+        segment_bytes, segment_count, section_bytes, section_count = struct.unpack_from("<4H", header, 54)
+        file.seek(segments)
+        table = file.read(segment_bytes * segment_count)
+    ends = [segments + segment_bytes * segment_count, sections + section_bytes * section_count]
+    for at in range(0, len(table) - 39, segment_bytes):
+        offset, size = (struct.unpack_from("<Q", table, at + field)[0] for field in (8, 32))
+        ends.append(offset + size)
+    if (there := path.stat().st_size) < max(ends):
+        raise OSError(f"{path} is cut off: it has {there} of {max(ends)} bytes")
 
 
 core = Library("libmustdrop", ALL_IN_ONE)
