@@ -123,11 +123,11 @@ wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; w
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
 
 $(VENV)/hf-kernels/.ready: | $(VENV)/.packages
-	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(VENV)/hf-kernels kernels
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/hf-kernels kernels tomlkit
 	touch $@
 
 test-hf-kernel: build $(VENV)/hf-kernels/.ready  ## the layout of the Hugging Face hub, loaded by the package kernels
-	PYTHONPATH=$(VENV)/hf-kernels $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py
+	PYTHONPATH=$(VENV)/hf-kernels $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py tests/packaging/test_hf_project.py
 
 # Environments of their own, with the oldest torch that is served and the newest; without a GPU too.
 .venv-torch-oldest: TORCH_THERE := torch==2.10.0
@@ -141,8 +141,9 @@ test-wheel: wheel .venv-torch-oldest .venv-torch-newest  ## that wheel with the 
 	  $$venv/bin/python -m pip install -q --no-deps --no-index --force-reinstall $(DIST)/*.whl && \
 	  (cd tests/packaging && ../../$$venv/bin/python run_wheel.py) || exit 1; done
 
+# Not -q: then --strict would not see the warnings.
 docs: $(VENV)/.packages  ## the documentation as a site, in build/site; a warning is an error
-	$(BIN)/mkdocs build -q --strict
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .
