@@ -38,8 +38,9 @@ demo: build  ## a photograph through a small LLaVA, with and without dropping; w
 bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
 
-figures: build  ## the tables and pictures of README and docs from bench/results
+figures: build  ## the tables and pictures of README and docs, from bench/results and from the operators
 	$(BIN)/python bench/figures.py
+	$(BIN)/python bench/method_figures.py
 	$(BIN)/mustdrop bench --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)

@@ -111,6 +111,17 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "<table>" in (tmp_path / "ops" / "spatial_merge.html").read_text()
 
 
+def test_every_picture_says_what_it_shows() -> None:
+    for page in PAGES:
+        assert "![](" not in (DOCS / page).read_text(), page
+
+
+def test_the_pictures_of_the_method_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(ROOT / "bench/method_figures.py"))["main"](tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "method").iterdir()}
+
+
 def test_every_operator_has_its_page() -> None:
     for op in backends.OPS:
         text = (DOCS / "ops" / f"{op}.md").read_text()
