@@ -38,8 +38,9 @@ demo: build  ## a photograph through a small LLaVA, with and without dropping; w
 bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
 
-figures: build  ## the tables and pictures of README and docs from bench/results
+figures: build  ## the tables and pictures of README and docs, from bench/results and from the operators
 	$(BIN)/python bench/figures.py
+	$(BIN)/python bench/method_figures.py
 	$(BIN)/mustdrop bench --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
@@ -120,14 +121,14 @@ check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target 
 wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90a" make wheel
 	rm -rf build/wheel $(DIST)/*.whl
 	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl
 
 $(VENV)/hf-kernels/.ready: | $(VENV)/.packages
-	$(BIN)/python -m pip install -q --disable-pip-version-check --target $(VENV)/hf-kernels kernels
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(VENV)/hf-kernels kernels tomlkit
 	touch $@
 
 test-hf-kernel: build $(VENV)/hf-kernels/.ready  ## the layout of the Hugging Face hub, loaded by the package kernels
-	PYTHONPATH=$(VENV)/hf-kernels $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py
+	PYTHONPATH=$(VENV)/hf-kernels $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py tests/packaging/test_hf_project.py
 
 # Environments of their own, with the oldest torch that is served and the newest; without a GPU too.
 .venv-torch-oldest: TORCH_THERE := torch==2.10.0
@@ -141,8 +142,9 @@ test-wheel: wheel .venv-torch-oldest .venv-torch-newest  ## that wheel with the 
 	  $$venv/bin/python -m pip install -q --no-deps --no-index --force-reinstall $(DIST)/*.whl && \
 	  (cd tests/packaging && ../../$$venv/bin/python run_wheel.py) || exit 1; done
 
+# Not -q: then --strict would not see the warnings.
 docs: $(VENV)/.packages  ## the documentation as a site, in build/site; a warning is an error
-	$(BIN)/mkdocs build -q --strict
+	$(BIN)/mkdocs build --strict
 
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .

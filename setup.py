@@ -120,6 +120,7 @@ class CMakeBuild(build_ext):
             f"-DMUSTDROP_TORCH={torch_folder()}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMUSTDROP_NATIVE={'OFF' if PORTABLE else 'ON'}",
+            f"-DMUSTDROP_LINE_INFO={'OFF' if PORTABLE else 'ON'}",
             "-DMUSTDROP_CUDA_ARCHS=",
             *cuda_arguments(),
             *shlex.split(os.environ.get("MUSTDROP_CMAKE_ARGS", "")),

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fills in what the pages take from the repository: a line `<!-- mustdrop bench ... -->` becomes what it prints."""
+"""What MkDocs has no syntax for: tables that `mustdrop bench` prints, and formulas.
+
+A line `<!-- mustdrop bench ... -->` becomes what the command prints. A block "```math" and inline $`...`$, which GitHub
+shows as formulas too, become MathML, so that a browser needs no script for them.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ import re
 import shlex
 from typing import Any
 
+from latex2mathml.converter import convert
 from typer.testing import CliRunner
 
 from mustdrop_kernels.cli.app import app
 
 COMMAND = re.compile(r"^<!-- mustdrop (bench [^\n]*) -->$", flags=re.MULTILINE)
+FORMULA = re.compile(r"^```math\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"\$`([^`\n]+)`\$")
 
 
 def printed(words: str) -> str:
@@ -24,4 +31,6 @@ def printed(words: str) -> str:
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """MkDocs calls this for each page."""
-    return COMMAND.sub(lambda found: printed(found[1]), markdown)
+    markdown = COMMAND.sub(lambda found: printed(found[1]), markdown)
+    markdown = FORMULA.sub(lambda found: f'<div class="formula">{convert(found[1], display="block")}</div>', markdown)
+    return INLINE.sub(lambda found: convert(found[1]), markdown)

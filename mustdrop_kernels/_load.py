@@ -8,18 +8,23 @@ where torch has CUDA, since a CPU-only torch has not the symbols that it needs.
 from __future__ import annotations
 
 import ctypes
+import struct
 from pathlib import Path
 
 import torch
 
+from ._namespace import NAMESPACE
+
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
+# kernel-builder of Hugging Face builds one library for all operators, beside the Python files.
+ALL_IN_ONE = next(Path(__file__).parent.glob(f"{NAMESPACE}*.so"), None)
 
 
 class Library:
     """One shared library: where it is, whether it is loaded, and why not."""
 
-    def __init__(self, name: str) -> None:
-        self.path = LIBRARY_FOLDER / f"{name}.so"
+    def __init__(self, name: str, path: Path | None = None) -> None:
+        self.path = path or LIBRARY_FOLDER / f"{name}.so"
         self.problem: str | None = f"{name} has not been loaded"
 
     @property
@@ -33,6 +38,7 @@ class Library:
             self.problem = f"{self.path.name} was not built (not found in {self.path.parent})"
             return
         try:
+            _refuse_cut_off(self.path)
             torch.ops.load_library(self.path)
         except (OSError, RuntimeError) as error:
             self.problem = f"{self.path.name} could not be loaded: {error.__cause__ or error}"
@@ -40,8 +46,26 @@ class Library:
             self.problem = None
 
 
-core = Library("libmustdrop")
-cuda = Library("libmustdrop_cuda")
+def _refuse_cut_off(path: Path) -> None:
+    """Raise OSError where the end of a library is missing, as of an interrupted copy: loading it ends the process."""
+    with path.open("rb") as file:
+        header = file.read(64)
+        if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
+            return  # the loader says what is wrong
+        segments, sections = struct.unpack_from("<QQ", header, 32)
+        segment_bytes, segment_count, section_bytes, section_count = struct.unpack_from("<4H", header, 54)
+        file.seek(segments)
+        table = file.read(segment_bytes * segment_count)
+    ends = [segments + segment_bytes * segment_count, sections + section_bytes * section_count]
+    for at in range(0, len(table) - 39, segment_bytes):
+        offset, size = (struct.unpack_from("<Q", table, at + field)[0] for field in (8, 32))
+        ends.append(offset + size)
+    if (there := path.stat().st_size) < max(ends):
+        raise OSError(f"{path} is cut off: it has {there} of {max(ends)} bytes")
+
+
+core = Library("libmustdrop", ALL_IN_ONE)
+cuda = Library("libmustdrop_cuda", ALL_IN_ONE)
 nvrtc = Library("libmustdrop_nvrtc")  # loaded by the backend `cupy` when it is first called
 
 

@@ -281,8 +281,13 @@ def text_vision_attention(
     sum and take the maximum.
 
     Args:
-        q, k, token_types, scale, lse, backend: as in ``text_vision_scores``.
+        q: (B, Hq, Lq, D) float, the last Lq positions of each sequence.
+        k: (B, Hk, Lk, D), of q's dtype.
+        token_types: (B, Lk) uint8.
+        scale: factor of the scores.
         max_query: number of rows of the result; query rows past it are left out.
+        lse: (B, Hq, Lq) float32, natural logarithm.
+        backend: who computes it.
 
     Returns:
         (B, max_query, Lk) float32: query rows in order, rows that are not there zero, columns that are not VISION zero.

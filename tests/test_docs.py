@@ -34,16 +34,22 @@ pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="not in a source check
 # Where commands that take long, or change this environment, are run.
 RUN_ELSEWHERE = {
     "pip install .": "tests/packaging/test_install.py",
+    "pip install '.[demo]'": "Makefile, with every extra",
+    "pip install 'setuptools>=77' cmake ninja": "Makefile",
+    "pip install --no-build-isolation .": "tests/packaging/test_install.py",
     "MUSTDROP_CUDA_ARCHS=90a pip install .": "tests/packaging/test_install.py",
     "pip install 'mustdrop_kernels[cupy]'": "Makefile, with every extra",
     "pip install 'mustdrop_kernels[cupy12]'": "by hand: the other CUDA",
     "make wheel": "tests/packaging/test_install.py",
     "make test-wheel": "by hand, before a release: docs/release.md",
     "python tools/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
+    "python tools/hf_kernel.py --project build/hf-project": "tests/packaging/test_hf_project.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
     # A model of 7B: the variable and the plug-in are what the tests of the plug-in run, in a real vLLM.
     "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096": "make test-vllm",
 }
+# A page whose code needs what is not installed beside the rest.
+PYTHON_ELSEWHERE = {"install.md": "make test-hf-kernel"}
 # Of the C++ example: tests/frameworks/test_libtorch.py.
 CPP = ("cmake -S examples/libtorch", "cmake --build build/libtorch", "build/libtorch/merge")
 
@@ -76,7 +82,7 @@ def _plan_of_an_engine(model: str, *, hf_overrides: dict[str, Any], **engine: in
     settings.parse(hf_overrides["mustdrop"])
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in PYTHON_ELSEWHERE])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page one after another, as a reader runs them."""
     if "jax" in (DOCS / page).read_text():
@@ -86,27 +92,34 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     space: dict[str, Any] = {}
     if page == "engines.md" and find_spec("vllm") is None:
         monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=_plan_of_an_engine))
-    if page == "index.md":
-        picture = tiny_llava.picture()
-        space["inputs"] = tiny_llava.processor()(images=picture, text=tiny_llava.PROMPT, return_tensors="pt")
-        space["model"] = tiny_llava.model(layers=16)
     for number, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"docs/{page}, Python block {number}", "exec"), space)
 
 
 def test_every_block_is_of_a_language_that_is_run() -> None:
     found = {match for page in PAGES for match in re.findall(r"^```(\w*)\n", (DOCS / page).read_text(), re.MULTILINE)}
-    assert found <= {"python", "bash", "text", "json"} | {""}  # "" ends a block
+    assert found <= {"python", "bash", "text", "json", "math"} | {""}  # "" ends a block; the site builds formulas
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert "<table>" in (tmp_path / "ops" / "spatial_merge.html").read_text()
+
+
+def test_every_picture_says_what_it_shows() -> None:
+    for page in PAGES:
+        assert "![](" not in (DOCS / page).read_text(), page
+
+
+def test_the_pictures_of_the_method_are_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    runpy.run_path(str(ROOT / "bench/method_figures.py"))["main"](tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "method").iterdir()}
 
 
 def test_every_operator_has_its_page() -> None:

@@ -5,24 +5,10 @@
 
 #include <cstdint>
 
-#define __global__ inline
-#define __device__
-#define __host__
-#define __shared__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __grid_constant__
+#include "common/host_types.h"
 
-struct dim3 {
-  unsigned x, y, z;
-  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
+#define __global__ inline
+#define __shared__
 
 extern const dim3 threadIdx, blockIdx, blockDim, gridDim;
 

@@ -207,27 +207,15 @@ def _has_kernel(op: str, dispatch_key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{op}", dispatch_key)
 
 
-def _builtin_cpu() -> Backend:
-    kernels: dict[str, Implementation] = {}
-    if _load.core.loaded:
-        # Taken now: MUSTDROP_BACKEND may put another backend on this dispatch key.
-        for op in filter(lambda op: _has_kernel(op, "CPU"), OPS):
-            kernel = torch.library.get_kernel(f"{NAMESPACE}::{op}", "CPU")
-            kernels[op] = _boxed(kernel)
-
-    def why_not(op: str, device_type: str) -> str | None:
-        if device_type != "cpu":
-            return "it serves CPU tensors"
-        if _load.core.problem is not None:
-            return _load.core.problem
-        return None if op in kernels else "libmustdrop was built without a kernel for it"
-
-    return Backend("cpu", kernels.__getitem__, why_not, "C++ kernels, torch's thread pool", in_dispatcher=True)
+def _library_kernels(dispatch_key: str) -> dict[str, Implementation]:
+    """The C++ libraries' kernels. Taken at import: another backend may be put on this dispatch key later."""
+    ops = filter(lambda op: _has_kernel(op, dispatch_key), OPS if _load.core.loaded else ())
+    return {op: _boxed(torch.library.get_kernel(f"{NAMESPACE}::{op}", dispatch_key), dispatch_key) for op in ops}
 
 
-def _boxed(kernel: object) -> Implementation:
+def _boxed(kernel: object, dispatch_key: str) -> Implementation:
     """A dispatcher kernel as a function of the schema's arguments."""
-    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
     def call(*args: object, **kwargs: object) -> object:
         return kernel.call_boxed(keys, *args, **kwargs)  # type: ignore[attr-defined]
@@ -235,15 +223,18 @@ def _boxed(kernel: object) -> Implementation:
     return call
 
 
-def _builtin_cuda() -> Backend:
-    def why_not(op: str, device_type: str) -> str | None:
-        if device_type != "cuda":
-            return "it serves CUDA tensors"
-        if _load.cuda.problem is not None:
-            return _load.cuda.problem
-        return None if _has_kernel(op, "CUDA") else "libmustdrop_cuda was built without a kernel for it"
+def _builtin(device_type: str, library: _load.Library, description: str) -> Backend:
+    """What a C++ library has registered for a device, under the device's name."""
+    kernels = _library_kernels(device_type.upper())
 
-    return Backend("cuda", operator, why_not, "CUDA C++ kernels", in_dispatcher=True)
+    def why_not(op: str, on: str) -> str | None:
+        if on != device_type:
+            return f"it serves {device_type.upper()} tensors"
+        if library.problem is not None:
+            return library.problem
+        return None if op in kernels else f"{library.path.stem} was built without a kernel for it"
+
+    return Backend(device_type, kernels.__getitem__, why_not, description, in_dispatcher=True)
 
 
 def _builtin_reference() -> Backend:
@@ -267,8 +258,8 @@ def _builtin_cupy() -> Backend:
     return Backend("cupy", cupy.implementation, cupy.why_not, "the CUDA kernels, compiled by NVRTC on first use")
 
 
-register_backend(_builtin_cpu())
-register_backend(_builtin_cuda())
+register_backend(_builtin("cpu", _load.core, "C++ kernels, torch's thread pool"))
+register_backend(_builtin("cuda", _load.cuda, "CUDA C++ kernels"))
 register_backend(_builtin_triton())
 register_backend(_builtin_cupy())
 register_backend(_builtin_reference())

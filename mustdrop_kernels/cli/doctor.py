@@ -7,6 +7,7 @@ import importlib.util
 import os
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -63,6 +64,9 @@ def judge(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[st
         problems.append(f"no device here has every operator; the CPU lacks {', '.join(unserved['cpu'])}")
         remedy = f"Unset MUSTDROP_BACKEND={asked}" if asked else _REBUILD
         advice.append(f"{remedy}; {REFERENCE_ONLY}.")
+    if torch.version.cuda is not None and _load.cuda.path.is_file() and not _load.cuda.loaded:
+        problems.append(str(_load.cuda.problem))
+        advice.append(f"{_REBUILD}, or install the wheel again.")
     advice += _advice_for_gpu(found, unserved["cuda"])
     if isinstance(found["build"], dict) and found["build"].get("version") != found["versions"]["mustdrop_kernels"]:
         advice.append(f"The library is of version {found['build'].get('version')}. {_REBUILD}.")
@@ -93,7 +97,8 @@ def _advice_for_gpu(found: dict[str, Any], unserved: list[str]) -> list[str]:
         return [
             "Nobody serves the GPU: build the CUDA library, nvcc is there: pip install --force-reinstall --no-deps ."
         ]
-    return ["Nobody serves the GPU: pip install triton, or install the CUDA toolkit (nvcc) and build again."]
+    cupy = f"pip install cupy-cuda{str(torch.version.cuda).split('.')[0]}x, or " if torch.version.cuda else ""
+    return [f"Nobody serves the GPU: pip install triton, or {cupy}install the CUDA toolkit (nvcc) and build again."]
 
 
 def _try_it() -> str:

@@ -11,7 +11,7 @@ import sys
 import pytest
 import torch
 
-from mustdrop_kernels import backends
+from mustdrop_kernels import _load, backends
 from mustdrop_kernels.backends import Backend
 from mustdrop_kernels.cli import doctor, facts, selfcheck
 
@@ -133,6 +133,17 @@ def test_without_the_library(prelude, reason, advice) -> None:
     assert not found["libraries"][0]["loaded"]
     assert all(row["served_by"] is None for row in found["operators"])
     assert reason in found["operators"][0]["why_not"]["cpu"]
+
+
+def test_a_cuda_library_that_does_not_load_is_a_problem(document, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_load.cuda, "path", tmp_path / "libmustdrop_cuda.so")
+    monkeypatch.setattr(_load.cuda, "problem", "libmustdrop_cuda.so could not be loaded: it is cut off")
+    assert doctor.judge(document, ["cpu"])[0] == []  # not there: others serve
+    _load.cuda.path.touch()
+    problems, advice = doctor.judge(document, ["cpu"])
+    assert problems == ["libmustdrop_cuda.so could not be loaded: it is cut off"]
+    assert "install the wheel again" in advice[0]
 
 
 def test_without_the_library_in_words() -> None:

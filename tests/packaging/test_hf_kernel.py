@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -24,9 +25,26 @@ spec = importlib.util.spec_from_file_location(name, variant / "__init__.py")
 hub = sys.modules[name] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(hub)
 """
+OLDER_KERNELS = """
+import importlib, json
+(variant,) = (folder / "build").iterdir()
+sys.path.insert(0, str(variant))
+older = importlib.import_module(json.loads((variant / "metadata.json").read_text())["name"].replace("-", "_"))
+sys.path.remove(str(variant))
+del sys.modules[older.__name__]
+hub = sys.modules[json.loads((variant / "metadata.json").read_text())["id"]]
+assert older.spatial_merge is hub.spatial_merge
+"""
 BY_KERNELS = """
 from kernels import get_local_kernel
 hub = get_local_kernel(folder, backend="cpu")
+"""
+# As a user of the hub writes it; the repository's place is told instead of downloaded.
+OF_THE_HUB = """
+import os
+os.environ |= {"LOCAL_KERNELS": f"someone/mustdrop-kernels={folder}", "HF_HUB_OFFLINE": "1"}
+from kernels import get_kernel
+hub = get_kernel("someone/mustdrop-kernels", version=1, backend="cpu")
 """
 CALL = """
 import mustdrop_kernels as installed
@@ -49,19 +67,46 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+needs_kernels = pytest.mark.skipif(find_spec("kernels") is None, reason="the package kernels: make test-hf-kernel")
+
+
+def run(code: str, folder: Path, **environment: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     "load",
     [
         pytest.param(BY_HAND, id="by hand"),
-        pytest.param(
-            BY_KERNELS,
-            id="by kernels",
-            marks=pytest.mark.skipif(find_spec("kernels") is None, reason="the package kernels: make test-hf-kernel"),
-        ),
+        pytest.param(OLDER_KERNELS, id="by older versions of kernels"),
+        pytest.param(BY_KERNELS, id="get_local_kernel", marks=needs_kernels),
+        pytest.param(OF_THE_HUB, id="get_kernel", marks=needs_kernels),
     ],
 )
 def test_a_copy_beside_the_installed_package(load: str, repository: Path) -> None:
-    code = f"import pathlib, sys, torch\nfolder = pathlib.Path({str(repository)!r})\n{load}{CALL}"
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    run(f"import pathlib, sys, torch\nfolder = pathlib.Path({str(repository)!r})\n{load}{CALL}", repository)
+
+
+@needs_kernels
+def test_its_metadata_is_what_the_hub_wants(repository: Path) -> None:
+    code = """
+from pathlib import Path
+from kernels._rust import Backend, Digest, DigestAlgorithm, Metadata
+(variant,) = Path("build").iterdir()
+metadata = Metadata.read_from_file(variant / "metadata.json")
+metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+assert metadata.id.startswith("_mustdrop_kernels_cpu_") and str(metadata.name) == "mustdrop-kernels"
+assert metadata.backend.backend_type == Backend.CPU and metadata.version == 1
+"""
+    run(code, repository)
+
+
+@needs_kernels
+def test_the_documentation_s_code(repository: Path, tmp_path: Path) -> None:
+    """docs/install.md, where its command has laid the repository out."""
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "hf").symlink_to(repository)
+    (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/install.md").read_text(), re.DOTALL | re.MULTILINE)
+    run(block, tmp_path)

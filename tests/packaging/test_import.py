@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import pytest
 
 import mustdrop_kernels
 
@@ -89,6 +92,61 @@ def test_broken_library_gives_the_loader_s_reason(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "libmustdrop.so could not be loaded" in done.stderr
     assert "file too short" in done.stderr or "invalid ELF header" in done.stderr
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99], ids="the first {:.0%}".format)
+def test_a_library_that_was_cut_off_is_not_loaded(share: float, tmp_path: Path) -> None:
+    """The loader would map what is not there, and the process would end on a bus error."""
+    library = copy_package(tmp_path) / "lib" / "libmustdrop.so"
+    whole = library.read_bytes()
+    library.write_bytes(whole[: int(share * len(whole))])
+    done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
+    assert done.returncode == 1
+    assert f"is cut off: it has {library.stat().st_size} of {len(whole)} bytes" in done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ the CUDA library
+
+WITH_CUDA = """
+import torch
+torch.version.cuda = "13.0"
+import mustdrop_kernels as mk
+from mustdrop_kernels import _load, backends
+assert _load.core.loaded
+print(backends.registered()["cuda"].why_not("gather_tokens", "cuda"))
+"""
+UNDEFINED = 'extern "C" int aoti_torch_no_such(); static int x = aoti_torch_no_such();'
+
+
+def compiled(source: str, library: Path) -> None:
+    if shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    subprocess.run(["g++", "-x", "c++", "-shared", "-fPIC", "-", "-o", library], input=source, text=True, check=True)
+
+
+def cut(library: Path) -> None:
+    content = (library.parent / "libmustdrop.so").read_bytes()
+    library.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        pytest.param(lambda library: None, "libmustdrop_cuda.so was not built (not found in ", id="missing"),
+        pytest.param(cut, "libmustdrop_cuda.so is cut off: it has ", id="cut off"),
+        pytest.param(Path.touch, "libmustdrop_cuda.so could not be loaded: ", id="empty"),
+        pytest.param(lambda library: compiled(UNDEFINED, library), "undefined symbol: aoti_torch_no_such", id="symbol"),
+        pytest.param(lambda library: compiled("", library), "was built without a kernel for it", id="no kernels"),
+    ],
+)
+def test_a_broken_cuda_library_gives_the_real_reason(make: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
+    """And the CPU goes on; as on a torch with CUDA."""
+    library = copy_package(tmp_path) / "lib" / "libmustdrop_cuda.so"
+    library.unlink(missing_ok=True)
+    make(library)
+    done = run_python(WITH_CUDA, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert reason in done.stdout
 
 
 def test_cpu_capability_is_obeyed_or_refused() -> None:

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 import torch
 
 from ... import _load
+from ..lazy import when_called
 
 
 def why_not(op: str, device_type: str) -> str | None:
@@ -31,15 +32,11 @@ def why_not(op: str, device_type: str) -> str | None:
 
 def implementation(op: str) -> Callable[..., object]:
     """The operator as a function that imports CuPy and loads the launchers when it is first called."""
-    kernel: Callable[..., object] | None = None
 
-    def call(*args: object, **kwargs: object) -> object:
-        nonlocal kernel
-        if kernel is None:
-            from . import gpu, launchers
+    def kernel() -> Callable[..., object]:
+        from . import gpu, launchers
 
-            launchers.connect_once(gpu.Gpu)
-            kernel = getattr(torch.ops.mustdrop_nvrtc, op).default
-        return kernel(*args, **kwargs)
+        launchers.connect_once(gpu.Gpu)
+        return getattr(torch.ops.mustdrop_nvrtc, op).default
 
-    return call
+    return when_called(kernel)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from ..lazy import when_called
+
 OLDEST = (3, 4)
 
 # Which file of this folder holds an operator.
@@ -73,14 +75,11 @@ def why_not(op: str, device_type: str) -> str | None:
 
 def implementation(op: str) -> Callable[..., object]:
     """The operator as a function that imports Triton and the operator's file when it is first called."""
-    kernel: Callable[..., object] | None = None
 
-    def call(*args: object, **kwargs: object) -> object:
-        nonlocal kernel
-        if kernel is None:
-            kernel = getattr(import_module(f"{__name__}.{MODULES[op]}"), op)
-            if os.environ.get("MUSTDROP_AUTOTUNE") == "1" and op not in IN_PLACE and not interpreted():
-                kernel = import_module(f"{__name__}.autotune").tuned(kernel)
-        return kernel(*args, **kwargs)
+    def kernel() -> Callable[..., object]:
+        found: Callable[..., object] = getattr(import_module(f"{__name__}.{MODULES[op]}"), op)
+        if os.environ.get("MUSTDROP_AUTOTUNE") == "1" and op not in IN_PLACE and not interpreted():
+            found = import_module(f"{__name__}.autotune").tuned(found)
+        return found
 
-    return call
+    return when_called(kernel)
