@@ -67,7 +67,7 @@ def cases():
 
 
 @pytest.mark.parametrize("rows", [ONE, None], ids=["one", "padded"])
-@pytest.mark.parametrize(("name", "kind"), cases())
+@pytest.mark.parametrize(("name", "kind"), [*cases()])
 def test_decoding_is_one_graph(name, kind, rows):
     """Compiled once, in the first step after the prompt; fullgraph=True makes a break an error."""
     model, inputs, config = fresh(name), inputs_of(name, rows), MustDropConfig(**CONFIGS[kind])
@@ -189,7 +189,7 @@ def ways():
         yield pytest.param(way, when, cache, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("way", "when", "cache"), ways())
+@pytest.mark.parametrize(("way", "when", "cache"), [*ways()])
 def test_compiled_by_the_user(way, when, cache):
     inputs, config, graphs = inputs_of("llava"), MustDropConfig(**CONFIGS["no eviction"]), Graphs()
     settings = {**STATIC, "disable_compile": True} if cache == "static" else {}

@@ -101,6 +101,7 @@ class _Session:
         self.vision = vision_stage(family, config, self.stopwatch)
         self._undone = UndoneForward()
         self._input_ids: Tensor | None = None  # of the pass that is running
+        self._mask: Tensor | None = None  # (B, L) of the pass that comes
         self._prompt_length: int | None = None  # of what generate() was given
         self._guesses: dict[str, Any] | None = None  # of an assistant, behind the prompt that is read
         self._forward_hooks = contextlib.ExitStack()
@@ -149,8 +150,9 @@ class _Session:
             self._hook_layers(())
             self.listen()
 
-    def listen(self) -> None:
-        """Puts the hooks of a forward pass on."""
+    def listen(self, mask: Any = None) -> None:
+        """Puts the hooks of a forward pass on; `mask` (B, L) is what generate() makes another of for a static cache."""
+        self._mask = mask
         if self._listening:
             return
         model, body, language = self.family.model, self.family.body, self.family.language_model
@@ -258,13 +260,16 @@ class _Session:
         kwargs[CACHE] = self._cache_for_prompt(given, kwargs.get("use_cache"))
         images, self.vision.encoded = self.vision.encoded, {}
         kwargs, self._guesses = self._without_guesses(kwargs)
+        mask = kwargs.get("attention_mask")
+        if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+            mask = self._mask  # generate() has made another of it, for a static cache
         step = Prefill(
             self.family,
             self.config,
             self.stopwatch,
             images,
             self._input_ids,
-            kwargs,
+            {**kwargs, "attention_mask": mask},
             kwargs[CACHE],
             heat_maps=self.heat_maps,
         )

@@ -21,6 +21,8 @@ from .patching import patch
 from .static_cache import DropStaticCache, books_of
 from .undo import undone_on_error
 
+MASKS = "create_masks_for_generate"
+OLD_MASKS = "_prepare_4d_causal_attention_mask_with_cache_position"  # of some models in transformers 4
 DYNAMIC = (None, "dynamic", "dynamic_full")
 
 
@@ -32,8 +34,8 @@ class Session(Protocol):
     def begin(self, prompt_length: int | None, pictures: bool) -> Any:
         """A prompt is about to be read; leaving what this returns, as a context, ends it."""
 
-    def listen(self) -> None:
-        """Puts the hooks of a forward pass on."""
+    def listen(self, mask: Any = None) -> None:
+        """Puts the hooks of a forward pass on; `mask` (B, L) is what generate() makes another of for a static cache."""
 
     def rest(self, own: dict[int, Any]) -> None:
         """Takes them off; layers in `own` go on finding their inputs in the cache."""
@@ -44,7 +46,9 @@ def install(stack: contextlib.ExitStack, session: Session) -> None:
     model = session.family.model
     patch(stack, model, "generate", _wrap_generate(session, model.generate))
     patch(stack, model, "prepare_inputs_for_generation", _wrap_prepare(session, model.prepare_inputs_for_generation))
-    patch(stack, model, "create_masks_for_generate", _wrap_masks(getattr(model, "create_masks_for_generate", None)))
+    patch(stack, model, MASKS, _wrap_masks(getattr(model, MASKS, create_masks_for_generate)))
+    if hasattr(model, OLD_MASKS):
+        patch(stack, model, OLD_MASKS, _wrap_masks(getattr(model, OLD_MASKS)))
 
 
 def _wrap_generate(session: Session, generate: Callable[..., Any]) -> Callable[..., Any]:
@@ -106,7 +110,9 @@ def _wrap_prepare(session: Session, prepare: Callable[..., Any]) -> Callable[...
         cache, mask = books_of(inputs.get(CACHE)), kwargs.get("attention_mask")
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
         if tokens.shape[1] > 1 or cache is None or not _begun(cache):
-            session.listen()
+            session.listen(mask)
+            if isinstance(cache, DropStaticCache) and cache.shortened:
+                inputs["attention_mask"] = mask
         elif needs_nothing(cache, session.family, mask):
             session.rest({})
         elif isinstance(cache, DropStaticCache):
@@ -126,17 +132,15 @@ def _begun(cache: Any) -> bool:
     return bool(cache.layers) and bool(cache.layers[0].is_initialized) and cache.layers[0].keys is not None
 
 
-def _wrap_masks(create: Callable[..., Any] | None) -> Callable[..., Any]:
-    """For a static cache generate() makes masks before the pass: of a prompt, or after drops, others are needed."""
-    make: Callable[..., Any] = create_masks_for_generate if create is None else create
+def _wrap_masks(create: Callable[..., Any]) -> Callable[..., Any]:
+    """For a static cache generate() makes masks before a pass, of the plain length; after drops others are needed."""
 
-    @functools.wraps(make)
+    @functools.wraps(create)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         cache = books_of(kwargs.get(CACHE, kwargs.get(OLD_CACHE)))
-        embeds: Any = kwargs.get("inputs_embeds", kwargs.get("input_embeds"))
-        if (isinstance(cache, Shortened) and cache.shortened) or embeds.shape[1] > 1:
-            return kwargs.get("attention_mask")
-        return make(*args, **kwargs)
+        if isinstance(cache, Shortened) and cache.shortened:
+            return None
+        return create(*args, **kwargs)
 
     return wrapped
 

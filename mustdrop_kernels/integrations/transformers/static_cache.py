@@ -69,8 +69,9 @@ class DropStaticLayer(StaticLayer):
 
     def reset(self) -> None:
         """Forgets everything."""
+        length = self.cumulative_length
         super().reset()
-        self.cumulative_length.zero_()
+        self.cumulative_length = length.zero_()  # the same tensor, which transformers 4 takes away
         self.dropped.zero_()
         self.mode = "whole"
         self.books.forget()

@@ -18,7 +18,7 @@ class Uncompiled:
     def set(self, on: bool) -> None:
         """On: compiled functions run uncompiled. Where nothing can have been compiled yet, nothing is loaded."""
         if on and self._stance is None and "torch._dynamo" in sys.modules:
-            self._stance = torch.compiler.set_stance("force_eager")  # type: ignore[no-untyped-call]
+            self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
         elif not on and self._stance is not None:
             stance, self._stance = self._stance, None
