@@ -198,8 +198,8 @@ class Shortened:
         books = self.books
         books.held, books.prompt_length, books.renumbered = list(held), prompt_length, renumbered
 
-    def stored(self, layer: int, length: int) -> tuple[Tensor, Tensor]:  # (B, Hk, length, D) each
-        """The keys and values of a layer, of so many slots that are filled."""
+    def stored(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:  # (B, Hk, length, D) each
+        """The keys and values of a layer: of so many slots, or of all that it has."""
         entry = self.layers[layer]
         return entry.keys[:, :, :length], entry.values[:, :, :length]
 
