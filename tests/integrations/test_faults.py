@@ -110,7 +110,7 @@ def attached_inside(model):
         if key.endswith(("forward_hooks", "forward_pre_hooks")):
             state[name, key] = [getattr(hook, "func", hook).__qualname__ for _, hook in value]
         elif "_hooks_" in key:
-            state[name, key] = len(value)
+            state[name, key] = len(value) if isinstance(value, tuple) else value
     return [state, *others]
 
 
