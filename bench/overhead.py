@@ -4,14 +4,17 @@
 Three prompts: text alone inside the context against plain generation (the hooks and nothing else), an image that keeps
 all its tokens, and one that loses most of them. Both sides run in turn, so that a busy machine slows both alike.
 
-    python bench/overhead.py --threads 2 --json overhead.json
+    python bench/overhead.py --threads 2 --json bench/results/cpu/overhead.json
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
+import math
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -22,6 +25,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from mustdrop_kernels.bench import machine
 from mustdrop_kernels.cli import measure
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.files import write_text
 from mustdrop_kernels.integrations.transformers import drop_tokens
 
 IMAGE = 5
@@ -70,36 +74,75 @@ def inputs(image: bool) -> dict[str, torch.Tensor]:
 def compare(
     model: LlavaForConditionalGeneration, prompt: dict, config: MustDropConfig, tokens: int, turns: int
 ) -> dict:
-    """Medians of milliseconds per decoded token, and of the ratio of neighbouring runs."""
+    """Milliseconds per decoded token, and their ratio in neighbouring runs, which a busy machine slows alike."""
     times: dict[str, list[float]] = {"plain": [], "drop_tokens": []}
     cache = None
     for turn in range(turns + 1):
         for side in ("plain", "drop_tokens") if turn % 2 else ("drop_tokens", "plain"):
             with contextlib.ExitStack() as stack:
                 report = stack.enter_context(drop_tokens(model, config)) if side == "drop_tokens" else None
-                run = measure.generate(model, prompt, tokens)
+                decode_ms = statistics.median(step_ms(model, prompt, tokens))
             if turn:  # the first warms up
-                times[side].append(run.decode_ms)
+                times[side].append(decode_ms)
             if report is not None and report.prompts:
                 cache = {"plain": report.last.plain_cache.bytes, "drop_tokens": report.last.final_cache.bytes}
     ratios = [ours / plain for plain, ours in zip(times["plain"], times["drop_tokens"], strict=True)]
     return {
         "decode_ms": {side: statistics.median(values) for side, values in times.items()},
         "ratio": statistics.median(ratios),
-        "ratio_quartiles": statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios,
+        "ratio_interval": median_interval(ratios),
         "cache_bytes": cache,
     }
+
+
+def step_ms(model: LlavaForConditionalGeneration, prompt: dict, tokens: int) -> list[float]:
+    """Of each token after the first; their median does not see the step in which something else ran."""
+    clock = measure.Clock()
+    with torch.inference_mode():
+        model.generate(**prompt, max_new_tokens=tokens, do_sample=False, streamer=clock)
+    return [1000 * (after - before) for before, after in itertools.pairwise(clock.times)]
+
+
+def median_interval(values: list[float]) -> tuple[float, float]:
+    """Values between which the median lies with a confidence of 95%: order statistics, no shape assumed."""
+    values, count = sorted(values), len(values)
+    tail, rank = 0.0, 0  # P(rank or fewer of the values lie below the median) = tail
+    while rank < count // 2 and tail + math.comb(count, rank) / 2**count <= 0.025:
+        tail += math.comb(count, rank) / 2**count
+        rank += 1
+    rank = max(rank - 1, 0)
+    return values[rank], values[count - 1 - rank]
+
+
+def markdown(document: dict) -> str:
+    """The rows as a table."""
+    lines = ["| prompt | plain | with `drop_tokens` | difference |", "|---|---|---|---|"]
+    for name, row in document["rows"].items():
+        plain, ours = row["decode_ms"].values()
+        lines.append(f"| {name} | {plain:.2f} ms | {ours:.2f} ms | {_change(row)} |")
+    about = document["machine"]
+    lines += ["", f"*per decoded token, 95% intervals, {about['name']}, {document['settings']['threads']} threads*"]
+    return "\n".join(lines)
+
+
+def _change(row: dict) -> str:
+    middle, low, high = (100 * (value - 1) for value in (row["ratio"], *row["ratio_interval"]))
+    return f"{middle:+.2f}% ({low:+.2f} to {high:+.2f})"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results there")
+    parser.add_argument("--load", type=Path, help="measure nothing; print the table of such a file")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--turns", type=int, default=11)
+    parser.add_argument("--turns", type=int, default=31)
     options = parser.parse_args()
+    if options.load:
+        print(markdown(json.loads(options.load.read_text())))
+        return
     torch.set_num_threads(options.threads)
     model = build(options.layers, options.width)
     keep_all = MustDropConfig.preset("keep-all").for_depth(options.layers)
@@ -109,18 +152,17 @@ def main() -> None:
         "image, all kept": (inputs(image=True), keep_all),
         "image, budget-64": (inputs(image=True), budget),
     }
-    rows = {}
-    for name, (prompt, config) in cases.items():
-        rows[name] = row = compare(model, prompt, config, options.tokens, options.turns)
-        plain, ours = row["decode_ms"].values()
-        low, _, high = row["ratio_quartiles"] if len(row["ratio_quartiles"]) == 3 else (row["ratio"],) * 3
-        change = f"{100 * (row['ratio'] - 1):+.2f}% ({100 * (low - 1):+.2f} .. {100 * (high - 1):+.2f})"
-        print(f"{name:18} {plain:8.3f} ms {ours:8.3f} ms  {change}")
+    rows = {name: compare(model, *case, options.tokens, options.turns) for name, case in cases.items()}
+    settings = {key: value for key, value in vars(options).items() if key not in ("json", "load")}
+    document = {
+        "command": shlex.join(["python", *sys.argv]),
+        "settings": settings,
+        "machine": machine.describe(torch.device("cpu"), options.threads),
+        "rows": rows,
+    }
+    print(markdown(document))
     if options.json:
-        described = machine.describe(torch.device("cpu"), options.threads)
-        settings = {key: value for key, value in vars(options).items() if key != "json"}
-        document = {"command": sys.argv[1:], "settings": settings, "machine": described, "rows": rows}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(options.json, json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -325,12 +325,17 @@ def evict(
     held: Sequence[Tokens],  # per layer: whose keys and values these are, left-padded to L_i
     survivors: Tokens,
     *,
+    align_end: bool = True,
     backend: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:  # per layer views (B, Hk, survivors.length, D) of the same memory
-    """Cuts the cache of each layer, in place, to the tokens that survived; all layers in one launch."""
+    """Cuts the cache of each layer, in place, to the tokens that survived; all layers in one launch.
+
+    They stand at the end of the memory, the last token of each row last; with `align_end` False at its beginning, the
+    first of each row first.
+    """
     keep = slots_of(held, survivors)
     with torch.no_grad():
-        ops.compact_kv_(keys, values, keep, [survivors.counts] * len(held), align_end=True, backend=backend)
+        ops.compact_kv_(keys, values, keep, [survivors.counts] * len(held), align_end=align_end, backend=backend)
     width = survivors.length
-    last = lambda x: x.narrow(2, x.shape[2] - width, width)  # noqa: E731
-    return [(last(key), last(value)) for key, value in zip(keys, values, strict=True)]
+    part = lambda x: x.narrow(2, x.shape[2] - width if align_end else 0, width)  # noqa: E731
+    return [(part(key), part(value)) for key, value in zip(keys, values, strict=True)]

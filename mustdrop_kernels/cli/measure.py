@@ -14,7 +14,7 @@ from transformers.generation.streamers import BaseStreamer
 WHAT = "prefill: from the call to the first token, vision tower included; decode: mean of the tokens after it"
 
 
-class _Clock(BaseStreamer):
+class Clock(BaseStreamer):
     """Notes when each new token is on the host."""
 
     def __init__(self) -> None:
@@ -45,7 +45,7 @@ class Run:
 
 def generate(model: Any, inputs: Any, max_new_tokens: int) -> Run:
     """Greedy generation for one prompt, timed."""
-    clock = _Clock()
+    clock = Clock()
     with torch.inference_mode():
         start = time.perf_counter()
         sequences = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, streamer=clock)

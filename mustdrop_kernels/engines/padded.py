@@ -91,13 +91,19 @@ class PaddedPrompts(Prompts["Pruned | None"]):
         self,
         keys: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
         values: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
+        *,
+        to_front: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:  # per moving layer (B, Hk, left, D), views of the same memory
-        """Stage 3: cuts the caches of the layers ``moving`` to what is left; ``held`` follows."""
+        """Stage 3: cuts the caches of the layers ``moving`` to what is left; ``held`` follows.
+
+        The views are the ends of the caches. With `to_front` they are their beginnings, unless rows are padded.
+        """
         layers = self.moving
         if not layers:
             return []
         held = [self.held[i] for i in layers]
-        cut = stages.evict(keys, values, held, self.tokens, backend=self.config.backend)
+        align_end = self.tokens.padded or not to_front
+        cut = stages.evict(keys, values, held, self.tokens, align_end=align_end, backend=self.config.backend)
         for i in layers:
             self.held[i] = self.tokens
         return cut

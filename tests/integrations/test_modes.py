@@ -116,20 +116,6 @@ def test_streaming(capsys):
 # How a model was loaded
 
 
-def test_quantised_weights_stay_as_they_are():
-    """int8 weights by torch's dynamic quantisation: our hooks touch no weight."""
-    model, inputs = copy.deepcopy(model_of("llava")), inputs_of("llava")
-    torch.ao.quantization.quantize_dynamic(model.model.language_model, {nn.Linear}, torch.qint8, inplace=True)
-    layer = model.model.language_model.layers[0].self_attn.q_proj
-    assert type(layer) is not nn.Linear
-    plain = generate(model, inputs)
-    with drop_tokens(model, MustDropConfig.preset("keep-all", pruning_layers=(1, 3))):
-        assert torch.equal(generate(model, inputs).sequences, plain.sequences)
-    _, report = dropped(model, inputs)
-    assert report.last.final_cache.bytes < report.last.plain_cache.bytes
-    assert model.model.language_model.layers[0].self_attn.q_proj is layer
-
-
 def test_layers_placed_by_accelerate():
     """device_map wraps every module's forward; weights that wait on the host come when their layer runs."""
     accelerate = pytest.importorskip("accelerate", reason="device_map needs accelerate")
@@ -172,9 +158,8 @@ def test_text_alone_gives_the_same_bits():
     layers = model.model.language_model.layers
     with drop_tokens(model, CONFIGS["budgets"]) as report:
         generate(model, inputs_of("llava_next", ONE))
-        assert all(layer._forward_pre_hooks for layer in layers)
-        output = generate(model, inputs)
         assert not any(layer._forward_pre_hooks for layer in layers)  # so it runs at plain speed
+        output = generate(model, inputs)
         report.prompts.clear()
         generate(model, inputs)
     assert torch.equal(output.sequences, plain.sequences)

@@ -5,5 +5,6 @@ from __future__ import annotations
 
 from .cache import DropCache
 from .context import drop_tokens
+from .static_cache import DropStaticCache
 
-__all__ = ["DropCache", "drop_tokens"]
+__all__ = ["DropCache", "DropStaticCache", "drop_tokens"]

@@ -61,20 +61,21 @@ AttentionInterface.register(NAME, watched_attention)
 class _Past:
     """Says to transformers' mask function, in place of a cache, how many tokens stand before the new ones."""
 
-    is_compileable = False
+    def __init__(self, length: int | Tensor, size: int | None) -> None:
+        self.length, self.size = length, size
+        self.is_compileable = size is not None  # then a mask is made even where all is seen, as for a static cache
 
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def get_query_offset(self, layer_idx: int = 0) -> int:
+    def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         return self.length
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:  # what earlier versions of transformers 5 ask for
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # what earlier versions of transformers 5 ask for
         return self.length
 
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
+        if self.size is not None:
+            return self.size, 0
         new = query if isinstance(query, int) else query.shape[0]
-        return self.length + new, 0
+        return int(self.length) + new, 0
 
 
 _create_causal_mask: Callable[..., Any] = masking_utils.create_causal_mask
@@ -85,14 +86,18 @@ def causal_mask(
     config: Any,
     hidden: Tensor,  # (B, L, C) of the new tokens
     alive: Tensor | None,  # (B, past + L) bool; None: no padding
-    past: int,
+    past: int | Tensor,
+    size: int | None = None,
 ) -> Any:
-    """transformers' own causal mask, in the form that the model's attention takes, for `past` tokens before these."""
+    """transformers' own causal mask, in the form that the model's attention takes, for `past` tokens before these.
+
+    With `size`, for buffers of so many slots whose first `past` ones are filled; `past` may be on the device then.
+    """
     arguments: dict[str, Any] = {"config": config, "attention_mask": alive}
-    arguments["cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"] = _Past(past)
+    arguments["cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"] = _Past(past, size)
     if "inputs_embeds" in _MASK_ARGUMENTS:  # transformers 5
         return _create_causal_mask(**arguments, inputs_embeds=hidden)
-    positions = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+    positions = torch.arange(hidden.shape[1], device=hidden.device) + past
     return _create_causal_mask(**arguments, input_embeds=hidden, cache_position=positions)
 
 

@@ -20,11 +20,13 @@ from ...parallel import mean_over_ranks
 from ...report import CacheReport, PromptReport, Stopwatch
 from ...stages import Pruned, Tokens
 from .attention import causal_mask
-from .cache import DropCache, Held
+from .books import Held
+from .cache import DropCache
 from .encode import EncodedImage
 from .families import Family
 from .prompt import read_prompt
 from .record import image_reports
+from .static_cache import DropStaticCache
 
 
 class Prefill:
@@ -38,7 +40,7 @@ class Prefill:
         images: Mapping[str, Sequence[EncodedImage]],  # by modality
         input_ids: Tensor | None,  # (B, L)
         inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
-        cache: DropCache | None,
+        cache: DropCache | DropStaticCache | None,
         *,
         heat_maps: bool = False,
     ) -> None:
@@ -48,9 +50,10 @@ class Prefill:
         embeds = inputs["inputs_embeds"]
         positions = family.read_positions(inputs.get("position_ids"), embeds)
         token_ids = {modality: family.token_id(modality) for modality in images}
-        mask, seen = inputs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
+        mask, seen = inputs.get("attention_mask"), 0 if cache is None else cache.seen
         self.past = cache.past(mask, embeds.shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
+        self.static = cache if isinstance(cache, DropStaticCache) else None
         own = mask if mask is None else mask[:, seen:]
         self.prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
         self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
@@ -84,6 +87,8 @@ class Prefill:
             self.plan.past = torch.where(past.real(), int(TokenType.TEXT), int(TokenType.PADDING)).to(torch.uint8)
         if self.plan.whole and not self.shortened:
             return inputs
+        if self.static is not None:
+            self.static.show(layer, self._end(layer))
         inputs = {**inputs, "attention_mask": self._mask(past, hidden)}
         if self.plan.whole:
             return inputs
@@ -99,8 +104,13 @@ class Prefill:
             self._masks[id(past)] = causal_mask(config, hidden, seen.alive, past=length)
         return self._masks[id(past)]
 
+    def _end(self, layer: int) -> int:
+        """Slots that the layer which runs has filled when it attends."""
+        return self.plan.tokens.length + (0 if self.past is None else self.past[layer].length)
+
     def attended(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
         """Scores and selects while a pruning layer's queries (B, Hq, L, D) and keys (B, Hk, L, D) are at hand."""
+        key = key[:, :, : self._end(layer)]  # of a static cache that is the whole buffer
         if self.heat is not None:
             self.heat[layer] = self._look(query, key, scale)
         if layer not in self.config.pruning_layers:
@@ -138,12 +148,15 @@ class Prefill:
         self._rotary = self.family.rotary(hidden, tokens.positions)
         return hidden
 
-    def finish(self, cache: DropCache | None) -> PromptReport:
+    def finish(self, cache: DropCache | DropStaticCache | None) -> PromptReport:
         """After the last layer: cuts the cache and says what was done. Waits for the device."""
         plan, processed = self.plan, list(self.plan.held)
         before = [0] * len(processed) if self.past is None else [past.length for past in self.past]
+        if self.static is not None:
+            for i in range(len(processed)):
+                self.static.show(i, None)
         if cache is not None and not plan.whole:
-            plain = plan.plain.length + (0 if self.past is None else cache.get_seq_length() - processed[0].length)
+            plain = plan.plain.length + (0 if self.past is None else cache.seen - processed[0].length)
             self._commit(cache)
             cache.shorten(plain, self._held(), renumbered=self.config.positions == "published")
         slot_bytes = 0 if cache is None else cache.slot_bytes
@@ -169,24 +182,20 @@ class Prefill:
                 found[id(past), id(tokens)] = own if past is None else past.followed_by(own)
         return [found[id(past), id(tokens)] for past, tokens in pairs]
 
-    def _commit(self, cache: DropCache) -> None:
+    def _commit(self, cache: DropCache | DropStaticCache) -> None:
         """Stage 3."""
         layers = self.plan.moving
         if not layers:
             return
         with self.stopwatch.measure("evict"):
             begins = [0 if self.past is None else self.past[i].length for i in layers]
-            stored = [cache.stored(i) for i in layers]
-            keys, values = zip(
-                *((key[:, :, begin:], value[:, :, begin:]) for (key, value), begin in zip(stored, begins, strict=True)),
-                strict=True,
-            )
-            cut = self.plan.commit(keys, values)
-            for i, begin, old, new in zip(layers, begins, stored, cut, strict=True):
-                key, value = new
-                if begin:
-                    key, value = (torch.cat([x[:, :, :begin], y], dim=2) for x, y in zip(old, new, strict=True))
-                cache.store(i, key, value)
+            stored = [
+                [x[:, :, begin:] for x in cache.stored(i, begin + self.plan.held[i].length)]
+                for i, begin in zip(layers, begins, strict=True)
+            ]
+            cut = self.plan.commit(*zip(*stored, strict=True), to_front=self.static is not None)
+            for i, begin, (key, value) in zip(layers, begins, cut, strict=True):
+                cache.store(i, begin, key, value)
 
 
 def _alive(tokens: Tokens) -> Tensor | None:  # (B, L)

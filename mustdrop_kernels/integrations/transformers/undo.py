@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
+from transformers.cache_utils import Cache
 
-from .cache import DropCache, Mark
+from .books import Mark, Shortened
+from .static_cache import books_of
 
 
 @contextlib.contextmanager
 def undone_on_error(cache: Any) -> Iterator[None]:
     """Where the block raises, what it appended to a ``DropCache`` is taken off."""
-    mark = cache.mark() if isinstance(cache, DropCache) else None
+    mark = cache.mark() if isinstance(cache, Shortened) else None
     try:
         yield
     except BaseException:
@@ -28,19 +32,25 @@ class UndoneForward:
     """The same for a model's forward pass, with hooks: torch calls the second one whatever has happened."""
 
     def __init__(self) -> None:
-        self._begun: tuple[DropCache, Mark] | None = None
+        self._begun: tuple[Any, Mark] | None = None
 
-    def install(self, stack: contextlib.ExitStack, model: nn.Module) -> None:
-        """Adds the hooks; the stack takes them away."""
+    def install(self, stack: contextlib.ExitStack, model: nn.Module, after: Callable[[bool], None]) -> None:
+        """Adds the hooks; the stack takes them away. `after` is told whether the pass went well."""
+        ended = functools.partial(self._ended, after)
         stack.callback(model.register_forward_pre_hook(self._before, with_kwargs=True).remove)
-        stack.callback(model.register_forward_hook(self._after, always_call=True).remove)
+        stack.callback(model.register_forward_hook(ended, always_call=True).remove)
 
     def _before(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        cache = next((given for given in kwargs.values() if isinstance(given, DropCache)), None)
-        self._begun = None if cache is None else (cache, cache.mark())
+        if torch.compiler.is_compiling():
+            return
+        cache = books_of(next((given for given in kwargs.values() if isinstance(given, Cache)), None))
+        self._begun = (cache, cache.mark()) if isinstance(cache, Shortened) else None
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _ended(self, after: Callable[[bool], None], module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
         begun, self._begun = self._begun, None
         if output is None and begun is not None:  # it raised
             cache, mark = begun
             cache.back_to(mark)
+        after(output is not None)

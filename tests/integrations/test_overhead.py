@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What runs in a decode step: no function of ours inside the model, where the model can be left to itself."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tiny_models
+from test_families import BUDGETS, PLAIN, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_static import STATIC
+
+import mustdrop_kernels
+from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.integrations.transformers import drop_tokens
+
+PACKAGE = str(Path(mustdrop_kernels.__file__).parent)
+KEEP_ALL = MustDropConfig.preset("keep-all", pruning_layers=(1, 3))
+BUDGET = MustDropConfig(**PLAIN, **BUDGETS)
+ONE = [[3, ("picture", 1), 8]]
+STEPS = 5
+
+
+class Calls:
+    """Counts our functions that are entered while a step's forward pass runs."""
+
+    def __init__(self, model):
+        self.model, self.depth, self.passes = model, 0, 0
+        self.inside: list[Counter[str]] = []
+
+    def __call__(self, frame, event, argument):
+        code = frame.f_code
+        if code is type(self.model).__call__.__code__ and frame.f_locals.get("self") is self.model:
+            if event == "call":
+                self.inside.append(Counter())
+            self.depth += {"call": 1, "return": -1}.get(event, 0)
+        elif event == "call" and self.depth and code.co_filename.startswith(PACKAGE):
+            self.inside[-1][f"{Path(code.co_filename).stem}.{code.co_name}"] += 1
+
+    def __enter__(self):
+        sys.setprofile(self)
+        return self
+
+    def __exit__(self, *error):
+        sys.setprofile(None)
+
+
+def ours_per_pass(rows, config, **settings):
+    """Of the prompt's pass, then of each step."""
+    model, inputs = model_of("llava"), inputs_of("llava", rows)
+    with drop_tokens(model, config):
+        generate(model, inputs, max_new_tokens=2, **settings)  # after another prompt
+        with Calls(model) as calls:
+            generate(model, inputs, max_new_tokens=STEPS, **settings)
+    assert len(calls.inside) == STEPS
+    return calls.inside
+
+
+@pytest.mark.parametrize("cache", [{}, STATIC], ids=["dynamic", "static"])
+@pytest.mark.parametrize(
+    ("rows", "config"),
+    [([[9], [4]], BUDGET), (ONE, KEEP_ALL), (ONE, BUDGET)],
+    ids=["text alone", "image, all kept", "image, most dropped"],
+)
+def test_nothing_of_ours_runs_in_a_step(rows, config, cache):
+    first, *steps = ours_per_pass(rows, config, **cache)
+    if len(rows[0]) > 1:
+        assert sum(first.values()) > 40  # the counting works
+    for step in steps:
+        # Layer 0, before the first pruning layer, holds more than the others; a static cache's has a mask of its own.
+        own = {"decode.own_inputs": 1} if config is BUDGET and cache and len(rows[0]) > 1 else {}
+        methods = {name.split(".")[1] for name in step.keys() - own.keys()}
+        assert methods <= {"update", "get_seq_length", "get_mask_sizes"}, step  # of the cache's layers
+        assert step["decode.own_inputs"] == own.get("decode.own_inputs", 0)
+
+
+def test_layers_enter_nothing_of_ours():
+    """A growing cache adds no call to any of them."""
+    for rows, config in (([[9], [4]], BUDGET), (ONE, KEEP_ALL), (ONE, BUDGET)):
+        _, *steps = ours_per_pass(rows, config)
+        assert all(step.total() < tiny_models.LAYERS for step in steps), steps
