@@ -41,8 +41,12 @@ RUN_ELSEWHERE = {
     "make test-wheel": "by hand, before a release: docs/release.md",
     "python tools/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
-    # A model of 7B: the variable and the plug-in are what the tests of the plug-in run, in a real vLLM.
+    # A model of 7B: tests/integrations/vllm_plugin/test_http.py runs the command, in a real vLLM.
+    """vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096 --hf-overrides '{"architectures": """
+    """["MustDropLlavaForConditionalGeneration"], "mustdrop": {"preset": "budget-128"}}'""": "make test-vllm",
     "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096": "make test-vllm",
+    "MUSTDROP_VLLM=small-64 vllm serve mustdrop_kernels/evaluation/model --dtype float32 "
+    "--max-num-batched-tokens 4096": "make test-vllm",
 }
 # Of the C++ example: tests/frameworks/test_libtorch.py.
 CPP = ("cmake -S examples/libtorch", "cmake --build build/libtorch", "build/libtorch/merge")
