@@ -25,7 +25,7 @@ import checkpoint
 
 PLAN = {"preset": "64", "pruning_layers": [1, 3, 5]}  # all stages, by thresholds
 IN_FLIGHT = 8
-BLOCKS = 40  # of 32 tokens; a prompt with three pictures takes 15 of them, and gives most of them back
+BLOCKS = 24  # of 32 tokens; a prompt with three pictures takes 15 of them, and gives most of them back
 
 
 class Soak:
