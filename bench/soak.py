@@ -1,52 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random requests through the transformers integration for as long as is asked for, and the memory that they leave.
-
-Every request draws its own prompts (pictures, text between them, padding, texts without a picture), setting, way of
-generating and length; some raise in the middle, some go on with an earlier cache. The resident memory is written down
-after each round; it must not grow.
+"""Random requests through an engine for as long as is asked for, and the memory that they leave.
 
     python bench/soak.py --minutes 60 --json bench/results/soak/transformers.json
+    .venv-vllm/bin/python bench/soak.py --engine vllm --minutes 60 --json bench/results/soak/vllm.json
+    python bench/soak.py --load bench/results/soak/*.json --plot docs/bench/soak.png
+
+Every request draws its own prompts (pictures, text between them, texts without a picture), its way of generating and
+its length; some raise or are aborted in the middle. What a request held must be free after it. The resident memory is
+written down after each round, and a line through the second half of it says how fast it grows: the memory is flat where
+that is surely less than a hundredth of it an hour.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import importlib
+import itertools
 import json
-import random
+import os
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
+
+# Before torch is imported: oneDNN keeps a kernel for each shape that it has seen, 1,024 at most, and a soak sees new shapes
+# for an hour. With so few it is full after the first round, and does not look like a leak.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import tiny_llava
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from scipy import stats
 
 from mustdrop_kernels.bench.machine import describe
-from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.files import write_text
-from mustdrop_kernels.integrations.transformers import drop_tokens
+from mustdrop_kernels.files import read_document, write_text, written_whole
 
+ENGINES = {"transformers": "soak_transformers", "vllm": "soak_vllm"}
+FORMAT = "mustdrop-soak/1"
 ROUND = 20  # requests between two looks at the memory
-CONFIGS = (
-    MustDropConfig(pruning_layers=(1, 3), merge_threshold=0.7),
-    MustDropConfig(pruning_layers=(1, 3), budgets=(60, 30)),
-    MustDropConfig(pruning_layers=(0, 2, 5), budgets=(90, 50, 20), merge_budget=8),
-    MustDropConfig.preset("keep-all", pruning_layers=(1,)),
-    MustDropConfig(merge=False, key_rate=0.0, pruning_layers=(2,)),
-)
-WAYS = ({}, {}, {}, {"do_sample": True}, {"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True})
-WORDS = ("USER:", "What", "is", "in", "the", "image?", "car?", "and", "then", "street?", "ASSISTANT:")
-
-
-class Broken(Exception):
-    """What some requests run into."""
+BLOCKS = 24  # means of the second half that the line goes through, since neighbouring samples are alike
+LIMIT = 0.01  # growth an hour, as a share of the memory, below which it is flat
 
 
 def resident_kb() -> int:
@@ -57,121 +52,136 @@ def resident_kb() -> int:
     raise RuntimeError("/proc/self/status says nothing of VmRSS")
 
 
-def draw_prompt(rng: random.Random) -> str:
-    """Text with 0 to 3 pictures, and text behind them."""
-    parts = []
-    for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
-        parts += [*rng.choices(WORDS, k=rng.randrange(4)), "<image>"]
-    return " ".join([*parts, *rng.choices(WORDS, k=rng.randrange(2, 12))])
+# ------------------------------------------------------------------------------------------------------------ to run
 
 
-class Soak:
-    """A model, its processor, and what the requests came to."""
-
-    def __init__(self, seed: int) -> None:
-        self.rng = random.Random(seed)
-        torch.manual_seed(seed)
-        self.model = tiny_llava.model()
-        self.processor = tiny_llava.processor()
-        self.kinds: Counter[str] = Counter()
-
-    def request(self) -> None:
-        """One context with one or more generations in it."""
-        rng, model = self.rng, self.model
-        texts = [draw_prompt(rng) for _ in range(rng.choice((1, 1, 2, 3)))]
-        pictures = [
-            tiny_llava.picture(rng.randrange(50), flat=rng.choice((0.25, 0.5, 0.75)))
-            for _ in range(sum(text.count("<image>") for text in texts))
-        ]
-        inputs = self.processor(images=pictures or None, text=texts, return_tensors="pt", padding=True)
-        settings = {"max_new_tokens": rng.randrange(1, 12), **rng.choice(WAYS)}
-        self.kinds[f"pictures: {len(pictures)}"] += 1
-        self.kinds[", ".join(settings.keys() - {"max_new_tokens"}) or "greedy"] += 1
-        with drop_tokens(model, rng.choice(CONFIGS)):
-            if rng.random() < 0.1:
-                self._broken(inputs, settings)
-            found = model.generate(**inputs, **settings, return_dict_in_generate=True)
-            plain = found.sequences.shape[0] == inputs["input_ids"].shape[0] and "num_beams" not in settings
-            if plain and pictures and rng.random() < 0.3:
-                self._second_turn(found, inputs)
-
-    def _broken(self, inputs: Any, settings: dict[str, Any]) -> None:
-        layer = self.rng.choice(list(self.model.model.language_model.layers))
-
-        def fail(*args: Any) -> None:
-            raise Broken
-
-        handle = layer.mlp.register_forward_pre_hook(fail)
-        try:
-            self.model.generate(**inputs, **settings)
-        except Broken:
-            self.kinds["raised in the middle"] += 1
-        finally:
-            handle.remove()
-
-    def _second_turn(self, found: Any, inputs: Any) -> None:
-        rows = found.sequences.shape[0]
-        more = self.processor.tokenizer([" car What?"] * rows, return_tensors="pt", add_special_tokens=False).input_ids
-        ids = torch.cat([found.sequences, more], 1)
-        mask = inputs["attention_mask"]
-        mask = torch.cat([mask, mask.new_ones(rows, ids.shape[1] - mask.shape[1])], 1)
-        self.model.generate(
-            input_ids=ids, attention_mask=mask, past_key_values=found.past_key_values, max_new_tokens=3, do_sample=False
-        )
-        self.kinds["second turn"] += 1
-
-
-def growth_kb_per_hour(samples: list[tuple[float, int]]) -> float:
-    """Slope of a line through the second half of the memory, when everything that is kept has been made."""
-    late = samples[len(samples) // 2 :]
-    if len(late) < 2:
-        return 0.0
-    times, sizes = np.array(late, dtype=np.float64).T
-    return float(np.polyfit(times, sizes, 1)[0] * 3600)
-
-
-def soak(minutes: float, seed: int) -> dict[str, Any]:
-    """Requests until the time is over; plain JSON types."""
+def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
+    """Requests until the time is over; the document."""
     torch.set_num_threads(1)
-    run, begin = Soak(seed), time.monotonic()
-    requests, samples = 0, []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    run = importlib.import_module(ENGINES[engine]).Soak(seed)
+    begin, samples = time.monotonic(), []
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task("requests", total=60 * minutes)
-        while (passed := time.monotonic() - begin) < 60 * minutes:
-            run.request()
-            requests += 1
-            if requests % ROUND == 0:
-                gc.collect()
-                samples.append((round(passed, 1), resident_kb()))
-                progress.update(task, completed=passed, description=f"{requests} requests, {samples[-1][1]} kB")
-    late = [size for _, size in samples[len(samples) // 2 :]] or [resident_kb()]
+        for number in itertools.count(1):
+            run.round(ROUND)
+            gc.collect()
+            samples.append((round(time.monotonic() - begin, 1), resident_kb()))
+            now = f"{number * ROUND} requests, {samples[-1][1] / 1024:.0f} MiB"
+            progress.update(task, completed=samples[-1][0], description=now)
+            if samples[-1][0] >= 60 * minutes:
+                break
     return {
-        "command": " ".join(["python bench/soak.py", *sys.argv[1:]]),
+        "format": FORMAT,
+        "command": [*sys.argv],
+        "engine": run.name,
         "machine": describe(torch.device("cpu"), 1),
         "seed": seed,
-        "minutes": round((time.monotonic() - begin) / 60, 1),
-        "requests": requests,
+        "minutes": round(samples[-1][0] / 60, 1),
+        "requests": ROUND * len(samples),
         "kinds": dict(run.kinds.most_common()),
-        "resident_kb": {"after_first_round": samples[0][1] if samples else None, "last": late[-1],
-                        "second_half": {"least": min(late), "most": max(late)}},
-        "growth_kb_per_hour": round(growth_kb_per_hour(samples), 1),
+        "growth": growth(samples),
         "samples": samples,
-    }  # fmt: skip
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- to judge
+
+
+def late(samples: list[tuple[float, int]]) -> np.ndarray:
+    """(2, blocks) times and sizes of the second half, when everything that is kept has been made; means of blocks."""
+    half = np.array(samples[len(samples) // 2 :], dtype=np.float64)
+    blocks = [part.mean(0) for part in np.array_split(half, min(BLOCKS, len(half)))]
+    return np.stack(blocks, axis=1)
+
+
+def growth(samples: list[tuple[float, int]]) -> dict[str, Any]:
+    """Slope of the line through the late memory with its 95% interval, and whether that is flat."""
+    times, sizes = late(samples)
+    limit = round(LIMIT * sizes.mean(), 1)
+    found = {"kb_per_hour": None, "interval": None, "flat_below_kb_per_hour": limit, "verdict": "unknown: run longer"}
+    if len(times) < 4:
+        return found
+    line = stats.linregress(times / 3600, sizes)
+    half = stats.t.ppf(0.975, len(times) - 2) * line.stderr
+    low, high = line.slope - half, line.slope + half
+    if high < limit:
+        found["verdict"] = "flat"
+    elif low > limit:
+        found["verdict"] = "grows"
+    return {**found, "kb_per_hour": round(line.slope, 1), "interval": [round(low, 1), round(high, 1)]}
+
+
+# ----------------------------------------------------------------------------------------------------------- to show
+
+
+def markdown(documents: list[dict[str, Any]]) -> str:
+    """A row an engine."""
+    lines = ["| engine | minutes | requests | memory | growth an hour (95%) | |", "|---|---|---|---|---|---|"]
+    for document in documents:
+        found, last = document["growth"], document["samples"][-1][1] / 1024
+        slope = "" if found["kb_per_hour"] is None else _slope(found)
+        cells = [document["engine"], f"{document['minutes']:g}", f"{document['requests']:,}", f"{last:.0f} MiB"]
+        lines.append("| " + " | ".join([*cells, slope, found["verdict"]]) + " |")
+    about = documents[0]["machine"]
+    commands = "; ".join(f"`python {' '.join(document['command'])}`" for document in documents)
+    return "\n".join([*lines, "", f"*{about['name']}, one thread, torch {about['torch']}; {commands}*"])
+
+
+def _slope(found: dict[str, Any]) -> str:
+    low, high = found["interval"]
+    return f"{found['kb_per_hour'] / 1024:+.2f} MiB ({low / 1024:+.2f} to {high / 1024:+.2f})"
+
+
+def draw(documents: list[dict[str, Any]], path: Path) -> None:
+    """Memory over time, a panel an engine, with the line through the second half."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    size = (6.4 * len(documents), 3.6)
+    figure, grid = pyplot.subplots(1, len(documents), figsize=size, layout="constrained", squeeze=False)
+    for axis, document in zip(grid[0], documents, strict=True):
+        times, sizes = np.array(document["samples"], dtype=np.float64).T
+        axis.plot(times / 60, sizes / 1024, color="C0", lw=0.8, label="after each round")
+        blocks, found = late(document["samples"]), document["growth"]
+        axis.plot(blocks[0] / 60, blocks[1] / 1024, "o", color="black", ms=3, label="means of the second half")
+        if found["kb_per_hour"] is not None:
+            line = blocks[1].mean() + found["kb_per_hour"] / 3600 * (blocks[0] - blocks[0].mean())
+            axis.plot(blocks[0] / 60, line / 1024, color="C3", lw=1.5, label=f"{_slope(found)} an hour")
+        axis.set_ylim(0, 1.25 * sizes.max() / 1024)
+        axis.set_xlabel("minutes")
+        axis.set_title(f"{document['engine']}: {document['requests']:,} requests, {found['verdict']}", fontsize=10)
+        axis.legend(fontsize=8, loc="lower right")
+        axis.grid(alpha=0.3)
+    grid[0][0].set_ylabel("resident memory, MiB")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, dpi=110)
+    pyplot.close(figure)
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=tuple(ENGINES), default="transformers")
     parser.add_argument("--minutes", type=float, default=60.0, help="how long")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write the record here")
+    parser.add_argument("--load", type=Path, nargs="+", help="show these records instead of running anything")
+    parser.add_argument("--plot", type=Path, help="draw into this file; needs matplotlib")
     options = parser.parse_args()
-    found = soak(options.minutes, options.seed)
+    if options.load:
+        documents = [read_document(path, FORMAT, "bench/soak.py") for path in options.load]
+    else:
+        documents = [soak(options.engine, options.minutes, options.seed)]
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        write_text(options.json, json.dumps(found, indent=1) + "\n")
-    print(json.dumps({name: value for name, value in found.items() if name != "samples"}, indent=1))
+        write_text(options.json, json.dumps(documents[0], indent=1) + "\n")
+    print(markdown(documents))
+    if options.plot is not None:
+        draw(documents, options.plot)
 
 
 if __name__ == "__main__":

@@ -63,12 +63,13 @@ def key_tokens(
 ) -> Tensor:  # (B, S) bool
     """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device.
 
-    With a group by one all-reduce of B * S float32 numbers.
+    Of images that are one tile. The tiles of a larger one share its number: ``select_keys`` of what ``cls_attention``
+    gives for each of them.
     """
     batch, _, length, _ = key.shape
-    attention = cls_attention(query, key, scale, config, counts=counts, num_prefix_tokens=num_prefix_tokens)
-    if group is not None:
-        attention = mean_over_ranks(attention, group)
+    attention = cls_attention(
+        query, key, scale, config, counts=counts, num_prefix_tokens=num_prefix_tokens, group=group
+    )
     place = torch.arange(length, device=key.device).expand(batch, length)
     vision = place >= num_prefix_tokens
     if counts is not None:
@@ -84,11 +85,16 @@ def cls_attention(
     *,
     counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
     num_prefix_tokens: int = 1,
+    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: these are all
 ) -> Tensor:  # (B, S) float32, zero for prefix and padding
-    """What the CLS token looks at, mean over heads: how key tokens are found where there is a CLS token."""
-    return ops.cls_attention(
+    """What the CLS token looks at, mean over heads: how key tokens are found where there is a CLS token.
+
+    With a group by one all-reduce of B * S float32 numbers.
+    """
+    found = ops.cls_attention(
         query.detach(), key.detach(), scale, counts=counts, num_prefix_tokens=num_prefix_tokens, backend=config.backend
     )
+    return found if group is None else mean_over_ranks(found, group)
 
 
 _ROWS = 1 << 22  # attention values that `received_attention` holds at once

@@ -45,8 +45,12 @@ RUN_ELSEWHERE = {
     "python tools/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
     "python tools/hf_kernel.py --project build/hf-project": "tests/packaging/test_hf_project.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
-    # A model of 7B: the variable and the plug-in are what the tests of the plug-in run, in a real vLLM.
+    # A model of 7B: tests/integrations/vllm_plugin/test_http.py runs the command, in a real vLLM.
+    """vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096 --hf-overrides '{"architectures": """
+    """["MustDropLlavaForConditionalGeneration"], "mustdrop": {"preset": "budget-128"}}'""": "make test-vllm",
     "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096": "make test-vllm",
+    "MUSTDROP_VLLM=small-64 vllm serve mustdrop_kernels/evaluation/model --dtype float32 "
+    "--max-num-batched-tokens 4096": "make test-vllm",
 }
 # A page whose code needs what is not installed beside the rest.
 PYTHON_ELSEWHERE = {"install.md": "make test-hf-kernel"}

@@ -46,20 +46,10 @@ class Subject:
 
     def batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Any:
         """The processor's tensors for questions about one image each, shorter ones padded on the left."""
-        texts = [self._text(prompt) for prompt in prompts]
+        texts = [prompt_text(self.processor, prompt) for prompt in prompts]
         batch = self.processor(images=list(images), text=texts, return_tensors="pt", padding=len(texts) > 1)
         batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
         return batch.to(self.model.device)
-
-    def _text(self, prompt: str) -> str:
-        parts = [{"type": "image"}, {"type": "text", "text": prompt}]
-        template = getattr(self.processor, "chat_template", None) or getattr(
-            self.processor.tokenizer, "chat_template", None
-        )
-        if template:
-            chat = [{"role": "user", "content": parts}]
-            return self.processor.apply_chat_template(chat, add_generation_prompt=True)
-        return f"USER: <image>\n{prompt} ASSISTANT:"
 
     def seen(self, pixel_values: Any) -> np.ndarray:  # (height, width, 3) uint8
         """The image as the vision tower got it: resized, cropped, and here made visible again."""
@@ -67,6 +57,15 @@ class Subject:
         pixels = pixel_values[0].float().cpu().permute(1, 2, 0)
         mean, deviation = pixels.new_tensor(processor.image_mean), pixels.new_tensor(processor.image_std)
         return ((pixels * deviation + mean).clamp(0, 1) * 255).round().byte().numpy()
+
+
+def prompt_text(processor: Any, question: str) -> str:
+    """The prompt that asks about one image: by the chat template of the processor, or LLaVA-1.5's."""
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if template:
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        return str(processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True))
+    return f"USER: <image>\n{question} ASSISTANT:"
 
 
 def require_extras() -> None:

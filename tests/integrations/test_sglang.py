@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from prompts import make_inputs
@@ -46,8 +48,10 @@ def alone(model, config, ids, pixels):
 
 
 def real_pools():
-    """SGLang's own classes."""
-    pytest.importorskip("sglang", reason="needs SGLang, which cannot share this environment's versions")
+    """SGLang's own classes, and its attention backend for a CPU."""
+    pytest.importorskip("sglang", reason="needs SGLang: make test-sglang")
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.managers.schedule_batch import ReqKvInfo
     from sglang.srt.mem_cache.allocator.token import TokenToKVPoolAllocator
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
@@ -59,6 +63,23 @@ def real_pools():
             self.rows = ReqToTokenPool(8, 400, "cpu", enable_memory_saver=False)
             self.buffers = MHATokenToKVPool(size, 1, torch.float32, heads, head_dim, layers, "cpu", False)
             self.allocator = TokenToKVPoolAllocator(size, torch.float32, "cpu", self.buffers, need_sort=False)
+            pools = SimpleNamespace(device="cpu", req_to_token_pool=self.rows, token_to_kv_pool=self.buffers)
+            self.backend = TorchNativeAttnBackend(pools)
+
+        def attend(self, layer, scale, query, key, value, step):
+            module = RadixAttention(query.shape[1], query.shape[2], scale, key.shape[1], layer)
+            batch = SimpleNamespace(
+                req_pool_indices=step.req_pool_indices,
+                seq_lens=step.seq_lens,
+                extend_seq_lens=step.extend_seq_lens,
+                extend_prefix_lens=step.extend_prefix_lens,
+                out_cache_loc=step.out_cache_loc,
+                encoder_lens=None,
+            )
+            self.backend.init_forward_metadata(batch)
+            decode = bool((step.extend_seq_lens == 1).all())
+            forward = self.backend.forward_decode if decode else self.backend.forward_extend
+            return forward(query.flatten(1), key, value, module, batch).view_as(query)
 
     return RealPools
 

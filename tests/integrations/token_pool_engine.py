@@ -68,6 +68,20 @@ class Buffers:
         self.v_buffer = [torch.zeros(size + 1, heads, head_dim) for _ in range(layers)]
 
 
+@dataclasses.dataclass
+class Step:
+    """What attention needs to know of R requests, under SGLang's names for it."""
+
+    req_pool_indices: torch.Tensor  # (R)
+    seq_lens: torch.Tensor  # (R), with the rows of this step
+    extend_seq_lens: torch.Tensor  # (R), those rows
+    out_cache_loc: torch.Tensor  # (rows), their slots
+
+    @property
+    def extend_prefix_lens(self):
+        return self.seq_lens - self.extend_seq_lens
+
+
 class Pools:
     """Everything that is SGLang's; a test may bring its own classes."""
 
@@ -76,6 +90,20 @@ class Pools:
     def __init__(self, size, heads, head_dim, layers, rows=8, context=400):
         self.rows, self.allocator = Rows(rows, context), Allocator(size)
         self.buffers = Buffers(size, heads, head_dim, layers)
+
+    def attend(self, layer, scale, query, key, value, step):  # (rows, H, D) each
+        """Writes keys and values to their slots, and attends by the table; (rows, Hq, D)."""
+        keys, values = self.buffers.k_buffer[layer], self.buffers.v_buffer[layer]
+        keys[step.out_cache_loc], values[step.out_cache_loc] = key, value
+        mixed = []
+        pieces = query.split(step.extend_seq_lens.tolist())
+        for row, rows, length in zip(step.req_pool_indices, pieces, step.seq_lens.tolist(), strict=True):
+            own = self.rows.req_to_token[row, :length].long()
+            q, k, v = (y.transpose(0, 1) for y in (rows, keys[own], values[own]))
+            mask = torch.ones(len(rows), length, dtype=torch.bool).tril(length - len(rows))
+            attended = scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True)
+            mixed.append(attended.transpose(0, 1))
+        return torch.cat(mixed)
 
 
 class Request:
@@ -166,12 +194,8 @@ class Engine:
         query, key, value = (f(x).unflatten(-1, heads) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
         cos, sin = self.model.model.language_model.rotary_emb(hidden[None], positions[None])
         query, key = apply_rotary_pos_emb(query, key, cos[0], sin[0], unsqueeze_dim=1)
-        self.k_buffer[i][slots], self.v_buffer[i][slots] = key, value
-        mixed = []
-        for request, rows, length in zip(requests, query.split(new), seq_lens.tolist(), strict=True):
-            own = self.req_to_token[request.kv.req_pool_idx, :length].long()
-            q, k, v = (y.transpose(0, 1) for y in (rows, self.k_buffer[i][own], self.v_buffer[i][own]))
-            mask = torch.ones(len(rows), length, dtype=torch.bool).tril(length - len(rows))
-            mixed.append(scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(0, 1).flatten(1))
-        hidden = hidden + attention.o_proj(torch.cat(mixed))
+        rows = torch.tensor([request.kv.req_pool_idx for request in requests])
+        step = Step(rows, seq_lens, torch.tensor(new), slots)
+        mixed = self.pools.attend(i, attention.scaling, query, key, value, step)
+        hidden = hidden + attention.o_proj(mixed.flatten(1))
         return hidden + layer.mlp(layer.post_attention_layernorm(hidden)), (query, key)

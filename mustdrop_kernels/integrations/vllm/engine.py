@@ -32,6 +32,7 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
 def _problems(vllm_config: Any) -> list[str]:
     parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
     longest, batched = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
+    scheduled = scheduler.max_num_scheduled_tokens or batched
     checks = {
         "only vLLM's CPU attention is served so far": not current_platform.is_cpu(),
         "pipeline_parallel_size must be 1: a stage would not know what an earlier one dropped": (
@@ -55,10 +56,17 @@ def _problems(vllm_config: Any) -> list[str]:
             scheduler.scheduler_cls not in (None, _SCHEDULER)
         ),
         f"worker_cls must be left out, got {parallel.worker_cls!r}": parallel.worker_cls not in ("auto", _WORKER),
-        f"max_num_batched_tokens ({batched}) must be at least max_model_len ({longest}): a prompt with an image is "
-        "read in one piece, since the text that says which image tokens matter comes after them": batched < longest,
+        _too_short("max_num_batched_tokens", batched, longest): batched < longest,
+        _too_short("max_num_scheduled_tokens", scheduled, longest): scheduled < longest <= batched,
     }
     return [problem for problem, applies in checks.items() if applies]
+
+
+def _too_short(name: str, value: int, longest: int) -> str:
+    return (
+        f"{name} ({value}) must be at least max_model_len ({longest}): a prompt with an image is read in one piece, "
+        "since the text that says which image tokens matter comes after them"
+    )
 
 
 def _set_up(vllm_config: Any) -> None:

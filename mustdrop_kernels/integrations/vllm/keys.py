@@ -26,17 +26,17 @@ class KeyLayer(CLIPEncoderLayer):
         self._found: Tensor | None = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:  # (B, S, C), CLS first
-        """Finds the key tokens of each tile. With tensor parallelism each rank has some of the heads."""
+        """Finds what CLS looks at in each tile. With tensor parallelism each rank has some of the heads."""
         attention, ranks = self.self_attn, get_tp_group()
         projected, _ = attention.qkv_proj(self.layer_norm1(hidden_states))
         query, key, _ = (x.unflatten(-1, (-1, attention.head_dim)) for x in projected.chunk(3, dim=-1))
         group = ranks.device_group if ranks.world_size > 1 else None
-        found = stages.key_tokens(query[:, 0], key.transpose(1, 2), attention.scale, self._drop_config, group=group)
+        found = stages.cls_attention(query[:, 0], key.transpose(1, 2), attention.scale, self._drop_config, group=group)
         self._found = found[:, 1:]
         return hidden_states
 
     def take(self) -> Tensor:
-        """(B, S-1) bool of the last run, CLS left out."""
+        """(B, S-1) float32 of the last run, CLS left out."""
         found, self._found = self._found, None
         assert found is not None
         return found

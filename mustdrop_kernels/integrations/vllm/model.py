@@ -37,14 +37,17 @@ class MustDropLlavaForConditionalGeneration(Dropping, LlavaForConditionalGenerat
             return super().embed_multimodal(**kwargs)
         embed = super().embed_multimodal
         tiles = self._vision.encode(lambda images: embed(**{**kwargs, "pixel_values": images}), pixels)
-        return [place([tile]) for tile in tiles]
+        return [place([tile], self.drop_config) for tile in tiles]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextMultiModalProcessor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class MustDropLlavaNextForConditionalGeneration(Dropping, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT: the tiles of an image merge each for itself. All its tokens can go later, ends of rows too."""
+    """LLaVA-NeXT: the tiles of an image merge each for itself, and share its key tokens.
+
+    All other tokens can go later, ends of rows too.
+    """
 
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
@@ -58,7 +61,8 @@ class MustDropLlavaNextForConditionalGeneration(Dropping, LlavaNextForConditiona
         assert self._vision is not None
         vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
         shown = shown_patches(size, len(pixels), vision.image_size, vision.patch_size, pinpoints)
-        return place(self._vision.encode(self._features, pixels), shown, self.image_newline)
+        tiles = self._vision.encode(self._features, pixels)
+        return place(tiles, self.drop_config, shown, self.image_newline)
 
     def _features(self, pixels: Tensor) -> Tensor:  # (tiles, 3, H, W) -> (tiles, S, C)
         return self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixels))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 in the vision tower: alike windows of each tile merge, and CLS names the key tokens."""
+"""Stage 1 in the vision tower: alike windows of each tile merge, and CLS names the key tokens of each image."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ class Tile(NamedTuple):
     """What the tower has made of N patches: S tokens."""
 
     source: Tensor  # (N) int64, token that each patch went into
-    tokens: Tensor  # (S, C+1), features and what a placeholder holds
+    features: Tensor  # (S, C)
+    importance: Tensor | None = None  # (S) float32, what CLS looks at; None: nobody asks for key tokens
 
 
 class VisionStage:
@@ -71,35 +72,43 @@ class VisionStage:
         batch, tokens, _ = features.shape
         if source is None:
             source = torch.arange(tokens, device=features.device).expand(batch, -1)
-        marks = features.new_full((batch, tokens), TOKEN)
-        if self._key_layer is not None:
-            marks.masked_fill_(self._key_layer.take(), KEY)
-        return [Tile(*tile) for tile in zip(source, torch.cat([features, marks[..., None]], dim=2), strict=True)]
+        importance = [None] * batch if self._key_layer is None else self._key_layer.take()
+        return [Tile(*tile) for tile in zip(source, features, importance, strict=True)]
 
 
 def place(
     tiles: Sequence[Tile],  # of one image, N patches each
+    config: MustDropConfig,
     shown: Tensor | None = None,  # (P) int64, patch of all tiles' that a placeholder shows; -1: none, the end of a row
     end: Tensor | None = None,  # (C) feature of the end of a row
-) -> Tensor:  # (P, C+1)
+) -> Tensor:  # (P, C+1), features and what a placeholder holds
     """The tokens of an image at its placeholders. By default each patch has one, in order.
 
-    A token none of whose patches is shown, since its window was cropped away, is left out.
+    A token none of whose patches is shown, since its window was cropped away, is left out. Key tokens are the image's,
+    so its tiles have as many as CLS finds in them: a tile of sky fewer than one with the text.
     """
-    tokens = torch.cat([tile.tokens for tile in tiles])
-    begins = itertools.accumulate((len(tile.tokens) for tile in tiles), initial=0)
+    features = torch.cat([tile.features for tile in tiles])
+    begins = itertools.accumulate((len(tile.features) for tile in tiles), initial=0)
     token = torch.cat([tile.source + begin for tile, begin in zip(tiles, begins, strict=False)])
     if shown is not None:
         shown = shown.to(token.device)
-        token = torch.where(shown < 0, len(tokens), token[shown])  # the ends of rows are one token more
+        token = torch.where(shown < 0, len(features), token[shown])  # the ends of rows are one token more
     places = len(token)
     order = torch.arange(places, device=token.device)
-    slot = order.new_full((len(tokens) + 1,), places).scatter_reduce(0, token, order, "amin")[:-1]
-    placed = tokens.new_zeros(places + 1, tokens.shape[1]).index_copy(0, slot, tokens)[:-1]
-    if shown is None or end is None:
-        return placed
-    row_end = torch.cat([end.to(placed), placed.new_full((1,), TOKEN)])
-    return torch.where((shown < 0)[:, None], row_end, placed)
+    slot = order.new_full((len(features) + 1,), places).scatter_reduce(0, token, order, "amin")[:-1]
+
+    def at_placeholders(x: Tensor) -> Tensor:  # (tokens, ...) -> (P, ...)
+        return x.new_zeros(places + 1, *x.shape[1:]).index_copy(0, slot, x)[:-1]
+
+    placed, held = at_placeholders(features), at_placeholders(torch.ones_like(slot, dtype=torch.bool))
+    marks = torch.where(held, TOKEN, EMPTY)
+    if config.key_rate > 0:
+        importance = at_placeholders(torch.cat([tile.importance for tile in tiles if tile.importance is not None]))
+        marks = marks.masked_fill(stages.select_keys(importance[None], held[None], config)[0], KEY)
+    if shown is not None and end is not None:
+        placed = torch.where((shown < 0)[:, None], end.to(placed), placed)
+        marks = marks.masked_fill(shown < 0, TOKEN)
+    return torch.cat([placed, marks[:, None].to(placed)], dim=1)
 
 
 class Marks(NamedTuple):

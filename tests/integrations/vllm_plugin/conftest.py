@@ -20,3 +20,10 @@ def transformers_of(checkpoint):
     import engines
 
     return engines.Transformers(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def small_model():
+    import small_model
+
+    return small_model.SmallModel()

@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny LLaVA-NeXT in a folder, and its masked reference."""
+"""A tiny LLaVA-NeXT in a folder."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import checkpoint
-import reference_vision
 import tiny_llava
 import torch
-from masked_reference import MaskedReference
 from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
@@ -58,32 +55,3 @@ def save(folder: Path) -> None:
 
 def picture(seed):
     return tiny_llava.picture(seed, GRID).resize(SIZES[seed % len(SIZES)])
-
-
-class Tiles(reference_vision.Next):
-    """Counts the tokens of each tile, and finds its key tokens: in vLLM a tile has its own."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        self.tokens, self.keys = [], set()
-
-    def tile(self, pixels, tower, cut=None):
-        found = super().tile(pixels, tower, cut)
-        importance = {place.owner: place.importance for place in found if place.owner is not None}
-        ranked = sorted(importance, key=lambda token: (-importance[token], token))
-        self.keys.update(ranked[: math.ceil(self.config.key_rate * len(ranked))])
-        self.tokens.append(len(ranked))
-        return found
-
-
-class Reference(MaskedReference):
-    """Of one picture, with key tokens tile by tile."""
-
-    def _read(self, inputs):
-        super()._read(inputs)
-        tiles = Tiles(self.model, self.config, inputs)
-        ((placeholders, _),) = tiles.images("image")
-        self.tokens = tiles.tokens
-        places = inputs["input_ids"] == self.model.config.image_token_id
-        self.key[places] = torch.tensor([place.owner in tiles.keys for place in placeholders])
-        self.key &= self.present

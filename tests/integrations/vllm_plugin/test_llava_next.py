@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT, whose images have several tiles, ends of rows and cropped bars, against a masked reference."""
+"""LLaVA-NeXT, whose images have several tiles, ends of rows and cropped bars, against transformers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from engines import SLOTS, engine, free_blocks, sampling, scheduler
 from transformers import LlavaNextForConditionalGeneration
 
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.integrations.transformers import drop_tokens
 
 ARCHITECTURE = "MustDropLlavaNextForConditionalGeneration"
 TEXTS = ["USER: <image>\nWhat is in the image? ASSISTANT:", "USER: <image>\ncar? ASSISTANT: a", "USER: <image> on? "]
@@ -46,30 +47,32 @@ def model(folder):
     return model
 
 
+@torch.no_grad()
+def in_transformers(model, plan, text, picture):
+    """Tokens and the report of the prompt."""
+    inputs = llava_next.processor()(images=picture, text=text, return_tensors="pt")
+    with drop_tokens(model, MustDropConfig.from_dict({**plan, "evict_from": 0})) as report:
+        output = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)
+    return output[0, inputs["input_ids"].shape[1] :].tolist(), report.last
+
+
 @pytest.mark.parametrize("name", PLANS)
-def test_tokens_equal_the_masked_reference(name, folder, model):
+def test_tokens_equal_transformers(name, folder, model):
     plan = PLANS[name]
     pictures = [llava_next.picture(seed) for seed in range(3)]
-    expected, dropped, tiles = [], [], []
-    for text, picture in zip(TEXTS, pictures, strict=True):
-        inputs = dict(llava_next.processor()(images=picture, text=text, return_tensors="pt"))
-        reference = llava_next.Reference(model, MustDropConfig.from_dict({**plan, "evict_from": 0}))
-        tokens, _ = reference.generate(inputs, NEW)
-        expected.append(tokens[0].tolist())
-        dropped.append(int((~reference.alive[-1]).sum()))
-        tiles += reference.tokens
+    asks = list(zip(TEXTS, pictures, strict=True))
+    expected, reports = zip(*(in_transformers(model, plan, *ask) for ask in asks), strict=True)
+    dropped = [report.length - report.final_cache.lengths[-1] for report in reports]
+    images = [image for report in reports for image in report.images]
     assert len(set(dropped)) > 1  # pictures of different size
-    assert (len(set(tiles)) > 1) == (name == "thresholds")
-    assert (min(tiles) < llava_next.GRID**2) == plan.get("merge", True)
+    assert all((image.tokens < image.patches) == plan.get("merge", True) for image in images)
+    assert all((image.key_tokens > 0) == (plan["key_rate"] > 0) for image in images)
     overrides = {"architectures": [ARCHITECTURE], "mustdrop": plan}
     with engine(folder, None, hf_overrides=overrides) as llm, torch.inference_mode():
         free = free_blocks(llm)
-        requests = [
-            {"prompt": text, "multi_modal_data": {"image": picture}}
-            for text, picture in zip(TEXTS, pictures, strict=True)
-        ]
+        requests = [{"prompt": text, "multi_modal_data": {"image": picture}} for text, picture in asks]
         outputs = llm.generate(requests, sampling(NEW), use_tqdm=False)
-        assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+        assert [list(output.outputs[0].token_ids) for output in outputs] == list(expected)
         for request, tokens in zip(requests, expected, strict=True):
             assert list(llm.generate([request], sampling(NEW), use_tqdm=False)[0].outputs[0].token_ids) == tokens
         assert scheduler(llm).released_blocks == 2 * sum(count // SLOTS for count in dropped)

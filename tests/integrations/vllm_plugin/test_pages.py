@@ -44,10 +44,13 @@ def test_other_layouts_are_refused():
         Paging(types.SimpleNamespace(isa="amx")).check()
 
 
+NO_KEYS = MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0)
+
+
 def merged_tile(patches):
     """A tile of 2 x 4 patches whose most alike window of 2 x 2 has merged: the right one, to token 2."""
     layer = torch.nn.Identity()
-    stage = VisionStage([layer], (2, 4), MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0))
+    stage = VisionStage([layer], (2, 4), NO_KEYS)
     (tile,) = stage.encode(lambda pixels: layer(pixels)[:, 1:], patches[None])
     assert tile.source.tolist() == [0, 1, 2, 2, 3, 4, 2, 2]
     return tile
@@ -62,24 +65,40 @@ def patches():
 
 
 def test_merged_tokens_stand_at_their_first_patch(patches):
-    features, marks = split([place([merged_tile(patches)])], 16)
+    features, marks = split([place([merged_tile(patches)], NO_KEYS)], 16)
     assert marks.tolist() == [TOKEN, TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, EMPTY, EMPTY]
     assert torch.equal(features[0][[0, 1, 4, 5]], patches[[1, 2, 5, 6]])
     assert torch.equal(features[0][2], torch.ones(16))
     assert features[0][[3, 6, 7]].count_nonzero() == 0
 
 
+SHOWN = torch.tensor([5, 6, 7, -1, 13, 14, 15, -1])
+"""Two tiles above each other; the picture has lost its left column and the first row of each tile."""
+
+
 def test_merged_tokens_stand_at_the_first_patch_that_is_shown(patches):
-    """Two tiles above each other; the picture has lost its left column and the first row of each tile."""
     tile, end = merged_tile(patches), torch.full((16,), 5.0)
-    shown = torch.tensor([5, 6, 7, -1, 13, 14, 15, -1])
-    features, marks = split([place([tile, tile._replace(tokens=2 * tile.tokens)], shown, end)], 16)
-    assert marks.tolist() == [TOKEN, TOKEN, EMPTY, TOKEN, 2 * TOKEN, 2 * TOKEN, EMPTY, TOKEN]
+    features, marks = split([place([tile, tile._replace(features=2 * tile.features)], NO_KEYS, SHOWN, end)], 16)
+    assert marks.tolist() == [TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, TOKEN, EMPTY, TOKEN]
     assert torch.equal(features[0][:2], torch.stack([patches[6], torch.ones(16)]))
     assert torch.equal(features[0][4:6], torch.stack([2 * patches[6], torch.full((16,), 2.0)]))
     assert torch.equal(features[0][[3, 7]], torch.full((2, 16), 5.0))
-    left_out = place([tile], torch.tensor([0, 1, 4, 5, -1]), end)  # a window that nothing shows
+    left_out = place([tile], NO_KEYS, torch.tensor([0, 1, 4, 5, -1]), end)  # a window that nothing shows
     assert left_out[:, 16].tolist() == [TOKEN] * 5
+
+
+@pytest.mark.parametrize(
+    ("rate", "key"),
+    [(0.01, [4]), (0.5, [4, 5]), (0.51, [1, 4, 5]), (1.0, [0, 1, 4, 5])],  # of 4 tokens
+)
+def test_key_tokens_are_the_images(patches, rate, key):
+    """Not the tiles'. What is not shown and the ends of rows are neither counted nor chosen."""
+    tile, config = merged_tile(patches), MustDropConfig(window=(2, 2), key_rate=rate)
+    sky = tile._replace(importance=torch.tensor([0.9, 0.9, 0.2, 0.9, 0.1]))  # tokens 2 and 4 of each are shown
+    text = tile._replace(importance=torch.tensor([0.9, 0.9, 0.3, 0.9, 0.4]))
+    _, marks = split([place([sky, text], config, SHOWN, torch.zeros(16))], 16)
+    assert (marks == KEY).nonzero()[:, 0].tolist() == key
+    assert (marks == EMPTY).nonzero()[:, 0].tolist() == [2, 6]
 
 
 def test_anyres_pictures_are_shown_as_vllm_shows_them():

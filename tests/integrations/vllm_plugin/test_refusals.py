@@ -23,6 +23,10 @@ SETTINGS = {
         dict(max_num_batched_tokens=256),
         "max_num_batched_tokens .256. must be at least max_model",
     ),
+    "max_num_scheduled_tokens": (
+        dict(max_num_scheduled_tokens=256),
+        "max_num_scheduled_tokens .256. must be at least max_model",
+    ),
     "long prompts": (dict(long_prefill_token_threshold=64), "long_prefill_token_threshold must be 0"),
     "pipeline": (dict(pipeline_parallel_size=2, distributed_executor_backend="mp"), "pipeline_parallel_size must be 1"),
     "drafts": (
