@@ -6,6 +6,7 @@ says is not. Random weights make the thresholds meaningless: the schedules have 
 
     python bench/e2e.py                                      # a narrow LLaVA-1.5 on a CPU: all layers, less width
     python bench/e2e.py --device cuda --model llava-1.5-7b --batch 1,32 --json bench/results/h200/e2e.json
+    python bench/e2e.py --device cuda --model llava-1.5-7b --cache static --json bench/results/h200/e2e-static.json
 """
 
 from __future__ import annotations
@@ -247,6 +248,10 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--cache", default="dynamic", choices=("dynamic", "static"),
+        help="static: buffers of a fixed size; on a GPU transformers then compiles a decode step into a CUDA graph",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path)
     parser.add_argument("--load", type=Path, help="show this document instead of measuring anything")
     parser.add_argument("--markdown", action="store_true", help="print a Markdown table")
@@ -272,12 +277,14 @@ def run(wish: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     dtype = wish.dtype or ("float32" if wish.device == "cpu" else "bfloat16")
     about = machine.describe(device, torch.get_num_threads())
     model = build(name, getattr(torch, dtype), device)
+    if wish.cache == "static":
+        model.generation_config.cache_implementation = "static"
     rows = []
     for batch in (int(text) for text in wish.batch.split(",")):
         rows += measure(model, batch, settings, wish.new_tokens, wish.repeats)
     return {
         "format": "mustdrop-e2e/1", "command": ["python", "bench/e2e.py", *sys.argv[1:]], "machine": about,
-        "model": name, "dtype": dtype, "text_tokens": TEXT_BEFORE + TEXT_AFTER, "new_tokens": wish.new_tokens,
+        "model": name, "dtype": dtype, "cache": wish.cache, "text_tokens": TEXT_BEFORE + TEXT_AFTER, "new_tokens": wish.new_tokens,
         "rows": rows,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@
 #   sanitize  memcheck, racecheck, synccheck and initcheck over every kernel
 #   bench     every operator, shape, type and peer
 #   e2e       LLaVA-1.5-7B from its configuration, batch 1 and 32, full against 192, 128 and 64 tokens; a CUDA graph
+#   decode    the same at batch 1 with a static cache, its decode steps compiled into CUDA graphs
 #
 # Each part of a run has its own time limit, and a part that fails leaves the others. Results go to $OUT (default:
 # bench/results/gpu): summary.txt and summary.json, facts.json, log.txt with what every part said, and the JSON of times.
@@ -25,8 +26,8 @@ runs=()
 for word in "$@"; do
   case $word in
     --dry-run) dry=1 ;;
-    quick | suite | sanitize | bench | e2e) runs+=("$word") ;;
-    *) echo "usage: bench/run_on_gpu.sh [--dry-run] [quick|suite|sanitize|bench|e2e]..." >&2; exit 2 ;;
+    quick | suite | sanitize | bench | e2e | decode) runs+=("$word") ;;
+    *) echo "usage: bench/run_on_gpu.sh [--dry-run] [quick|suite|sanitize|bench|e2e|decode]..." >&2; exit 2 ;;
   esac
 done
 [ "${#runs[@]}" = 0 ] && runs=(quick)
@@ -155,6 +156,10 @@ for run in "${runs[@]}"; do
       part e2e 420 "$PYTHON" bench/e2e.py --device cuda --model llava-1.5-7b --batch 1,32 --new-tokens 128 \
         --json "$out/e2e.json"
       graph
+      ;;
+    decode)
+      part e2e-static 420 "$PYTHON" bench/e2e.py --device cuda --model llava-1.5-7b --cache static --new-tokens 128 \
+        --json "$out/e2e-static.json"
       ;;
   esac
 done

@@ -14,7 +14,8 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "e2e.py"
 
 
 @pytest.mark.slow
-def test_e2e(tmp_path):
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_e2e(tmp_path, cache):
     pytest.importorskip("transformers")
     path = tmp_path / "e2e.json"
     command = [
@@ -28,6 +29,8 @@ def test_e2e(tmp_path):
         "2",
         "--new-tokens",
         "3",
+        "--cache",
+        cache,
     ]
     done = subprocess.run(
         [*command, "--repeats", "1", "--threads", "1", "--json", str(path)], capture_output=True, text=True, check=False
