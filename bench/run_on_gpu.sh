@@ -9,7 +9,7 @@
 #   sanitize  memcheck, racecheck, synccheck and initcheck over every kernel
 #   bench     every operator, shape, type and peer
 #   e2e       LLaVA-1.5-7B from its configuration, batch 1 and 32, full against 192, 128 and 64 tokens; a CUDA graph
-#   decode    the same at batch 1 with a static cache, its decode steps compiled into CUDA graphs
+#   decode    the same at batch 1 with a static cache, its decode steps compiled into CUDA graphs, and what they answer
 #
 # Each part of a run has its own time limit, and a part that fails leaves the others. Results go to $OUT (default:
 # bench/results/gpu): summary.txt and summary.json, facts.json, log.txt with what every part said, and the JSON of times.
@@ -158,6 +158,7 @@ for run in "${runs[@]}"; do
       graph
       ;;
     decode)
+      part decode-tokens 90 "$PYTHON" -m pytest -q tests/integrations/test_compiled.py -k cuda_graph
       part e2e-static 420 "$PYTHON" bench/e2e.py --device cuda --model llava-1.5-7b --cache static --new-tokens 128 \
         --json "$out/e2e-static.json"
       ;;

@@ -37,7 +37,7 @@ RUNS = {
     "sanitize": {f"sanitizer-{tool}" for tool in ("memcheck", "racecheck", "synccheck", "initcheck")},
     "bench": {"ops-bfloat16", "ops-float16", "ops-float32", "ops-video"},
     "e2e": {"e2e", "graph"},
-    "decode": {"e2e-static"},
+    "decode": {"decode-tokens", "e2e-static"},
 }
 
 

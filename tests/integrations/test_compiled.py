@@ -143,6 +143,18 @@ def test_inductor(name):
     assert not counters["graph_break"]
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("rows", [ONE, None], ids=["one", "padded"])
+def test_decoding_in_a_cuda_graph(rows):
+    """generate() compiles decoding with a static cache on a GPU, mode "reduce-overhead": one CUDA graph a step."""
+    model = fresh("llava").cuda()
+    inputs = {name: value.cuda() for name, value in inputs_of("llava", rows).items()}
+    with drop_tokens(model, MustDropConfig(**CONFIGS["thresholds"])):
+        expected = generate(model, inputs, **LONGER)
+        for _ in range(3):  # warmed up, captured, replayed
+            assert_same_tokens(generate(model, inputs, **STATIC, **LONGER), expected)
+
+
 # What a user has compiled
 
 
