@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import re
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -15,8 +17,8 @@ from tiny_models import FAMILIES, IMAGE, PATCH, TEXT, VISION
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.integrations.transformers import drop_tokens
-from mustdrop_kernels.integrations.transformers.families import _FAMILIES, family_of
+from mustdrop_kernels.integrations.transformers import drop_tokens, families
+from mustdrop_kernels.integrations.transformers.families import _FAMILIES, family_of, register_family
 
 HEAD = {"head_dim": 12}
 TEXT_CONFIGS = {
@@ -99,6 +101,25 @@ def test_a_tower_without_cls_whose_first_patch_is_cut_off():
     with pytest.raises(ValueError, match=r"key_rate=0\.0"), drop_tokens(model, MustDropConfig(**PLAIN, **BUDGETS)):
         pass
     check(model, inputs_for(model, extra=-1), MustDropConfig(**{**PLAIN, **BUDGETS, "key_rate": 0.0}))
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+@pytest.mark.skipif(not DOCS.exists(), reason="not in a source checkout")
+@pytest.mark.skipif(tf.__version__ < "5", reason="the example reads the newest config")
+def test_the_documented_example_serves_its_model(monkeypatch):
+    """As a reader adds it from outside of the package."""
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S) if "VipLlava" in block]
+    space = {}
+    exec(example, space)
+    monkeypatch.setattr(families, "_FAMILIES", {})
+    register_family("VipLlavaForConditionalGeneration", space["VipLlava"])
+    model = tiny_models.model_of(FAMILIES["vipllava"])
+    assert type(family_of(model)) is space["VipLlava"]
+    rows = [[3, ("picture", 0), 8], [4, ("picture", 1), 2, ("picture", 2), 5], [9]]
+    inputs = tiny_models.batch(FAMILIES["vipllava"], model.config, rows)
+    check(model, inputs, MustDropConfig(**{**PLAIN, **BUDGETS, **TOWER}))
 
 
 def others():
