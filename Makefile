@@ -80,7 +80,8 @@ $(TRANSFORMERS_5)/.ready: | $(VENV)/.packages
 	touch $@
 
 test-transformers-5: build $(TRANSFORMERS_5)/.ready  ## every model and mode with a version between 4.57 and the newest
-	PYTHONPATH=$(TRANSFORMERS_5) $(BIN)/python -m pytest -q -n 2 -m 'not slow' tests/integrations/test_families.py tests/integrations/test_modes.py
+	PYTHONPATH=$(TRANSFORMERS_5) $(BIN)/python -m pytest -q -n 2 -m 'not slow' \
+	  tests/integrations/test_families.py tests/integrations/test_modes.py tests/integrations/test_static.py tests/integrations/test_compiled.py
 
 # vLLM brings its own torch: an environment of its own, which sees this source tree and its entry point by a .pth file.
 # torchaudio, torchcodec and triton are builds for CUDA that do not load beside a CPU torch; torchvision gets help. The

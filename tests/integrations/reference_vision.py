@@ -121,10 +121,11 @@ class Llava:
         number = next(self._numbers)
         for token in source:
             placeholders.append(Placeholder(features[prefix + token], (number, token), float(asked[prefix + token])))
-        return placeholders
+        return placeholders[max(cut - prefix, 0) :]  # without CLS a model that cuts takes a patch away
 
     def _features_of(self, hidden: list[Tensor]) -> Tensor:
-        return hidden[self.model.config.vision_feature_layer]
+        layers = self.model.config.vision_feature_layer
+        return hidden[layers] if isinstance(layers, int) else torch.cat([hidden[layer] for layer in layers], -1)
 
     def _run(self, pixels: Tensor, tower: Any) -> tuple[list[Tensor], list[int], Tensor, int]:
         """Hidden states (S, C), each patch's token, the last layer's attention (S, S), tokens before the patches."""

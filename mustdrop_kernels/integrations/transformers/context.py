@@ -55,6 +55,10 @@ def drop_tokens(
     The cache that ``generate(return_dict_in_generate=True)`` returns can be continued inside a context with more text,
     by a whole turn as by one token. One prompt is read at a time: do not share the model between threads.
 
+    With ``cache_implementation="static"``, or a ``StaticCache`` as the cache, survivors move to the front of its
+    buffers, and decoding can be compiled into one graph. A prompt with images is read outside of compiled code: what
+    was compiled of the model, or all of it, runs uncompiled then.
+
     Args:
         model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``).
         config: by default ``MustDropConfig()``.
@@ -68,7 +72,7 @@ def drop_tokens(
         TypeError: a model of another class.
         ValueError: the config asks for what the model cannot do: layers that it does not have, merging in a vision
             tower that needs all its patches, a language model with sliding windows.
-        RuntimeError: the model is in such a context already.
+        RuntimeError: the model is in such a context already, or is called inside a compiled function.
     """
     config = MustDropConfig() if config is None else config
     *around, model = modules_of(model)

@@ -45,4 +45,7 @@ def family_of(model: Any) -> Family:
     for cls in type(model).__mro__:
         if cls.__name__ in _FAMILIES:
             return _FAMILIES[cls.__name__](model)
-    raise TypeError(f"drop_tokens serves {', '.join(_FAMILIES)}; got {type(model).__name__}")
+    raise TypeError(
+        f"drop_tokens serves {', '.join(_FAMILIES)}; got {type(model).__name__}, which register_family can add "
+        "(docs/extending.md)"
+    )
