@@ -24,8 +24,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: oneDNN keeps a kernel for each shape that it has seen, 1,024 at most, and a soak sees new shapes
-# for an hour. With so few it is full after the first round, and does not look like a leak.
+# Before torch is imported: oneDNN keeps a kernel for each shape that it has seen, 1,024 at most, and a soak sees new
+# shapes for an hour. With so few it is full within minutes, and does not look like a leak.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
