@@ -284,8 +284,8 @@ def run(wish: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
         rows += measure(model, batch, settings, wish.new_tokens, wish.repeats)
     return {
         "format": "mustdrop-e2e/1", "command": ["python", "bench/e2e.py", *sys.argv[1:]], "machine": about,
-        "model": name, "dtype": dtype, "cache": wish.cache, "text_tokens": TEXT_BEFORE + TEXT_AFTER, "new_tokens": wish.new_tokens,
-        "rows": rows,
+        "model": name, "dtype": dtype, "cache": wish.cache, "text_tokens": TEXT_BEFORE + TEXT_AFTER,
+        "new_tokens": wish.new_tokens, "rows": rows,
     }  # fmt: skip
 
 
