@@ -65,6 +65,7 @@ def test_bench(interrupted_drawing: list[Path], mustdrop: Callable, tmp_path: Pa
 
 SIGINT_WHILE_TIMING = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 from mustdrop_kernels.bench import timing
 real = timing.__dict__[{name!r}]
 def interrupted(*args, **kwargs):
@@ -94,6 +95,7 @@ def test_a_real_signal_while_timing(tmp_path: Path) -> None:
 
 SIGINT_WHILE_ASKING = """
 import functools, os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 from mustdrop_kernels.evaluation import run
 real, asked = run._ask, []
 def interrupted(*args):

@@ -45,6 +45,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import os, pathlib, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
 sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
 import {module} as module
 def interrupted(tensors, path, metadata):
