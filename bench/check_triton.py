@@ -21,6 +21,7 @@ from typing import Any
 import triton
 
 from mustdrop_kernels.backends.triton import crosscompile, interpreted
+from mustdrop_kernels.files import write_text
 
 
 @lru_cache(None)
@@ -89,8 +90,7 @@ def main() -> int:
             print(f"{row['target']:8} {row['kernel']}: {needs}")
     print(f"Triton {triton.__version__}", *(summary(rows, target) for target in targets), sep="\n")
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
+        write_text(options.json, json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1))
     return int(any(row["problem"] for row in rows))
 
 

@@ -26,6 +26,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from mustdrop_kernels.backends.triton import configs, implementation, interpreted, launch
+from mustdrop_kernels.files import write_text
 
 
 class Driver:
@@ -126,8 +127,7 @@ def main() -> int:
         print(f"{row['op']:24}{row['launches']:>9}{row['us']:>9.1f}{row['us_triton_path']:>11.1f}")
     if options.json:
         versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**versions, "processor": platform.processor(), "rows": rows}, indent=1))
+        write_text(options.json, json.dumps({**versions, "processor": platform.processor(), "rows": rows}, indent=1))
     return 0
 
 

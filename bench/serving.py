@@ -32,9 +32,10 @@ import torch
 from mustdrop_kernels.bench import machine
 from mustdrop_kernels.bench.report import duration
 from mustdrop_kernels.bench.timing import quartiles
+from mustdrop_kernels.bench.vllm_engine import overrides
+from mustdrop_kernels.files import write_text
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
-ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
 PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
 ARMS = ("full", "dropped")
 # LLaVA-1.5's 576 patches, and enough arithmetic that a prompt takes longer than the engine's own work.
@@ -71,9 +72,7 @@ def settings(options: argparse.Namespace, arm: str) -> dict[str, Any]:
     found["enable_prefix_caching"] = False
     if options.blocks:
         found["num_gpu_blocks_override"] = options.blocks
-    if arm == "dropped":
-        found["hf_overrides"] = {"architectures": [ARCHITECTURE], "mustdrop": options.plan}
-    return found
+    return found | overrides(options.plan if arm == "dropped" else None)
 
 
 # ------------------------------------------------------------------------------------------- in the engine's process
@@ -281,8 +280,7 @@ def main() -> None:
         return
     document = json.loads(options.load.read_text()) if options.load else run(options)
     if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_text(options.json, json.dumps(document, indent=1) + "\n")
     print(markdown(document))
 
 

@@ -156,7 +156,6 @@ def draw(documents: list[dict[str, Any]], path: Path) -> None:
         axis.legend(fontsize=8, loc="lower right")
         axis.grid(alpha=0.3)
     grid[0][0].set_ylabel("resident memory, MiB")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with written_whole(path) as scratch:
         figure.savefig(scratch, dpi=110)
     pyplot.close(figure)
@@ -177,7 +176,6 @@ def main() -> None:
     else:
         documents = [soak(options.engine, options.minutes, options.seed)]
     if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.json, json.dumps(documents[0], indent=1) + "\n")
     print(markdown(documents))
     if options.plot is not None:

@@ -20,6 +20,8 @@ from soak_transformers import draw_pictures, draw_prompt
 from vllm import LLM, SamplingParams
 from vllm.version import __version__ as vllm_version
 
+from mustdrop_kernels.bench.vllm_engine import overrides
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "integrations" / "vllm_plugin"))
 import checkpoint
 
@@ -40,7 +42,6 @@ class Soak:
             checkpoint.save(Path(folder))
             self.llm = LLM(
                 model=folder,
-                hf_overrides={"architectures": ["MustDropLlavaForConditionalGeneration"], "mustdrop": PLAN},
                 dtype="float32",
                 enforce_eager=True,
                 max_model_len=640,
@@ -50,6 +51,7 @@ class Soak:
                 block_size=32,
                 limit_mm_per_prompt={"image": 3},
                 seed=seed,
+                **overrides(PLAN),
             )
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler

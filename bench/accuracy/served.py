@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +32,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mustdrop_kernels.bench.machine import describe
+from mustdrop_kernels.bench.vllm_engine import engine, overrides
 from mustdrop_kernels.cli.subject import SMALL, SMALL_MODEL, prompt_text
 from mustdrop_kernels.evaluation import FULL, datasets, document, summary
 from mustdrop_kernels.evaluation.methods import Sizes, make
 from mustdrop_kernels.flops import LanguageModel
 from mustdrop_kernels.integrations.vllm import settings
-
-ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
-Cell = tuple[str, float | None]
 
 
 def arguments() -> argparse.Namespace:
@@ -61,16 +57,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def cells(options: argparse.Namespace) -> list[Cell]:
-    """Methods and their budgets; some take none."""
-    found: list[Cell] = []
-    for name in options.methods:
-        alone = name == FULL or name.startswith(("after-", "preset-"))
-        found += [(name, None)] if alone else [(name, budget) for budget in options.budgets]
-    return found
-
-
-def plan(cell: Cell, sizes: Sizes) -> dict[str, Any] | None:
+def plan(cell: document.Key, sizes: Sizes) -> dict[str, Any] | None:
     """What ``hf_overrides`` holds; None: the plug-in stays out.
 
     Raises:
@@ -89,30 +76,18 @@ def plan(cell: Cell, sizes: Sizes) -> dict[str, Any] | None:
 # -------------------------------------------------------------------------------------------------------- an engine
 
 
-@contextmanager
-def engine(model: str, fields: dict[str, Any] | None, batch: int) -> Iterator[Any]:
-    """A vLLM around the checkpoint, with the plug-in where there are fields."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    overrides = {"hf_overrides": {"architectures": [ARCHITECTURE], "mustdrop": fields}} if fields else {}
-    llm = LLM(
-        model=model,
-        dtype="float32" if model == str(SMALL_MODEL) else "auto",
-        enforce_eager=True,
-        max_model_len=1024,
-        max_num_batched_tokens=4096,
-        max_num_seqs=batch,
-        seed=0,
-        **overrides,
-    )
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+def engine_arguments(model: str, fields: dict[str, Any] | None, batch: int) -> dict[str, Any]:
+    """Of a vLLM around the checkpoint, with the plug-in where there are fields."""
+    return {
+        "model": model,
+        "dtype": "float32" if model == str(SMALL_MODEL) else "auto",
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 4096,
+        "max_num_seqs": batch,
+        "seed": 0,
+        **overrides(fields),
+    }
 
 
 class Watch:
@@ -162,27 +137,22 @@ class Asker:
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=self.tokens), use_tqdm=False)
         cell["seconds"] += time.perf_counter() - begin
         answers = [output.outputs[0].text.strip() for output in outputs]
-        scores = [self.questions.score(text, e.answers) for text, e in zip(answers, examples, strict=True)]
         cell["answers"] += answers
-        cell["right"] += [int(score) if score in (0.0, 1.0) else round(score, 4) for score in scores]
+        cell["right"] += self.questions.scores(answers, examples)
         lengths = [len(output.prompt_token_ids) for output in outputs]
         self._count(cell, *watch.take(), sum(lengths) / len(lengths) - self.sizes.patches, len(examples))
 
     def _count(
         self, cell: dict[str, Any], layers: list[list[int]], last: list[int], text: float, questions: int
     ) -> None:
-        """Means over the questions, one number a batch, as ``mustdrop eval`` counts."""
+        """Means over the questions."""
         if not layers:  # nobody dropped
             layers, last = [[self.sizes.patches] * self.sizes.depth] * questions, [self.sizes.patches] * questions
         assert len(layers) == questions, "a prompt was read twice, or not at all"
         processed = [sum(layer) / questions for layer in zip(*layers, strict=True)]
-        kept, before = sum(last) / questions, len(cell["tokens"])
-        cell["tokens"].append(round(sum(processed) / len(processed), 3))
-        cell["last"].append(round(kept, 3))
-        cell["kv_bytes"].append(round((kept + text) * self.sizes.depth * self.slot_bytes))
-        old = cell["processed"] or [0.0] * len(processed)
-        cell["processed"] = [round((a * before + b) / (before + 1), 3) for a, b in zip(old, processed, strict=True)]
-        cell["text"] = round((cell["text"] * before + text) / (before + 1), 3)
+        kept = sum(last) / questions
+        kv_bytes = (kept + text) * self.sizes.depth * self.slot_bytes
+        document.count(cell, processed, last=kept, kv_bytes=kv_bytes, text=text)
 
 
 # ------------------------------------------------------------------------------------------------------- all of them
@@ -196,7 +166,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = options.model or str(SMALL_MODEL)
     config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
     sizes, language = Sizes.of(config), LanguageModel.of(config)
-    plans = {cell: plan(cell, sizes) for cell in cells(options)}  # what cannot be done is refused before anything runs
+    plans = {
+        cell: plan(cell, sizes) for cell in document.keys(options.methods, options.budgets)
+    }  # what cannot be done is refused before anything runs
     if options.questions is None:
         questions = datasets.made(options.split, options.seeds, options.count or 200)
         about: dict[str, Any] = {"questions": questions.name, "split": options.split, "seeds": options.seeds}
@@ -213,7 +185,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             name = f"{cell['method']} {cell['budget'] or ''}"
             progress.update(task, description=f"{name}: starting vLLM")
             cell |= {"answers": [], "plan": fields}
-            with engine(model, fields, options.batch) as llm:
+            with engine(**engine_arguments(model, fields, options.batch)) as llm:
                 dtype = llm.model_config.dtype
                 asker = Asker(questions, processor, sizes, language.token_bytes(dtype.itemsize), options.max_new_tokens)
                 watch = Watch(llm)

@@ -19,6 +19,7 @@ from . import Refusal
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Questions
+    from ..evaluation.document import Key
 
 Model = Annotated[
     str | None, typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: the small one in the package.")
@@ -158,17 +159,13 @@ class _Plan:
         found = datasets.made(self.split, seeds, self.count or 1020)
         return found, {"questions": found.name, "split": self.split, "seeds": seeds}
 
-    def _cells(self, depth: int) -> list[tuple[str, float | None]]:
+    def _cells(self, depth: int) -> list[Key]:
+        from ..evaluation.document import keys
         from ..evaluation.methods import FULL, METHODS
 
-        cells: list[tuple[str, float | None]] = [(FULL, None)]
-        if self.layers:
-            cells += [(f"after-{layer}", None) for layer in range(depth - 1)]
-        budgets = [float(text) for text in self.budgets.split(",")]
-        for name in self.methods or METHODS:
-            fixed = name.startswith(("after-", "preset-"))
-            cells += [(name, None)] if fixed else [(name, budget) for budget in budgets] if name != FULL else []
-        return cells
+        layers = [f"after-{layer}" for layer in range(depth - 1)] if self.layers else []
+        methods = [name for name in self.methods or METHODS if name != FULL]
+        return keys([FULL, *layers, *methods], [float(text) for text in self.budgets.split(",")])
 
 
 def _show(document: dict[str, Any], ours: str, markdown: str | None) -> None:

@@ -40,6 +40,11 @@ class Questions:
     yes_or_no: bool = False
     """Whether F1 of "yes" is asked for."""
 
+    def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> list[float]:
+        """How right each answer is, as documents keep it."""
+        found = [self.score(text, example.answers) for text, example in zip(answers, examples, strict=True)]
+        return [int(score) if score in (0.0, 1.0) else round(score, 4) for score in found]
+
     def head(self, count: int | None) -> Questions:
         """The first so many."""
         return self if count is None else Questions(self.name, self.examples[:count], self.score, self.yes_or_no)

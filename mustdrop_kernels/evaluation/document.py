@@ -9,15 +9,27 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_document, write_text
+from . import FULL
 
 if TYPE_CHECKING:
     from .datasets import Questions
 
 FORMAT = "mustdrop-eval-1"
 Document = dict[str, Any]
+Key = tuple[str, float | None]
+"""A cell's method and budget."""
 
 
-def start(description: dict[str, Any], questions: Questions, cells: Sequence[tuple[str, float | None]]) -> Document:
+def keys(methods: Sequence[str], budgets: Sequence[float]) -> list[Key]:
+    """Every method with every budget; some methods take none."""
+    found: list[Key] = []
+    for name in methods:
+        alone = name == FULL or name.startswith(("after-", "preset-"))
+        found += [(name, None)] if alone else [(name, budget) for budget in budgets]
+    return found
+
+
+def start(description: dict[str, Any], questions: Questions, cells: Sequence[Key]) -> Document:
     """An empty document.
 
     Args:
@@ -38,6 +50,25 @@ def start(description: dict[str, Any], questions: Questions, cells: Sequence[tup
 def _cell(method: str, budget: float | None) -> dict[str, Any]:
     return {"method": method, "budget": budget, "why_not": None, "right": [], "seconds": 0.0, "tokens": [], "last": [],
             "kv_bytes": [], "processed": None, "text": 0.0}  # fmt: skip
+
+
+def count(cell: dict[str, Any], processed: Sequence[float], *, last: float, kv_bytes: float, text: float) -> None:
+    """Adds what a batch of questions cost to its cell: means over the batch's questions.
+
+    Args:
+        cell: of a document.
+        processed: vision tokens in each layer.
+        last: and at the end.
+        kv_bytes: of the cache.
+        text: tokens that are no vision tokens.
+    """
+    before = len(cell["tokens"])
+    cell["tokens"].append(round(sum(processed) / len(processed), 3))
+    cell["last"].append(round(last, 3))
+    cell["kv_bytes"].append(round(kv_bytes))
+    old = cell["processed"] or [0.0] * len(processed)
+    cell["processed"] = [round((a * before + b) / (before + 1), 3) for a, b in zip(old, processed, strict=True)]
+    cell["text"] = round((cell["text"] * before + text) / (before + 1), 3)
 
 
 def read(path: Path) -> Document:

@@ -17,7 +17,7 @@ import torch
 from ..cli.subject import Subject
 from ..integrations.transformers import drop_tokens
 from .datasets import Example, Questions
-from .document import Document
+from .document import Document, count
 from .methods import FULL, Method, Sizes, Unreachable, make
 from .tower import SharedTower
 
@@ -102,8 +102,7 @@ def _ask(
     texts = subject.processor.tokenizer.batch_decode(
         sequences[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
     )
-    scores = [questions.score(text.strip(), e.answers) for text, e in zip(texts, examples, strict=True)]
-    cell["right"] += [int(score) if score in (0.0, 1.0) else round(score, 4) for score in scores]
+    cell["right"] += questions.scores([text.strip() for text in texts], examples)
     _count(cell, subject, inputs, report, len(examples))
 
 
@@ -123,13 +122,7 @@ def _count(cell: dict[str, Any], subject: Subject, inputs: Any, report: Any, que
         text = sum(prompt.text) / questions
     held = [n if evicts is None or i < evicts else last for i, n in enumerate(layers)]
     slots = sum(held) + text * depth
-    before = len(cell["tokens"])
-    cell["tokens"].append(round(sum(layers) / len(layers), 3))
-    cell["last"].append(round(last, 3))
-    cell["kv_bytes"].append(round(slots * _slot_bytes(subject)))
-    old = cell["processed"] or [0.0] * len(layers)
-    cell["processed"] = [round((a * before + b) / (before + 1), 3) for a, b in zip(old, layers, strict=True)]
-    cell["text"] = round((cell["text"] * before + text) / (before + 1), 3)
+    count(cell, layers, last=last, kv_bytes=slots * _slot_bytes(subject), text=text)
 
 
 def _slot_bytes(subject: Subject) -> int:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import os
 
 # Before vLLM is imported: the engine core in this process, where the tests can look into it.
@@ -18,9 +16,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import tiny_llava
 import torch
 
+from mustdrop_kernels.bench import vllm_engine
 from mustdrop_kernels.config import MustDropConfig
 
-ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
 SLOTS = 32  # of a block, the fewest that vLLM's CPU attention takes
 BUDGETS = {"merge": False, "key_rate": 0.0, "pruning_layers": [1, 3, 5], "budgets": [70, 40, 20]}
 PLANS = {
@@ -71,24 +69,12 @@ ASKS = [
 ]
 
 
-@contextlib.contextmanager
 def engine(checkpoint, plan, **settings):
     """A vLLM around the checkpoint; without a plan a plain one."""
-    from vllm import LLM
-    from vllm.distributed import cleanup_dist_env_and_memory
-
-    llm = LLM(**arguments(checkpoint, plan, **settings))
-    try:
-        yield llm
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
+    return vllm_engine.engine(**arguments(checkpoint, plan, **settings))
 
 
 def arguments(checkpoint, plan, **settings):
-    overrides = {"hf_overrides": {"architectures": [ARCHITECTURE], "mustdrop": plan}} if plan is not None else {}
     return {
         "model": str(checkpoint),
         "dtype": "float32",
@@ -98,7 +84,7 @@ def arguments(checkpoint, plan, **settings):
         "max_num_batched_tokens": 1024,
         "block_size": SLOTS,
         "seed": 0,
-        **overrides,
+        **vllm_engine.overrides(plan),
         **settings,
     }
 

@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ARCHITECTURE, ASKS, BUDGETS, Ask
+from engines import ASKS, BUDGETS, Ask
 from http_server import HttpServer
 from servers import joined
 
+from mustdrop_kernels.bench.vllm_engine import ARCHITECTURE
 from mustdrop_kernels.integrations.vllm.settings import VARIABLE
 
 NEW = 20

@@ -10,9 +10,10 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
-from engines import ARCHITECTURE, BUDGETS, arguments
+from engines import BUDGETS, arguments
 from servers import switched_on
 
+from mustdrop_kernels.bench.vllm_engine import ARCHITECTURE
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations import vllm as plugin
 from mustdrop_kernels.integrations.vllm.plugin import ARCHITECTURES
