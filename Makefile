@@ -142,7 +142,7 @@ $(VENV)/hf-kernels/.ready: | $(VENV)/.packages
 	touch $@
 
 test-hf-kernel: build $(VENV)/hf-kernels/.ready  ## the layout of the Hugging Face hub, loaded by the package kernels
-	PYTHONPATH=$(VENV)/hf-kernels $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py tests/packaging/test_hf_project.py
+	PYTHONPATH=$(abspath $(VENV)/hf-kernels) $(BIN)/python -m pytest -q tests/packaging/test_hf_kernel.py tests/packaging/test_hf_project.py
 
 # Environments of their own, with the oldest torch that is served and the newest; without a GPU too.
 .venv-torch-oldest: TORCH_THERE := torch==2.10.0
