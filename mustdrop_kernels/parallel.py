@@ -23,6 +23,7 @@ def scores_over_ranks(
     max_query: int,
     group: dist.ProcessGroup | None = None,
     *,
+    lse: Tensor | None = None,  # (B, Hq / ranks, Lq) float32
     backend: str | None = None,
 ) -> ops.Scores:
     """``text_vision_scores`` of all heads, the same on every rank; each rank holds equally many heads.
@@ -32,11 +33,11 @@ def scores_over_ranks(
     172 kB a layer that prunes.
 
     Args:
-        query, key, token_types, scale, backend: as in ``text_vision_scores``.
+        query, key, token_types, scale, lse, backend: as in ``text_vision_scores``.
         max_query: at least the number of query rows of every sequence; rows past it are left out.
         group: the ranks; default all.
     """
-    attention = ops.text_vision_attention(query, key, token_types, scale, max_query, backend=backend)
+    attention = ops.text_vision_attention(query, key, token_types, scale, max_query, lse=lse, backend=backend)
     if max_query == 0:
         return ops.Scores(attention.sum(1), attention.sum(1))
     attention = mean_over_ranks(attention, group)

@@ -236,6 +236,8 @@ def prune(
     scale: float,
     config: MustDropConfig,
     stage: int,
+    *,
+    lse: Tensor | None = None,  # (B, Hq, L) float32, of the scaled scores' rows; None: to be computed
 ) -> Pruned:
     """Decides which vision tokens go on after pruning layer number `stage`, from that layer's queries and keys.
 
@@ -252,6 +254,7 @@ def prune(
             config.global_threshold,
             config.individual_threshold,
             protected=tokens.protected,
+            lse=lse,
             backend=config.backend,
         )
         lengths = tuple(selection.counts.tolist())
@@ -265,6 +268,7 @@ def prune(
         scale,
         config.budgets[stage],
         protected=tokens.protected,
+        lse=lse,
         capacity=max(lengths),
         backend=config.backend,
     )

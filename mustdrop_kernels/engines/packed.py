@@ -69,15 +69,17 @@ class PackedPrompts(Prompts[Tensor]):
 
     # Layer by layer.
 
-    def _decide(self, query: Tensor, key: Tensor, scale: float) -> Pruned:  # (live, Hq, D), (live, Hk, D)
+    def _decide(  # (live, Hq, D), (live, Hk, D), (Hq, live)
+        self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
+    ) -> Pruned:
         place, _ = self._padded()
         if self._group is not None:
-            return self._decide_over_ranks(query[place].transpose(1, 2), key[place].transpose(1, 2), scale)
+            rows = lse if lse is None else lse[:, place].transpose(0, 1)
+            return self._decide_over_ranks(query[place].transpose(1, 2), key[place].transpose(1, 2), scale, rows)
         bounds = torch.cat([self._counts.new_zeros(1), self._counts.cumsum(0)]).int()
         longest = max(self.counts)
-        total, peak = ops.text_vision_scores_varlen(
-            query, key, self._types, bounds, bounds, longest, longest, scale, backend=self.config.backend
-        )
+        packed = (query, key, self._types, bounds, bounds, longest, longest, scale)
+        total, peak = ops.text_vision_scores_varlen(*packed, lse=lse, backend=self.config.backend)
         return stages.select(ops.Scores(total[place], peak[place]), self.tokens, self.config, self._stage)
 
     def take(self, x: Tensor, chosen: Tensor) -> Tensor:  # (live, ...), (left) int64 -> (left, ...)

@@ -52,19 +52,21 @@ class PaddedPrompts(Prompts["Pruned | None"]):
         """What the keys of the layer that runs are."""
         return self.tokens.types if self.past is None else torch.cat([self.past, self.tokens.types], dim=1)
 
-    def _decide(self, query: Tensor, key: Tensor, scale: float) -> Pruned:  # (B, Hq, L, D), (B, Hk, P + L, D)
+    def _decide(  # (B, Hq, L, D), (B, Hk, P + L, D), (B, Hq, L)
+        self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
+    ) -> Pruned:
         if self.past is not None:
-            rows = (query.detach(), key.detach(), self.key_types, scale)
+            rows, backend = (query, key, self.key_types, scale), self.config.backend
             if self._group is None:
-                scores = ops.text_vision_scores(*rows, backend=self.config.backend)
+                scores = ops.text_vision_scores(*rows, lse=lse, backend=backend)
             else:
-                scores = scores_over_ranks(*rows, self._most_voters, self._group, backend=self.config.backend)
+                scores = scores_over_ranks(*rows, self._most_voters, self._group, lse=lse, backend=backend)
             own = slice(self.past.shape[1], None)
             total, peak = (score[:, own] for score in scores)
             return stages.select(ops.Scores(total, peak), self.tokens, self.config, self._stage)
         if self._group is not None:
-            return self._decide_over_ranks(query.detach(), key.detach(), scale)
-        return stages.prune(query, key, self.tokens, scale, self.config, self._stage)
+            return self._decide_over_ranks(query, key, scale, lse)
+        return stages.prune(query, key, self.tokens, scale, self.config, self._stage, lse=lse)
 
     def _go_on(self, pruned: Pruned) -> Pruned | None:
         if pruned.lengths == self.tokens.lengths:

@@ -52,18 +52,21 @@ class Prompts(abc.ABC, Generic[Chosen]):
         """The next layer runs, and its cache will hold what is left."""
         self.held.append(self.tokens)
 
-    def prune(self, query: Tensor, key: Tensor, scale: float) -> Chosen:
+    def prune(self, query: Tensor, key: Tensor, scale: float, *, lse: Tensor | None = None) -> Chosen:
         """Drops what the text of each prompt does not look at.
 
         Args:
             query: after RoPE, of the layer that runs, in the layout's shape; of this rank's heads.
             key: the same of its keys.
             scale: factor of the scores.
+            lse: float32, natural logarithm of the sum of exponentials of each query row's scaled scores, heads before
+                rows, if the attention has said it; else it is computed.
 
         Returns:
             Which rows go on, for ``take``.
         """
-        pruned = self._decide(query, key, scale)
+        lse = None if lse is None else lse.detach()
+        pruned = self._decide(query.detach(), key.detach(), scale, lse)
         self._stage += 1
         self._before = len(self.held)
         return self._go_on(pruned)
@@ -73,7 +76,7 @@ class Prompts(abc.ABC, Generic[Chosen]):
         """The rows of hidden states, residuals or positions that go on."""
 
     @abc.abstractmethod
-    def _decide(self, query: Tensor, key: Tensor, scale: float) -> Pruned:
+    def _decide(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> Pruned:
         """This stage's scores and selection."""
 
     @abc.abstractmethod
@@ -85,8 +88,9 @@ class Prompts(abc.ABC, Generic[Chosen]):
         query: Tensor,  # (B, Hq / ranks, L, D)
         key: Tensor,  # (B, Hk / ranks, L, D)
         scale: float,
+        lse: Tensor | None,  # (B, Hq / ranks, L)
     ) -> Pruned:
         """The same decision on all ranks: they see the same scores."""
         types, backend = self.tokens.types, self.config.backend
-        scores = scores_over_ranks(query, key, types, scale, self._most_voters, self._group, backend=backend)
+        scores = scores_over_ranks(query, key, types, scale, self._most_voters, self._group, lse=lse, backend=backend)
         return stages.select(scores, self.tokens, self.config, self._stage)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import sys
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .flash_lse import asked_for_lse
 
 NAME = "mustdrop"
 
@@ -36,15 +39,16 @@ def watched_attention(
 ) -> Any:
     """The attention that the model was set to, and a look at its queries and keys."""
     watched = module.config
-    module.config = watched.plain_config  # flash attention finds its kernel by the name that stands there
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(setattr, module, "config", watched)
+        module.config = watched.plain_config  # flash attention finds its kernel by the name that stands there
+        asks = mustdrop is not None and "flash" in str(module.config._attn_implementation)
+        rows = stack.enter_context(asked_for_lse(query, attention_mask)) if asks else None
         output = _implementation(module)(module, query, key, value, attention_mask, **kwargs)
-    finally:
-        module.config = watched
     if watched.look is not None:
         watched.look(query, key, kwargs["scaling"])
     if mustdrop is not None:
-        mustdrop.attended(module.layer_idx, query, key, kwargs["scaling"])
+        mustdrop.attended(module.layer_idx, query, key, kwargs["scaling"], lse=None if rows is None else rows.read())
     return output
 
 

@@ -108,21 +108,26 @@ class Prefill:
         """Slots that the layer which runs has filled when it attends."""
         return self.plan.tokens.length + (0 if self.past is None else self.past[layer].length)
 
-    def attended(self, layer: int, query: Tensor, key: Tensor, scale: float) -> None:
-        """Scores and selects while a pruning layer's queries (B, Hq, L, D) and keys (B, Hk, L, D) are at hand."""
+    def attended(self, layer: int, query: Tensor, key: Tensor, scale: float, *, lse: Tensor | None = None) -> None:
+        """Scores and selects while a pruning layer's queries (B, Hq, L, D) and keys (B, Hk, L, D) are at hand.
+
+        And, where its attention says it, the lse (B, Hq, L) of the rows.
+        """
         key = key[:, :, : self._end(layer)]  # of a static cache that is the whole buffer
         if self.heat is not None:
-            self.heat[layer] = self._look(query, key, scale)
+            self.heat[layer] = self._look(query, key, scale, lse)
         if layer not in self.config.pruning_layers:
             return
         with self.stopwatch.measure(f"layer {self.config.pruning_layers[len(self.after)]}"):
-            self._chosen = self.plan.prune(query, key, scale)
+            self._chosen = self.plan.prune(query, key, scale, lse=lse)
 
-    def _look(self, query: Tensor, key: Tensor, scale: float) -> Tensor:  # (B, plain length) float32
+    def _look(
+        self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
+    ) -> Tensor:  # (B, plain length) float32
         """What the text that votes looks at, mean over its tokens and heads; nan where no vision token is left."""
         tokens, group = self.plan.tokens, self.family.ranks
         found, _ = ops.text_vision_scores(
-            query.detach(), key.detach(), self.plan.key_types, scale, backend=self.config.backend
+            query.detach(), key.detach(), self.plan.key_types, scale, lse=lse, backend=self.config.backend
         )
         found = found[:, found.shape[1] - tokens.length :]
         found = found if group is None else mean_over_ranks(found, group)
