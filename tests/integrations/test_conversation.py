@@ -99,6 +99,29 @@ def test_masked_new_tokens_are_not_seen(config, model, one):
             torch.testing.assert_close(padded[:, 2:], plain, atol=1e-4, rtol=0)
 
 
+def test_masked_new_tokens_are_not_seen_by_what_is_generated(model, one):
+    """Nor by the tokens that come after a padded turn, which pass by the hooks where nothing is masked."""
+    logits = []
+    with drop_tokens(model, MustDropConfig(**SETTINGS)):
+        first = first_turn(model, one)
+        for pads in ([], [3, 3]):
+            turn = torch.tensor([pads + TURN])
+            ids = torch.cat([first.sequences, turn], 1)
+            mask = torch.ones_like(ids)
+            mask[:, first.sequences.shape[1] :][:, : len(pads)] = 0
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                past_key_values=copy.deepcopy(first.past_key_values),
+                max_new_tokens=4,
+                do_sample=False,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            logits.append(torch.stack(output.logits))
+    torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
+
+
 def test_outside_the_context_it_is_refused(config, model, one):
     with drop_tokens(model, config):
         cache = first_turn(model, one).past_key_values

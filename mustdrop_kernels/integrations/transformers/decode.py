@@ -100,12 +100,18 @@ def check_mask(cache: Shortened, mask: Tensor | None, new: int) -> None:
 
 
 def needs_nothing(cache: Any, family: Family, mask: Tensor | None) -> bool:
-    """Whether one more token sees exactly what its layers hold, so that the model can be left to itself."""
+    """Whether one more token sees exactly what its layers hold, so that the model can be left alone, without a mask.
+
+    To be sure of a mask takes a wait for the device, which transformers then need not do to the same end.
+    """
     if not isinstance(cache, Shortened) or not cache.shortened:
         return True
-    if not isinstance(cache, DropCache) or cache.renumbered or mask is not None:
+    if not isinstance(cache, DropCache) or cache.renumbered:
         return False
     if any(entry.alive is not None for entry in cache.held):
         return False
     name = str(family.language_model.config._attn_implementation)
-    return name == "sdpa" or "flash" in name  # others are given a mask even where there is nothing to hide
+    if name != "sdpa" and "flash" not in name:  # others are given a mask even where there is nothing to hide
+        return False
+    check_mask(cache, mask, 1)
+    return mask is None or bool(mask[:, cache.prompt_length :].all())

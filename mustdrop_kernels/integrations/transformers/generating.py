@@ -114,6 +114,8 @@ def _wrap_prepare(session: Session, prepare: Callable[..., Any]) -> Callable[...
             if isinstance(cache, DropStaticCache) and cache.shortened:
                 inputs["attention_mask"] = mask
         elif needs_nothing(cache, session.family, mask):
+            if isinstance(cache, Shortened) and cache.shortened:
+                inputs["attention_mask"] = None
             session.rest({})
         elif isinstance(cache, DropStaticCache):
             model = session.family.model
