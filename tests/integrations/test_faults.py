@@ -52,11 +52,12 @@ class Tracer:
         return None
 
     def __enter__(self):
+        self.before = sys.gettrace()  # of whoever counts lines
         sys.settrace(self)
         return self
 
     def __exit__(self, *error):
-        sys.settrace(None)
+        sys.settrace(self.before)
 
 
 def surroundings() -> tuple:
