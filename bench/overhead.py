@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``drop_tokens`` costs a decode step: milliseconds and bytes of the cache, with it and without.
 
-Three prompts: text alone inside the context against plain generation (the hooks and nothing else), an image that keeps
-all its tokens, and one that loses most of them. Both sides run in turn, so that a busy machine slows both alike.
+Four prompts: text alone inside the context against plain generation (what is attached and nothing else), an image that
+keeps all its tokens, one that loses most of them, and two of those in a batch, one of which is padded, so that every
+step has masks. Both sides run in turn, so that a busy machine slows both alike.
 
     python bench/overhead.py --threads 2 --json bench/results/cpu/overhead.json
 """
@@ -69,6 +70,18 @@ def inputs(image: bool) -> dict[str, torch.Tensor]:
     ids = torch.cat([torch.full((1, SIDE * SIDE), IMAGE), text], 1)
     pixels = torch.randn(1, 3, 336, 336, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def padded() -> dict[str, torch.Tensor]:
+    """Two prompts with an image; the second has 20 tokens of text less, and padding on its left."""
+    whole = inputs(image=True)
+    ids = torch.cat([whole["input_ids"], whole["input_ids"].roll(20, 1)])
+    ids[1, :20] = 0
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "pixel_values": whole["pixel_values"].repeat(2, 1, 1, 1),
+    }
 
 
 def compare(
@@ -151,6 +164,7 @@ def main() -> None:
         "text alone": (inputs(image=False), budget),
         "image, all kept": (inputs(image=True), keep_all),
         "image, budget-64": (inputs(image=True), budget),
+        "two images, one padded, budget-64": (padded(), budget),
     }
     rows = {name: compare(model, *case, options.tokens, options.turns) for name, case in cases.items()}
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "load")}
