@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tokens stay. A selection is a set of candidates of which the best `open` stay, by order_key and then by index; the
-// key that divides them is found by radix selection, 11 bits at a time, so nothing is sorted and every input, also one
-// whose scores are all equal, costs the same few passes. Flags are bytes, so that the passes vectorise.
+// key that divides them is found by radix selection in the range that a sample suggests, so nothing is sorted and every
+// input, also one whose scores are all equal, costs the same few passes. Flags are bytes, so that the passes vectorise.
 #include "select/cpu_kernel.h"
 
 #include "common/order.h"
@@ -99,91 +99,104 @@ struct Cut {
   int64_t ties;
 };
 
-constexpr int kBins = 2048;
-constexpr uint32_t kLast = 1023;  // the bits that are left after two digits
-constexpr int kCopies = 2;        // of the counters: equal digits in a row do not wait for each other
+// Keys from `lowest` to `highest`: all that share the leading bits of both.
+struct Range {
+  uint32_t lowest, highest;
+};
 
-// Finds the digit of the open-th highest key; `open` becomes how many keys with that digit are still wanted.
-uint32_t cut_digit(const uint32_t* keys, int64_t count, int shift, int64_t& open) {
-  uint32_t counters[kCopies][kBins] = {};
-  for (int64_t i = 0; i < count; ++i) ++counters[i % kCopies][keys[i] >> shift & (kBins - 1)];
-  for (uint32_t digit = kBins - 1;; --digit) {
-    const int64_t number = static_cast<int64_t>(counters[0][digit]) + counters[1][digit];
-    if (number >= open || digit == 0) return digit;
-    open -= number;
+// Divides the range into bins and returns those that hold its least-th to its most-th highest key; these ranks become ranks
+// in what is returned. Keys outside of the range are not counted.
+Range around(const uint32_t* keys, int64_t count, Range range, int64_t& least, int64_t& most) {
+  constexpr int kBits = 8;
+  constexpr uint32_t kBins = 1u << kBits;
+  constexpr int kCopies = 2;  // of the counters: equal keys in a row do not wait for each other
+  const int bits = range.lowest == range.highest ? 0 : 32 - __builtin_clz(range.lowest ^ range.highest);
+  const int shift = bits > kBits ? bits - kBits : 0;
+  const uint32_t first = range.lowest >> shift;
+  uint32_t counters[kCopies][kBins + 1] = {};  // the last one for what is outside
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bin = (keys[i] >> shift) - first;
+    ++counters[i % kCopies][bin < kBins ? bin : kBins];
   }
+  const auto number = [&](uint32_t bin) { return static_cast<int64_t>(counters[0][bin]) + counters[1][bin]; };
+  uint32_t bin = (range.highest >> shift) - first;
+  int64_t above = 0;
+  for (; bin > 0 && above + number(bin) < least; --bin) above += number(bin);
+  const uint32_t highest = (first + bin) << shift | ((1u << shift) - 1);
+  int64_t seen = above;
+  for (; bin > 0 && seen + number(bin) < most; --bin) seen += number(bin);
+  least -= above;
+  most -= above;
+  return {(first + bin) << shift, highest};
 }
 
-// Copies the keys in [lowest, highest] in order and returns their number. `to` has room for `count` keys, up to a multiple
-// of 16, and may be `from`.
-int64_t keep_between(const uint32_t* from, int64_t count, uint32_t lowest, uint32_t highest, uint32_t* to) {
-  int64_t left = 0, i = 0;
+// Copies the keys in the range in order and returns their number; `above` becomes the number of those above it. `to` has
+// room for `count` keys, up to a multiple of 16, and may be `from`.
+int64_t keep_inside(const uint32_t* from, int64_t count, Range range, uint32_t* to, int64_t& above) {
+  int64_t left = 0, higher = 0, i = 0;
 #if defined(__AVX512F__)
-  const __m512i low = _mm512_set1_epi32(lowest), high = _mm512_set1_epi32(highest);
+  const __m512i low = _mm512_set1_epi32(range.lowest), high = _mm512_set1_epi32(range.highest);
   for (; i + 16 <= count; i += 16) {
     const __m512i key = _mm512_loadu_si512(from + i);
-    const __mmask16 inside = _mm512_cmpge_epu32_mask(key, low) & _mm512_cmple_epu32_mask(key, high);
+    const __mmask16 over = _mm512_cmpgt_epu32_mask(key, high);
+    const __mmask16 inside = _mm512_cmpge_epu32_mask(key, low) & ~over;
     _mm512_storeu_si512(to + left, _mm512_maskz_compress_epi32(inside, key));
     left += __builtin_popcount(inside);
+    higher += __builtin_popcount(over);
   }
 #else
   for (; i + 64 <= count; i += 64) {
     uint8_t inside[64];
-    for (int l = 0; l < 64; ++l) inside[l] = (from[i + l] >= lowest) & (from[i + l] <= highest);
+    uint32_t over = 0;
+    for (int l = 0; l < 64; ++l) {
+      inside[l] = (from[i + l] >= range.lowest) & (from[i + l] <= range.highest);
+      over += from[i + l] > range.highest;
+    }
+    higher += over;
     for (uint64_t mask = mask_of(inside); mask; mask &= mask - 1) to[left++] = from[i + __builtin_ctzll(mask)];
   }
 #endif
   for (; i < count; ++i) {
     const uint32_t key = from[i];
     to[left] = key;
-    left += (key >= lowest) & (key <= highest);
+    left += (key >= range.lowest) & (key <= range.highest);
+    higher += key > range.highest;
   }
+  above = higher;
   return left;
 }
 
-// Copies the keys among which the open-th highest is to `narrow` and returns their number; `open` becomes how many of them
-// are wanted. A sample says between which first digits it should be, and one pass over the keys says whether it is; where
-// it is not, all keys are copied.
-int64_t bracket(const uint32_t* keys, int64_t length, int64_t& open, uint32_t* narrow) {
-  constexpr int64_t kStep = 16;
-  uint32_t counters[kBins] = {};
-  for (int64_t j = 0; j < length; j += kStep) ++counters[keys[j] >> 21];
-  const float rank = static_cast<float>(open) / kStep, margin = 4 * __builtin_sqrtf(rank) + 8;  // four deviations
-  const auto least = static_cast<int64_t>(rank - margin), most = static_cast<int64_t>(rank + margin);
-  uint32_t digit = kBins - 1;
-  int64_t seen = 0;
-  for (; digit > 0 && seen + counters[digit] < least; --digit) seen += counters[digit];
-  const uint32_t highest = digit << 21 | ((1u << 21) - 1);
-  for (; digit > 0 && seen + counters[digit] < most; --digit) seen += counters[digit];
-  const uint32_t lowest = digit << 21;
+constexpr Range kAllKeys = {0, ~0u};
 
-  uint32_t above = 0;
-  for (int64_t j = 0; j < length; ++j) above += keys[j] > highest;
-  if (open > above) {
-    const int64_t left = keep_between(keys, length, lowest, highest, narrow);
-    if (open <= above + left) {
-      open -= above;
-      return left;
-    }
-  }
-  memcpy(narrow, keys, length * sizeof *keys);
-  return length;
+// Where the open-th highest key should be, by a sample of the keys, which is left in `scratch`.
+Range expected_range(const uint32_t* keys, int64_t length, int64_t open, uint32_t* scratch) {
+  constexpr int64_t kStep = 16;
+  int64_t count = 0;
+  for (int64_t j = 0; j < length; j += kStep) scratch[count++] = keys[j];
+  const float rank = static_cast<float>(open) / kStep, margin = 4 * __builtin_sqrtf(rank) + 8;  // four deviations
+  auto least = static_cast<int64_t>(rank - margin), most = static_cast<int64_t>(rank + margin);
+  const Range coarse = around(scratch, count, kAllKeys, least, most);
+  return around(scratch, count, coarse, least, most);
 }
 
-// 0 < open < number of candidates. `narrow` is overwritten.
+// 0 < open < number of candidates. `narrow` is overwritten. One pass over the keys says whether the sample was right;
+// where it was not, all keys are looked at again.
 Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow) {
-  int64_t left = bracket(keys, length, open, narrow);
-  uint32_t upper = 0;
-  for (int shift = 21; shift > 0; shift -= 11) {
-    upper |= cut_digit(narrow, left, shift, open) << shift;
-    if (upper == 0) return {0, open};  // only NaN has keys that low
-    left = keep_between(narrow, left, upper, upper | ((1u << shift) - 1), narrow);
+  constexpr int64_t kFewKeys = 1024;  // are not worth a sample
+  Range range = length <= kFewKeys ? kAllKeys : expected_range(keys, length, open, narrow);
+  int64_t above, left = keep_inside(keys, length, range, narrow, above);
+  if (open <= above || open > above + left) {
+    range = kAllKeys;
+    left = keep_inside(keys, length, range, narrow, above);
   }
-  for (int64_t i = 0; i < left; ++i) narrow[i] &= kLast;
-  const uint32_t key = upper | cut_digit(narrow, left, 0, open);
-  int64_t equal = 0;
-  for (int64_t i = 0; i < left; ++i) equal += narrow[i] == (key & kLast);
-  return open == equal ? Cut{key - 1, 0} : Cut{key, open};
+  open -= above;
+  while (range.lowest != range.highest) {
+    int64_t same = open;
+    range = around(narrow, left, range, open, same);
+    left = keep_inside(narrow, left, range, narrow, above);
+  }
+  const uint32_t key = range.lowest;
+  return key > 0 && open == left ? Cut{key - 1, 0} : Cut{key, open};  // 0: of NaN, and of those that are no candidates
 }
 
 // Lets the first candidates that tie with the cut stay.
@@ -226,6 +239,8 @@ void decide(const SelectArgs& args, const T* score, int64_t candidates, int64_t 
   clear_past(args.flags, length);
 }
 
+constexpr int kFewBits = 12;  // of 64, that are written faster one by one
+
 // Writes base + i for each set bit i of the mask, in order, 64 numbers at most; returns where the next one goes. The rest of
 // the 64 places may be overwritten.
 int64_t* write_set(uint64_t mask, int64_t base, int64_t* to) {
@@ -246,12 +261,13 @@ int64_t* write_set(uint64_t mask, int64_t base, int64_t* to) {
 // Writes the flagged tokens in order, as far as there is room; returns their number. Flags go on with zeros to a multiple
 // of 64.
 int64_t write_keep(const uint8_t* flags, int64_t length, int64_t* keep, int64_t capacity) {
-  uint32_t number = 0;
-  for (int64_t j = 0; j < length; ++j) number += flags[j];
+  int64_t number = 0;
   int64_t *next = keep, *const end = keep + capacity;
-  for (int64_t base = 0; base < length && next < end; base += 64) {
+  for (int64_t base = 0; base < length; base += 64) {
     uint64_t mask = mask_of(flags + base);
-    if (end - next >= 64)
+    const int bits = __builtin_popcountll(mask);
+    number += bits;
+    if (bits > kFewBits && end - next >= 64)
       next = write_set(mask, base, next);
     else
       for (; mask && next < end; mask &= mask - 1) *next++ = base + __builtin_ctzll(mask);
