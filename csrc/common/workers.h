@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 #include "common/stable.h"
 
@@ -26,15 +27,28 @@ void run_workers(int64_t workers, const Work& work) {
   });
 }
 
-// Calls work(worker, begin, end) for ranges that cover [0, items). Whoever is free takes the next range, so items may
-// differ in cost; what an item computes must not depend on its worker. `work` must not throw.
+// Calls work(worker, begin, end) for ranges that cover [0, items). A worker goes through a part of its own, the same in every
+// call of this size, so that what it has touched is in its caches; whoever is done helps the others. So items may differ in
+// cost; what an item computes must not depend on its worker. `work` must not throw.
 template <class Work>
 void share_items(int64_t items, int64_t workers, const Work& work) {
   if (workers == 1) return work(0, 0, items);
+  struct alignas(64) Part {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const std::unique_ptr<Part[]> parts(new Part[workers]);
+  for (int64_t i = 0; i < workers; ++i) {
+    parts[i].next = items * i / workers;
+    parts[i].end = items * (i + 1) / workers;
+  }
   const int64_t step = std::max<int64_t>(1, items / (workers * 16));
-  std::atomic<int64_t> next{0};
   run_workers(workers, [&](int64_t worker) {
-    for (int64_t begin; (begin = next.fetch_add(step)) < items;) work(worker, begin, std::min(begin + step, items));
+    for (int64_t i = 0; i < workers; ++i) {
+      Part& part = parts[(worker + i) % workers];
+      for (int64_t begin; (begin = part.next.fetch_add(step)) < part.end;)
+        work(worker, begin, std::min(begin + step, part.end));
+    }
   });
 }
 
