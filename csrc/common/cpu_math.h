@@ -67,35 +67,44 @@ inline VecFloat load_part(const T* from, int64_t n) {
 
 inline void store(float* to, VecFloat v) { memcpy(to, &v, sizeof v); }
 
-// Copies to memory without a detour through the caches, which would first read what is overwritten. Other threads may
-// read it after end_streams().
-#if defined(__SSE2__)
-inline void stream_bytes(void* to, const void* from, int64_t bytes) {
-  constexpr int64_t kStep = 4 * kLanes;
-  int64_t i = 0;
-  if (reinterpret_cast<uintptr_t>(to) % kStep == 0)
-    for (; i + kStep <= bytes; i += kStep) {
-      char* at = static_cast<char*>(to) + i;
-      const VecFloat v = load_as<VecFloat>(static_cast<const char*>(from) + i);
+// Writes to memory without a detour through the caches, which would first read what is overwritten; `at` is a multiple of a
+// vector's size. Other threads may read it after end_streams().
+inline void stream(char* at, VecFloat v) {
 #if defined(__AVX512F__)
-      _mm512_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m512>(v));
+  _mm512_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m512>(v));
 #elif defined(__AVX2__)
-      _mm256_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m256>(v));
+  _mm256_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m256>(v));
+#elif defined(__SSE2__)
+  _mm_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m128>(v));
 #else
-      _mm_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m128>(v));
+  memcpy(at, &v, sizeof v);
 #endif
-    }
-  if (i < bytes) memcpy(static_cast<char*>(to) + i, static_cast<const char*>(from) + i, bytes - i);
 }
 
-inline void end_streams() { _mm_sfence(); }
-#else
+inline void end_streams() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
+// The bytes that can be streamed to `to`: whole vectors, if it is aligned.
+inline int64_t streamable(const void* to, int64_t bytes) {
+  constexpr int64_t kStep = sizeof(VecFloat);
+  return reinterpret_cast<uintptr_t>(to) % kStep == 0 ? bytes / kStep * kStep : 0;
+}
+
 inline void stream_bytes(void* to, const void* from, int64_t bytes) {
-  if (bytes > 0) memcpy(to, from, bytes);
+  const int64_t whole = streamable(to, bytes);
+  for (int64_t i = 0; i < whole; i += sizeof(VecFloat))
+    stream(static_cast<char*>(to) + i, load_as<VecFloat>(static_cast<const char*>(from) + i));
+  if (whole < bytes) memcpy(static_cast<char*>(to) + whole, static_cast<const char*>(from) + whole, bytes - whole);
 }
 
-inline void end_streams() {}
-#endif
+inline void stream_zeros(void* to, int64_t bytes) {
+  const int64_t whole = streamable(to, bytes);
+  for (int64_t i = 0; i < whole; i += sizeof(VecFloat)) stream(static_cast<char*>(to) + i, VecFloat{});
+  if (whole < bytes) memset(static_cast<char*>(to) + whole, 0, bytes - whole);
+}
 
 // The larger one; where b is NaN, a.
 inline VecFloat larger(VecFloat a, VecFloat b) { return b > a ? b : a; }

@@ -84,7 +84,14 @@ struct Falling {
   }
 };
 
-// Which windows merge and where each token goes, image by image.
+// The rows that the tokens of an image have been given so far.
+struct Places {
+  std::vector<int64_t> row;  // [windows] of the merged token, -1: none yet
+  int64_t next;
+};
+
+// Which windows merge and where each token goes, image by image. A slab is what one window is thick, along the first axis
+// that has more than one: its tokens follow one another.
 class Assignment {
  public:
   Assignment(const cpu::MergeJob& job, const Options& options, uint8_t* merged, int64_t* source, int32_t* counts)
@@ -93,11 +100,15 @@ class Assignment {
     for (int64_t w = 0; w < job.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
   }
 
+  int64_t slabs() const { return job_.windows_per[slab_axis()]; }
+
   // Windows that reach the threshold; with `uniform` only those that the border does not cut.
-  int64_t merge_similar(int64_t b) {
+  int64_t merge_similar(int64_t b) { return merge_similar(b, 0, job_.windows); }
+
+  int64_t merge_similar(int64_t b, int64_t first, int64_t last) {
     uint8_t* merged = merged_ + b * job_.windows;
     int64_t count = 0;
-    for (int64_t w = 0; w < job_.windows; ++w) {
+    for (int64_t w = first; w < last; ++w) {
       merged[w] = similarity(b)[w] >= options_.threshold && (complete_[w] || !options_.uniform);
       count += merged[w];
     }
@@ -115,31 +126,42 @@ class Assignment {
     for (int64_t i = 0; i < number; ++i) merged[order[i]] = 1;
   }
 
-  // Fills in the rows and the count of image b.
+  // Fills in the rows and the count of image b, whose merged windows are known.
   void place(int64_t b) {
-    const uint8_t* merged = merged_ + b * job_.windows;
-    std::vector<int64_t> row(job_.windows, -1);  // of the windows that have one
-    int64_t next = job_.prefix;
+    Places places = begin(b);
     if (options_.merged_first)
-      for (const int64_t w : by_similarity(b)) row[w] = next++;
-    int64_t* source = source_ + b * job_.length;
-    std::iota(source, source + job_.prefix, 0);
-    source += job_.prefix;
-    for (int64_t t = 0; t < job_.grid[0]; ++t)
-      for (int64_t h = 0; h < job_.grid[1]; ++h)
-        for (int64_t w = 0; w < job_.grid[2]; ++w, ++source) {
-          const int64_t window = window_of(t, h, w);
-          if (!merged[window]) {
-            *source = next++;
-          } else {
-            if (row[window] < 0) row[window] = next++;
-            *source = row[window];
-          }
-        }
-    counts_[b] = static_cast<int32_t>(next);
+      for (const int64_t w : by_similarity(b)) places.row[w] = places.next++;
+    for (int64_t slab = 0; slab < slabs(); ++slab) place_slab(b, slab, places);
+    end(b, places);
   }
 
+  // The same in parts: the slabs one after another, the merged windows of each being known.
+  Places begin(int64_t b) {
+    std::iota(source_ + b * job_.length, source_ + b * job_.length + job_.prefix, 0);
+    return {std::vector<int64_t>(job_.windows, -1), job_.prefix};
+  }
+
+  void place_slab(int64_t b, int64_t slab, Places& places) {
+    const uint8_t* merged = merged_ + b * job_.windows;
+    int64_t from[2] = {0, 0}, to[2] = {job_.grid[0], job_.grid[1]};
+    const int axis = slab_axis();
+    from[axis] = slab * job_.window[axis], to[axis] = from[axis] + std::min(job_.window[axis], to[axis] - from[axis]);
+    int64_t* source = source_ + b * job_.length + job_.prefix + (from[0] * job_.grid[1] + from[1]) * job_.grid[2];
+    for (int64_t t = from[0]; t < to[0]; ++t)
+      for (int64_t h = from[1]; h < to[1]; ++h)
+        for (int64_t w = 0; w < job_.grid[2]; ++w, ++source) {
+          const int64_t window = window_of(t, h, w);
+          int64_t& row = places.row[window];
+          *source = merged[window] && row >= 0 ? row : places.next++;
+          if (merged[window]) row = *source;
+        }
+  }
+
+  void end(int64_t b, const Places& places) { counts_[b] = static_cast<int32_t>(places.next); }
+
  private:
+  int slab_axis() const { return job_.grid[0] == 1 ? 1 : 0; }
+
   const float* similarity(int64_t b) const { return job_.similarity + b * job_.windows; }
 
   std::vector<int64_t> by_similarity(int64_t b) const {
@@ -182,6 +204,20 @@ void copy_prefix(const cpu::MergeJob& job, int64_t b, int64_t element_size) {
   }
 }
 
+// One image, a slab at a time, which the caches of a processor hold until it is written.
+void merge_by_slabs(const cpu::MergeJob& job, Assignment& assignment, const cpu::MergeTask& task, int64_t b) {
+  Places places = assignment.begin(b);
+  const int64_t slabs = assignment.slabs();
+  for (int64_t slab = 0; slab < slabs; ++slab) {
+    const int64_t windows = job.windows / slabs, first = slab * windows, item = b * job.windows + first;
+    cpu::window_similarity(task, item, item + windows);
+    assignment.merge_similar(b, first, first + windows);
+    assignment.place_slab(b, slab, places);
+    cpu::write_windows(task, item, item + windows);
+  }
+  assignment.end(b, places);
+}
+
 void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& options, int64_t batch,
            int64_t element_size) {
   const int64_t window_bytes = job.length * job.channels * element_size / std::max<int64_t>(1, job.windows);
@@ -193,13 +229,22 @@ void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& opti
     copy_prefix(job, b, element_size);
   };
 
-  if (batch >= workers && !options.uniform) {  // image by image: the second read of an image finds it in the cache
+  if (batch >= workers &&
+      !options.uniform) {  // image by image: the second read finds what the first has left in a cache
+    const bool by_slabs = !options.budget && !options.merged_first;  // fates and rows depend on nothing further behind
     share_items(batch, workers, [&](int64_t worker, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        cpu::window_similarity(task(worker), b * job.windows, (b + 1) * job.windows);
-        options.budget ? assignment.merge_top(b, *options.budget) : static_cast<void>(assignment.merge_similar(b));
-        place(b);
-        cpu::write_windows(task(worker), b * job.windows, (b + 1) * job.windows);
+        const int64_t first = b * job.windows, last = first + job.windows;
+        if (by_slabs) {
+          merge_by_slabs(job, assignment, task(worker), b);
+          copy_prefix(job, b, element_size);
+        } else {
+          cpu::window_similarity(task(worker), first, last);
+          options.budget ? assignment.merge_top(b, *options.budget) : static_cast<void>(assignment.merge_similar(b));
+          place(b);
+          cpu::write_windows(task(worker), first, last);
+        }
+        cpu::write_padding(task(worker), first, last);
       }
     });
     return;
@@ -213,8 +258,10 @@ void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& opti
     if (options.budget || options.uniform) assignment.merge_top(b, number);
     place(b);
   }
-  share_items(batch * job.windows, workers,
-              [&](int64_t worker, int64_t begin, int64_t end) { cpu::write_windows(task(worker), begin, end); });
+  share_items(batch * job.windows, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+    cpu::write_windows(task(worker), begin, end);
+    cpu::write_padding(task(worker), begin, end);
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B, P+N, C]

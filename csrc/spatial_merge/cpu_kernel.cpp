@@ -149,11 +149,18 @@ void put_bytes(void* to, const void* from, int64_t bytes, bool streams) {
     memcpy(to, from, bytes);
 }
 
+void put_zeros(void* to, int64_t bytes, bool streams) {
+  if (streams)
+    stream_zeros(to, bytes);
+  else if (bytes > 0)
+    memset(to, 0, bytes);
+}
+
 template <class T>
 void write_window(const MergeTask& task, int64_t item) {
   const MergeJob& job = *task.job;
-  const int64_t b = item / job.windows, window = item % job.windows;
-  const WindowExtent extent = extent_of(job, window);
+  const int64_t b = item / job.windows;
+  const WindowExtent extent = extent_of(job, item % job.windows);
   T* out = static_cast<T*>(job.tokens) + b * job.capacity * job.channels;
   float* out_sizes = job.out_sizes + b * job.capacity;
   if (job.merged[item]) {
@@ -166,12 +173,17 @@ void write_window(const MergeTask& task, int64_t item) {
       out_sizes[row] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
     });
   }
-  // The padding is dealt out evenly over the windows.
-  const int64_t padding = job.capacity - job.counts[b];
+}
+
+template <class T>
+void pad_window(const MergeTask& task, int64_t item) {
+  const MergeJob& job = *task.job;
+  const int64_t b = item / job.windows, window = item % job.windows, padding = job.capacity - job.counts[b];
   const int64_t first = job.counts[b] + padding * window / job.windows;
   const int64_t last = job.counts[b] + padding * (window + 1) / job.windows;
-  if (job.channels > 0) memset(out + first * job.channels, 0, (last - first) * job.channels * sizeof(T));
-  memset(out_sizes + first, 0, (last - first) * sizeof(float));
+  T* out = static_cast<T*>(job.tokens) + (b * job.capacity + first) * job.channels;
+  put_zeros(out, (last - first) * job.channels * sizeof(T), job.streams);
+  memset(job.out_sizes + b * job.capacity + first, 0, (last - first) * sizeof(float));
 }
 
 }  // namespace
@@ -200,6 +212,21 @@ void write_windows(const MergeTask& task, int64_t begin, int64_t end) {
         break;
       case Element::bf16:
         write_window<bfloat16>(task, item);
+        break;
+    }
+  if (task.job->streams) end_streams();
+}
+
+void write_padding(const MergeTask& task, int64_t begin, int64_t end) {
+  for (int64_t item = begin; item < end; ++item) switch (task.job->element) {
+      case Element::f32:
+        pad_window<float>(task, item);
+        break;
+      case Element::f16:
+        pad_window<half>(task, item);
+        break;
+      case Element::bf16:
+        pad_window<bfloat16>(task, item);
         break;
     }
   if (task.job->streams) end_streams();

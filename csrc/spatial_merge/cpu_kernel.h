@@ -47,4 +47,5 @@ struct WindowExtent {
 }  // namespace mustdrop::cpu
 
 MUSTDROP_CPU_KERNEL(window_similarity, MergeTask)  // items: (image, window)
-MUSTDROP_CPU_KERNEL(write_windows, MergeTask)      // items: (image, window), each with its share of the padding
+MUSTDROP_CPU_KERNEL(write_windows, MergeTask)      // items: (image, window)
+MUSTDROP_CPU_KERNEL(write_padding, MergeTask)      // items: (image, window), each has its share of the image's padding
