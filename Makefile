@@ -122,9 +122,9 @@ test-asan: build  ## the CPU kernels under AddressSanitizer and UBSan; ASAN="tes
 test-tsan: build  ## the CPU kernels under ThreadSanitizer, from plain C++ threads
 	$(BIN)/python -m pytest -q tests/sanitizers
 
-coverage: build  ## lines of csrc and of the Python code that the tests reach (minutes)
+coverage: build $(VLLM)/.ready  ## lines of csrc and of the Python code that the tests reach (half an hour)
 	$(BIN)/python -m pip install -q --disable-pip-version-check coverage gcovr
-	$(BIN)/python tests/sanitizers/variants.py coverage
+	$(BIN)/python tests/sanitizers/line_coverage.py $(COVERAGE)
 
 check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
 	$(BIN)/python bench/check_cuda.py $(CHECK)

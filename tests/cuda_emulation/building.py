@@ -25,13 +25,15 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_emulation"
 
 # "races": undefined behaviour, and data races by the hooks of -fsanitize=thread, whose runtime is replaced by races.cpp
-# and so is not linked. "address": addresses and undefined behaviour. "none": what the schedule alone shows.
+# and so is not linked. "address": addresses and undefined behaviour. "none": what the schedule alone shows. "coverage":
+# the lines that were reached.
 SANITIZERS = {
     "none": [],
+    "coverage": ["--coverage", "-fprofile-update=atomic"],
     "races": ["-fsanitize=undefined", "-fno-sanitize-recover=all"],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-HOOKS = {"races": ["-fsanitize=thread", "-DMUSTDROP_FIND_RACES"], "address": [], "none": []}
+HOOKS = {"races": ["-fsanitize=thread", "-DMUSTDROP_FIND_RACES"], "address": [], "none": [], "coverage": []}
 FLAGS = [
     "-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas",
     "-Wno-unused-parameter", "-fno-omit-frame-pointer", "-DTORCH_TARGET_VERSION=0x020a000000000000",

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lines of the Python code and of csrc that the tests reach.
+
+    python tests/sanitizers/line_coverage.py                     # every suite, then the report
+    python tests/sanitizers/line_coverage.py --suites triton cpu # some of them, added to what was counted before
+    python tests/sanitizers/line_coverage.py --suites            # the report alone
+
+The Python code is counted in every process that the tests start. Of csrc the CPU library is counted at each level of
+instructions, AMX's by its plain twin, and the CUDA kernels as the emulation runs them. The suite `vllm` needs the
+environment of `make test-vllm`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from variants import BIN, CPU_SUITE, ROOT, build, environment_with, pytest_command
+
+FOLDER = ROOT / "build" / "coverage"
+EMULATED = ROOT / "build" / "cuda_emulation"
+VLLM = ROOT / ".venv-vllm" / "bin"
+LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
+NOT_HERE = ("packaging", "sanitizers", "cuda_emulation", "frameworks", "integrations/vllm_plugin")
+RUN = f"""
+[run]
+source = {ROOT / "mustdrop_kernels"}
+data_file = {FOLDER / "data"}
+parallel = true
+concurrency = thread, multiprocessing
+patch = subprocess, fork, _exit
+sigterm = true
+"""
+
+
+def _pytest(*arguments: str, python: Path = BIN, **environment: str) -> int:
+    command = [str(python / "python"), "-m", "coverage", "run", f"--rcfile={FOLDER / 'rc'}"]
+    command += [str(python / "pytest"), "-q", "-p", "no:cacheprovider", "-m", "not slow", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment_with(FOLDER / "site", **environment)).returncode
+
+
+def python_suite() -> int:
+    """All of the Python code but what needs an interpreter or an environment of its own."""
+    ignored = [f"--ignore=tests/{name}" for name in NOT_HERE]
+    chosen = ["-k", "not cuda_emulated and not nvrtc_emulated and not triton"]
+    return _pytest("-n", "2", "tests", *ignored, *chosen, MUSTDROP_EMULATION_SAMPLE="0")
+
+
+def triton_suite() -> int:
+    """The Triton kernels' lines, in Triton's interpreter."""
+    only = {"TRITON_INTERPRET": "1", "MUSTDROP_TEST_BACKENDS": "triton"}
+    return _pytest("-n", "2", "tests/ops", "tests/backends", "-k", "triton", **only)
+
+
+def vllm_suite() -> int:
+    """The plug-in, with vLLM's own processes."""
+    subprocess.run([str(VLLM / "python"), "-m", "pip", "install", "-q", "coverage"], check=True)
+    return _pytest("tests/integrations/vllm_plugin", python=VLLM)
+
+
+def cpu_suite() -> int:
+    """The CPU library, at each level."""
+    more = {"MUSTDROP_TEST_BACKENDS": "cpu", "MUSTDROP_EMULATION_SAMPLE": "0"}
+    site, status = FOLDER / "site", 0
+    for level in LEVELS:
+        environment = environment_with(site, MUSTDROP_CPU_CAPABILITY=level, **more)
+        status |= subprocess.run(pytest_command(["-n", "2", *CPU_SUITE]), cwd=ROOT, env=environment).returncode
+    return status
+
+
+def cuda_suite() -> int:
+    """The CUDA kernels and their launchers, in the emulation."""
+    more = {"MUSTDROP_EMULATION_SAMPLE": "1", "MUSTDROP_EMULATION_SANITIZER": "coverage"}
+    suite = ["tests/ops", "tests/cuda_emulation/test_paths.py", "-m", "not slow", "-k", "cuda_emulated or test_paths"]
+    return subprocess.run(
+        pytest_command(["-n", "2", *suite]), cwd=ROOT, env=environment_with(FOLDER / "site", **more)
+    ).returncode
+
+
+SUITES: dict[str, Callable[[], int]] = {
+    "python": python_suite,
+    "triton": triton_suite,
+    "vllm": vllm_suite,
+    "cpu": cpu_suite,
+    "cuda": cuda_suite,
+}
+
+
+def report() -> None:
+    """The tables, and their sums in build/coverage/summary.json."""
+    python = [sys.executable, "-m", "coverage"]
+    settings = f"--rcfile={FOLDER / 'rc'}"
+    if list(FOLDER.glob("data.*")):
+        combine = [*python, "combine", "-q", "--append", settings]
+        subprocess.run(combine, check=True, cwd=ROOT)
+    subprocess.run([*python, "report", settings, "--show-missing", "--skip-covered"], check=True, cwd=ROOT)
+    subprocess.run([*python, "json", settings, "-q", "-o", str(FOLDER / "python.json")], check=True, cwd=ROOT)
+    gcovr = [str(BIN / "gcovr"), "--root", str(ROOT), "--filter", "csrc/", str(FOLDER / "cmake"), str(EMULATED)]
+    gcovr += ["--merge-mode-functions=merge-use-line-min", "--gcov-ignore-parse-errors"]
+    subprocess.run([*gcovr, "--json-summary", str(FOLDER / "csrc.json"), "--txt", "-"], check=True, cwd=ROOT)
+    csrc = json.loads((FOLDER / "csrc.json").read_text())
+    lines = json.loads((FOLDER / "python.json").read_text())["totals"]
+    summary = {
+        "csrc": {"lines": csrc["line_total"], "covered": csrc["line_covered"], "percent": csrc["line_percent"]},
+        "python": {
+            "lines": lines["num_statements"],
+            "covered": lines["covered_lines"],
+            "percent": round(lines["percent_covered"], 1),
+        },
+    }
+    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    print(json.dumps(summary))
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suites", nargs="*", choices=tuple(SUITES), help="these, added to what was counted before")
+    chosen = parser.parse_args().suites
+    build("coverage")
+    (FOLDER / "rc").write_text(RUN)
+    if chosen is None:
+        for old in [*FOLDER.rglob("*.gcda"), *EMULATED.glob("*.gcda"), *FOLDER.glob("data*")]:
+            old.unlink()
+    status = 0
+    for suite in SUITES if chosen is None else chosen:
+        print(f"suite {suite}", flush=True)
+        status |= SUITES[suite]()
+    report()
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
