@@ -47,6 +47,7 @@ figures: build  ## the tables and pictures of README and docs, from bench/result
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
 
+test-all: ALL = 1
 test-all: build test-transformers-4 test-transformers-5  ## the full matrices, and a compile for CUDA where nvcc is found
 	$(BIN)/python -m pytest -q -n 2
 	$(INTERPRETED)
@@ -72,7 +73,7 @@ $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 	touch $@
 
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
-	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 tests/integrations
+	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 -m '$(if $(ALL),,not slow)' tests/integrations
 
 $(TRANSFORMERS_5)/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_5) \

@@ -46,7 +46,7 @@ def _pytest(*arguments: str, python: Path = BIN, **environment: str) -> int:
 def python_suite() -> int:
     """All of the Python code but what needs an interpreter or an environment of its own."""
     ignored = [f"--ignore=tests/{name}" for name in NOT_HERE]
-    chosen = ["-k", "not cuda_emulated and not nvrtc_emulated and not triton"]
+    chosen = ["-k", "not cuda_emulated and not nvrtc_emulated"]
     return _pytest("-n", "2", "tests", *ignored, *chosen, MUSTDROP_EMULATION_SAMPLE="0")
 
 
