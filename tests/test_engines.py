@@ -177,3 +177,31 @@ def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
 def test_table_without_leading_blocks():
     table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32)
     assert without_leading(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]
+
+
+def row_lse(plan, query, key, scale):  # (Hq, live)
+    """Of each live row's scores, over what it sees of its own request."""
+    pieces = []
+    for q, k in zip(query.split(plan.counts), key.split(plan.counts), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
+        hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
+        pieces.append(scores.masked_fill(hidden, -torch.inf).logsumexp(-1))
+    return torch.cat(pieces, dim=1)
+
+
+@pytest.mark.parametrize("name", ["budgets", "thresholds"])
+def test_an_lse_that_the_attention_says_is_taken(name):
+    config, engine = MustDropConfig(**CONFIGS[name]), Engine(16, "NHD")
+    generator = torch.Generator().manual_seed(3)
+    query, key = (torch.randn(sum(engine.new), heads, D, generator=generator) for heads in (HQ, HK))
+
+    def rows(lse):
+        plan = PackedPrompts(engine.new, MEMBERS, placeholders(), config)
+        plan.enter()
+        said = None if lse is None else lse(plan, query, key, 0.8)
+        plan.prune(query, key, 0.8, lse=said)
+        return plan.rows.tolist()
+
+    assert rows(row_lse) == rows(None)
+    nothing_is_seen = rows(lambda *given: torch.full_like(row_lse(*given), torch.inf))
+    assert nothing_is_seen != rows(None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from test_engines import row_lse
 
 from mustdrop_kernels import ops, stages
 from mustdrop_kernels.config import MustDropConfig
@@ -43,8 +44,8 @@ def tower():
     return query, key, torch.tensor([37, 25, 37], dtype=torch.int32)
 
 
-def packed_rows(config, rank=None):
-    """The rows that are left after two pruning layers."""
+def packed_rows(config, rank=None, *, said=False):
+    """The rows that are left after two pruning layers; `said`: each rank's attention says its rows' lse."""
     generator = torch.Generator().manual_seed(1)
     vision = torch.tensor([flag for a, b, c in PACKED for flag in [False] * a + [True] * b + [False] * c])
     group = None if rank is None else dist.group.WORLD
@@ -54,7 +55,7 @@ def packed_rows(config, rank=None):
         key = torch.randn(len(vision), HK, D, generator=generator)[plan.rows]
         if rank is not None:
             query, key = shard(query, 1, rank), shard(key, 1, rank)
-        plan.prune(query, key, 0.7)
+        plan.prune(query, key, 0.7, lse=row_lse(plan, query, key, 0.7) if said else None)
     return plan.rows
 
 
@@ -65,10 +66,11 @@ def run_rank(rank, folder):
     scores = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types, 0.4, 10)
     nobody = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=2), 0.4, 0)
     rows = {name: packed_rows(MustDropConfig(**config), rank) for name, config in CONFIGS.items()}
+    said = {name: packed_rows(MustDropConfig(**config), rank, said=True) for name, config in CONFIGS.items()}
     cls, patches, counts = tower()
     halves = shard(cls, 1, rank), shard(patches, 1, rank)
     keys = stages.key_tokens(*halves, 0.3, KEYS, counts=counts, group=dist.group.WORLD)
-    found = {"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows, "keys": keys}
+    found = {"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows, "said": said, "keys": keys}
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -108,6 +110,7 @@ def test_packed_prompts_lose_the_same_tokens(found, name):
     assert len(expected) < sum(map(sum, PACKED))
     for rank in found:
         assert torch.equal(rank["rows"][name], expected)
+        assert torch.equal(rank["said"][name], expected)
 
 
 def test_key_tokens_are_those_of_all_heads(found):
