@@ -4,6 +4,7 @@
     python tests/sanitizers/line_coverage.py                     # every suite, then the report
     python tests/sanitizers/line_coverage.py --suites triton cpu # some of them, added to what was counted before
     python tests/sanitizers/line_coverage.py --suites            # the report alone
+    python tests/sanitizers/line_coverage.py --json bench/results/coverage.json
 
 The Python code is counted in every process that the tests start. Of csrc the CPU library is counted at each level of
 instructions, AMX's by its plain twin, and the CUDA kernels as the emulation runs them. The suite `vllm` needs the
@@ -14,12 +15,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from variants import BIN, CPU_SUITE, ROOT, build, environment_with, pytest_command
+
+from mustdrop_kernels.bench.machine import describe
+from mustdrop_kernels.files import write_text
 
 FOLDER = ROOT / "build" / "coverage"
 EMULATED = ROOT / "build" / "cuda_emulation"
@@ -90,8 +97,8 @@ SUITES: dict[str, Callable[[], int]] = {
 }
 
 
-def report() -> None:
-    """The tables, and their sums in build/coverage/summary.json."""
+def report() -> dict[str, Any]:
+    """Prints what was not reached; the document."""
     python = [sys.executable, "-m", "coverage"]
     settings = f"--rcfile={FOLDER / 'rc'}"
     if list(FOLDER.glob("data.*")):
@@ -102,25 +109,39 @@ def report() -> None:
     gcovr = [str(BIN / "gcovr"), "--root", str(ROOT), "--filter", "csrc/", str(FOLDER / "cmake"), str(EMULATED)]
     gcovr += ["--merge-mode-functions=merge-use-line-min", "--gcov-ignore-parse-errors"]
     subprocess.run([*gcovr, "--json-summary", str(FOLDER / "csrc.json"), "--txt", "-"], check=True, cwd=ROOT)
-    csrc = json.loads((FOLDER / "csrc.json").read_text())
-    lines = json.loads((FOLDER / "python.json").read_text())["totals"]
-    summary = {
-        "csrc": {"lines": csrc["line_total"], "covered": csrc["line_covered"], "percent": csrc["line_percent"]},
-        "python": {
-            "lines": lines["num_statements"],
-            "covered": lines["covered_lines"],
-            "percent": round(lines["percent_covered"], 1),
-        },
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "machine": describe(torch.device("cpu"), 1),
+        "csrc": _sums(
+            {f["filename"]: (f["line_total"], f["line_covered"]) for f in _read("csrc")["files"] if f["line_total"]}
+        ),
+        "python": _sums(
+            {
+                name: (f["summary"]["num_statements"], f["summary"]["covered_lines"])
+                for name, f in _read("python")["files"].items()
+            }
+        ),
     }
-    (FOLDER / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    print(json.dumps(summary))
+
+
+def _read(name: str) -> dict[str, Any]:
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+def _sums(files: dict[str, tuple[int, int]]) -> dict[str, Any]:
+    """Of lines and of those that were reached; and by file how many were not."""
+    lines, reached = (sum(numbers) for numbers in zip(*files.values(), strict=True))
+    left = {name: total - found for name, (total, found) in sorted(files.items()) if found < total}
+    return {"lines": lines, "reached": reached, "percent": round(100 * reached / lines, 1), "not_reached": left}
 
 
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suites", nargs="*", choices=tuple(SUITES), help="these, added to what was counted before")
-    chosen = parser.parse_args().suites
+    parser.add_argument("--json", type=Path, help="write the sums there")
+    options = parser.parse_args()
+    chosen = options.suites
     build("coverage")
     (FOLDER / "rc").write_text(RUN)
     if chosen is None:
@@ -130,7 +151,10 @@ def main() -> int:
     for suite in SUITES if chosen is None else chosen:
         print(f"suite {suite}", flush=True)
         status |= SUITES[suite]()
-    report()
+    document = report()
+    print({name: document[name]["percent"] for name in ("csrc", "python")})
+    if options.json is not None:
+        write_text(options.json, json.dumps(document, indent=1) + "\n")
     return status
 
 
