@@ -35,14 +35,13 @@ void for_each_token(const MergeJob& job, const WindowExtent& extent, const Visit
 }
 
 template <class T>
-float square_sum(const T* row, int64_t channels, int64_t ahead = 0) {
+float square_sum(const T* row, int64_t channels) {
   constexpr int kSums = 4;  // so that no addition waits for the one before
   VecFloat sums[kSums] = {};
   int64_t c = 0;
   for (; c + kSums * kLanes <= channels; c += kSums * kLanes)
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
-      __builtin_prefetch(row + c + i * kLanes + ahead, 0, 2);
       const VecFloat a = load(row + c + i * kLanes);
       sums[i] += a * a;
     }
@@ -114,7 +113,7 @@ void similarity_of(const MergeTask& task, int64_t item) {
   RowSum<T> sum(task.sum, job.channels);
   for_each_token(job, extent, [&](int64_t token) {
     const T* row = image + token * job.x_row;
-    const float square = square_sum(row, job.channels, job.window[2] * job.x_row), norm = sqrtf(square);
+    const float square = square_sum(row, job.channels), norm = sqrtf(square);
     const float scale = 1.0f / (norm < 1e-8f ? 1e-8f : norm);
     squares += square * scale * scale;
     sum.add(scale, row);
