@@ -7,13 +7,14 @@
 
 Every request draws its own prompts (pictures, text between them, texts without a picture), its way of generating and
 its length; some raise or are aborted in the middle. What a request held must be free after it. The resident memory is
-written down after each round, and a line through the second half of it says how fast it grows: the memory is flat where
-that is surely less than a hundredth of it an hour.
+written down after each round, when what is free has gone back to the system, and a line through the second half of it
+says how fast it grows: the memory is flat where that is surely less than a hundredth of it an hour.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib
 import itertools
@@ -45,7 +46,9 @@ LIMIT = 0.01  # growth an hour, as a share of the memory, below which it is flat
 
 
 def resident_kb() -> int:
-    """Resident memory of this process."""
+    """Resident memory of this process, without what the C library keeps for allocations to come."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1])
@@ -65,7 +68,6 @@ def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
         task = progress.add_task("requests", total=60 * minutes)
         for number in itertools.count(1):
             run.round(ROUND)
-            gc.collect()
             samples.append((round(time.monotonic() - begin, 1), resident_kb()))
             now = f"{number * ROUND} requests, {samples[-1][1] / 1024:.0f} MiB"
             progress.update(task, completed=samples[-1][0], description=now)
