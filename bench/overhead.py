@@ -18,9 +18,12 @@ import math
 import shlex
 import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mustdrop_kernels.bench import machine
@@ -85,9 +88,17 @@ def padded() -> dict[str, torch.Tensor]:
 
 
 def compare(
-    model: LlavaForConditionalGeneration, prompt: dict, config: MustDropConfig, tokens: int, turns: int
+    model: LlavaForConditionalGeneration,
+    prompt: dict,
+    config: MustDropConfig,
+    tokens: int,
+    turns: int,
+    step: Callable[[], None],
 ) -> dict:
-    """Milliseconds per decoded token, and their ratio in neighbouring runs, which a busy machine slows alike."""
+    """Milliseconds per decoded token, and their ratio in neighbouring runs, which a busy machine slows alike.
+
+    Calls `step` after each run, 2 * (turns + 1) times.
+    """
     times: dict[str, list[float]] = {"plain": [], "drop_tokens": []}
     cache = None
     for turn in range(turns + 1):
@@ -97,6 +108,7 @@ def compare(
                 decode_ms = statistics.median(step_ms(model, prompt, tokens))
             if turn:  # the first warms up
                 times[side].append(decode_ms)
+            step()
             if report is not None and report.prompts:
                 cache = {"plain": report.last.plain_cache.bytes, "drop_tokens": report.last.final_cache.bytes}
     ratios = [ours / plain for plain, ours in zip(times["plain"], times["drop_tokens"], strict=True)]
@@ -166,7 +178,13 @@ def main() -> None:
         "image, budget-64": (inputs(image=True), budget),
         "two images, one padded, budget-64": (padded(), budget),
     }
-    rows = {name: compare(model, *case, options.tokens, options.turns) for name, case in cases.items()}
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    rows = {}
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("", total=len(cases) * 2 * (options.turns + 1))
+        for name, case in cases.items():
+            progress.update(task, description=name)
+            rows[name] = compare(model, *case, options.tokens, options.turns, lambda: progress.advance(task))
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "load")}
     document = {
         "command": shlex.join(["python", *sys.argv]),

@@ -58,14 +58,10 @@ Selection run(cpu::SelectArgs args, const Tensor& score, const Tensor& token_typ
   cpu::level();  // throws here, and not in a thread, where MUSTDROP_CPU_CAPABILITY is wrong
   const int64_t workers = worker_count(batch, length, kGrainTokens);
   const int64_t padded = (length + 63) / 64 * 64;
-  const std::unique_ptr<uint32_t[]> keys(new uint32_t[2 * workers * padded]);
-  const std::unique_ptr<uint8_t[]> bytes(new uint8_t[2 * workers * padded]);
+  const std::unique_ptr<uint32_t[]> keys(new uint32_t[workers * padded]);
   share_items(batch, workers, [&](int64_t worker, int64_t begin, int64_t end) {
     cpu::SelectArgs own = args;
-    own.keys = keys.get() + 2 * worker * padded;
-    own.narrow = own.keys + padded;
-    own.fates = bytes.get() + 2 * worker * padded;
-    own.flags = own.fates + padded;
+    own.narrow = keys.get() + worker * padded;
     cpu::select_tokens(own, begin, end);
   });
   return {keep, counts};

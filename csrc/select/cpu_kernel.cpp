@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Which tokens stay. A selection is a set of candidates of which the best `open` stay, by order_key and then by index; the
 // key that divides them is found by radix selection in the range that a sample suggests, so nothing is sorted and every
-// input, also one whose scores are all equal, costs the same few passes. Flags are bytes, so that the passes vectorise.
+// input, also one whose scores are all equal, costs the same few passes. They go from chunk to chunk: fates, keys and flags
+// of a chunk are made anew in each pass, which is cheaper than to fetch them from memory. All are arrays, so that loops
+// vectorise.
 #include "select/cpu_kernel.h"
 
 #include "common/order.h"
@@ -15,28 +17,8 @@ namespace {
 
 enum Fate : uint8_t { kGone = 0, kStays = 1, kCandidate = 2 };
 constexpr uint8_t kPadding = 0, kVision = 2;  // token types
-
-// Protected candidates stay; returns how many of the candidates are left.
-int64_t protect(const uint8_t* keeps, int64_t length, int64_t candidates, uint8_t* fates) {
-  if (!keeps) return candidates;
-  int64_t left = 0;
-  for (int64_t j = 0; j < length; ++j) {
-    const uint8_t fate = (fates[j] == kCandidate) & (keeps[j] != 0) ? static_cast<uint8_t>(kStays) : fates[j];
-    fates[j] = fate;
-    left += fate == kCandidate;
-  }
-  return left;
-}
-
-// Candidates are the vision tokens; returns their number.
-int64_t topk_fates(const uint8_t* types, int64_t length, uint8_t* fates) {
-  int64_t vision = 0;
-  for (int64_t j = 0; j < length; ++j) {
-    fates[j] = types[j] == kPadding ? kGone : types[j] == kVision ? kCandidate : kStays;
-    vision += types[j] == kVision;
-  }
-  return vision;
-}
+constexpr int64_t kChunk = 1024;              // tokens
+constexpr int64_t kSampleStep = 16;
 
 // The same bits on every machine: sixteen running sums, added pairwise at the end.
 template <class T>
@@ -52,26 +34,76 @@ float sum(const T* value, int64_t length) {
   return lane[0];
 }
 
-// Candidates are the vision tokens that are below both thresholds; returns their number.
+// One sequence.
 template <class T>
-int64_t dual_fates(const T* total, const T* peak, const uint8_t* types, int64_t length, float total_limit,
-                   float peak_limit, uint8_t* fates) {
-  int64_t candidates = 0;
-  for (int64_t j = 0; j < length; ++j) {
-    const bool low = (to_float(total[j]) < total_limit) & (to_float(peak[j]) < peak_limit);
-    const bool drop = low & (types[j] == kVision);
-    fates[j] = types[j] == kPadding ? kGone : drop ? kCandidate : kStays;
-    candidates += drop;
+struct Row {
+  const T* score;
+  const T* peak;  // dual
+  const uint8_t* types;
+  const uint8_t* keeps;  // may be null
+  int64_t length;
+  bool dual;
+  float score_limit, peak_limit;  // dual
+};
+
+// What a chunk's tokens are before their keys are compared. Candidates are the vision tokens, with two thresholds those
+// that are below both; the protected ones stay.
+struct Fates {
+  uint8_t of[kChunk];
+  int64_t candidates, spared;  // these are protected
+};
+
+template <class T>
+void find_fates(const Row<T>& row, int64_t begin, int64_t count, Fates& fates) {
+  const uint8_t* const types = row.types + begin;
+  uint8_t* const of = fates.of;
+  uint32_t candidates = 0, left = 0;
+  if (row.dual) {
+    const T *const score = row.score + begin, *const peak = row.peak + begin;
+    const float score_limit = row.score_limit, peak_limit = row.peak_limit;
+    for (int64_t j = 0; j < count; ++j) {
+      const bool low = (to_float(score[j]) < score_limit) & (to_float(peak[j]) < peak_limit);
+      const bool drop = low & (types[j] == kVision);
+      of[j] = types[j] == kPadding ? kGone : drop ? kCandidate : kStays;
+      candidates += drop;
+    }
+  } else {
+    for (int64_t j = 0; j < count; ++j) {
+      of[j] = types[j] == kPadding ? kGone : types[j] == kVision ? kCandidate : kStays;
+      candidates += types[j] == kVision;
+    }
   }
-  return candidates;
+  if (row.keeps) {
+    const uint8_t* const keeps = row.keeps + begin;
+    for (int64_t j = 0; j < count; ++j) {
+      of[j] = (of[j] == kCandidate) & (keeps[j] != 0) ? static_cast<uint8_t>(kStays) : of[j];
+      left += of[j] == kCandidate;
+    }
+  } else {
+    left = candidates;
+  }
+  fates.candidates = left;
+  fates.spared = candidates - left;
 }
 
 // 0 where the token is no candidate, as for NaN.
 template <class T>
-void make_keys(const T* score, const uint8_t* fates, int64_t length, uint32_t* keys) {
-  for (int64_t j = 0; j < length; ++j) {
+void make_keys(const Row<T>& row, int64_t begin, int64_t count, const uint8_t* fates, uint32_t* keys) {
+  const T* const score = row.score + begin;
+  for (int64_t j = 0; j < count; ++j) {
     const uint32_t key = order_key(score[j]);  // of every token: a load that depends on the fate would not vectorise
     keys[j] = fates[j] == kCandidate ? key : 0u;
+  }
+}
+
+// Calls visit(begin, count, fates) for each chunk.
+template <class T, class Visit>
+void for_each_chunk(const Row<T>& row, const Visit& visit) {
+  Fates fates;
+  for (int64_t begin = 0; begin < row.length; begin += kChunk) {
+    const int64_t count = row.length - begin < kChunk ? row.length - begin : kChunk;
+    find_fates(row, begin, count, fates);
+    visit(begin, count, fates);
   }
 }
 
@@ -109,16 +141,23 @@ struct Range {
 Range around(const uint32_t* keys, int64_t count, Range range, int64_t& least, int64_t& most) {
   constexpr int kBits = 8;
   constexpr uint32_t kBins = 1u << kBits;
-  constexpr int kCopies = 2;  // of the counters: equal keys in a row do not wait for each other
+  constexpr int kCopies = 4;  // of the counters: equal keys in a row do not wait for each other
   const int bits = range.lowest == range.highest ? 0 : 32 - __builtin_clz(range.lowest ^ range.highest);
   const int shift = bits > kBits ? bits - kBits : 0;
   const uint32_t first = range.lowest >> shift;
   uint32_t counters[kCopies][kBins + 1] = {};  // the last one for what is outside
-  for (int64_t i = 0; i < count; ++i) {
+  const auto count_key = [&](int64_t i, int copy) {
     const uint32_t bin = (keys[i] >> shift) - first;
-    ++counters[i % kCopies][bin < kBins ? bin : kBins];
-  }
-  const auto number = [&](uint32_t bin) { return static_cast<int64_t>(counters[0][bin]) + counters[1][bin]; };
+    ++counters[copy][bin < kBins ? bin : kBins];
+  };
+  int64_t i = 0;
+  for (; i + kCopies <= count; i += kCopies)
+#pragma GCC unroll 4
+    for (int copy = 0; copy < kCopies; ++copy) count_key(i + copy, copy);
+  for (; i < count; ++i) count_key(i, 0);
+  const auto number = [&](uint32_t bin) {
+    return static_cast<int64_t>(counters[0][bin] + counters[1][bin]) + (counters[2][bin] + counters[3][bin]);
+  };
   uint32_t bin = (range.highest >> shift) - first;
   int64_t above = 0;
   for (; bin > 0 && above + number(bin) < least; --bin) above += number(bin);
@@ -168,26 +207,35 @@ int64_t keep_inside(const uint32_t* from, int64_t count, Range range, uint32_t* 
 
 constexpr Range kAllKeys = {0, ~0u};
 
-// Where the open-th highest key should be, by a sample of the keys, which is left in `scratch`.
-Range expected_range(const uint32_t* keys, int64_t length, int64_t open, uint32_t* scratch) {
-  constexpr int64_t kStep = 16;
-  int64_t count = 0;
-  for (int64_t j = 0; j < length; j += kStep) scratch[count++] = keys[j];
-  const float rank = static_cast<float>(open) / kStep, margin = 4 * __builtin_sqrtf(rank) + 8;  // four deviations
+// Where the open-th highest key should be, by a sample of the keys.
+Range expected_range(const uint32_t* sample, int64_t count, int64_t open) {
+  const float rank = static_cast<float>(open) / kSampleStep, margin = 4 * __builtin_sqrtf(rank) + 8;  // four deviations
   auto least = static_cast<int64_t>(rank - margin), most = static_cast<int64_t>(rank + margin);
-  const Range coarse = around(scratch, count, kAllKeys, least, most);
-  return around(scratch, count, coarse, least, most);
+  const Range coarse = around(sample, count, kAllKeys, least, most);
+  return around(sample, count, coarse, least, most);
 }
 
-// 0 < open < number of candidates. `narrow` is overwritten. One pass over the keys says whether the sample was right;
-// where it was not, all keys are looked at again.
-Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narrow) {
-  constexpr int64_t kFewKeys = 1024;  // are not worth a sample
-  Range range = length <= kFewKeys ? kAllKeys : expected_range(keys, length, open, narrow);
-  int64_t above, left = keep_inside(keys, length, range, narrow, above);
+// 0 < open < number of candidates. `narrow` begins with a sample of the keys, and is overwritten. One pass over the keys
+// says whether it was right; where it was not, all keys are looked at again.
+template <class T>
+Cut find_cut(const Row<T>& row, int64_t open, uint32_t* narrow) {
+  const int64_t sampled = (row.length + kSampleStep - 1) / kSampleStep;
+  Range range = row.length <= kChunk ? kAllKeys : expected_range(narrow, sampled, open);
+  int64_t above = 0, left = 0;
+  const auto collect = [&] {
+    above = left = 0;
+    for_each_chunk(row, [&](int64_t begin, int64_t count, const Fates& fates) {
+      alignas(64) uint32_t keys[kChunk];
+      make_keys(row, begin, count, fates.of, keys);
+      int64_t higher;
+      left += keep_inside(keys, count, range, narrow + left, higher);
+      above += higher;
+    });
+  };
+  collect();
   if (open <= above || open > above + left) {
     range = kAllKeys;
-    left = keep_inside(keys, length, range, narrow, above);
+    collect();
   }
   open -= above;
   while (range.lowest != range.highest) {
@@ -199,11 +247,11 @@ Cut find_cut(const uint32_t* keys, int64_t length, int64_t open, uint32_t* narro
   return key > 0 && open == left ? Cut{key - 1, 0} : Cut{key, open};  // 0: of NaN, and of those that are no candidates
 }
 
-// Lets the first candidates that tie with the cut stay.
-void keep_ties(const uint32_t* keys, int64_t length, Cut cut, const uint8_t* fates, uint8_t* flags) {
+// Lets the first candidates that tie with the cut stay; returns how many more may.
+int64_t keep_ties(const uint32_t* keys, int64_t count, Cut cut, const uint8_t* fates, uint8_t* flags) {
   int64_t ties = cut.ties;
-  for (int64_t base = 0; base < length && ties > 0; base += 64) {
-    const int64_t end = base + 64 < length ? base + 64 : length;
+  for (int64_t base = 0; base < count && ties > 0; base += 64) {
+    const int64_t end = base + 64 < count ? base + 64 : count;
     uint32_t any = 0;
     for (int64_t j = base; j < end; ++j) any |= keys[j] == cut.key;
     for (int64_t j = base; any && j < end && ties > 0; ++j) {
@@ -212,31 +260,7 @@ void keep_ties(const uint32_t* keys, int64_t length, Cut cut, const uint8_t* fat
       ties -= tie;
     }
   }
-}
-
-// flags[j] = rule(j). The flags stand in a pointer of their own: seen through SelectArgs, a store of bytes might change it.
-template <class Rule>
-void flag(uint8_t* flags, int64_t length, const Rule& rule) {
-  for (int64_t j = 0; j < length; ++j) flags[j] = rule(j);
-}
-
-// Flags the tokens that stay.
-template <class T>
-void decide(const SelectArgs& args, const T* score, int64_t candidates, int64_t open) {
-  const int64_t length = args.length;
-  const uint8_t* const fates = args.fates;
-  if (open == 0) {
-    flag(args.flags, length, [fates](int64_t j) { return fates[j] == kStays; });
-  } else if (open == candidates) {
-    flag(args.flags, length, [fates](int64_t j) { return fates[j] != kGone; });
-  } else {
-    const uint32_t* const keys = args.keys;
-    make_keys(score, fates, length, args.keys);
-    const Cut cut = find_cut(keys, length, open, args.narrow);
-    flag(args.flags, length, [=](int64_t j) { return (fates[j] == kStays) | (keys[j] > cut.key); });
-    keep_ties(keys, length, cut, fates, args.flags);
-  }
-  clear_past(args.flags, length);
+  return ties;
 }
 
 constexpr int kFewBits = 12;  // of 64, that are written faster one by one
@@ -258,46 +282,93 @@ int64_t* write_set(uint64_t mask, int64_t base, int64_t* to) {
   return to;
 }
 
-// Writes the flagged tokens in order, as far as there is room; returns their number. Flags go on with zeros to a multiple
-// of 64.
-int64_t write_keep(const uint8_t* flags, int64_t length, int64_t* keep, int64_t capacity) {
-  int64_t number = 0;
-  int64_t *next = keep, *const end = keep + capacity;
-  for (int64_t base = 0; base < length; base += 64) {
-    uint64_t mask = mask_of(flags + base);
-    const int bits = __builtin_popcountll(mask);
-    number += bits;
-    if (bits > kFewBits && end - next >= 64)
-      next = write_set(mask, base, next);
-    else
-      for (; mask && next < end; mask &= mask - 1) *next++ = base + __builtin_ctzll(mask);
+// The tokens that stay, in order, as far as there is room.
+class Kept {
+ public:
+  Kept(int64_t* keep, int64_t capacity) : next_(keep), end_(keep + capacity) {}
+
+  // Flags of the tokens from `begin` on, with zeros to a multiple of 64.
+  void add(int64_t begin, int64_t count, const uint8_t* flags) {
+    for (int64_t base = 0; base < count; base += 64) {
+      uint64_t mask = mask_of(flags + base);
+      const int bits = __builtin_popcountll(mask);
+      number_ += bits;
+      if (bits > kFewBits && end_ - next_ >= 64)
+        next_ = write_set(mask, begin + base, next_);
+      else
+        for (; mask && next_ < end_; mask &= mask - 1) *next_++ = begin + base + __builtin_ctzll(mask);
+    }
   }
-  if (next < end) memset(next, 0xff, (end - next) * sizeof *next);  // -1; an empty result has no address
-  return number;
+
+  // Fills the rest; returns how many tokens stay.
+  int64_t finish() {
+    if (next_ < end_) memset(next_, 0xff, (end_ - next_) * sizeof *next_);  // -1; an empty result has no address
+    return number_;
+  }
+
+ private:
+  int64_t *next_, *end_;
+  int64_t number_ = 0;
+};
+
+// Writes what stays, the best `open` of the candidates and all that are none, and returns how many these are.
+template <class T>
+int64_t write_kept(const SelectArgs& args, const Row<T>& row, int64_t b, int64_t candidates, int64_t open) {
+  Kept kept(args.keep + b * args.capacity, args.capacity);
+  const bool none = open == 0, all = open == candidates;
+  Cut cut = none || all ? Cut{} : find_cut(row, open, args.narrow);
+  for_each_chunk(row, [&](int64_t begin, int64_t count, const Fates& fates) {
+    const uint8_t* const of = fates.of;
+    alignas(64) uint8_t flags[kChunk];
+    if (none) {
+      for (int64_t j = 0; j < count; ++j) flags[j] = of[j] == kStays;
+    } else if (all) {
+      for (int64_t j = 0; j < count; ++j) flags[j] = of[j] != kGone;
+    } else {
+      alignas(64) uint32_t keys[kChunk];
+      make_keys(row, begin, count, of, keys);
+      for (int64_t j = 0; j < count; ++j) flags[j] = (of[j] == kStays) | (keys[j] > cut.key);
+      cut.ties = keep_ties(keys, count, cut, of, flags);
+    }
+    clear_past(flags, count);
+    kept.add(begin, count, flags);
+  });
+  return kept.finish();
+}
+
+// How many candidates there are, and protected ones beside them; leaves a sample of the candidates' keys.
+template <class T>
+void count_candidates(const Row<T>& row, uint32_t* sample, int64_t& candidates, int64_t& spared) {
+  for_each_chunk(row, [&](int64_t begin, int64_t count, const Fates& fates) {
+    candidates += fates.candidates;
+    spared += fates.spared;
+    for (int64_t j = 0; j < count; j += kSampleStep)
+      *sample++ = fates.of[j] == kCandidate ? order_key(row.score[begin + j]) : 0u;
+  });
 }
 
 template <class T>
 void select_row(const SelectArgs& args, int64_t b) {
-  const T* score = static_cast<const T*>(args.score) + b * args.score_stride;
-  const uint8_t* types = args.types + b * args.types_stride;
-  const uint8_t* keeps = args.keeps ? args.keeps + b * args.keeps_stride : nullptr;
-  int64_t candidates, open = 0;
-  if (args.rule == Rule::topk) {
-    const int64_t vision = topk_fates(types, args.length, args.fates);
-    candidates = protect(keeps, args.length, vision, args.fates);
-    int64_t budget = args.budgets ? args.budgets[b * args.budgets_stride] : args.k;
-    budget = (budget < 0 ? 0 : budget) - (vision - candidates);  // the protected come first
-    open = budget < 0 ? 0 : budget < candidates ? budget : candidates;
-  } else {
-    const T* peak = static_cast<const T*>(args.peak) + b * args.peak_stride;
-    const float limit = args.global_threshold * sum(score, args.length);
-    candidates = dual_fates(score, peak, types, args.length, limit, args.individual_threshold, args.fates);
-    candidates = protect(keeps, args.length, candidates, args.fates);
+  Row<T> row{};
+  row.score = static_cast<const T*>(args.score) + b * args.score_stride;
+  row.types = args.types + b * args.types_stride;
+  row.keeps = args.keeps ? args.keeps + b * args.keeps_stride : nullptr;
+  row.length = args.length;
+  row.dual = args.rule == Rule::dual;
+  if (row.dual) {
+    row.peak = static_cast<const T*>(args.peak) + b * args.peak_stride;
+    row.score_limit = args.global_threshold * sum(row.score, row.length);
+    row.peak_limit = args.individual_threshold;
+  }
+  int64_t candidates = 0, spared = 0, open = 0;
+  if (!row.dual || args.drop_multiple > 1) count_candidates(row, args.narrow, candidates, spared);
+  if (!row.dual) {
+    const int64_t budget = args.budgets ? args.budgets[b * args.budgets_stride] : args.k;
+    open = (budget < 0 ? 0 : budget) - spared;  // the protected come first
+    open = open < 0 ? 0 : open < candidates ? open : candidates;
   }
   open += (candidates - open) % args.drop_multiple;  // the best of those that would go are spared
-  decide(args, score, candidates, open);
-  args.counts[b] =
-      static_cast<int32_t>(write_keep(args.flags, args.length, args.keep + b * args.capacity, args.capacity));
+  args.counts[b] = static_cast<int32_t>(write_kept(args, row, b, candidates, open));
 }
 
 }  // namespace

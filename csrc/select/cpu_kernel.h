@@ -25,12 +25,8 @@ struct SelectArgs {
   float global_threshold, individual_threshold;  // dual
   int64_t* keep;                                 // [B, capacity]
   int64_t capacity;
-  int32_t* counts;  // [B]
-  // Workspace of the calling thread: L entries each, flags to a multiple of 64.
-  uint32_t* keys;    // order_key of each candidate
-  uint32_t* narrow;  // keys that are still in question
-  uint8_t* fates;    // what is known of each token before the keys are compared
-  uint8_t* flags;    // 1: it stays
+  int32_t* counts;   // [B]
+  uint32_t* narrow;  // of the calling thread, L entries to a multiple of 64: keys that are still in question
 };
 
 }  // namespace mustdrop::cpu
