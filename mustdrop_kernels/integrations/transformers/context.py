@@ -174,7 +174,8 @@ class _Session:
     def rest(self, own: dict[int, Any]) -> None:
         """Takes them off; layers in `own` go on finding their inputs in the cache."""
         self.uncompiled.set(False)
-        self._forward_hooks.close()
+        if self._listening:
+            self._forward_hooks.close()
         self._hook_layers(tuple(own))
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
