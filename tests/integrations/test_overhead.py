@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import cProfile
+import pstats
 import sys
 from collections import Counter
 from pathlib import Path
@@ -81,3 +84,23 @@ def test_layers_enter_nothing_of_ours():
     for rows, config in (([[9], [4]], BUDGET), (ONE, KEEP_ALL), (ONE, BUDGET)):
         _, *steps = ours_per_pass(rows, config)
         assert all(step.total() < tiny_models.LAYERS for step in steps), steps
+
+
+def calls_per_step(rows, config=None):
+    """Of all functions, Python's and C's: what ten steps more have more."""
+    model, inputs = model_of("llava"), inputs_of("llava", rows)
+    counts = []
+    with drop_tokens(model, config) if config else contextlib.nullcontext():
+        for steps in (2, 2, 12):  # the first warms up
+            with cProfile.Profile() as profile:
+                generate(model, inputs, max_new_tokens=steps)
+            counts.append(pstats.Stats(profile).total_calls)
+    return (counts[2] - counts[1]) / 10
+
+
+@pytest.mark.parametrize(("rows", "config"), [([[9], [4]], BUDGET), (ONE, KEEP_ALL)], ids=["text alone", "all kept"])
+def test_a_step_makes_a_handful_of_calls_more(rows, config):
+    """Whatever the number of layers; a whole step makes thousands."""
+    plain, ours = calls_per_step(rows), calls_per_step(rows, config)
+    assert plain > 500
+    assert ours - plain < 25
