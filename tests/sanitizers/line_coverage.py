@@ -32,7 +32,14 @@ FOLDER = ROOT / "build" / "coverage"
 EMULATED = ROOT / "build" / "cuda_emulation"
 VLLM = ROOT / ".venv-vllm" / "bin"
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16")
-NOT_HERE = ("packaging", "sanitizers", "cuda_emulation", "frameworks", "integrations/vllm_plugin")
+NOT_HERE = (
+    "packaging",
+    "sanitizers",
+    "cuda_emulation",
+    "frameworks",
+    "integrations/vllm_plugin",
+    "backends/test_cpu_amx.py",
+)
 RUN = f"""
 [run]
 source = {ROOT / "mustdrop_kernels"}
