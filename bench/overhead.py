@@ -3,7 +3,8 @@
 
 Four prompts: text alone inside the context against plain generation (what is attached and nothing else), an image that
 keeps all its tokens, one that loses most of them, and two of those in a batch, one of which is padded, so that every
-step has masks. Both sides run in turn, so that a busy machine slows both alike.
+step has masks. Two models with the same weights decode in turn, a token each, so that a machine that slows down slows
+neighbours alike; what is compared is each pair of them.
 
     python bench/overhead.py --threads 2 --json bench/results/cpu/overhead.json
 """
@@ -11,14 +12,16 @@ step has masks. Both sides run in turn, so that a busy machine slows both alike.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
+import copy
 import json
 import math
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -27,7 +30,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mustdrop_kernels.bench import machine
-from mustdrop_kernels.cli import measure
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.files import write_text
 from mustdrop_kernels.integrations.transformers import drop_tokens
@@ -87,45 +89,96 @@ def padded() -> dict[str, torch.Tensor]:
     }
 
 
+class Turns:
+    """Two generations, each in a thread, of which one runs at a time: they hand over after every token."""
+
+    def __init__(self) -> None:
+        self.seconds: tuple[list[float], list[float]] = ([], [])  # of each token; the first is the prompt's
+        self._turn, self._done = 0, [False, False]
+        self._changed = threading.Condition()
+
+    def streamer(self, side: int) -> Side:
+        """What ``generate`` of one side gets."""
+        return Side(self, side)
+
+    def take(self, side: int) -> None:
+        """Waits until it is this side's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn == side or self._done[1 - side])
+
+    def hand_over(self, side: int, done: bool = False) -> None:
+        """Lets the other side run."""
+        with self._changed:
+            self._turn, self._done[side] = 1 - side, done
+            self._changed.notify_all()
+
+
+class Side:
+    """A streamer of transformers: hears of the prompt first, then of every token."""
+
+    def __init__(self, turns: Turns, side: int) -> None:
+        self.turns, self.side, self.since = turns, side, 0.0
+
+    def put(self, tokens: torch.Tensor) -> None:
+        """A token is there."""
+        if self.since:
+            self.turns.seconds[self.side].append(time.perf_counter() - self.since)
+            self.turns.hand_over(self.side)
+        self.turns.take(self.side)
+        self.since = time.perf_counter()
+
+    def end(self) -> None:
+        """No other will come."""
+
+
+def in_turns(models: Sequence[LlavaForConditionalGeneration], prompt: dict, tokens: int) -> list[list[float]]:
+    """Milliseconds of each token after the first, of both models."""
+    turns = Turns()
+
+    def run(side: int) -> None:
+        try:
+            with torch.inference_mode():
+                models[side].generate(**prompt, max_new_tokens=tokens, do_sample=False, streamer=turns.streamer(side))
+        finally:
+            turns.hand_over(side, done=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        for one in [pool.submit(run, side) for side in (0, 1)]:
+            one.result()
+    return [[1000 * seconds for seconds in side[1:]] for side in turns.seconds]
+
+
 def compare(
-    model: LlavaForConditionalGeneration,
+    models: Sequence[LlavaForConditionalGeneration],
     prompt: dict,
     config: MustDropConfig,
     tokens: int,
     turns: int,
     step: Callable[[], None],
 ) -> dict:
-    """Milliseconds per decoded token, and their ratio in neighbouring runs, which a busy machine slows alike.
+    """Milliseconds per decoded token of a plain model and of one inside ``drop_tokens``, and their ratio by pairs.
 
-    Calls `step` after each run, 2 * (turns + 1) times.
+    Calls `step` after each of turns + 1 generations.
     """
-    times: dict[str, list[float]] = {"plain": [], "drop_tokens": []}
-    cache = None
-    for turn in range(turns + 1):
-        for side in ("plain", "drop_tokens") if turn % 2 else ("drop_tokens", "plain"):
-            with contextlib.ExitStack() as stack:
-                report = stack.enter_context(drop_tokens(model, config)) if side == "drop_tokens" else None
-                decode_ms = statistics.median(step_ms(model, prompt, tokens))
+    times: tuple[list[float], list[float]] = ([], [])
+    with drop_tokens(models[1], config) as report:
+        for turn in range(turns + 1):
+            found = in_turns(models, prompt, tokens)
             if turn:  # the first warms up
-                times[side].append(decode_ms)
+                for side, more in zip(times, found, strict=True):
+                    side.extend(more)
             step()
-            if report is not None and report.prompts:
-                cache = {"plain": report.last.plain_cache.bytes, "drop_tokens": report.last.final_cache.bytes}
-    ratios = [ours / plain for plain, ours in zip(times["plain"], times["drop_tokens"], strict=True)]
+    cache = None
+    if report.prompts:
+        cache = {"plain": report.last.plain_cache.bytes, "drop_tokens": report.last.final_cache.bytes}
+    ratios = [ours / plain for plain, ours in zip(*times, strict=True)]
     return {
-        "decode_ms": {side: statistics.median(values) for side, values in times.items()},
+        "decode_ms": {"plain": statistics.median(times[0]), "drop_tokens": statistics.median(times[1])},
+        "pairs": len(ratios),
         "ratio": statistics.median(ratios),
         "ratio_interval": median_interval(ratios),
         "cache_bytes": cache,
     }
-
-
-def step_ms(model: LlavaForConditionalGeneration, prompt: dict, tokens: int) -> list[float]:
-    """Of each token after the first; their median does not see the step in which something else ran."""
-    clock = measure.Clock()
-    with torch.inference_mode():
-        model.generate(**prompt, max_new_tokens=tokens, do_sample=False, streamer=clock)
-    return [1000 * (after - before) for before, after in itertools.pairwise(clock.times)]
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
@@ -146,7 +199,8 @@ def markdown(document: dict) -> str:
         plain, ours = row["decode_ms"].values()
         lines.append(f"| {name} | {plain:.2f} ms | {ours:.2f} ms | {_change(row)} |")
     about = document["machine"]
-    lines += ["", f"*per decoded token, 95% intervals, {about['name']}, {document['settings']['threads']} threads*"]
+    command = document["command"]
+    lines += ["", f"*per decoded token, 95% intervals, {about['name']}, torch {about['torch']}; `{command}`*"]
     return "\n".join(lines)
 
 
@@ -162,14 +216,15 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--turns", type=int, default=31)
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--turns", type=int, default=7, help="generations of each prompt")
     options = parser.parse_args()
     if options.load:
         print(markdown(json.loads(options.load.read_text())))
         return
     torch.set_num_threads(options.threads)
     model = build(options.layers, options.width)
+    twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
     keep_all = MustDropConfig.preset("keep-all").for_depth(options.layers)
     budget = MustDropConfig.preset("budget-64").for_depth(options.layers)
     cases = {
@@ -181,10 +236,10 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     rows = {}
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cases) * 2 * (options.turns + 1))
+        task = progress.add_task("", total=len(cases) * (options.turns + 1))
         for name, case in cases.items():
             progress.update(task, description=name)
-            rows[name] = compare(model, *case, options.tokens, options.turns, lambda: progress.advance(task))
+            rows[name] = compare((twin, model), *case, options.tokens, options.turns, lambda: progress.advance(task))
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "load")}
     document = {
         "command": shlex.join(["python", *sys.argv]),
