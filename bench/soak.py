@@ -3,12 +3,14 @@
 
     python bench/soak.py --minutes 60 --json bench/results/soak/transformers.json
     .venv-vllm/bin/python bench/soak.py --engine vllm --minutes 60 --json bench/results/soak/vllm.json
+    .venv-vllm/bin/python bench/soak.py --engine vllm-plain --minutes 60 --json bench/results/soak/vllm-plain.json
     python bench/soak.py --load bench/results/soak/*.json --plot docs/bench/soak.png
 
 Every request draws its own prompts (pictures, text between them, texts without a picture), its way of generating and
 its length; some raise or are aborted in the middle. What a request held must be free after it. The resident memory is
 written down after each round, when what is free has gone back to the system, and a line through the second half of it
-says how fast it grows: the memory is flat where that is surely less than a hundredth of it an hour.
+says how fast it grows: the memory is flat where that is surely less than a hundredth of it an hour. `vllm-plain` is the
+same without the plug-in.
 """
 
 from __future__ import annotations
@@ -38,7 +40,11 @@ from scipy import stats
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.files import read_document, write_text, written_whole
 
-ENGINES = {"transformers": "soak_transformers", "vllm": "soak_vllm"}
+ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # module and settings of its class Soak
+    "transformers": ("soak_transformers", {}),
+    "vllm": ("soak_vllm", {}),
+    "vllm-plain": ("soak_vllm", {"plain": True}),
+}
 FORMAT = "mustdrop-soak/1"
 ROUND = 20  # requests between two looks at the memory
 BLOCKS = 24  # means of the second half that the line goes through, since neighbouring samples are alike
@@ -61,7 +67,8 @@ def resident_kb() -> int:
 def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
     """Requests until the time is over; the document."""
     torch.set_num_threads(1)
-    run = importlib.import_module(ENGINES[engine]).Soak(seed)
+    module, settings = ENGINES[engine]
+    run = importlib.import_module(module).Soak(seed, **settings)
     begin, samples = time.monotonic(), []
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as progress:

@@ -31,11 +31,10 @@ BLOCKS = 24  # of 32 tokens; a prompt with three pictures takes 15 of them, and 
 
 
 class Soak:
-    """An engine, and what the requests came to."""
+    """An engine, and what the requests came to; `plain`: without the plug-in."""
 
-    name = f"vLLM {vllm_version}"
-
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, *, plain: bool = False) -> None:
+        self.name = f"vLLM {vllm_version}{' without the plug-in' if plain else ''}"
         self.rng = random.Random(seed)
         self.kinds: Counter[str] = Counter()
         with tempfile.TemporaryDirectory() as folder:
@@ -51,11 +50,11 @@ class Soak:
                 block_size=32,
                 limit_mm_per_prompt={"image": 3},
                 seed=seed,
-                **overrides(PLAN),
+                **overrides(None if plain else PLAN),
             )
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
-        self.ledger = self.core.model_executor.driver_worker.worker.ledger
+        self.ledger = None if plain else self.core.model_executor.driver_worker.worker.ledger
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free, self.sent = self.pool.get_num_free_blocks(), 0
         self._count_preemptions()
@@ -78,13 +77,12 @@ class Soak:
             running.add(self._send(*self._draw()))
         while running:
             self._step(running)
-        self._send(
-            "car?", [], SamplingParams(max_tokens=1)
-        )  # a step after which the worker has heard of all that ended
+        # A step after which the worker has heard of all that ended.
+        self._send("car?", [], SamplingParams(max_tokens=1))
         while self.core.has_unfinished_requests():
             self.core.step()
         assert self.pool.get_num_free_blocks() == self.free, "blocks are lost"
-        assert not self.ledger.lost, f"the worker still keeps {self.ledger.lost}"
+        assert self.ledger is None or not self.ledger.lost, f"the worker still keeps {self.ledger.lost}"
 
     def _draw(self) -> tuple[str, list[Any], SamplingParams]:
         rng, text = self.rng, draw_prompt(self.rng)
