@@ -97,10 +97,6 @@ class Turns:
         self._turn, self._done = 0, [False, False]
         self._changed = threading.Condition()
 
-    def streamer(self, side: int) -> Side:
-        """What ``generate`` of one side gets."""
-        return Side(self, side)
-
     def take(self, side: int) -> None:
         """Waits until it is this side's turn."""
         with self._changed:
@@ -138,7 +134,7 @@ def in_turns(models: Sequence[LlavaForConditionalGeneration], prompt: dict, toke
     def run(side: int) -> None:
         try:
             with torch.inference_mode():
-                models[side].generate(**prompt, max_new_tokens=tokens, do_sample=False, streamer=turns.streamer(side))
+                models[side].generate(**prompt, max_new_tokens=tokens, do_sample=False, streamer=Side(turns, side))
         finally:
             turns.hand_over(side, done=True)
 

@@ -238,14 +238,7 @@ void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float
 
 template <class Use>
 void score_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
-  switch (job.element) {
-    case Element::f32:
-      return score_tiles_of<float>(job, head, chunk, scratch, use);
-    case Element::f16:
-      return score_tiles_of<half>(job, head, chunk, scratch, use);
-    case Element::bf16:
-      return score_tiles_of<bfloat16>(job, head, chunk, scratch, use);
-  }
+  with_element(job.element, [&](auto type) { score_tiles_of<decltype(type)>(job, head, chunk, scratch, use); });
 }
 
 // ---------------------------------------------------------------------------------------------- without lse
@@ -396,17 +389,7 @@ void pack_query(const ScoreTask& task, int64_t begin, int64_t end) {
   const ScoreJob& job = *task.job;
   for (int64_t head = begin; head < end; ++head) {
     float* query = job.query + head * job.dim * job.lane_stride;
-    switch (job.element) {
-      case Element::f32:
-        pack_rows<float>(job, head, query);
-        break;
-      case Element::f16:
-        pack_rows<half>(job, head, query);
-        break;
-      case Element::bf16:
-        pack_rows<bfloat16>(job, head, query);
-        break;
-    }
+    with_element(job.element, [&](auto type) { pack_rows<decltype(type)>(job, head, query); });
     if (job.lse) pack_lse(job, head, job.lane_lse + head * job.lane_stride);
   }
 }

@@ -61,17 +61,7 @@ void cls_softmax(const ClsTask& task, int64_t begin, int64_t end) {
   for (int64_t item = begin; item < end; ++item) {
     const int64_t b = job.first + item / job.heads, head = item % job.heads;
     float* scores = job.probabilities + item * job.span;
-    switch (job.element) {
-      case Element::f32:
-        attend<float>(job, b, head, task.scratch, scores);
-        break;
-      case Element::f16:
-        attend<half>(job, b, head, task.scratch, scores);
-        break;
-      case Element::bf16:
-        attend<bfloat16>(job, b, head, task.scratch, scores);
-        break;
-    }
+    with_element(job.element, [&](auto type) { attend<decltype(type)>(job, b, head, task.scratch, scores); });
   }
 }
 

@@ -8,6 +8,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/cpu.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -20,6 +22,19 @@ struct half {
 struct bfloat16 {
   uint16_t bits;
 };
+
+// Calls visit with a value of the C++ type of the elements, for its type alone.
+template <class Visit>
+inline void with_element(Element element, const Visit& visit) {
+  switch (element) {
+    case Element::f32:
+      return visit(float{});
+    case Element::f16:
+      return visit(half{});
+    case Element::bf16:
+      return visit(bfloat16{});
+  }
+}
 
 inline float bits_to_float(uint32_t bits) {
   float value;

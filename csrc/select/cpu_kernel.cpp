@@ -374,19 +374,9 @@ void select_row(const SelectArgs& args, int64_t b) {
 }  // namespace
 
 void select_tokens(const SelectArgs& args, int64_t begin, int64_t end) {
-  for (int64_t b = begin; b < end; ++b) {
-    switch (args.element) {
-      case Element::f32:
-        select_row<float>(args, b);
-        break;
-      case Element::f16:
-        select_row<half>(args, b);
-        break;
-      case Element::bf16:
-        select_row<bfloat16>(args, b);
-        break;
-    }
-  }
+  with_element(args.element, [&](auto type) {
+    for (int64_t b = begin; b < end; ++b) select_row<decltype(type)>(args, b);
+  });
 }
 
 }  // namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL

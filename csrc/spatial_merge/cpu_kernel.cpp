@@ -188,46 +188,22 @@ void pad_window(const MergeTask& task, int64_t item) {
 }  // namespace
 
 void window_similarity(const MergeTask& task, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) switch (task.job->element) {
-      case Element::f32:
-        similarity_of<float>(task, item);
-        break;
-      case Element::f16:
-        similarity_of<half>(task, item);
-        break;
-      case Element::bf16:
-        similarity_of<bfloat16>(task, item);
-        break;
-    }
+  with_element(task.job->element, [&](auto type) {
+    for (int64_t item = begin; item < end; ++item) similarity_of<decltype(type)>(task, item);
+  });
 }
 
 void write_windows(const MergeTask& task, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) switch (task.job->element) {
-      case Element::f32:
-        write_window<float>(task, item);
-        break;
-      case Element::f16:
-        write_window<half>(task, item);
-        break;
-      case Element::bf16:
-        write_window<bfloat16>(task, item);
-        break;
-    }
+  with_element(task.job->element, [&](auto type) {
+    for (int64_t item = begin; item < end; ++item) write_window<decltype(type)>(task, item);
+  });
   if (task.job->streams) end_streams();
 }
 
 void write_padding(const MergeTask& task, int64_t begin, int64_t end) {
-  for (int64_t item = begin; item < end; ++item) switch (task.job->element) {
-      case Element::f32:
-        pad_window<float>(task, item);
-        break;
-      case Element::f16:
-        pad_window<half>(task, item);
-        break;
-      case Element::bf16:
-        pad_window<bfloat16>(task, item);
-        break;
-    }
+  with_element(task.job->element, [&](auto type) {
+    for (int64_t item = begin; item < end; ++item) pad_window<decltype(type)>(task, item);
+  });
   if (task.job->streams) end_streams();
 }
 
