@@ -9,11 +9,12 @@ LIBRARY := mustdrop_kernels/lib/libmustdrop.so
 TRANSFORMERS_4 := $(VENV)/transformers-4.57
 TRANSFORMERS_5 := $(VENV)/transformers-5.8
 TRITON_3_4 := $(VENV)/triton-3.4
+TRITON_3_6 := $(VENV)/triton-3.6
 VLLM := .venv-vllm
 SGLANG := $(VLLM)/sglang-0.5.23
 DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-transformers-4 test-transformers-5 test-vllm test-sglang check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-sglang check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -66,6 +67,13 @@ $(TRITON_3_4)/.ready: | $(VENV)/.packages
 test-triton-3.4: build $(TRITON_3_4)/.ready  ## the same with the oldest Triton that is served, and a compile for one GPU
 	PYTHONPATH=$(TRITON_3_4) $(INTERPRETED) -m 'not slow'
 	PYTHONPATH=$(TRITON_3_4) $(BIN)/python bench/check_triton.py --targets sm90
+
+$(TRITON_3_6)/.ready: | $(VENV)/.packages
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRITON_3_6) triton==3.6.0
+	touch $@
+
+test-triton-3.6: build $(TRITON_3_6)/.ready  ## cache keys and launches with the Triton that torch 2.11 brings
+	PYTHONPATH=$(TRITON_3_6) $(BIN)/python -m pytest -q tests/backends/test_triton_keys.py tests/backends/test_triton_launch.py
 
 $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_4) \

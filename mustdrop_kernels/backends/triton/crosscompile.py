@@ -8,10 +8,11 @@ written down is compiled as a launch on the target would compile it.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,15 @@ class Unit:
         tiles = [f"{n}={v}" for (i, v) in self.constants if (n := self.kernel.arg_names[i[0]]).isupper()]
         return f"{self.kernel.__name__}({', '.join([*types[:2], *tiles])}, warps={self.num_warps})"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled with the kernel's name: Triton's functions cannot be pickled."""
+        own = (self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
+        return _unpickled, (self.kernel.__module__, self.kernel.__name__, *own)
+
+
+def _unpickled(module: str, kernel: str, *own: Any) -> Unit:
+    return Unit(getattr(importlib.import_module(module), kernel), *own)
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -94,7 +104,7 @@ class Resources:
     num_warps: int
 
 
-_TYPES = {
+TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.bool: "i1",
     torch.uint8: "u8", torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
@@ -107,7 +117,7 @@ def _describe(value: Any, path: tuple[int, ...], param: Any, constants: dict[Any
     if isinstance(value, Tensor):
         if value.data_ptr() % 16 == 0:
             aligned.append(path)
-        return f"*{_TYPES[value.dtype]}"
+        return f"*{TYPES[value.dtype]}"
     special = not param.do_not_specialize
     if param.is_constexpr or value is None or (value == 1 and isinstance(value, int) and special):
         constants[path] = value
@@ -134,25 +144,37 @@ def _unit(made: launch.Launch, pointers: tuple[Any, ...]) -> Unit:
 
 
 @contextlib.contextmanager
-def recording(target: str) -> Iterator[dict[Unit, None]]:
+def replaced_launches(target: str, instead: Callable[..., None], processors: int | None = None) -> Iterator[None]:
+    """Within the context this backend chooses tiles for the target, and ``instead(launch, *pointers)`` takes the place
+    of each launch that is not empty. ``processors``: of the target, where it is not the full chip."""
+
+    def launched(made: launch.Launch, *pointers: Any) -> None:
+        if not made.empty:
+            instead(made, *pointers)
+
+    launch.Plans.forget_all()
+    with (
+        mock.patch.object(launch.Launch, "__call__", launched),
+        mock.patch.object(configs, "architecture", return_value=target),
+        mock.patch.object(configs, "processors", return_value=processors or TARGETS[target].processors),
+        mock.patch.object(configs, "TUNED", {}),
+    ):
+        try:
+            yield
+        finally:
+            launch.Plans.forget_all()
+
+
+@contextlib.contextmanager
+def recording(target: str, processors: int | None = None) -> Iterator[dict[Unit, None]]:
     """Within the context this backend launches nothing; what it would launch on the target is collected."""
     units: dict[Unit, None] = {}
 
     def record(made: launch.Launch, *pointers: Any) -> None:
-        if not made.empty:
-            units[_unit(made, pointers)] = None
+        units[_unit(made, pointers)] = None
 
-    launch.Plans.forget_all()
-    with (
-        mock.patch.object(launch.Launch, "__call__", record),
-        mock.patch.object(configs, "architecture", return_value=target),
-        mock.patch.object(configs, "processors", return_value=TARGETS[target].processors),
-        mock.patch.object(configs, "TUNED", {}),
-    ):
-        try:
-            yield units
-        finally:
-            launch.Plans.forget_all()
+    with replaced_launches(target, record, processors):
+        yield units
 
 
 def compiled(unit: Unit, target: str) -> Any:

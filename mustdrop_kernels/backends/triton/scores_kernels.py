@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from math import e, log2
-
 import triton
 import triton.language as tl
 
@@ -12,7 +10,6 @@ from .numbers import dot
 
 _VISION = tl.constexpr(2)
 _QUERY = tl.constexpr(3)
-_LOG2E = tl.constexpr(log2(e))
 
 # What the first kernel finds out about a sequence, int32: begin in packed q, begin in packed k, position of row 0,
 # number of keys, number of query rows; then, from HEADER on, the query rows themselves.
@@ -171,7 +168,7 @@ def _normaliser(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, ls
     """Base-2 logarithm of the sum of exponentials of some rows of one head; -inf: the row sees nothing."""
     if lse is not None:
         at = lse + b * lse_batch + h * lse_head + (q_begin + i).to(tl.int64) * lse_row
-        norm = tl.load(at, mask=there, other=float("-inf")) * _LOG2E
+        norm = tl.load(at, mask=there, other=float("-inf")) * 1.4426950408889634  # log2(e)
     else:
         norm = tl.load(norms + (b * HEADS + h) * q_longest + r, mask=there, other=float("-inf"))
     return norm
@@ -179,7 +176,7 @@ def _normaliser(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, ls
 
 @triton.jit
 def _head_sum(
-    q, k, lse, table, info, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b, q_longest,
+    q, k, lse, table, rows, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b, q_longest,
     q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, head_begin, head_end,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
     KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -187,7 +184,7 @@ def _head_sum(
     """[KEYS, ROWS]: sum over key heads [head_begin, head_end) of the probabilities of query rows from ``start`` on."""
     r = start + tl.arange(0, ROWS)
     there = r < number
-    i = tl.load(info + _HEADER + r, mask=there, other=0)
+    i = tl.load(rows + r, mask=there, other=0)
     position = tl.where(there, shift + i, -1)
     visible = vision[:, None] & (column[:, None] <= position[None, :])
     k_at = k + _key_offsets(table, column, vision, k_begin, k_block, k_token, SLOTS)  # [KEYS]
@@ -282,9 +279,9 @@ def scores_kernel(
         if SPLITS > 1 and step < shared:
             start, head_begin, head_end = step * ROWS, split * HEADS // SPLITS, (split + 1) * HEADS // SPLITS
         acc = _head_sum(
-            q, k, lse, table, info, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b, q_longest,
-            q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, head_begin, head_end,
-            HEADS, GROUP, D, SLOTS, KEYS, ROWS, COLUMNS,
+            q, k, lse, table, info + _HEADER, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b,
+            q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row,
+            head_begin, head_end, HEADS, GROUP, D, SLOTS, KEYS, ROWS, COLUMNS,
         )  # fmt: skip
         if SPLITS > 1 and step < shared:
             r = start + tl.arange(0, ROWS)
@@ -340,9 +337,9 @@ def map_kernel(
     shift, number = tl.load(info + 2), tl.load(info + 4)
     vision = tl.load(types + b * types_batch + column, mask=column < k_longest, other=0) == _VISION
     acc = _head_sum(
-        q + b * q_batch, k + b * k_batch, lse, None, info, norms, scale, column, vision, 0, 0, shift, start, number, b,
-        q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, 0, HEADS,
-        HEADS, GROUP, D, 0, KEYS, ROWS, COLUMNS,
+        q + b * q_batch, k + b * k_batch, lse, None, info + _HEADER, norms, scale, column, vision, 0, 0, shift, start,
+        number, b, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row,
+        0, HEADS, HEADS, GROUP, D, 0, KEYS, ROWS, COLUMNS,
     )  # fmt: skip
     r = start + tl.arange(0, ROWS)
     at = out + (b * max_query + r)[None, :] * k_longest + column[:, None]

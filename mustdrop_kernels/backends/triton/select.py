@@ -19,14 +19,12 @@ from .launch import Launch, Plans, signature
 from .numbers import single, widen
 from .order import kth_key, ordered_key
 
-_VISION = tl.constexpr(2)
-
 
 @triton.jit
 def _is_vision(types, protected, column, n):
     """Vision tokens that nothing protects."""
     inside = column < n
-    vision = tl.load(types + column, mask=inside, other=0) == _VISION
+    vision = tl.load(types + column, mask=inside, other=0) == 2  # vision
     if protected is not None:
         vision = vision & (tl.load(protected + column, mask=inside, other=0) == 0)
     return vision

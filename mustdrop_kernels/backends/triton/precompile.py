@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fill Triton's cache for a GPU that is not here.
+
+Kernels go through Triton's own launch path up to the launch, with a driver that only names the target: the options and
+the specialisation, and with them the cache keys, are those of a first launch on the target.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+from . import launch
+from .crosscompile import TARGETS, TYPES, Unit, replaced_launches
+
+_DTYPES = {name: dtype for dtype, name in TYPES.items()}
+
+# Told of each kernel that Triton compiles or finds in its cache: the kernel's folder, and whether the cache had it.
+Listener = Callable[[Path, bool], None]
+
+
+class _Driver:
+    """A device of the target. Triton keeps what it has compiled by device, so the target's name is the device."""
+
+    def __init__(self, target: str) -> None:
+        self.target = target
+
+    def get_current_device(self) -> str:
+        return self.target
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.target].triton_target
+
+
+@contextlib.contextmanager
+def without_device(target: str, listener: Listener) -> Iterator[None]:
+    """Within the context Triton compiles for the target and can launch nothing."""
+
+    def told(*, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
+        listener(Path(next(iter(metadata_group.values()))).parent, cache_hit)
+
+    before = triton.knobs.compilation.listener
+    triton.knobs.compilation.listener = told
+    triton.runtime.driver.set_active(_Driver(target))
+    try:
+        yield
+    finally:
+        triton.knobs.compilation.listener = before
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to go back to
+            triton.runtime.driver.reset_active()
+
+
+@contextlib.contextmanager
+def compiling(target: str, listener: Listener) -> Iterator[None]:
+    """Within the context the operators of this backend, called with CPU tensors, compile what they launch on the
+    target. Nothing is launched: results are uninitialised."""
+
+    def compile_only(made: launch.Launch, *pointers: Any) -> None:
+        made.kernel.run(*pointers, *made.scalars, grid=made.grid, warmup=True, **made.options)
+
+    with without_device(target, listener), replaced_launches(target, compile_only):
+        yield
+
+
+def precompile(unit: Unit) -> None:
+    """Compile a recorded launch, or find it in the cache. Call it in ``without_device``."""
+    arguments = [_argument(kind, (i,), unit) for i, (_, kind) in enumerate(unit.signature)]
+    unit.kernel.run(*arguments, grid=(1, 1, 1), warmup=True, **launch.options(unit.num_warps, unit.num_stages))
+
+
+def _argument(kind: Any, path: tuple[int, ...], unit: Unit) -> Any:
+    """A value that Triton's argument analysis describes as this one of the unit's arguments was described."""
+    if isinstance(kind, tuple):
+        return tuple(_argument(k, (*path, i), unit) for i, k in enumerate(kind))
+    aligned = path in unit.attributes
+    if kind.startswith("*"):
+        return _pointer(_DTYPES[kind[1:]], aligned)
+    if kind == "constexpr":
+        return dict(unit.constants)[path]
+    return {"fp32": 0.5, "i32": 2**8, "i64": 2**40}[kind] + (0 if aligned or kind == "fp32" else 1)
+
+
+def _pointer(dtype: torch.dtype, aligned: bool) -> Tensor:
+    """Memory whose address 16 divides, or does not."""
+    memory = torch.empty(64, dtype=torch.uint8)
+    begin = -memory.data_ptr() % 16
+    return memory[begin : begin + 32].view(dtype)[0 if aligned else 1 :]

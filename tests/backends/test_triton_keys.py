@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A kernel's cache key depends on the kernel alone, so a process finds what an earlier one has compiled.
+
+In Triton 3.6 a function that kernels call, and that reads a variable of its module, gives them keys that depend on
+which of them asks first; `make test-triton-3.6` runs these tests with that version. In 3.4 and 3.9 the keys are equal
+in any case.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from mustdrop_kernels.backends import triton as backend
+
+if backend.interpreted():
+    pytest.skip("TRITON_INTERPRET is set: kernels are not compiled", allow_module_level=True)
+if backend.version() is None:
+    pytest.skip("triton is not installed", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parent))
+import triton_keys
+
+
+def ask(command: str, direction: str, cache: Path) -> Any:
+    """What a process of its own says."""
+    script = Path(triton_keys.__file__)
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
+    done = subprocess.run(
+        [sys.executable, str(script), command, direction], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_keys_do_not_depend_on_the_order(tmp_path):
+    """Asked forward, backward, at random, and with each function first; with the files imported in two orders."""
+    keys: dict[str, dict[str, str]] = {}  # of a function: each key, and which function was asked first
+    for direction in ("forward", "reversed"):
+        for row in ask("keys", direction, tmp_path):
+            for name, key in row["keys"].items():
+                keys.setdefault(name, {})[key] = row["first"]
+    assert len(keys) > 30
+    assert {"scores_kernels.scores_kernel", "select._load_dual", "numbers.widen"} <= set(keys)
+    assert {name: found for name, found in keys.items() if len(found) > 1} == {}
+
+
+def _reads(function: Any) -> dict[str, Any]:
+    """The variables of its module that a function reads."""
+    names = {node.id for node in ast.walk(function.parse()) if isinstance(node, ast.Name)}
+    known = function.fn.__globals__
+    return {name: known[name] for name in names - set(function.fn.__code__.co_varnames) if name in known}
+
+
+def test_called_functions_read_no_variables():
+    """What keeps the keys equal, in every version: variables are for launched kernels alone to read."""
+    functions = triton_keys.functions().values()
+    called = {id(value) for f in functions for value in _reads(f).values()}
+    helpers = [f for f in functions if id(f) in called]
+    assert len(helpers) > 15
+    wrong = {
+        f"{f.__name__}: {name}"
+        for f in helpers
+        for name, value in _reads(f).items()
+        if not isinstance(value, (ModuleType, type(f)))
+    }
+    assert wrong == set()
+
+
+def test_the_next_process_compiles_nothing(tmp_path):
+    """Two processes call the operators in opposite orders."""
+    first = ask("compile", "forward", tmp_path)
+    files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    second = ask("compile", "reversed", tmp_path)
+    assert len(first) > 15
+    assert not any(first.values())
+    assert sorted(second) == sorted(first)
+    assert all(second.values())
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == files
