@@ -189,12 +189,12 @@ def files_of(path: str) -> list[str]:
     return [str(file.relative_to(REPOSITORY)) for file in sorted((REPOSITORY / path).glob("test_*.py"))]
 
 
-def recorded(options: argparse.Namespace) -> list[Unit]:
-    """The distinct launches of all sources."""
+def recorded(options: argparse.Namespace) -> tuple[list[Unit], list[str]]:
+    """The distinct launches of all sources, and complaints."""
     found = results("recorded", record, wanted(options), options.jobs)
-    for complaint in (complaint for _, complaints in found for complaint in complaints):
-        print(f"WRONG: {complaint}", file=sys.stderr)
-    return list(dict.fromkeys(unit for units, _ in found for unit in units))
+    units = dict.fromkeys(unit for units, _ in found for unit in units)
+    complaints = [complaint for _, some in found for complaint in some]
+    return list(units), complaints if units else [*complaints, "nothing was launched"]
 
 
 def write(options: argparse.Namespace, entries: Sequence[str]) -> Path:
@@ -255,26 +255,32 @@ def check(options: argparse.Namespace, error: Callable[[str], Any]) -> None:
         error(str(wrong))
 
 
-def main() -> int:
-    """Record, compile, write."""
-    options = command_line()
-    options.cache = options.cache.absolute()
-    os.environ["TRITON_CACHE_DIR"] = str(options.cache)
-    units = recorded(options)
-    numbers = collections.Counter(unit.kernel.__name__ for unit in units)
-    print(f"{len(units)} kernels: " + ", ".join(f"{name} {number}" for name, number in numbers.most_common()))
-    if options.dry_run:
-        return 0
+def compiled(options: argparse.Namespace, units: Sequence[Unit]) -> tuple[list[str], list[str]]:
+    """The cache's folders of all launches, and complaints."""
     begin = time.monotonic()
     made = results("compiled", compile_one, [(options.target, unit) for unit in units], options.jobs)
-    for problem in (problem for *_, problem in made if problem):
-        print(f"WRONG: {problem}", file=sys.stderr)
     entries = sorted({folder for folder, *_ in made if folder})
     found = sum(hit for _, hit, _ in made)
     print(f"{len(entries)} entries in {time.monotonic() - begin:.0f} s; {found} were there already")
-    archive = write(options, entries)
-    print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB")
-    return int(any(problem for *_, problem in made))
+    return entries, [problem for *_, problem in made if problem]
+
+
+def main() -> int:
+    """Record, compile, write; complaints do not keep the rest from being written."""
+    options = command_line()
+    options.cache = options.cache.absolute()
+    os.environ["TRITON_CACHE_DIR"] = str(options.cache)
+    units, complaints = recorded(options)
+    numbers = collections.Counter(unit.kernel.__name__ for unit in units)
+    print(f"{len(units)} kernels: " + ", ".join(f"{name} {number}" for name, number in numbers.most_common()))
+    if units and not options.dry_run:
+        entries, more = compiled(options, units)
+        complaints += more
+        archive = write(options, entries)
+        print(f"{archive}: {archive.stat().st_size / 1e6:.1f} MB")
+    for complaint in complaints:
+        print(f"WRONG: {complaint}", file=sys.stderr)
+    return int(bool(complaints))
 
 
 if __name__ == "__main__":

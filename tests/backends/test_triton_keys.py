@@ -26,7 +26,6 @@ if backend.interpreted():
 if backend.version() is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-sys.path.insert(0, str(Path(__file__).parent))
 import triton_keys
 
 

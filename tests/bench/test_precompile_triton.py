@@ -151,6 +151,15 @@ def test_what_is_refused(precompile, arguments, reason):
     assert reason in told
 
 
+def test_nothing_to_compile(precompile, tmp_path):
+    """Tests that launch nothing are a mistake in the command."""
+    out = tmp_path / "out"
+    status, said, told = precompile("--out", str(out), "--tests", "--shapes=", "--cache", str(tmp_path / "cache"))
+    assert (status, said) == (1, "0 kernels: \n")
+    assert "WRONG: nothing was launched" in told
+    assert not out.exists()
+
+
 def test_without_triton(precompile, monkeypatch):
     monkeypatch.setattr(backend, "version", lambda: None)
     assert "triton is not installed" in precompile("--dry-run")[2]
