@@ -2,8 +2,8 @@
 """A kernel's cache key depends on the kernel alone, so a process finds what an earlier one has compiled.
 
 In Triton 3.6 a function that kernels call, and that reads a variable of its module, gives them keys that depend on
-which of them asks first; `make test-triton-3.6` runs these tests with that version. In 3.4 and 3.9 the keys are equal
-in any case.
+which of them was compiled first; `make test-triton-3.6` runs these tests with that version. In 3.4 and 3.9 the keys are
+equal in any case.
 """
 
 from __future__ import annotations
