@@ -2,7 +2,7 @@
 """Drives CMakeLists.txt. The metadata is in pyproject.toml.
 
 Environment:
-  MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90a;100a;120". Default: those of the GPUs present, else none.
+  MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90;100;120". Default: those of the GPUs present, else none.
   MUSTDROP_NVCC        path of nvcc; default: $CUDACXX, $CUDA_HOME/bin/nvcc, PATH, /usr/local/cuda/bin/nvcc.
   MUSTDROP_CMAKE_ARGS  further arguments for CMake, such as "-DMUSTDROP_WERROR=ON".
   MUSTDROP_PORTABLE    1: without the module _native, so that one wheel serves every Python (py3-none); `make wheel`.
@@ -46,7 +46,7 @@ def find_nvcc() -> str | None:
 
 
 def archs_of_gpus_present() -> str:
-    """Compute capabilities of this machine's GPUs as CUDA targets ("90a;80"), empty where there is none."""
+    """Compute capabilities of this machine's GPUs as CUDA targets ("80;90"), empty where there is none."""
     try:
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
@@ -54,9 +54,7 @@ def archs_of_gpus_present() -> str:
         ).stdout.split()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""
-    # 9.0 and 10.x have instructions that only the "a" targets give access to.
-    targets = {text.replace(".", "") for text in found}
-    return ";".join(sorted(t + "a" if t.startswith(("90", "10")) else t for t in targets))
+    return ";".join(sorted({text.replace(".", "") for text in found}, key=int))
 
 
 def cuda_arguments() -> list[str]:
@@ -64,7 +62,7 @@ def cuda_arguments() -> list[str]:
     asked = os.environ.get("MUSTDROP_CUDA_ARCHS")
     archs = archs_of_gpus_present() if asked is None else asked.strip()
     if not archs:
-        print("mustdrop: no CUDA library (no GPU found; MUSTDROP_CUDA_ARCHS=80;90a builds for others)")
+        print("mustdrop: no CUDA library (no GPU found; MUSTDROP_CUDA_ARCHS=80;90 builds for others)")
         return []
     nvcc = find_nvcc()
     if nvcc is None:
