@@ -18,7 +18,7 @@ import setuptools
 from library_symbols import NEEDED, NEEDED_BY_CUDA, needed, strange_symbols, undefined_symbols
 
 ROOT = Path(__file__).resolve().parents[2]
-LIB = {"libmustdrop.so", "libmustdrop_nvrtc.so", "kernels"}
+LIB = {"libmustdrop.so", "libmustdrop_nvrtc.so", "build.json", "kernels"}
 pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not in a source checkout")
 SOURCES = ("csrc", "python", "mustdrop_kernels", "setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
 SOURCES += ("MANIFEST.in", "CHANGELOG.md")
