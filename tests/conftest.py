@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings shared by all tests: hypothesis profiles, and threads that fit the machine."""
+"""Settings shared by all tests: hypothesis profiles, threads that fit the machine, a record of what became of each."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
@@ -14,6 +16,15 @@ _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "databa
 settings.register_profile("repeatable", derandomize=True, max_examples=25, **_COMMON)
 settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = os.environ.get("MUSTDROP_TEST_RECORD")
+    if path and "PYTEST_XDIST_WORKER" not in os.environ:
+        from record import Record
+
+        config.pluginmanager.register(Record(Path(path)))
+
 
 # Under xdist each worker has one core; alone, two threads, so that work is split.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

@@ -39,12 +39,14 @@ class Options:
     peers: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
     quick: bool = False
     compiled: bool = True  # peers that torch.compile makes take part; not where quick
+    seconds: float | None = None  # for each contender of a case; None: what the effort says
     hot: bool = False  # the same inputs every time, so that what fits stays in the cache
 
     @property
     def effort(self) -> timing.Effort:
         """How long to measure."""
-        return timing.QUICK if self.quick else timing.FULL
+        usual = timing.QUICK if self.quick else timing.FULL
+        return usual if self.seconds is None else dataclasses.replace(usual, seconds=self.seconds)
 
 
 @dataclasses.dataclass

@@ -29,6 +29,12 @@ Shapes = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, with commas between.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few rounds, no compiled peers: a look, not a measurement.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="To time each way of computing a case. Default: 2; 0.1 where quick.", show_default=False
+    ),
+]
 NoCompiled = Annotated[
     bool, typer.Option("--no-compiled", help="Leave out the peers that torch.compile makes: each takes seconds.")
 ]
@@ -53,6 +59,7 @@ def bench(
     dtype: Dtype = None,
     quick: Quick = False,
     no_compiled: NoCompiled = False,
+    seconds: Seconds = None,
     hot: Hot = False,
     json: Json = None,
     plot: Plot = None,
@@ -72,7 +79,7 @@ def bench(
 
     console = Console()
     try:
-        options = _options(ops or [], device, backends, peers, shapes, dtype, quick, not no_compiled, hot)
+        options = _options(ops or [], device, backends, peers, shapes, dtype, quick, not no_compiled, seconds, hot)
         older = None if compare is None else report.read(compare)
         document = None if load is None else report.only(report.read(load), ops)
     except (ValueError, OSError, RuntimeError) as error:
@@ -149,6 +156,7 @@ def _options(
     dtype: str | None,
     quick: bool,
     compiled: bool,
+    seconds: float | None,
     hot: bool,
 ) -> Options:
     """Raises a ValueError that says what there is where a name is unknown."""
@@ -177,6 +185,7 @@ def _options(
         peers=chosen_peers,
         quick=quick,
         compiled=compiled,
+        seconds=seconds,
         hot=hot,
     )
 
