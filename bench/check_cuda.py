@@ -2,7 +2,8 @@
 """Static evidence about the CUDA kernels, on a machine without a GPU.
 
 Compiles every csrc/*/cuda*.cu for every target with warnings as errors and prints of each kernel: instructions,
-registers, shared memory, spills, 16-byte accesses and matrix instructions in loops.
+registers, shared memory, spills, 16-byte accesses and matrix instructions in loops. Then the launches at the shapes of
+mustdrop_kernels/bench/shapes.py: blocks of a multiprocessor, and waves on an H200.
 
     python bench/check_cuda.py                       # 80, 90, 100, 120, and what a newer device makes of the PTX
     python bench/check_cuda.py --targets 90,80 --sources gather --json out/kernels.json
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 import time
@@ -28,8 +30,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cuda_static import compiling, disassembly, known_faults, rules
-from cuda_static.kernel import Kernel, label
+from cuda_static import compiling, disassembly, known_faults, launches, occupancy, rules
+from cuda_static.kernel import Kernel, generic, label
 from cuda_static.report import fault_table, kernel_table
 
 TARGETS = ("80", "90", "100", "120", "ptx")
@@ -84,11 +86,27 @@ def judge(
     return rules.missing(kernels, folders, targets) + known_faults.compare(known, kernels, faults, folders, nvcc)
 
 
+def show_occupancy(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
+    """Print how the launches fill an H200; the rows."""
+    if not any(generic(kernel.target) == launches.CAPABILITY for kernel in kernels):
+        print(f"occupancy: left out, {label(launches.CAPABILITY)} is not among the targets")
+        return []
+    try:
+        recorded = launches.record()
+    except launches.LaunchesError as error:
+        print(f"occupancy: left out, the launches could not be recorded: {error}")
+        return []
+    rows = occupancy.occupancies(recorded, kernels)
+    print(occupancy.occupancy_table(rows))
+    return [{**asdict(row), "waves_taken": math.ceil(row.waves)} for row in rows]
+
+
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help="with commas between (default: %(default)s)")
     parser.add_argument("--sources", help="folders of csrc, with commas between (default: all)")
+    parser.add_argument("--no-occupancy", action="store_true", help="do not record the launches (about 30 s at first)")
     parser.add_argument("--json", type=Path, help="write the tables here too")
     parser.add_argument("--require", action="store_true", help="fail where there is no nvcc")
     parser.add_argument("-j", "--jobs", type=int, default=os.cpu_count() or 1, help="at once (default: %(default)s)")
@@ -115,6 +133,9 @@ def main() -> int:
     problems += judge(kernels, folders, targets, known_faults.parse(known_faults.LIST.read_text()), release)
     print(kernel_table(kernels, targets), fault_table(rules.faults_of(kernels), targets), sep="\n\n", end="\n\n")
     document: dict[str, object] = {"nvcc": release, "kernels": [asdict(kernel) for kernel in kernels]}
+    if not options.no_occupancy:
+        document["occupancy"] = show_occupancy(kernels)
+        print()
     print(f"{len(kernels)} kernels, {nvcc} {release}; disassembly: {nvdisasm or 'left out, nvdisasm was not found'}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
