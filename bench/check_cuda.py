@@ -7,6 +7,7 @@ mustdrop_kernels/bench/shapes.py: blocks of a multiprocessor, and waves on an H2
 
     python bench/check_cuda.py                       # 80, 90, 100, 120, and what a newer device makes of the PTX
     python bench/check_cuda.py --targets 90,80 --sources gather --json out/kernels.json
+    python bench/check_cuda.py --targets 90 --model  # cycles of the loops that cuda_static/loops.txt names
 
 It fails on spills and local memory, on wide kernels without wide accesses, and on branches and divisions in loops where
 they cost several times the time (cuda_static/rules.py). What today's kernels have of these is in
@@ -30,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cuda_static import compiling, disassembly, known_faults, launches, occupancy, rules
+from cuda_static import compiling, disassembly, known_faults, launches, model, occupancy, rules
 from cuda_static.kernel import Kernel, generic, label
 from cuda_static.report import fault_table, kernel_table
 
@@ -101,11 +102,30 @@ def show_occupancy(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
     return [{**asdict(row), "waves_taken": math.ceil(row.waves)} for row in rows]
 
 
+def show_model(nvcc: str, nvdisasm: str, target: str, folders: Sequence[str]) -> list[dict[str, object]]:
+    """Print the cycles of the named loops of some folders; the rows."""
+    named = [row for row in model.parse_table(model.TABLE.read_text()) if row.folder in folders]
+    found: dict[str, model.Estimate] = {}
+    for source in compiling.find_sources(",".join(sorted({row.folder for row in named}))):
+        try:
+            binary, said = compiling.compile_source(nvcc, source, target)
+        except compiling.CompileError:
+            continue  # the check itself has said so, or the loops are shown as missing
+        kernels = compiling.parse_ptxas(said, target, source.parent.name)
+        for function in disassembly.disassemble(nvdisasm, binary):
+            kernel = kernels.get(function.name)
+            rows = [row for row in named if kernel and row.kernel == kernel.path]
+            found |= {row.name: estimate for row in rows if (estimate := model.estimate(row, function))}
+    print(model.model_table(named, found))
+    return [asdict(estimate) for estimate in found.values()]
+
+
 def parse_options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--targets", default=",".join(TARGETS), help="with commas between (default: %(default)s)")
     parser.add_argument("--sources", help="folders of csrc, with commas between (default: all)")
+    parser.add_argument("--model", action="store_true", help="print the cycles of the loops in cuda_static/loops.txt")
     parser.add_argument("--no-occupancy", action="store_true", help="do not record the launches (about 30 s at first)")
     parser.add_argument("--json", type=Path, help="write the tables here too")
     parser.add_argument("--require", action="store_true", help="fail where there is no nvcc")
@@ -135,6 +155,10 @@ def main() -> int:
     document: dict[str, object] = {"nvcc": release, "kernels": [asdict(kernel) for kernel in kernels]}
     if not options.no_occupancy:
         document["occupancy"] = show_occupancy(kernels)
+        print()
+    if options.model and nvdisasm:
+        target = next((t for t in targets if generic(t) == model.TARGET), model.TARGET)
+        document["model"] = show_model(nvcc, nvdisasm, target, folders)
         print()
     print(f"{len(kernels)} kernels, {nvcc} {release}; disassembly: {nvdisasm or 'left out, nvdisasm was not found'}")
     if options.json:
