@@ -127,7 +127,7 @@ coverage: build $(VLLM)/.ready  ## lines of csrc and of the Python code that the
 	$(BIN)/python -m pip install -q --disable-pip-version-check coverage gcovr
 	$(BIN)/python tests/sanitizers/line_coverage.py $(COVERAGE)
 
-check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
+check-cuda: $(VENV)/.packages  ## registers, faults in loops, occupancy of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90,80 --model"
 	$(BIN)/python bench/check_cuda.py $(CHECK)
 
 check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
