@@ -49,7 +49,11 @@ class Ended:
     def line(self) -> str:
         """For a person."""
         tests = self.tests or {}
-        counts = [f"{tests[kind]} {kind.replace('_', ' ')}" for kind in ("passed", "failed", "not_reached") if tests]
+        counts = [
+            f"{tests[kind]} {kind.replace('_', ' ')}"
+            for kind in ("passed", "failed", "skipped", "not_reached")
+            if tests
+        ]
         words = "; ".join(filter(None, [self.why, ", ".join(counts)]))
         return f"{self.part:<16} {self.seconds:6.1f} of {self.limit:3d} s  {self.result}{': ' + words if words else ''}"
 
@@ -61,8 +65,9 @@ class Interrupted(Exception):
 class Runner:
     """Runs parts and writes the summary."""
 
-    def __init__(self, machine: gpu_parts.Machine, environment: dict[str, str]) -> None:
-        self.machine, self.environment = machine, environment
+    def __init__(self, machine: gpu_parts.Machine, environment: dict[str, str], began: float) -> None:
+        """``began``: when the first part's time began to run, for what was unpacked since."""
+        self.machine, self.environment, self.began = machine, environment, began
         self.facts: dict[str, Any] | None = None
         self.ended: list[Ended] = []
         self.out = machine.out
@@ -71,15 +76,13 @@ class Runner:
         """All parts of the runs; True where nothing failed and everything was reached."""
         todo = [(name, part) for name in names for part in gpu_parts.parts_of(name, self.machine)]
         self._write(todo)
-        deadline = {name: time.monotonic() for name in names}
-        began: set[str] = set()
+        running, deadline = names[0], self.began
         try:
             for i, (name, part) in enumerate(todo):
-                if name not in began:
-                    began.add(name)
-                    deadline[name] = time.monotonic()
-                deadline[name] += part.seconds
-                self.ended.append(self._part(name, part, deadline[name]))
+                if name != running:
+                    running, deadline = name, time.monotonic()
+                deadline += part.seconds
+                self.ended.append(self._part(name, part, deadline))
                 print(self.ended[-1].line(), flush=True)
                 self._write(todo[i + 1 :])
         except Interrupted:
@@ -99,7 +102,7 @@ class Runner:
             try:
                 for i, command in enumerate(part.commands):
                     status, said = self._command(part, command, environment, deadline)
-                    if why := self._wrong(part, i, status, said, deadline):
+                    if why := self._wrong(part, i, status, said):
                         ended.result, ended.why = "failed", why
                         _show_end(said)
                         break
@@ -109,6 +112,8 @@ class Runner:
                 raise
             if part.tests:
                 ended.tests = self._count(record)
+                if ended.result == "passed" and not ended.tests["passed"]:
+                    ended.result, ended.why = "failed", "no test passed: all were skipped, or there was none"
         ended.seconds = time.monotonic() - began
         if part.name == "facts":
             self.facts = _facts(said)
@@ -153,7 +158,7 @@ class Runner:
         return content.decode(errors="replace")
 
     @staticmethod
-    def _wrong(part: Part, i: int, status: int | None, said: str, deadline: float) -> str | None:
+    def _wrong(part: Part, i: int, status: int | None, said: str) -> str | None:
         """What is wrong with the end of the i-th command of a part."""
         if status is None:
             return f"it took longer than {part.seconds} s and what was left of the parts before"
@@ -284,6 +289,7 @@ def main() -> int:
     if not targets:
         print("run_on_gpu: no NVIDIA GPU was found; --dry-run shows what would be done", file=sys.stderr)
         return 1
+    began = time.monotonic()
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     with tempfile.TemporaryDirectory(prefix="mustdrop-site-") as site:
@@ -294,7 +300,7 @@ def main() -> int:
             (machine.out / name).unlink(missing_ok=True)
         for line in bundle.remarks:
             print(line, flush=True)
-        return int(not Runner(machine, environment_of(bundle)).run(names))
+        return int(not Runner(machine, environment_of(bundle), began).run(names))
 
 
 if __name__ == "__main__":

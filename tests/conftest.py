@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from record import pytest_configure  # noqa: F401  (a hook)
 
 # "repeatable" is what CI and `make test` run: the same examples each time.
 # HYPOTHESIS_PROFILE=explore looks for new ones.
@@ -16,15 +15,6 @@ _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "databa
 settings.register_profile("repeatable", derandomize=True, max_examples=25, **_COMMON)
 settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    path = os.environ.get("MUSTDROP_TEST_RECORD")
-    if path and "PYTEST_XDIST_WORKER" not in os.environ:
-        from record import Record
-
-        config.pluginmanager.register(Record(Path(path)))
-
 
 # Under xdist each worker has one core; alone, two threads, so that work is split.
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

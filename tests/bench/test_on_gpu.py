@@ -65,5 +65,4 @@ def test_a_quick_run_of_everything(tmp_path):
     assert {row["op"] for row in timed if row["kind"] == "backend"} == set(CASES)
     assert {row["how"] for row in timed if row["kind"] == "backend"} == {"graph"}
     assert all(row["why_eager"] for row in timed if row["how"] == "eager")
-    assert document["machine"]["copy_bandwidth"] > 1e11
     assert sound()

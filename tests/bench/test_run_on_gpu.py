@@ -79,7 +79,7 @@ def test_dry_run(name, tmp_path):
 def test_a_short_run_fits_into_a_lease(name, prebuilt, tmp_path):
     parts = gpu_parts.parts_of(name, machine(tmp_path, prebuilt=prebuilt))
     assert " ".join(part.name for part in parts) == ORDER[name]
-    assert gpu_parts.total(parts) <= LEASE == 330
+    assert gpu_parts.total(parts) <= LEASE <= 330
     assert min(part.seconds for part in parts) > 5
     seconds = {part.name: part.seconds for part in parts}
     assert seconds.get("facts", 90) == 90, "the first import of torch, from a cold disk"
@@ -199,6 +199,7 @@ esac""",
   *gpu_run.py*) exec {sys.executable} "$@";;
   *--facts*) printf 'a warning\\n{{\\n "backends": ["cuda", "triton"]\\n}}\\n';;
   *--graph*) echo "the graph is broken"; exit 3;;
+  *"-m pytest"*) echo '{{"test": "tests/test_some.py::test_one", "outcome": "passed"}}' > "$MUSTDROP_TEST_RECORD";;
   *) echo fine;;
 esac""",
     )
@@ -228,7 +229,7 @@ def runner(tmp_path, monkeypatch):
     def go(*parts: Part, environment: dict[str, str] | None = None) -> dict[str, dict]:
         monkeypatch.setattr(gpu_parts, "parts_of", lambda name, machine: list(parts))
         usual = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-        gpu_run.Runner(machine(tmp_path), {**usual, **(environment or {})}).run(["some"])
+        gpu_run.Runner(machine(tmp_path), {**usual, **(environment or {})}, time.monotonic()).run(["some"])
         return summary(tmp_path)
 
     return go
@@ -277,21 +278,22 @@ def test_some(i):
 """
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("then", ["raise", "time.sleep(600)"])
+def recorded(folder: Path, seconds: int, tests: str, *words: str) -> tuple[Part, dict[str, str]]:
+    """A part with tests, which are recorded as those of this repository are; and the environment that it needs."""
+    folder.mkdir()
+    (folder / "conftest.py").write_text("from record import pytest_configure")
+    (folder / "test_some.py").write_text(tests)
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", *words, str(folder))
+    return Part("suite-cuda", seconds, (command,), tests=True), {"PYTHONPATH": str(ROOT / "tests")}
+
+
+@pytest.mark.parametrize(("then", "workers"), [("raise", 0), ("time.sleep(600)", 0), ("raise", 2)])
 def test_names_of_failed_tests_survive_a_timeout(runner, tmp_path, monkeypatch, then, workers):
     """Whether pytest ends after the interrupt or has to be killed."""
     monkeypatch.setattr(gpu_run, "GRACE", 2)
-    folder = tmp_path / "suite"
-    folder.mkdir()
-    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
-    (folder / "record.py").write_text((ROOT / "tests" / "record.py").read_text())
-    (folder / "test_some.py").write_text(TESTS.format(then=then))
-    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", str(folder))
-    if workers:
-        words = (*words, "-n", str(workers))
-    part = Part("suite-cuda", 16, ((sys.executable, *words),), tests=True)
-    tests = runner(part, environment={"PYTHONPATH": str(folder)})["suite-cuda"]["tests"]
+    words = ("-n", str(workers)) if workers else ()
+    part, environment = recorded(tmp_path / "suite", 20 if workers else 10, TESTS.format(then=then), *words)
+    tests = runner(part, environment=environment)["suite-cuda"]["tests"]
     assert tests["failed"] == 1
     assert tests["names"][0].endswith("test_some.py::test_some[2]")
     if not workers:
@@ -299,6 +301,14 @@ def test_names_of_failed_tests_survive_a_timeout(runner, tmp_path, monkeypatch, 
     assert tests["passed"] + tests["failed"] + tests["not_reached"] == 8
     assert tests["not_reached"] >= 1
     assert (tmp_path / "failed.txt").read_text().splitlines() == tests["names"]
+
+
+def test_a_suite_that_skips_everything_has_not_passed(runner, tmp_path):
+    tests = "import pytest\ndef test_some(): pytest.skip('no device')\n"
+    part, environment = recorded(tmp_path / "suite", 60, tests)
+    found = runner(part, environment=environment)["suite-cuda"]
+    assert (found["result"], found["tests"]["skipped"]) == ("failed", 1)
+    assert "no test passed" in found["why"]
 
 
 def test_logs_stay_small(runner, tmp_path):
@@ -318,7 +328,7 @@ def test_a_backend_whose_facts_are_unknown_is_tried(runner):
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupt_leaves_a_summary_and_no_process(tmp_path, name):
     text = f"""
-import os, signal, sys
+import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path[:0] = [{str(ROOT / "bench")!r}, {str(ROOT / "tests" / "bench")!r}]
 import gpu_parts, gpu_run
@@ -329,7 +339,7 @@ gpu_parts.parts_of = lambda name, machine: parts
 machine = gpu_parts.Machine(sys.executable, Path({str(tmp_path)!r}), 2, False, True, Path("none"), None)
 signal.signal(signal.SIGTERM, gpu_run._interrupt)
 signal.signal(signal.SIGINT, gpu_run._interrupt)
-sys.exit(int(not gpu_run.Runner(machine, dict(os.environ)).run(["some"])))
+sys.exit(int(not gpu_run.Runner(machine, dict(os.environ), time.monotonic()).run(["some"])))
 """
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
