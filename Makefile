@@ -14,7 +14,7 @@ VLLM := .venv-vllm
 SGLANG := $(VLLM)/sglang-0.5.23
 DIST ?= dist
 
-.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-sglang check-cuda check-triton wheel test-wheel test-hf-kernel docs fuzz test-asan test-tsan coverage lint format build clean
+.PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-sglang check-cuda check-triton wheel test-wheel test-hf-kernel docs gpu-bundle fuzz test-asan test-tsan coverage lint format build clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -135,13 +135,23 @@ coverage: build $(VLLM)/.ready  ## lines of csrc and of the Python code that the
 	$(BIN)/python -m pip install -q --disable-pip-version-check coverage gcovr
 	$(BIN)/python tests/sanitizers/line_coverage.py $(COVERAGE)
 
-check-cuda: $(VENV)/.packages  ## registers, spills, instructions of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90a,80"
+check-cuda: $(VENV)/.packages  ## registers, faults in loops, occupancy of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90,80 --model"
 	$(BIN)/python bench/check_cuda.py $(CHECK)
 
 check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
 	$(BIN)/python bench/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
 
-wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90a" make wheel
+# Triton compiles for the machine that it runs on: with that machine's Python and Triton.
+GPU_PYTHON ?= python3.12
+.venv-gpu/.ready:
+	test -x .venv-gpu/bin/python || $(GPU_PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 triton==3.6.0 numpy pytest hypothesis rich typer safetensors
+	touch $@
+
+gpu-bundle: $(VENV)/.packages $(if $(TRITON),.venv-gpu/.ready)  ## what bench/run_on_gpu.sh can be given from here, in gpu-bundle/; TRITON=1: compiled Triton kernels too; FAILED=failed.txt of `first`
+	$(BIN)/python bench/gpu_bundle.py $(if $(TRITON),--triton .venv-gpu/bin/python) $(if $(FAILED),--failed $(FAILED))
+
+wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90" make wheel
 	rm -rf build/wheel $(DIST)/*.whl
 	MUSTDROP_PORTABLE=1 MUSTDROP_CUDA_ARCHS="$$MUSTDROP_CUDA_ARCHS" $(BIN)/python -m build -q --no-isolation --wheel -o build/wheel
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' -w $(DIST) build/wheel/*.whl

@@ -2,9 +2,11 @@
 """Drives CMakeLists.txt. The metadata is in pyproject.toml.
 
 Environment:
-  MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90a;100a;120". Default: those of the GPUs present, else none.
+  MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90;100;120". Default: those of the GPUs present, else none.
   MUSTDROP_NVCC        path of nvcc; default: $CUDACXX, $CUDA_HOME/bin/nvcc, PATH, /usr/local/cuda/bin/nvcc.
   MUSTDROP_CMAKE_ARGS  further arguments for CMake, such as "-DMUSTDROP_WERROR=ON".
+                       The libraries keep a digest of their sources; where it is that of the sources here, a build in
+                       place uses them as they are, wherever they were built.
   MUSTDROP_PORTABLE    1: without the module _native, so that one wheel serves every Python (py3-none); `make wheel`.
   MAX_JOBS             parallel compile jobs; default: the number of cores.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -30,6 +33,8 @@ PORTABLE = os.environ.get("MUSTDROP_PORTABLE") == "1"
 BUILD = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{'any' if PORTABLE else sys.implementation.cache_tag}"
 LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and its companions
 HEADERS = "kernels"  # below it: the CUDA kernels as text
+SOURCES = runpy.run_path(str(ROOT / "mustdrop_kernels" / "_sources.py"))
+CMAKE_ARGS = os.environ.get("MUSTDROP_CMAKE_ARGS", "")
 
 
 def find_nvcc() -> str | None:
@@ -46,7 +51,7 @@ def find_nvcc() -> str | None:
 
 
 def archs_of_gpus_present() -> str:
-    """Compute capabilities of this machine's GPUs as CUDA targets ("90a;80"), empty where there is none."""
+    """Compute capabilities of this machine's GPUs as CUDA targets ("80;90"), empty where there is none."""
     try:
         found = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
@@ -54,17 +59,21 @@ def archs_of_gpus_present() -> str:
         ).stdout.split()  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return ""
-    # 9.0 and 10.x have instructions that only the "a" targets give access to.
-    targets = {text.replace(".", "") for text in found}
-    return ";".join(sorted(t + "a" if t.startswith(("90", "10")) else t for t in targets))
+    return ";".join(sorted({text.replace(".", "") for text in found}, key=int))
+
+
+def wanted_archs() -> str:
+    """CUDA targets: those that were asked for, else those of the GPUs present."""
+    asked = os.environ.get("MUSTDROP_CUDA_ARCHS")
+    return archs_of_gpus_present() if asked is None else asked.strip()
 
 
 def cuda_arguments() -> list[str]:
     """CMake's arguments for the CUDA library; says why where it is not built."""
     asked = os.environ.get("MUSTDROP_CUDA_ARCHS")
-    archs = archs_of_gpus_present() if asked is None else asked.strip()
+    archs = wanted_archs()
     if not archs:
-        print("mustdrop: no CUDA library (no GPU found; MUSTDROP_CUDA_ARCHS=80;90a builds for others)")
+        print("mustdrop: no CUDA library (no GPU found; MUSTDROP_CUDA_ARCHS=80;90 builds for others)")
         return []
     nvcc = find_nvcc()
     if nvcc is None:
@@ -85,6 +94,14 @@ def kernel_headers() -> list[Path]:
 class CMakeBuild(build_ext):
     """Builds every library of CMakeLists.txt in one CMake run and puts each where the package looks for it."""
 
+    def run(self) -> None:
+        folder = ROOT / "mustdrop_kernels" / LIBRARY_FOLDER
+        archs = [target for target in wanted_archs().split(";") if target]
+        if self.inplace and SOURCES["made_of_these"](folder, ROOT, archs, CMAKE_ARGS):
+            print(f"mustdrop: the libraries in {folder.relative_to(ROOT)} were built from these sources and are used")
+            return
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         self.configure()
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
@@ -102,9 +119,11 @@ class CMakeBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         for old in (*folder.glob("libmustdrop*"), *package.glob("_native*.so")):
             old.unlink()
-        with_cuda = re.search("^MUSTDROP_CUDA_ARCHS:.*=.", (BUILD / "CMakeCache.txt").read_text(), re.MULTILINE)
+        cache = (BUILD / "CMakeCache.txt").read_text()
+        targets = re.search("^MUSTDROP_CUDA_ARCHS:.*?=(.*)$", cache, re.MULTILINE)
+        archs = [target for target in (targets[1] if targets else "").split(";") if target]
         for library in BUILD.glob("libmustdrop*.so"):
-            if with_cuda or library.stem != "libmustdrop_cuda":  # else it is of an earlier build
+            if archs or library.stem != "libmustdrop_cuda":  # else it is of an earlier build
                 shutil.copy2(library, folder)
         for module in BUILD.glob("_native*.so"):
             shutil.copy2(module, package)
@@ -112,6 +131,7 @@ class CMakeBuild(build_ext):
         for header in kernel_headers():
             (folder / HEADERS / header).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / "csrc" / header, folder / HEADERS / header)
+        SOURCES["write_record"](folder, ROOT, archs, CMAKE_ARGS)
 
     def configure(self) -> None:
         BUILD.mkdir(parents=True, exist_ok=True)
@@ -123,7 +143,7 @@ class CMakeBuild(build_ext):
             f"-DMUSTDROP_LINE_INFO={'OFF' if PORTABLE else 'ON'}",
             "-DMUSTDROP_CUDA_ARCHS=",
             *cuda_arguments(),
-            *shlex.split(os.environ.get("MUSTDROP_CMAKE_ARGS", "")),
+            *shlex.split(CMAKE_ARGS),
         ]
         if pybind11 := pybind11_folder():
             arguments.append(f"-Dpybind11_DIR={pybind11}")
@@ -141,7 +161,7 @@ class CMakeBuild(build_ext):
 
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "mustdrop_kernels"
-        libraries = package.glob(f"{LIBRARY_FOLDER}/*.so")
+        libraries = (*package.glob(f"{LIBRARY_FOLDER}/*.so"), package / LIBRARY_FOLDER / SOURCES["RECORD"])
         headers = package.glob(f"{LIBRARY_FOLDER}/{HEADERS}/*/*.cuh")
         return [str(p) for p in (*libraries, *headers, *package.glob("_native*.so"))]
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import signal
 import statistics
 import sys
 import time
@@ -141,7 +142,10 @@ def stages(model: Any, inputs: dict[str, torch.Tensor], setting: str, depth: int
 
 
 def measure(model: Any, batch: int, settings: list[str], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """All settings in turn, again and again, so that drift hits all alike."""
+    """All settings in turn, again and again, so that drift of the machine hits each of them.
+
+    Ctrl-C ends the rounds; what was measured counts where each setting was.
+    """
     depth = model.config.text_config.num_hidden_layers
     device = next(model.parameters()).device
     inputs = prompt(model, batch)
@@ -156,16 +160,21 @@ def measure(model: Any, batch: int, settings: list[str], new_tokens: int, repeat
         rows[setting]["kv_bytes"] = plain if report is None else report.last.final_cache.bytes
         rows[setting]["mean_vision_tokens"] = 576.0 if report is None else report.last.mean_tokens
         rows[setting]["stages_ms"] = stages(model, inputs, setting, depth)
-    for _ in range(repeats):
-        for setting in settings:
-            with dropping(model, setting, depth):
-                runs[setting].append(generate(model, inputs, new_tokens))
+    try:
+        for _ in range(repeats):
+            for setting in settings:
+                with dropping(model, setting, depth):
+                    runs[setting].append(generate(model, inputs, new_tokens))
+    except KeyboardInterrupt:
+        if not all(runs.values()):
+            raise
     for setting in settings:
         row, done = rows[setting], runs[setting]
         first = quartiles([run.prefill_ms for run in done])
         row |= {"first_token_ms": first[1], "first_token_q1_ms": first[0], "first_token_q3_ms": first[2]}
         row["decode_ms"] = statistics.median(run.decode_ms for run in done)
         row["decode_tokens_per_second"] = 1e3 * batch / row["decode_ms"]
+        row["repeats"] = len(done)
     return list(rows.values())
 
 
@@ -260,8 +269,6 @@ def main() -> None:
     if unknown := [setting for setting in settings if setting not in SETTINGS]:
         parser.error(f"--tokens: {', '.join(unknown)} unknown; there are {', '.join(SETTINGS)}")
     document = json.loads(wish.load.read_text()) if wish.load else run(wish, settings)
-    if wish.json:
-        write_text(wish.json, json.dumps(document, indent=1) + "\n")
     if wish.markdown:
         print(markdown(document))
     else:
@@ -269,7 +276,8 @@ def main() -> None:
 
 
 def run(wish: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
-    """Measures what the command line asks for."""
+    """Measures what the command line asks for; the document is written after each batch size."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit ends it as Ctrl-C does
     if wish.threads:
         torch.set_num_threads(wish.threads)
     device = torch.device(wish.device)
@@ -279,14 +287,16 @@ def run(wish: argparse.Namespace, settings: list[str]) -> dict[str, Any]:
     model = build(name, getattr(torch, dtype), device)
     if wish.cache == "static":
         model.generation_config.cache_implementation = "static"
-    rows = []
-    for batch in (int(text) for text in wish.batch.split(",")):
-        rows += measure(model, batch, settings, wish.new_tokens, wish.repeats)
-    return {
+    document: dict[str, Any] = {
         "format": "mustdrop-e2e/1", "command": ["python", "bench/e2e.py", *sys.argv[1:]], "machine": about,
         "model": name, "dtype": dtype, "cache": wish.cache, "text_tokens": TEXT_BEFORE + TEXT_AFTER,
-        "new_tokens": wish.new_tokens, "rows": rows,
+        "new_tokens": wish.new_tokens, "rows": [],
     }  # fmt: skip
+    for batch in (int(text) for text in wish.batch.split(",")):
+        document["rows"] += measure(model, batch, settings, wish.new_tokens, wish.repeats)
+        if wish.json:
+            write_text(wish.json, json.dumps(document, indent=1) + "\n")
+    return document
 
 
 if __name__ == "__main__":

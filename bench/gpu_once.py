@@ -4,7 +4,8 @@
 compute-sanitizer --tool racecheck python bench/gpu_once.py   # every operator once, in each of its ways
 python bench/gpu_once.py --coverage    # the same, and whether every CUDA kernel of csrc/ was launched by it
 python bench/gpu_once.py --graph       # three stages in one CUDA graph, replayed on new contents
-python bench/gpu_once.py --facts FILE  # versions, tools, and the backends that serve the GPU, as JSON
+python bench/gpu_once.py --facts       # versions, tools, the GPU, and the backends that serve it, as JSON
+compute-sanitizer --tool memcheck python bench/gpu_once.py planted_write   # has to find a fault; so with planted_race
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import platform
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -126,7 +128,36 @@ def moving() -> None:
     )
 
 
-PARTS: dict[str, Callable[[], None]] = {f.__name__: f for f in (scores, merging, selecting, moving)}
+PLANTED = """
+extern "C" __global__ void mustdrop_planted_write(int* out) {  // [threads]; the last thread writes past its end
+  out[threadIdx.x + 1] = threadIdx.x;
+}
+extern "C" __global__ void mustdrop_planted_race(int* out) {  // [64]; no barrier before another thread reads
+  __shared__ int held[64];
+  held[threadIdx.x] = threadIdx.x;
+  out[threadIdx.x] = held[63 - threadIdx.x];
+}
+"""
+
+
+def planted(name: str) -> None:
+    """A kernel with a fault for a sanitizer to find. Its name is one that the sanitizers look at."""
+    out = torch.zeros(64, dtype=torch.int32, device=DEVICE)
+    torch.cuda._compile_kernel(PLANTED, name)(grid=(1, 1, 1), block=(64, 1, 1), args=[out])
+
+
+def planted_write() -> None:
+    """A write past the end of an allocation."""
+    planted("mustdrop_planted_write")
+
+
+def planted_race() -> None:
+    """A race in shared memory."""
+    planted("mustdrop_planted_race")
+
+
+OPERATORS: dict[str, Callable[[], None]] = {f.__name__: f for f in (scores, merging, selecting, moving)}
+PARTS = {**OPERATORS, "planted_write": planted_write, "planted_race": planted_race}
 
 
 def once(names: list[str]) -> None:
@@ -145,9 +176,9 @@ def kernels_of_sources() -> set[str]:
 
 
 def coverage() -> None:
-    """Which kernels ran, and on which ways through the launchers nobody went."""
+    """Which kernels of the sources the operators launch; all of them should be."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        once(list(PARTS))
+        once(list(OPERATORS))
     launched = {event.key for event in profile.key_averages()}
     missing = sorted(
         name for name in kernels_of_sources() if not any(f"{name}<" in k or f"{name}(" in k for k in launched)
@@ -219,6 +250,27 @@ def serving() -> list[str]:
     return [n for n in names if any(backends.registered()[n].why_not(op, "cuda") is None for op in backends.OPS)]
 
 
+def gpu() -> dict[str, object] | None:
+    """The device, its driver and clocks; None where there is none."""
+    if not torch.cuda.is_available():
+        return None
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        said = str(error)
+    properties = torch.cuda.get_device_properties(DEVICE)
+    return {
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "l2_bytes": properties.L2_cache_size,
+        "memory_bytes": properties.total_memory,
+        **dict(zip(fields, said.splitlines()[0].split(", "), strict=False)),
+    }
+
+
 def facts() -> dict[str, object]:
     """Versions and tools: what a part needs that fails."""
     modules = (
@@ -237,7 +289,7 @@ def facts() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu(),
         "backends": serving(),
         "modules": {name: importlib.util.find_spec(name) is not None for name in modules},
         "tools": {name: shutil.which(name) for name in ("nvcc", "cmake", "ninja", "g++", "compute-sanitizer")},
@@ -247,17 +299,15 @@ def facts() -> dict[str, object]:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: the operators)")
     parser.add_argument("--coverage", action="store_true")
     parser.add_argument("--graph", action="store_true")
-    parser.add_argument("--facts", type=Path, metavar="FILE")
+    parser.add_argument("--facts", action="store_true")
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     if options.facts:
-        text = json.dumps(facts(), indent=1)
-        options.facts.write_text(text + "\n")
-        print(text)
+        print(json.dumps(facts(), indent=1))
         return
     if not torch.cuda.is_available():
         sys.exit("gpu_once: torch finds no GPU")
@@ -267,7 +317,7 @@ def main() -> None:
     elif options.graph:
         graph()
     else:
-        once(options.parts or list(PARTS))
+        once(options.parts or list(OPERATORS))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings shared by all tests: hypothesis profiles, and threads that fit the machine."""
+"""Settings shared by all tests: hypothesis profiles, threads that fit the machine, a record of what became of each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 
 import torch
 from hypothesis import HealthCheck, settings
+from record import pytest_configure  # noqa: F401  (a hook)
 
 # "repeatable" is what CI and `make test` run: the same examples each time.
 # HYPOTHESIS_PROFILE=explore looks for new ones.

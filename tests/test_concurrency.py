@@ -12,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_emulation
 import pytest
 import torch
+from cuda_emulation import nvrtc
 from ops.sample_calls import sample
 from ops.schemas import OPS
 from torch import Tensor
@@ -74,6 +76,58 @@ def test_every_operator_from_many_threads(backend: str) -> None:
         ]  # fmt: skip
 
     assert at_once(work) == [[]] * THREADS
+
+
+def sized_call(op: str, i: int, device: str) -> dict[str, Any]:
+    """A call whose CUDA kernel takes more than 48 KiB of dynamic shared memory, of another size for each ``i``."""
+    generator = torch.Generator().manual_seed(i)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    if op == "spatial_merge":
+        return {"x": draw(1, 36, 640 + 64 * i), "grid": [6, 6], "window": [2, 2], "num_prefix_tokens": 0}
+    if op == "cls_attention":
+        return {"q": draw(1, 1, 8), "k": draw(1, 1, 7000 + 500 * i, 8), "scale": 0.3}
+    length = 14_000 + 600 * i
+    types = torch.full((1, length), 2, dtype=torch.uint8, device=device)
+    return {"scores": draw(1, length), "token_types": types, "k": 100 + i}
+
+
+def players() -> list[tuple[str, str]]:
+    """Backends and their devices, the CUDA kernels emulated where there is no GPU."""
+    found = [("cpu", "cpu"), ("reference", "cpu")]
+    if torch.cuda.is_available():
+        return [*found, ("cuda", "cuda"), ("triton", "cuda"), ("cupy", "cuda")]
+    return found if cuda_emulation.why_not() else [*found, (cuda_emulation.NAME, "cpu"), (nvrtc.NAME, "cpu")]
+
+
+@pytest.fixture
+def with_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    if not torch.cuda.is_available() and cuda_emulation.why_not() is None:
+        backends.register_backend(cuda_emulation.emulated())
+        backends.register_backend(nvrtc.emulated())
+        cuda_emulation.configure(seed=1, capability=90)
+
+
+@pytest.mark.usefixtures("with_emulation")
+@pytest.mark.parametrize(("backend", "device"), players(), ids=["-".join(pair) for pair in players()])
+def test_shapes_that_differ_from_thread_to_thread(backend: str, device: str) -> None:
+    """One thread's launch leaves the other threads' launches of the same kernel their own amount of shared memory."""
+    if reason := backends.registered()[backend].why_not("select_topk", device):
+        pytest.skip(f"{backend} does not serve {device}: {reason}")
+    ops = ("spatial_merge", "cls_attention", "select_topk")
+
+    def work(i: int) -> list[Tensor]:
+        found: list[Tensor] = []
+        for op in (*ops[i % 3 :], *ops[: i % 3]):
+            result = getattr(mk, op)(**sized_call(op, i, device), backend=backend)
+            found += [result] if isinstance(result, Tensor) else result
+        return found
+
+    for i, found in enumerate(at_once(work)):
+        assert same(found, work(i)), f"thread {i}"
 
 
 def test_larger_work_from_many_threads() -> None:

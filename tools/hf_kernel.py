@@ -2,7 +2,7 @@
 """Lays the package out for the Hugging Face hub: a kernel that is built here, or a project for kernel-builder.
 
     python tools/hf_kernel.py build/hf                              # FOLDER/build/torch-stable-abi210-cpu-x86_64-linux
-    MUSTDROP_CUDA_ARCHS="80;90a" python tools/hf_kernel.py build/hf     # the same for this nvcc's CUDA
+    MUSTDROP_CUDA_ARCHS="80;90" python tools/hf_kernel.py build/hf     # the same for this nvcc's CUDA
     python tools/hf_kernel.py --project build/hf-project            # build.toml, its sources and the Python package
 
 The first two are what `kernels.get_local_kernel(FOLDER)` loads: one folder for every torch from 2.10 on. Its operators
@@ -117,7 +117,7 @@ def files_digest(variant: Path) -> dict[str, Any]:
 
 
 def architectures() -> list[str]:
-    """MUSTDROP_CUDA_ARCHS as the hub writes it: "80;90a" is 8.0 and 9.0a."""
+    """MUSTDROP_CUDA_ARCHS as the hub writes it: "80;90" is 8.0 and 9.0."""
     return [re.sub(r"(\d)(\D?)$", r".\1\2", target) for target in os.environ["MUSTDROP_CUDA_ARCHS"].split(";")]
 
 

@@ -5,7 +5,9 @@
 // launch_nvrtc.h), and by the tests for the host (MUSTDROP_CUDA_EMULATED): there a launch runs the emulation.
 #pragma once
 
+#include <array>
 #include <climits>
+#include <mutex>
 
 #include "common/device.cuh"
 #include "common/stable.h"
@@ -14,9 +16,6 @@
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-
-#include <array>
-#include <mutex>
 #endif
 
 namespace mustdrop {
@@ -34,6 +33,8 @@ struct DeviceFacts {
   int shared_bytes;     // that a block may ask for
 };
 
+constexpr int kKnownDevices = 64;  // what is remembered per device is remembered for so many
+
 }  // namespace mustdrop
 
 #if defined(MUSTDROP_LAUNCHERS_ONLY)
@@ -42,11 +43,46 @@ struct DeviceFacts {
 
 namespace mustdrop {
 
+#if !defined(MUSTDROP_LAUNCHERS_ONLY)
+
+// The dynamic shared memory that a kernel may be launched with is an attribute of the kernel on a device, not of a launch.
+// Two threads that each set it to the size of their own launch undo each other's, so it is set once, to the most that the
+// device has.
+class SharedMemoryLimit {
+ public:
+  template <class Raise>
+  void raise_once(int device, const Raise& raise) {
+    if (device < kKnownDevices)
+      std::call_once(raised_[device], raise);
+    else
+      raise();
+  }
+
+ private:
+  std::array<std::once_flag, kKnownDevices> raised_;
+};
+
+template <auto kKernel>
+inline SharedMemoryLimit shared_memory_limit;
+
+// A kernel as Device::launch takes it: MUSTDROP_KERNEL(score_kernel<T, M>).
+template <class... Parameters>
+struct Kernel {
+  void (*function)(Parameters...);
+  SharedMemoryLimit* limit;
+  const void* address() const { return reinterpret_cast<const void*>(function); }
+};
+template <auto kKernel, class... Parameters>
+Kernel<Parameters...> limited_kernel(void (*function)(Parameters...)) {
+  return {function, &shared_memory_limit<kKernel>};
+}
+
+#endif
+
 #if defined(MUSTDROP_LAUNCHERS_ONLY)
 #elif defined(MUSTDROP_CUDA_EMULATED)
 
-// A kernel as Device::launch takes it: MUSTDROP_KERNEL(score_kernel<T, M>).
-#define MUSTDROP_KERNEL(...) cuda_emulation::known<__VA_ARGS__>()
+#define MUSTDROP_KERNEL(...) ::mustdrop::limited_kernel<__VA_ARGS__>(cuda_emulation::known<__VA_ARGS__>())
 
 class Device {
  public:
@@ -56,15 +92,17 @@ class Device {
   }
 
   template <class... Parameters, class... Arguments>
-  void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {
-    cuda_emulation::run({grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes},
-                        [&] { kernel(arguments...); });
+  void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
+    kernel.limit->raise_once(cuda_emulation::device(),
+                             [&] { cuda_emulation::set_shared_limit(kernel.address(), facts().shared_bytes); });
+    cuda_emulation::run({kernel.address(), grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes},
+                        [&] { kernel.function(arguments...); });
   }
 };
 
 #else
 
-#define MUSTDROP_KERNEL(...) (__VA_ARGS__)
+#define MUSTDROP_KERNEL(...) ::mustdrop::limited_kernel<__VA_ARGS__>(&__VA_ARGS__)
 
 inline void check_cuda(cudaError_t error, const char* what) {
   if (error != cudaSuccess)
@@ -102,20 +140,16 @@ class Device {
   }
 
   DeviceFacts facts() const {
-    constexpr int kDevices = 64;
-    static std::array<std::once_flag, kDevices> asked;
-    static std::array<DeviceFacts, kDevices> known;
-    if (index_ >= kDevices) return ask_device(index_);
+    static std::array<std::once_flag, kKnownDevices> asked;
+    static std::array<DeviceFacts, kKnownDevices> known;
+    if (index_ >= kKnownDevices) return ask_device(index_);
     std::call_once(asked[index_], [this] { known[index_] = ask_device(index_); });
     return known[index_];
   }
 
   template <class... Parameters, class... Arguments>
-  void launch(const Grid& grid, void (*kernel)(Parameters...), const Arguments&... arguments) const {
-    if (grid.shared_bytes > 48u << 10)
-      check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                      cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(grid.shared_bytes)),
-                 "cudaFuncSetAttribute");
+  void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
+    kernel.limit->raise_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
     cudaLaunchAttribute attribute{};
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {grid.cluster, 1, 1};
@@ -126,10 +160,17 @@ class Device {
     config.stream = stream_;
     config.attrs = &attribute;
     config.numAttrs = grid.cluster > 1 ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "launch");
+    check_cuda(cudaLaunchKernelEx(&config, kernel.function, arguments...), "launch");
   }
 
  private:
+  void allow_most_shared_memory(const void* kernel) const {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+    const int most = facts().shared_bytes - static_cast<int>(attributes.sharedSizeBytes);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "cudaFuncSetAttribute");
+  }
+
   int index_;
   torch::stable::accelerator::DeviceGuard guard_;
   cudaStream_t stream_ = nullptr;

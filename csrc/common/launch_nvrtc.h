@@ -5,9 +5,7 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include <array>
 #include <atomic>
-#include <mutex>
 
 #include "common/driver.h"
 
@@ -30,8 +28,6 @@ inline LaunchHooks& launch_hooks() {
 inline void check_hook(const char* problem) {
   if (problem) throw std::runtime_error(std::string("mustdrop: ") + problem);
 }
-
-constexpr int kKnownDevices = 64;
 
 // A kernel by name, and where it is on each device. All of them are in one list.
 struct KernelName {

@@ -29,9 +29,9 @@ struct SelectParameters {
   int32_t* counts;             // [B]
   int64_t length, capacity, k, drop_multiple;
   int64_t score_stride, peak_stride, type_stride, protect_stride, budget_stride;  // of a row
+  int64_t part;                                                                   // tokens of a block
   float global_threshold, individual_threshold;
-  int32_t part;  // tokens of a block
-  bool cached;   // a block's keys fit into its shared memory
+  bool cached;  // a block's keys fit into its shared memory
 };
 
 // A block's shared memory; the keys come last.

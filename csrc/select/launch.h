@@ -49,8 +49,8 @@ inline Selected launch_select(const Device& device, const Selection& s, SelectPa
   if (has_clusters(facts) && p.length > kSelectAlone)
     while (grid.cluster < 8 && p.length > kSelectAlone / 2 * grid.cluster) grid.cluster *= 2;
   grid.blocks.x = blocks(batch * grid.cluster);
-  p.part = static_cast<int32_t>(ceil_div(ceil_div(p.length, grid.cluster), kSelectItems) * kSelectItems);
-  while (grid.threads < 1024 && grid.threads * kSelectItems < static_cast<unsigned>(p.part)) grid.threads *= 2;
+  p.part = ceil_div(ceil_div(p.length, grid.cluster), kSelectItems) * kSelectItems;
+  while (grid.threads < 1024 && int64_t(grid.threads) * kSelectItems < p.part) grid.threads *= 2;
   const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + p.part * 4;
   p.cached = bytes <= facts.shared_bytes;
   grid.shared_bytes = p.cached ? bytes : sizeof(SelectShared);

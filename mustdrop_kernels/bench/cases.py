@@ -49,10 +49,16 @@ def _clone(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The least that has to be done: every input read once, every result written once; and the arithmetic."""
+    """The least that has to be done: what is needed of the inputs read once, each result written once; arithmetic."""
 
-    bytes: int
+    read: int  # bytes
+    written: int  # bytes
     flops: int = 0
+
+    @property
+    def bytes(self) -> int:
+        """Read and written."""
+        return self.read + self.written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +147,8 @@ def _merge_work(shape: Shape, size: int) -> Work:
     batch, c = shape.batch * shape.images, shape.channels
     length = 1 + shape.patches
     # Out: tokens with their padding, source int64, sizes float32, counts int32.
-    moved = batch * (2 * length * c * size + length * (8 + 4) + 4)
-    return Work(moved, batch * shape.patches * c * 6)  # squares, scaling, sum; mean
+    written = batch * (length * c * size + length * (8 + 4) + 4)
+    return Work(batch * length * c * size, written, batch * shape.patches * c * 6)  # squares, scaling, sum; mean
 
 
 def raster_windows(shape_grid: Sequence[int], window: Sequence[int], device: torch.device) -> Tensor:
@@ -182,7 +188,7 @@ def _make_cls(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def _cls_work(shape: Shape, size: int) -> Work:
     batch, length = shape.batch * shape.images, 1 + shape.patches
-    return Work(batch * ((length + 1) * shape.channels * size + length * 4), 2 * batch * length * shape.channels)
+    return Work(batch * (length + 1) * shape.channels * size, 4 * batch * length, 2 * batch * length * shape.channels)
 
 
 # Stage 2
@@ -235,7 +241,7 @@ def _make_scores(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inpu
 def _scores_work(shape: Shape, size: int) -> Work:
     b, d, length = shape.batch, shape.head_dim, shape.length
     read = (shape.heads * shape.queries + shape.kv_heads * length) * d * size + length
-    return Work(b * (read + 8 * length), 2 * b * shape.heads * shape.queries * length * d)
+    return Work(b * read, 8 * b * length, 2 * b * shape.heads * shape.queries * length * d)
 
 
 def _scores_input(shape: Shape, size: int) -> int:
@@ -289,7 +295,7 @@ def _make_map(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
 
 def _map_work(shape: Shape, size: int) -> Work:
     scores = _scores_work(shape, size)
-    return Work(scores.bytes + 4 * shape.batch * shape.length * (shape.queries - 2), scores.flops)
+    return dataclasses.replace(scores, written=4 * shape.batch * shape.length * shape.queries)
 
 
 def thresholds(shape: Shape) -> tuple[float, float]:
@@ -343,7 +349,7 @@ def _make_topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs
 
 def _fused_work(shape: Shape, size: int) -> Work:
     scores = _scores_work(shape, size)
-    return Work(scores.bytes + 8 * shape.batch * shape.length, scores.flops)
+    return dataclasses.replace(scores, written=scores.written + 8 * shape.batch * shape.length)
 
 
 # Stage 3
@@ -406,7 +412,8 @@ def _moved(shape: Shape) -> int:
 
 
 def _compact_work(shape: Shape, size: int) -> Work:
-    return Work(4 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim * size * _moved(shape))
+    moved = 2 * shape.layers * shape.batch * shape.kv_heads * shape.head_dim * size * _moved(shape)
+    return Work(moved, moved)
 
 
 def _compact_input(shape: Shape, size: int) -> int:
@@ -436,17 +443,19 @@ CASES: dict[str, Spec] = {
     "text_vision_scores_paged": Spec(_make_paged, _scores_work, _two, _packed_input),
     "text_vision_attention": Spec(_make_map, _map_work, _one("attention"), _scores_input),
     "select_dual": Spec(
-        _make_select_dual, lambda s, size: Work(s.batch * s.length * (4 + 4 + 1 + 1 + 8)), _canonical_select,
+        _make_select_dual, lambda s, size: Work(s.batch * s.length * (4 + 4 + 1 + 1), s.batch * s.length * 8),
+        _canonical_select,
         lambda s, size: s.batch * s.length * 10,
     ),
     "select_topk": Spec(
-        _make_select_topk, lambda s, size: Work(s.batch * s.length * (4 + 1 + 8)), _canonical_select,
+        _make_select_topk, lambda s, size: Work(s.batch * s.length * (4 + 1), s.batch * s.length * 8),
+        _canonical_select,
         lambda s, size: s.batch * s.length * 5,
     ),
     "dual_attention_select": Spec(_make_dual, _fused_work, _canonical_select, _scores_input),
     "topk_attention_select": Spec(_make_topk, _fused_work, _canonical_select, _scores_input),
     "gather_tokens": Spec(
-        _make_gather, lambda s, size: Work(2 * s.batch * s.kept * s.hidden * size), _one("tokens"),
+        _make_gather, lambda s, size: Work(*[s.batch * s.kept * s.hidden * size] * 2), _one("tokens"),
         lambda s, size: s.batch * s.length * s.hidden * size,
     ),
     "compact_kv_": Spec(_make_compact, _compact_work, canonical_compact, _compact_input, in_place=True),

@@ -42,7 +42,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         "threads": threads,
         "last_level_cache": last_level_cache(device),
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+        "load": load(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cuda": torch.version.cuda,
@@ -55,6 +55,11 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(device)
         about["compute_capability"] = f"{major}.{minor}"
     return about
+
+
+def load() -> list[float] | None:
+    """The system's load averages over 1, 5 and 15 minutes; None where it has none."""
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
 def _cpu_name() -> str:
@@ -72,16 +77,20 @@ def _gpu_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The commit that the package is run from, with "+" where files differ from it; None outside a checkout."""
+    """The commit that the package is run from, with "+" where files differ from it.
+
+    Outside a checkout what ``MUSTDROP_COMMIT`` says (a copy of a tree travels without its history), else None.
+    """
     root = Path(__file__).resolve().parents[2]
+    said = os.environ.get("MUSTDROP_COMMIT") or None
     if not (root / ".git").exists():
-        return None
+        return said
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
         # Results and pictures that an earlier run wrote do not change what is timed.
         changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "mustdrop_kernels", "csrc")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return said
     return head + "+" if changed.strip() else head
 
 
@@ -110,7 +119,11 @@ def _seconds(call: Any, device: torch.device, repeats: int) -> float:
 
 
 def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """Bytes per second, read and written, of ``copy_`` between tensors far larger than the cache."""
+    """Bytes per second, read and written, of ``copy_`` between tensors far larger than the cache.
+
+    ``quick`` is for CPUs: on a GPU the whole measurement takes milliseconds, and a smaller one would measure its cache.
+    """
+    quick = quick and device.type == "cpu"
     size = 64 << 20 if quick else max(4 * last_level_cache(device), 256 << 20)
     source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
@@ -118,9 +131,11 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool = False) -> float:
-    """FLOP/s of a square ``torch.mm``."""
-    size = (256 if quick else 8192) if device.type == "cuda" else (256 if quick else 1536)
-    a = torch.randn(size, size, device=device).to(dtype)
+    """FLOP/s of a square ``torch.mm``; ``quick`` as in ``copy_bandwidth``."""
+    quick = quick and device.type == "cpu"
+    size = 8192 if device.type == "cuda" else 256 if quick else 1536
+    generator = torch.Generator(device).manual_seed(0)  # the default one belongs to the peers
+    a = torch.randn(size, size, generator=generator, device=device).to(dtype)
     out = torch.empty_like(a)
     return 2 * size**3 / _seconds(lambda: torch.mm(a, a, out=out), device, 3 if quick else 9)
 

@@ -82,11 +82,13 @@ def cells(row: Row) -> list[str]:
         _percent(row["matrix_fraction"]),
         size(row["peak_extra_bytes"]),
         "" if row["host_us"] is None else duration(row["host_us"]),
+        row["how"],
         factor(ratio["median"]) if ratio is not None else "",
     ]
 
 
-HEADINGS = ("time", "copy", "matrix", "memory", "host", "ratio")
+HEADINGS = ("time", "copy", "matrix", "memory", "host", "how", "ratio")
+ON_GPU_ALONE = ("host", "how")
 
 
 def tables(document: Document) -> Iterator[Table]:
@@ -100,7 +102,7 @@ def tables(document: Document) -> Iterator[Table]:
         table = Table(title=f"{shape}, {dtype}", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
         table.add_column("computed by")
         for name in HEADINGS:
-            if gpu or name != "host":
+            if gpu or name not in ON_GPU_ALONE:
                 table.add_column(name, justify="right", no_wrap=True)
         for op, group in groupby(rows, key=lambda row: row["op"]):
             table.add_row(f"[bold underline]{op}[/]")
@@ -115,7 +117,8 @@ def _line(row: Row, gpu: bool) -> list[str]:
     name = f"  [bold]{row['contender']}[/]" if row["kind"] == "backend" else f"  {row['contender']}"
     if row["status"] == "wrong":
         return [name, "[red]wrong[/]"]
-    return [name, *(text for text, heading in zip(cells(row), HEADINGS, strict=True) if gpu or heading != "host")]
+    shown = zip(cells(row), HEADINGS, strict=True)
+    return [name, *(text for text, heading in shown if gpu or heading not in ON_GPU_ALONE)]
 
 
 def notes(document: Document) -> list[str]:
@@ -135,14 +138,31 @@ def notes(document: Document) -> list[str]:
         lines.append(f"the machine was busy with other things (load {load[0]:.1f}): do not trust these times")
     if document["quick"]:
         lines.append("quick: few rounds, no compiled peers; not for comparisons")
-    reasons: dict[str, list[str]] = {}
+    if document.get("stopped"):
+        cases = document["cases"]
+        lines.append(f"stopped after {cases['measured']} of {cases['planned']} cases: {document['stopped']}")
+    remarks: dict[str, list[str]] = {}
     for row in document["rows"]:
-        if row["status"] != "timed":
-            about = f"{row['op']} {row['shape']} {row['dtype']}"
-            reasons.setdefault(f"{row['contender']}: {row['status']}: {row['reason']}", []).append(about)
-    for reason, where in reasons.items():
-        lines.append(f"{reason} ({', '.join(where[:3])}{', ...' if len(where) > 3 else ''})")
+        for remark in _remarks(row):
+            where = remarks.setdefault(remark, [])
+            if (about := f"{row['op']} {row['shape']} {row['dtype']}") not in where:
+                where.append(about)
+    for remark, where in remarks.items():
+        lines.append(f"{remark} ({', '.join(where[:3])}{', ...' if len(where) > 3 else ''})")
     return lines
+
+
+def _remarks(row: Row) -> Iterator[str]:
+    """What the table does not say of a row. Documents of older versions lack some of it."""
+    if row["status"] != "timed":
+        yield f"{row['contender']}: {row['status']}: {row['reason']}"
+        return
+    if row.get("detail"):
+        yield f"{row['contender']}: {row['detail']}"
+    if row.get("why_eager"):
+        yield f"{row['contender']}: eager, with the gaps that its host leaves: {row['why_eager']}"
+    if row.get("in_cache") and row["kind"] == "backend":
+        yield "all copies of the inputs fit into the cache"
 
 
 def comparison(old: Document, new: Document) -> Iterator[dict[str, Any]]:
@@ -222,7 +242,10 @@ def markdown(document: Document) -> str:
         "|---" * (3 + len(columns)) + "|",
     ]
     for base, peers in bases:
-        ratios = ", ".join(f"{row['contender']} {factor(row['ratio']['median'])}" for row in peers)
+        ratios = ", ".join(
+            f"{row['contender']} {factor(row['ratio']['median'])}{' (eager)' if row['how'] == 'eager' else ''}"
+            for row in peers
+        )
         time = f"{duration(base['median_us'])} {_spread(base)}"
         lines.append("| " + " | ".join([f"`{base['op']}`", *(base[name] for name in columns), time, ratios]) + " |")
     machine = document["machine"]

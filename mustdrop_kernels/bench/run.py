@@ -14,13 +14,15 @@ import torch
 
 from .. import backends
 from . import check, machine, memory, timing
+from .capture import PoisonedError
 from .cases import CASES, FLOAT32_ONLY, Case, Inputs, Raw
 from .peers import Peer, peers_of
 from .shapes import Shape
 
 FORMAT = "mustdrop-bench/1"
-# Copies of the inputs: at most so many, in at most this share of the memory that is left.
-MOST_COPIES, MEMORY_SHARE = 512, 0.4
+# Copies of the inputs: what is read of them fills the cache so many times; at most so many; in at most this share of
+# the memory that is left.
+PAST_CACHE, MOST_COPIES, MEMORY_SHARE = 3, 512, 0.4
 Document = dict[str, Any]
 Row = dict[str, Any]
 
@@ -34,14 +36,17 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     backends: tuple[str, ...]
-    peers: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where quick
+    peers: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
     quick: bool = False
+    compiled: bool = True  # peers that torch.compile makes take part; not where quick
+    seconds: float | None = None  # for each contender of a case; None: what the effort says
     hot: bool = False  # the same inputs every time, so that what fits stays in the cache
 
     @property
     def effort(self) -> timing.Effort:
         """How long to measure."""
-        return timing.QUICK if self.quick else timing.FULL
+        usual = timing.QUICK if self.quick else timing.FULL
+        return usual if self.seconds is None else dataclasses.replace(usual, seconds=self.seconds)
 
 
 @dataclasses.dataclass
@@ -58,6 +63,7 @@ class Contender:
     wrong: str | None = None
     compared: list[str] = dataclasses.field(default_factory=list)
     peak_extra: int | None = None
+    detail: str | None = None
 
     @property
     def in_place(self) -> bool:
@@ -125,7 +131,7 @@ def contenders(case: Case, options: Options, build: bool = True) -> list[Contend
     for peer in peers_of(case.op):
         if options.peers is not None and peer.name not in options.peers:
             continue
-        if options.peers is None and options.quick and peer.compiles:
+        if options.peers is None and peer.compiles and (options.quick or not options.compiled):
             continue
         theirs = Contender(
             peer.name, case.spec.in_place, "context" if peer.canonical is None else "peer", peer.what, peer=peer
@@ -142,67 +148,100 @@ def _too_large(case: Case, extra: int) -> str | None:
     return None
 
 
+@dataclasses.dataclass
+class _Measured:
+    """A case, and what was found of it."""
+
+    case: Case
+    found: list[Contender]
+    times: dict[str, timing.Timing]
+    copies: int
+
+
 def run(
     options: Options,
     command: Sequence[str] = (),
     tell: Callable[[str, float], None] = lambda what, share: None,
+    keep: Callable[[Document], None] = lambda document: None,
 ) -> Document:
-    """Time everything.
+    """Time everything, or what there is time for: after an interrupt (Ctrl-C) the document holds what was finished.
 
     Args:
         options: what to time.
         command: the command line, for the record.
         tell: is told what is being done and which share of all is done.
+        keep: is given the document after each case.
     """
     cases = list(plan(options))
     about = machine.describe(options.device, torch.get_num_threads())
     tell("measuring the machine", 0.0)
-    rates = machine.measure(options.device, sorted({case.dtype for case in cases}, key=str), options.quick)
-    measured = []
-    for i, case in enumerate(cases):
-        share = i / len(cases)
-        try:
-            measured.append((case, *_measure(case, options, lambda what, done, at=share: tell(what, at + done))))  # type: ignore[misc]
-        except (RuntimeError, MemoryError) as error:
-            measured.append(
-                (case, [Contender("all", case.spec.in_place, "backend", "", why_not=str(error).splitlines()[0])], {}, 0)
-            )
-    # Once more: on a machine that others use too, the better figure is the machine's.
-    again = machine.measure(options.device, sorted({case.dtype for case in cases}, key=str), options.quick)
+    dtypes = sorted({case.dtype for case in cases}, key=str)
+    rates = machine.measure(options.device, dtypes, options.quick)
+    measured: list[_Measured] = []
+
+    def document(stopped: str | None = None) -> Document:
+        return {
+            "format": FORMAT,
+            "command": list(command),
+            "machine": {**about, **rates, "load_after": machine.load()},
+            "quick": options.quick,
+            "hot": options.hot,
+            "cases": {"planned": len(cases), "measured": len(measured)},
+            "stopped": stopped,
+            "rows": [row for one in measured for row in _rows(one, rates)],
+        }
+
+    try:
+        for i, case in enumerate(cases):
+            share = i / len(cases)
+            measured.append(_measured(case, options, lambda what, done, at=share: tell(what, at + done)))  # type: ignore[misc]
+            keep(document())
+    except KeyboardInterrupt:
+        return document("interrupted")
+    except PoisonedError as error:
+        return document(str(error))
+    _better_of_two(rates, options, dtypes)
+    return document()
+
+
+def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.dtype]) -> None:
+    """Measure the machine once more: where others use it too, the better figure is the machine's."""
+    try:
+        again = machine.measure(options.device, dtypes, options.quick)
+    except RuntimeError:
+        return  # no memory is left, say; the first figures hold
     rates["copy_bandwidth"] = max(rates["copy_bandwidth"], again["copy_bandwidth"])
     rates["matrix_rate"] = {name: max(rate, again["matrix_rate"][name]) for name, rate in rates["matrix_rate"].items()}
-    after = machine.describe(options.device, torch.get_num_threads())
-    rows = [row for case, found, times, copies in measured for row in _rows(case, found, times, copies, rates)]
-    return {
-        "format": FORMAT,
-        "command": list(command),
-        "machine": {**about, **rates, "load_after": after["load"]},
-        "quick": options.quick,
-        "hot": options.hot,
-        "rows": rows,
-    }
+
+
+def _measured(case: Case, options: Options, tell: Callable[[str, float], None]) -> _Measured:
+    """A case; one that fails has a row that says why."""
+    try:
+        return _measure(case, options, tell)
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return _Measured(case, [Contender("all", case.spec.in_place, "backend", "", why_not=reason)], {}, 0)
 
 
 @torch.inference_mode()
-def _measure(
-    case: Case, options: Options, tell: Callable[[str, float], None]
-) -> tuple[list[Contender], dict[str, timing.Timing], int]:
+def _measure(case: Case, options: Options, tell: Callable[[str, float], None]) -> _Measured:
     found = contenders(case, options)
     reason = _too_large(case, 0)
     if reason is not None:
         for one in found:
             one.call, one.why_not = None, one.why_not or reason
-        return found, {}, 0
+        return _Measured(case, found, {}, 0)
     tell(f"{case.label}: inputs", 0.0)
     inputs = case.inputs()
     _check_all(case, found, inputs, lambda name: tell(f"{case.label}: checking {name}", 0.0))
     copies = copies_of(case, inputs, options.hot)
     calls = {one.name: one.call for one in found if one.call is not None}
-    times = timing.interleaved(calls, copies, case.device, options.effort)
+    compiled = {one.name for one in found if one.peer is not None and one.peer.compiles}
+    times = timing.interleaved(calls, copies, case.device, options.effort, compiled=compiled)
     count = len(copies)
     del copies, inputs
     gc.collect()
-    return found, times, count
+    return _Measured(case, found, times, count)
 
 
 def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callable[[str], None]) -> None:
@@ -216,6 +255,7 @@ def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callabl
         try:
             if one.call is None and one.peer is not None:
                 one.call = one.peer.build(case)
+                one.detail = one.peer.detail(fresh) if one.peer.detail else None
             raw, seconds = _called(one, fresh, case.device)
             result = one.canonical(case, raw, fresh)
         except Exception as error:
@@ -247,21 +287,19 @@ def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, 
 
 
 def copies_of(case: Case, inputs: Inputs, hot: bool) -> list[Inputs]:
-    """Enough of them to be past the cache when one's turn comes again."""
+    """Enough of them that what a call reads has left the cache when its copy's turn comes again."""
     if hot:
         return [inputs]
-    size = max(case.input_bytes, 1)
-    past = -(-2 * machine.last_level_cache(case.device) // size)
-    room = int(MEMORY_SHARE * memory.available(case.device)) // size
+    past = -(-PAST_CACHE * machine.last_level_cache(case.device) // max(case.work.read, 1))
+    room = int(MEMORY_SHARE * memory.available(case.device)) // max(case.input_bytes, 1)
     return [inputs] + [inputs.clone() for _ in range(max(1, min(past, room, MOST_COPIES)) - 1)]
 
 
-def _rows(
-    case: Case, found: list[Contender], times: dict[str, timing.Timing], copies: int, rates: dict[str, Any]
-) -> Iterator[Row]:
+def _rows(measured: _Measured, rates: dict[str, Any]) -> Iterator[Row]:
+    case, times = measured.case, measured.times
     work = case.work
-    base = next((times[one.name] for one in found if one.kind == "backend" and one.name in times), None)
-    for one in found:
+    base = next((times[one.name] for one in measured.found if one.kind == "backend" and one.name in times), None)
+    for one in measured.found:
         row: Row = {
             "op": case.op,
             "shape": case.shape.label,
@@ -272,6 +310,7 @@ def _rows(
             "contender": one.name,
             "kind": one.kind,
             "what": one.what,
+            "detail": one.detail,
             "status": "wrong" if one.wrong else "timed" if one.name in times else "skipped",
             "reason": one.wrong or one.why_not,
             "bytes": work.bytes,
@@ -279,7 +318,8 @@ def _rows(
         }
         if one.name in times:
             row.update(_figures(times[one.name], base, work.bytes, work.flops, case, rates))
-            row.update(peak_extra_bytes=one.peak_extra, compared=one.compared, copies_of_inputs=copies)
+            row.update(peak_extra_bytes=one.peak_extra, compared=one.compared, copies_of_inputs=measured.copies)
+            row.update(in_cache=measured.copies * work.read < machine.last_level_cache(case.device))
         yield row
 
 
@@ -295,6 +335,7 @@ def _figures(
         "rounds": len(measured.samples),
         "calls_a_round": measured.calls,
         "how": measured.how,
+        "why_eager": measured.why_eager,
         "host_us": None if measured.host is None else 1e6 * measured.host,
         "copy_fraction": moved / median / rates["copy_bandwidth"],
         "matrix_fraction": flops / median / rates["matrix_rate"][case.dtype_name],

@@ -7,10 +7,11 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 
+from . import capture
 from .cases import Inputs, Raw
 
 Call = Callable[[Inputs], Raw]
@@ -43,6 +44,7 @@ class Timing:
     calls: int  # in each round
     how: str  # "cpu", "graph" (a CUDA graph is replayed), "eager" (it cannot be captured)
     host: float | None = None  # seconds that the host is busy with a call, on a GPU
+    why_eager: str | None = None  # why it cannot be captured
 
     @property
     def quartiles(self) -> tuple[float, float, float]:
@@ -85,9 +87,9 @@ def _taking_part(rounds: int, total: int) -> set[int]:
 
 
 class _OnCpu:
-    how = "cpu"
+    how, why_eager = "cpu", None
 
-    def __init__(self, call: Call, rotation: Rotation, device: torch.device) -> None:
+    def __init__(self, call: Call, rotation: Rotation, compiled: bool) -> None:
         self.call, self.rotation = call, rotation
         self.calls = 1
         single = min(self.seconds() for _ in range(2))
@@ -105,35 +107,25 @@ class _OnCpu:
 
 
 class _OnCuda:
-    """All copies of the inputs in one CUDA graph; calls that synchronise with the host run one by one instead."""
+    """All copies of the inputs in one CUDA graph; calls that cannot be captured run one by one instead."""
 
-    def __init__(self, call: Call, rotation: Rotation, device: torch.device) -> None:
+    def __init__(self, call: Call, rotation: Rotation, compiled: bool) -> None:
         self.call, self.copies = call, rotation.copies
         self.calls = len(self.copies)
-        self.graph = self._capture()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.why_eager = capture.why_not(self._first, traced=not compiled)
+        if self.why_eager is None:
+            self.graph, self.why_eager = capture.capture(self._all, self._first)
         self.how = "eager" if self.graph is None else "graph"
         self.host = self._host_seconds()
         self.estimate = self.seconds()
 
+    def _first(self) -> None:
+        self.call(self.copies[0])
+
     def _all(self) -> None:
         for inputs in self.copies:
             self.call(inputs)
-
-    def _capture(self) -> torch.cuda.CUDAGraph | None:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self.call(self.copies[0])
-        torch.cuda.current_stream().wait_stream(stream)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(graph):
-                self._all()
-        except RuntimeError:  # it asks the device for a value, or allocates by it
-            torch.cuda.synchronize()
-            return None
-        return graph
 
     def _host_seconds(self) -> float:
         torch.cuda.synchronize()
@@ -163,6 +155,7 @@ def interleaved(
     device: torch.device,
     effort: Effort,
     tell: Callable[[float], None] = lambda share: None,
+    compiled: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time all of them. They have been called before, so nothing is compiled or allocated for the first time here.
 
@@ -172,10 +165,11 @@ def interleaved(
         device: where they are.
         effort: how long to measure.
         tell: is told which share of the rounds is done.
+        compiled: names of calls that torch.compile made.
     """
     rotation = Rotation(copies)
     make = _OnCuda if device.type == "cuda" else _OnCpu
-    runners = {name: make(call, rotation, device) for name, call in calls.items()}
+    runners = {name: make(call, rotation, name in compiled) for name, call in calls.items()}
     rounds = {name: effort.rounds(max(runner.estimate, 1e-7)) for name, runner in runners.items()}
     total = max(rounds.values(), default=0)
     turns = {name: _taking_part(n, total) for name, n in rounds.items()}
@@ -187,4 +181,7 @@ def interleaved(
             if r in turns[name]:
                 samples[name][r] = runners[name].seconds() / runners[name].calls
         tell((r + 1) / total)
-    return {name: Timing(samples[name], runner.calls, runner.how, runner.host) for name, runner in runners.items()}
+    return {
+        name: Timing(samples[name], runner.calls, runner.how, runner.host, runner.why_eager)
+        for name, runner in runners.items()
+    }

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import signal
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +29,15 @@ Shapes = Annotated[
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, with commas between.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Few rounds, no compiled peers: a look, not a measurement.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="To time each way of computing a case. Default: 2; 0.1 where quick.", show_default=False
+    ),
+]
+NoCompiled = Annotated[
+    bool, typer.Option("--no-compiled", help="Leave out the peers that torch.compile makes: each takes seconds.")
+]
 Hot = Annotated[bool, typer.Option("--hot", help="The same inputs every time, so that they may stay in the cache.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the document here.")]
 Plot = Annotated[Path | None, typer.Option(help="Write pictures into this folder (needs matplotlib).")]
@@ -47,6 +58,8 @@ def bench(
     shapes: Shapes = "llava-1.5,llava-next",
     dtype: Dtype = None,
     quick: Quick = False,
+    no_compiled: NoCompiled = False,
+    seconds: Seconds = None,
     hot: Hot = False,
     json: Json = None,
     plot: Plot = None,
@@ -59,13 +72,14 @@ def bench(
     """Time the operators beside other ways of computing the same, in interleaved rounds of one run.
 
     Each peer's result is compared with ours first; one that differs is not timed, and the command ends with status 1.
+    The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished.
     """
     from ..bench import report
     from ..bench.run import command_line, contenders, plan, run
 
     console = Console()
     try:
-        options = _options(ops or [], device, backends, peers, shapes, dtype, quick, hot)
+        options = _options(ops or [], device, backends, peers, shapes, dtype, quick, not no_compiled, seconds, hot)
         older = None if compare is None else report.read(compare)
         document = None if load is None else report.only(report.read(load), ops)
     except (ValueError, OSError, RuntimeError) as error:
@@ -81,8 +95,11 @@ def bench(
             console.print(line, markup=False, highlight=False)
         return
     if document is None:
-        with _progress() as tell:
-            document = run(options, command_line(), tell)
+        keep = (lambda unfinished: report.write(unfinished, json)) if json is not None else (lambda unfinished: None)
+        with _progress() as tell, _sigterm_interrupts():
+            document = run(options, command_line(), tell, keep)
+        if document["stopped"] and not document["cases"]["measured"]:
+            raise typer.Exit(130)  # nothing was finished: an older document stays
     if json is not None:
         report.write(document, json)
     _show(document, older, markdown, console)
@@ -91,8 +108,27 @@ def bench(
 
         for path in plots.write_all(document, plot):
             console.print(f"wrote {path}", highlight=False)
+    if document.get("stopped"):
+        raise typer.Exit(130)
     if any(row["status"] == "wrong" for row in document["rows"]):
         raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which time limits send, ends a measurement as Ctrl-C does."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where a program calls this, its signals are its own
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _show(document: Document, older: Document | None, markdown: bool, console: Console) -> None:
@@ -119,6 +155,8 @@ def _options(
     shapes: str,
     dtype: str | None,
     quick: bool,
+    compiled: bool,
+    seconds: float | None,
     hot: bool,
 ) -> Options:
     """Raises a ValueError that says what there is where a name is unknown."""
@@ -146,6 +184,8 @@ def _options(
         backends=chosen_backends,
         peers=chosen_peers,
         quick=quick,
+        compiled=compiled,
+        seconds=seconds,
         hot=hot,
     )
 

@@ -30,6 +30,7 @@ def examine() -> dict[str, Any]:
         "engines": facts.engines(),
         "libraries": facts.libraries(),
         "build": facts.build(),
+        "sources": facts.sources(),
         "backends": {name: backend.description for name, backend in backends.registered().items()},
         "devices": [{"device": device, "absent": reason} for device, reason in absent.items()],
         "operators": facts.operators(),
@@ -117,13 +118,21 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(_pairs("Versions", found["versions"], missing="not installed"))
     console.print(_pairs("Machine", found["machine"], missing="unknown"))
     build = found["build"] if isinstance(found["build"], dict) else {"_native": found["build"]}
-    console.print(_pairs("This build", build, missing="none"))
+    console.print(_pairs("This build", {**build, "sources": _sources(found["sources"])}, missing="none"))
     console.print(_environment(found["environment"]))
     console.print(_pairs("Dropping tokens", found["engines"], missing=""))
     console.print(_libraries(found["libraries"]))
     console.print(_operators(found))
     console.print(_reasons(found))
     _ending(found, console)
+
+
+def _sources(found: dict[str, Any]) -> str | None:
+    """The digest of the libraries' sources, and whether the tree around the package has the same."""
+    if not found["libraries_of"]:
+        return None
+    remark = {True: ", as the sources here", False: ", others than the sources here: build again", None: ""}
+    return f"{found['libraries_of'][:16]}{remark[found['same']]}"
 
 
 def _table(title: str, *columns: str) -> Table:

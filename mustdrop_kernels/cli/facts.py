@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from .. import _load, backends
+from .. import _load, _sources, backends
 from ..integrations.vllm import settings as vllm_settings
 
 PACKAGES = (
@@ -91,6 +91,14 @@ def libraries() -> list[dict[str, Any]]:
         {"name": library.path.stem, "path": str(library.path), "loaded": library.loaded, "problem": library.problem}
         for library in (_load.core, _load.cuda)
     ]
+
+
+def sources() -> dict[str, Any]:
+    """What the libraries were made of, by their record; and whether the sources around the package are the same."""
+    made_of = attempt(lambda: _sources.record(_load.LIBRARY_FOLDER)) or {}
+    here = attempt(lambda: _sources.digest(_load.LIBRARY_FOLDER.parents[1]))
+    digest = made_of.get("sources") if isinstance(made_of, dict) else None
+    return {"libraries_of": digest, "here": here, "same": None if here is None or digest is None else here == digest}
 
 
 def build() -> dict[str, Any] | str:

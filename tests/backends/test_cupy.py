@@ -121,6 +121,29 @@ def test_a_thread_without_a_context_gets_one(launched, monkeypatch):
 
 
 @emulated
+@pytest.mark.parametrize("capability", [80, 90])
+def test_a_row_of_half_a_billion_tokens_is_planned(capability, launched, monkeypatch):
+    """Four bytes for each of 2^29 tokens are more than 2^31: the keys stay out of shared memory."""
+    library, machine, _ = launched
+    nvrtc.backend.configure(seed=1, capability=capability)
+    shared = []
+
+    def record(config, *_):
+        shared.append(ctypes.cast(config, ctypes.POINTER(ctypes.c_uint))[6])  # grid, block, shared_bytes
+        return 0
+
+    hook = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(record)
+    monkeypatch.setattr(machine, "launch", ctypes.cast(hook, ctypes.c_void_p).value)
+    hooks = launchers.connect(library, machine)
+    scores = torch.empty(1, 2**29, dtype=torch.float16)  # never touched, so it takes no memory
+    types = torch.empty(1, 2**29, dtype=torch.uint8)
+    torch.ops.mustdrop_nvrtc_emulated.select_topk(scores, types, 64, capacity=64)
+    assert len(shared) == 1
+    assert 0 < shared[0] < 48 << 10
+    assert hooks is not None
+
+
+@emulated
 def test_the_driver_s_structures_are_those_of_cuda_h(tmp_path: Path):
     triton = find_spec("triton")
     include = Path(triton.origin).parent / "backends" / "nvidia" / "include" if triton and triton.origin else None

@@ -77,6 +77,58 @@ def test_document_says_what_was_timed(document):
     assert set(skipped) == {"flash-colreduce", "flash-colsum"}
 
 
+def test_peers_that_are_compiled_can_be_left_out():
+    with_all, without = (bench("text_vision_scores", "--dry-run", *more).output for more in ((), ("--no-compiled",)))
+    assert "compile(text rows)" in " ".join(with_all.split())
+    assert "compile(" not in without
+
+
+def test_the_attention_kernel_that_torch_chose_is_recorded(document):
+    rows = [row for row in json.loads(document[1].read_text())["rows"] if row["contender"] == "attention of the layer"]
+    assert [row["detail"] in torch.nn.attention.SDPBackend.__members__ for row in rows] == [True]
+    assert f"attention of the layer: {rows[0]['detail']}" in " ".join(document[0].output.split())
+
+
+def test_a_gpu_s_table_says_how_each_row_was_timed(document, tmp_path):
+    found = json.loads(document[1].read_text())
+    found["machine"]["device"] = "cuda"
+    for row in found["rows"]:
+        if row["status"] == "timed":
+            how = {"how": "graph"} if row["kind"] == "backend" else {"how": "eager", "why_eager": "it calls item()"}
+            row.update(how, host_us=3.0)
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps(found))
+    shown = bench("--load", str(path)).output
+    assert {"how", "graph", "eager"} <= set(shown.split())
+    assert "eager, with the gaps that its host leaves: it calls item()" in " ".join(shown.split())
+    assert " (eager)" in bench("--load", str(path), "--markdown").output
+
+
+def test_the_document_is_written_after_each_case(tmp_path, monkeypatch):
+    """An interrupt in the third case leaves the two before it, and says so."""
+    from mustdrop_kernels.bench import run
+
+    real, calls = run._measure, []
+
+    def interrupted(case, options, tell):
+        calls.append(case.op)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        if len(calls) == 2:
+            assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["gather_tokens"]
+        return real(case, options, tell)
+
+    path = tmp_path / "bench.json"
+    monkeypatch.setattr(run, "_measure", interrupted)
+    words = ("gather_tokens", "select_topk", "select_dual", "--shapes", "tiny", "--quick", "--peers", "none")
+    result = bench(*words, "--json", str(path))
+    assert result.exit_code == 130
+    assert "stopped after 2 of 3 cases: interrupted" in " ".join(result.output.split())
+    document = json.loads(path.read_text())
+    assert [row["op"] for row in document["rows"]] == ["gather_tokens", "select_topk"]
+    assert document["cases"] == {"planned": 3, "measured": 2}
+
+
 def test_table_shows_ours_and_the_peers(document):
     result, _ = document
     for text in (SERVING, "text rows", "topk + sort", "torch.gather", "quick: few rounds", "attention of the layer"):

@@ -8,8 +8,8 @@ import collections
 import pytest
 import torch
 
-from mustdrop_kernels.bench import machine, memory, timing
-from mustdrop_kernels.bench.cases import Inputs
+from mustdrop_kernels.bench import machine, memory, run, timing
+from mustdrop_kernels.bench.cases import Case, Inputs
 from mustdrop_kernels.bench.shapes import SHAPES, SWEEP, parse_shape, parse_shapes
 from mustdrop_kernels.bench.timing import Effort, Rotation, Timing, interleaved, quartiles
 
@@ -76,6 +76,46 @@ def test_peak_memory_counts_what_is_allocated_and_freed():
         pytest.skip("this system does not tell")
     assert 0.9 * size < extra < 2 * size
     assert memory.peak_extra(lambda: None, CPU) < size / 16
+
+
+def test_copies_are_as_many_as_fill_the_cache_with_what_is_read(monkeypatch):
+    """gather_tokens reads a fraction of its input; that fraction, in all copies, is three times the cache."""
+    case = Case("gather_tokens", parse_shape("llava-1.5"), torch.float32, CPU)
+    kept = case.shape.kept * case.shape.hidden * 4
+    assert case.work.read == case.work.written == kept < case.input_bytes / 4
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 8 << 20)
+    monkeypatch.setattr(memory, "available", lambda device: 64 << 30)
+    copies = run.copies_of(case, Inputs((), {}), hot=False)
+    assert len(copies) * kept >= 3 * (8 << 20) > (len(copies) - 1) * kept
+    monkeypatch.setattr(memory, "available", lambda device: 2 * case.input_bytes)
+    assert len(run.copies_of(case, Inputs((), {}), hot=False)) == 1
+    assert len(run.copies_of(case, Inputs((), {}), hot=True)) == 1
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_rates_of_a_gpu_are_measured_in_full(monkeypatch, quick):
+    """A small matrix product measures the launch, a small copy the cache: `quick` makes no difference there."""
+    sizes = []
+    monkeypatch.setattr(torch, "randn", lambda *shape, generator, device: sizes.append(shape[0]) or torch.empty(1))
+    monkeypatch.setattr(torch, "Generator", lambda device: FakeGenerator())
+    monkeypatch.setattr(torch, "ones", lambda count, device: sizes.append(4 * count) or torch.empty(1))
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 60 << 20)
+    monkeypatch.setattr(machine, "_seconds", lambda call, device, repeats: sizes.append(repeats) or 1.0)
+    machine.measure(torch.device("cuda"), [torch.bfloat16], quick)
+    assert sizes == [8192, 9, 256 << 20, 15]
+
+
+class FakeGenerator:
+    def manual_seed(self, seed):
+        return self
+
+
+def test_the_commit_of_a_tree_without_its_history(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "mustdrop_kernels" / "bench" / "machine.py"))
+    monkeypatch.setenv("MUSTDROP_COMMIT", "0123456789ab")
+    assert machine.commit() == "0123456789ab"
+    monkeypatch.delenv("MUSTDROP_COMMIT")
+    assert machine.commit() is None
 
 
 def test_machine_describes_itself():

@@ -34,19 +34,26 @@ struct Here {
 const Here& here();
 
 struct Launch {
+  const void* kernel;  // what set_shared_limit() knows it by
   dim3 grid, block;
   unsigned cluster = 1;  // consecutive blocks along x
   size_t shared_bytes = 0;
 };
 
-// Runs all blocks to their end. Throws std::runtime_error: a launch that the device would refuse, a thread left while others wait for it, a warp operation whose
-// lanes disagree, a wait that never ends, or an index outside the cluster's shared memory.
+// Runs all blocks to their end; launches from several host threads run one after the other. Throws std::runtime_error: a
+// launch that the device would refuse, a thread left while others wait for it, a warp operation whose lanes disagree, a
+// wait that never ends, or an index outside the cluster's shared memory.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 // The device that is played: compute capability times ten (80, 90, ...), which decides whether there are clusters.
 int capability();
+int device();        // its index: each capability is a device of its own
 int shared_limit();  // bytes of shared memory that a block of it may ask for
 int multiprocessors();
+
+// cudaFuncSetAttribute(kernel, MaxDynamicSharedMemorySize, bytes): the kernel keeps it on this device, whichever host thread
+// launches it next. Other host threads may run before this returns. Without it a kernel may have 48 KiB.
+void set_shared_limit(const void* kernel, size_t bytes);
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch with this error; called by a thread
 void pause();                                     // lets other threads run; for loops that wait on memory

@@ -20,10 +20,15 @@ EXPORTED void cuda_emulation_facts(int* facts) {
   facts[2] = cuda_emulation::shared_limit();
 }
 
+// cuFuncSetAttribute(kernel, MAX_DYNAMIC_SHARED_SIZE_BYTES, bytes).
+EXPORTED void cuda_emulation_set_shared_limit(const cuda_emulation::Kernel* kernel, int bytes) {
+  cuda_emulation::set_shared_limit(kernel, static_cast<size_t>(bytes));
+}
+
 // cuLaunchKernelEx: runs the kernel to its end. Throws what the emulation throws.
 EXPORTED int cuda_emulation_launch(const mustdrop::DriverConfig* config, const cuda_emulation::Kernel* kernel,
                                    void** parameters, void**) {
-  cuda_emulation::Launch launch{dim3(config->grid[0], config->grid[1], config->grid[2]),
+  cuda_emulation::Launch launch{kernel, dim3(config->grid[0], config->grid[1], config->grid[2]),
                                 dim3(config->block[0], config->block[1], config->block[2]), 1, config->shared_bytes};
   for (unsigned i = 0; i < config->attribute_count; ++i) {
     if (config->attributes[i].id != mustdrop::kClusterDimension) return 1;  // CUDA_ERROR_INVALID_VALUE

@@ -45,7 +45,9 @@ class Emulation:
 
     def find(self, device: int, kernel: str) -> int:
         self.found.append(kernel)
-        return self.kernels[_short(kernel)]
+        function = self.kernels[_short(kernel)]
+        self.library.cuda_emulation_set_shared_limit(ctypes.c_void_p(function), self.facts(device)[2])
+        return function
 
     def make_current(self, device: int) -> None:
         raise AssertionError("every thread has a context here")

@@ -259,7 +259,7 @@ extern "C" __attribute__((visibility("default"))) const char* planted_run(const 
   try {
     const size_t shared_bytes = mustdrop::kThreads * sizeof(int);
     const dim3 grid(c.blocks), block(mustdrop::kThreads);
-    cuda_emulation::run({grid, block, c.cluster, shared_bytes}, [&] { c.kernel(in.data(), mine.data()); });
+    cuda_emulation::run({nullptr, grid, block, c.cluster, shared_bytes}, [&] { c.kernel(in.data(), mine.data()); });
   } catch (const std::runtime_error& error) {
     said = error.what();
     return said.c_str();

@@ -16,7 +16,7 @@
 
 namespace cuda_emulation::races {
 
-Who* who = nullptr;
+__attribute__((tls_model("initial-exec"))) __thread Who* who = nullptr;
 
 namespace {
 

@@ -36,7 +36,7 @@ struct Who {
 
 enum class Kind { read, write, atomic };
 
-extern Who* who;  // the thread that runs, null where none does
+extern __thread Who* who;  // the thread of the kernel that this host thread runs, null where none does
 
 void begin_launch();                                        // what was accessed before is over
 void fresh(const void* memory, size_t bytes, bool shared);  // nobody has used it; `shared`: nor may read it unwritten

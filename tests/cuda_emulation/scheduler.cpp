@@ -4,12 +4,15 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <deque>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <stdexcept>
+#include <thread>
 #include <vector>
 
 #include "cuda_emulation.h"
@@ -32,6 +35,26 @@ struct Settings {
   int capability = 90;
   int multiprocessors = 4;
 } settings;
+
+// ---------------------------------------------------------------------------------------------- attributes of kernels
+
+// The dynamic shared memory that a kernel may have on a device.
+class SharedLimits {
+ public:
+  void set(const void* kernel, size_t bytes) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    bytes_[{device(), kernel}] = bytes;
+  }
+  size_t of(const void* kernel) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = bytes_.find({device(), kernel});
+    return found == bytes_.end() ? size_t{48} << 10 : found->second;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<int, const void*>, size_t> bytes_;
+} limits;
 
 // ---------------------------------------------------------------------------------------------- stacks
 
@@ -213,7 +236,8 @@ class Launching {
   unsigned unfair_ = 0;  // 0: all threads are drawn alike
 };
 
-Launching* current = nullptr;
+// The launch that this host thread plays; the model is for speed: every access of a kernel asks.
+__attribute__((tls_model("initial-exec"))) thread_local Launching* current = nullptr;
 
 void fiber_main() { current->body(); }
 
@@ -351,6 +375,7 @@ void Launching::check_launch() const {
   if (g.x > 0x7fffffffu || g.y > 65535 || g.z > 65535 || threads > 1024) refuse("more than a grid or a block may have");
   if (threads % 32) refuse("incomplete warps");
   if (launch_.shared_bytes > static_cast<size_t>(shared_limit())) refuse("more shared memory than a block may have");
+  if (launch_.shared_bytes > limits.of(launch_.kernel)) refuse("more shared memory than the kernel's attribute allows");
   if (launch_.cluster == 0 || launch_.cluster > 8 || g.x % launch_.cluster) refuse("a cluster that is not portable");
   if (launch_.cluster > 1 && capability() < 90) refuse("a cluster on a device that has none");
 }
@@ -397,6 +422,7 @@ void do_copy(const Copy& c) {
 
 const Here& here() { return current->self->here; }
 int capability() { return settings.capability; }
+int device() { return settings.capability - 80; }
 int multiprocessors() { return settings.multiprocessors; }
 int shared_limit() {
   switch (settings.capability / 10) {
@@ -412,8 +438,15 @@ int shared_limit() {
 void fail(const std::string& what) { current->stop(what); }
 void pause() { current->pause(); }
 
+void set_shared_limit(const void* kernel, size_t bytes) {
+  limits.set(kernel, bytes);
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));  // another thread comes between this and the launch
+}
+
 void run(const Launch& launch, const std::function<void()>& kernel) {
   if (current) throw std::runtime_error("cuda_emulation: a launch within a launch");
+  static std::mutex device_is_busy;
+  const std::lock_guard<std::mutex> lock(device_is_busy);
   Launching launching(launch, kernel);
   struct Guard {
     ~Guard() { current = nullptr; }

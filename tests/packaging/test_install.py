@@ -18,7 +18,7 @@ import setuptools
 from library_symbols import NEEDED, NEEDED_BY_CUDA, needed, strange_symbols, undefined_symbols
 
 ROOT = Path(__file__).resolve().parents[2]
-LIB = {"libmustdrop.so", "libmustdrop_nvrtc.so", "kernels"}
+LIB = {"libmustdrop.so", "libmustdrop_nvrtc.so", "build.json", "kernels"}
 pytestmark = pytest.mark.skipif(not (ROOT / "CMakeLists.txt").exists(), reason="not in a source checkout")
 SOURCES = ("csrc", "python", "mustdrop_kernels", "setup.py", "pyproject.toml", "CMakeLists.txt", "README.md", "LICENSE")
 SOURCES += ("MANIFEST.in", "CHANGELOG.md")
@@ -104,9 +104,9 @@ def test_targets_default_to_the_gpus_present(
     monkeypatch.setitem(cuda_arguments.__globals__, "archs_of_gpus_present", lambda: "")
     assert cuda_arguments() == []
     assert "no CUDA library" in capsys.readouterr().out
-    monkeypatch.setitem(cuda_arguments.__globals__, "archs_of_gpus_present", lambda: "90a")
+    monkeypatch.setitem(cuda_arguments.__globals__, "archs_of_gpus_present", lambda: "90")
     monkeypatch.setitem(cuda_arguments.__globals__, "find_nvcc", lambda: "/opt/nvcc")
-    assert cuda_arguments() == ["-DMUSTDROP_CUDA_ARCHS=90a", "-DCMAKE_CUDA_COMPILER=/opt/nvcc"]
+    assert cuda_arguments() == ["-DMUSTDROP_CUDA_ARCHS=90", "-DCMAKE_CUDA_COMPILER=/opt/nvcc"]
 
 
 # ------------------------------------------------------------------------------------------------ wheels
@@ -184,7 +184,7 @@ def test_a_wheel_with_cuda_has_a_version_of_its_own(
     nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.8, V12.8.93'\n")
     nvcc.chmod(0o755)
     monkeypatch.setitem(options.__globals__, "find_nvcc", lambda: str(nvcc))
-    monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "90a")
+    monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "90")
     assert options() == {}  # an installation from source is the version that it is
     monkeypatch.setitem(options.__globals__, "PORTABLE", True)
     assert options() == {"egg_info": {"tag_build": "+cu128"}}

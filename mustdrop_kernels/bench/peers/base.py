@@ -33,6 +33,9 @@ class Peer:
     scratch: Callable[[Case], int] = lambda case: 0  # bytes that it allocates on the way
     in_place: bool = False
     compiles: bool = False
+    detail: Callable[[Inputs], str] | None = (
+        None  # what it depends on the inputs, such as the kernel that torch chooses
+    )
 
 
 def compiled(peer: Peer) -> Peer:

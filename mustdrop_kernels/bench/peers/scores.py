@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -136,6 +137,13 @@ def _sdpa(case: Case) -> Call:
         return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
     return call
+
+
+def sdpa_kernel(inputs: Inputs) -> str:
+    """The kernel that scaled_dot_product_attention chooses for the call of ``_sdpa``, such as "FLASH_ATTENTION"."""
+    q, k = inputs.args[0], inputs.args[1]
+    chosen = torch._fused_sdp_choice(q, k, k, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
+    return torch.nn.attention.SDPBackend(chosen).name
 
 
 def flex_total(compile_it: bool = True) -> Callable[[Case], Call]:
@@ -305,7 +313,7 @@ COLSUM = Peer(
 SDPA = Peer(
     "attention of the layer", ("text_vision_scores", "dual_attention_select", "topk_attention_select"), _sdpa,
     "scaled_dot_product_attention of the same layer, which runs anyway: what the scores are a share of",
-    None,
+    None, detail=sdpa_kernel,
 )  # fmt: skip
 CLS_MATRIX = Peer(
     "published", ("cls_attention",), _cls_matrix, "the attention of all pairs, of which the CLS row is taken",

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The launches of every operator at the shapes of mustdrop_kernels/bench/shapes.py, on an H200 that is not here.
+
+The launchers are compiled for the host, as the tests of the backend `cupy` have them, and get a machine that reports
+the device's size and records what it is asked to launch. Grids, clusters and shared memory are those that the device
+gets.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .compiling import BUILD, ROOT, readable
+
+CAPABILITY, MULTIPROCESSORS, SHARED_BYTES = "90", 132, 232448  # of an H200
+DTYPE = "bfloat16"
+SHAPES = ("llava-1.5", "llava-1.5:8", "llava-1.5:64", "llava-next", "video-mha", "video-gqa")
+VISION_ENCODER = ("spatial_merge", "cls_attention")  # run once an image, and so with large batches too
+_HERE = Path(__file__).resolve().parent
+
+
+class LaunchesError(RuntimeError):
+    """The launches could not be recorded; the message says why."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch."""
+
+    shape: str
+    op: str
+    kernel: str
+    grid: int  # blocks in all
+    threads: int  # of a block
+    shared_bytes: int  # dynamic, of a block
+    cluster: int  # blocks
+
+
+class _Attribute(ctypes.Structure):
+    """DriverAttribute of csrc/common/driver.h."""
+
+    _fields_ = (("id", ctypes.c_uint), ("_", ctypes.c_uint), ("value", ctypes.c_uint * 16))
+
+
+class _Config(ctypes.Structure):
+    """DriverConfig of csrc/common/driver.h."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class Recorder:
+    """A machine for the launchers (see launchers.Machine of the backend `cupy`) that runs nothing."""
+
+    def __init__(self, capability: int, multiprocessors: int, shared_bytes: int) -> None:
+        self._facts = (capability, multiprocessors, shared_bytes)
+        self._kernels: list[str] = []
+        self.launches: list[tuple[str, int, int, int, int]] = []  # fields of ``Launch`` from ``kernel`` on
+        pointer = ctypes.c_void_p
+        self._stream = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_int, ctypes.POINTER(pointer))(lambda device, stream: 0)
+        self._launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Config), pointer, pointer, pointer)(self._record)
+        self.current_stream = ctypes.cast(self._stream, pointer).value or 0
+        self.launch = ctypes.cast(self._launch, pointer).value or 0
+
+    def facts(self, device: int) -> tuple[int, int, int]:
+        """Those of the device that is played."""
+        return self._facts
+
+    def find(self, device: int, kernel: str) -> int:
+        """A number that stands for the kernel, from 1 on."""
+        self._kernels.append(kernel)
+        return len(self._kernels)
+
+    def make_current(self, device: int) -> None:
+        """Nothing: there are no contexts."""
+
+    def _record(self, config: ctypes._Pointer[_Config], function: int, *_: object) -> int:
+        c = config.contents
+        cluster = c.attributes[0].value[0] if c.attribute_count else 1
+        blocks, threads = (size[0] * size[1] * size[2] for size in (c.grid, c.block))
+        self.launches.append((readable(self._kernels[function - 1]), blocks, threads, c.shared_bytes, cluster))
+        return 0
+
+
+def record_all(recorder: Recorder, shapes: Sequence[str]) -> Iterator[Launch]:
+    """The launches of every operator and variant at some shapes, once the recorder is connected."""
+    import torch
+
+    from mustdrop_kernels.bench.cases import CASES, FLOAT32_ONLY, Case
+    from mustdrop_kernels.bench.shapes import parse_shape
+
+    from .untouched import Untouched
+
+    for name in shapes:
+        shape = parse_shape(name)
+        for op, spec in CASES.items():
+            if shape.batch > 8 and op not in VISION_ENCODER:
+                continue
+            dtype = torch.float32 if op in FLOAT32_ONLY else getattr(torch, DTYPE)
+            with Untouched():
+                inputs = Case(op, shape, dtype, torch.device("cpu")).inputs()
+            variants = {"": {}, **{f" ({what})": make(inputs) for what, make in spec.variants.items()}}
+            for variant, extra in variants.items():
+                recorder.launches.clear()
+                getattr(torch.ops.mustdrop_nvrtc_emulated, op)(*inputs.args, **inputs.kwargs, **extra)
+                yield from (Launch(name, op + variant, *launch) for launch in recorder.launches)
+
+
+def connect(recorder: Recorder) -> object:
+    """Build the launchers for CPU tensors and let a recorder serve them. What is returned has to be kept."""
+    import torch
+    from cuda_emulation import building
+
+    from mustdrop_kernels.backends.cupy import launchers
+
+    if reason := building.why_not():
+        raise LaunchesError(reason)
+    path = building.build_launchers()
+    torch.ops.load_library(path)
+    library = ctypes.CDLL(str(path))
+    return library, launchers.connect(library, recorder)
+
+
+def _fingerprint(shapes: Sequence[str]) -> str:
+    """Of everything that decides about the launches."""
+    sources = [p for p in (ROOT / "csrc").glob("*/*") if p.suffix in (".h", ".cuh", ".cu")]
+    sources += [
+        ROOT / "mustdrop_kernels" / "backends" / "cupy" / "launchers.py",
+        ROOT / "csrc" / "schemas.cpp",
+        ROOT / "tests" / "cuda_emulation" / "building.py",
+    ]
+    sources += [*(ROOT / "mustdrop_kernels" / "bench").glob("*.py"), Path(__file__), _HERE / "untouched.py"]
+    texts = [" ".join(shapes).encode(), *(path.read_bytes() for path in sorted(sources))]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
+
+
+def record(shapes: Sequence[str] = SHAPES) -> list[Launch]:
+    """All launches, recorded in a process of its own and kept until a source changes.
+
+    Raises:
+        LaunchesError: the launchers could not be built, or one refuses its inputs.
+    """
+    kept = BUILD / f"launches-{_fingerprint(shapes)}.json"
+    if not kept.exists():
+        command = [sys.executable, "-m", "cuda_static.launches", *shapes]
+        path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(_HERE.parent), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+        if done.returncode:
+            raise LaunchesError((done.stderr.strip() or "no output").splitlines()[-1][:300])
+        BUILD.mkdir(parents=True, exist_ok=True)
+        kept.write_text(done.stdout)
+    return [Launch(**fields) for fields in json.loads(kept.read_text())]
+
+
+if __name__ == "__main__":
+    machine = Recorder(int(CAPABILITY), MULTIPROCESSORS, SHARED_BYTES)
+    connected = connect(machine)
+    print(json.dumps([asdict(launch) for launch in record_all(machine, sys.argv[1:])]))

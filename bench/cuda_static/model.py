@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many cycles one warp needs for a loop of machine code, from what ptxas writes into each instruction.
+
+An instruction's encoding says how many cycles pass before the next one is issued, which of six scoreboards it sets
+until its result is there (or its operands are read), and which it waits for. With latencies of the units that gives the
+time of one warp that issues in order, alone on its multiprocessor. It is a lower bound, an estimate and no measurement:
+nothing is in the way of another warp, no bank conflicts, no limits of bandwidth. It shows latencies that nothing hides,
+branches in unrolled loops and divisions.
+
+The loops are named in loops.txt beside this file. The encoding is that of compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+from .disassembly import Block, Function, Instruction, Loop
+
+TABLE = Path(__file__).with_name("loops.txt")
+TARGET = "90"
+
+# Cycles from the issue of an instruction to its result, by the beginning of its name; the first that fits counts. Those
+# of fixed latency need none: their stall counts hold it. LDG is a hit in the level-2 cache.
+LATENCIES = {
+    "LDSM": 33, "LDGSTS": 20, "LDGDEPBAR": 1, "LDG": 260, "LDS": 30, "LDC": 30, "LD.": 40, "STS": 20, "STG": 20,
+    "ST.": 20, "MUFU": 23, "SHFL": 24, "S2R": 25, "S2UR": 25, "ULDC": 12, "I2F": 23, "F2I": 23, "HMMA": 33, "MATCH": 30,
+    "ATOMS": 60, "VOTE": 12, "DEPBAR": 1, "R2UR": 12, "BAR": 20,
+}  # fmt: skip
+OTHER = 15
+READ, READ_ASYNC = 15, 25  # until an instruction's operands are read, and those of a copy to shared memory
+TAKEN = 8  # what a branch that is taken costs
+BOARDS = 6
+NONE = 7  # in place of a scoreboard's number
+
+
+class TableError(ValueError):
+    """A line of the table that cannot be read."""
+
+
+# ------------------------------------------------------------------------------------------------ cycles
+
+
+@dataclass(frozen=True)
+class Control:
+    """What ptxas tells the scheduler about one instruction."""
+
+    stall: int  # cycles to the next issue
+    writes: int  # scoreboard that is set until the result is there, or NONE
+    reads: int  # scoreboard that is set until the operands are read, or NONE
+    waits: int  # a bit for each scoreboard that has to be free
+
+    @classmethod
+    def of(cls, instruction: Instruction) -> Control:
+        """From the upper 64 bits of the encoding."""
+        word = instruction.word
+        return cls(word >> 41 & 15, word >> 46 & 7, word >> 49 & 7, word >> 52 & 63)
+
+
+def latency(name: str) -> int:
+    """Cycles until the result of an instruction is there."""
+    return next((cycles for begin, cycles in LATENCIES.items() if name.startswith(begin)), OTHER)
+
+
+def issue_times(path: Sequence[Instruction]) -> list[int]:
+    """When each instruction is issued, in cycles, and last when the next one could be.
+
+    Args:
+        path: instructions in the order of their execution. A predicated instruction counts as executed; where the next
+            one is not the next in memory, a branch was taken.
+    """
+    times, now, free = [], 0, [0] * BOARDS
+    for at, instruction in enumerate(path):
+        control = Control.of(instruction)
+        is_off = instruction.guard == "@!PT"
+        if not is_off:
+            now = max([now, *(free[board] for board in range(BOARDS) if control.waits >> board & 1)])
+        times.append(now)
+        if not is_off and control.writes != NONE:
+            free[control.writes] = max(free[control.writes], now + latency(instruction.name))
+        if not is_off and control.reads != NONE:
+            cycles = READ_ASYNC if instruction.opcode == "LDGSTS" else READ
+            free[control.reads] = max(free[control.reads], now + cycles)
+        now += max(control.stall, 1)
+        if at + 1 < len(path) and path[at + 1].address != instruction.address + 16:
+            now += TAKEN
+    return [*times, now]
+
+
+# ------------------------------------------------------------------------------------------------ paths
+
+
+def count(code: Iterable[Instruction], name: str) -> int:
+    """Instructions whose name begins so: "MUFU.EX2"."""
+    return sum(instruction.name.startswith(name) for instruction in code)
+
+
+def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
+    """The instructions of one iteration, along one of the ways through it.
+
+    Args:
+        loop: whose iteration.
+        most: what the way has the most of, the first name first; of equal ways the one with the fewest instructions.
+        trips: how often each loop inside is gone through.
+    """
+    nodes: list[Block | Loop] = [*loop.own, *loop.inner]
+    members = [[node] if isinstance(node, Block) else node.blocks for node in nodes]
+    bodies = [node.code if isinstance(node, Block) else iteration(node, most, trips) * trips for node in nodes]
+    weights = [(*(count(body, name) for name in most), -len(body)) for body in bodies]
+    node_of = {block.number: node for node, blocks in enumerate(members) for block in blocks}
+    reached = [{number for block in blocks for number in block.following} for blocks in members]
+    after = {
+        node: {node_of[n] for n in numbers if n in node_of and n != loop.entry} - {node}
+        for node, numbers in enumerate(reached)
+    }
+    best: dict[int, tuple[tuple[int, ...], list[int]]] = {}  # weight and nodes of the best way to the iteration's end
+    for node in TopologicalSorter(after).static_order():  # those that come next are first
+        ways = [best[other] for other in sorted(after[node]) if other in best]
+        if loop.entry in reached[node]:
+            ways.append(((0,) * (len(most) + 1), []))
+        if ways:  # the others leave the loop
+            weight, rest = max(ways, key=lambda way: way[0])
+            best[node] = tuple(a + b for a, b in zip(weights[node], weight, strict=True)), [node, *rest]
+    return [instruction for node in best[node_of[loop.entry]][1] for instruction in bodies[node]]
+
+
+# ------------------------------------------------------------------------------------------------ the table
+
+
+@dataclass(frozen=True)
+class Named:
+    """One line of the table: a loop, or a part of one."""
+
+    name: str
+    kernel: str  # "folder/kernel"
+    has: tuple[str, ...]  # what the loop holds outside of the loops inside
+    lacks: tuple[str, ...]  # and what it does not
+    most: tuple[str, ...]  # see iteration()
+    trips: int
+    begin: str  # "LDSM": from the first; ">HMMA": from behind the last; "-": from the iteration's begin
+    end: str  # "HMMA": to the last; "-": to the iteration's end
+    unit: str  # instruction of which each stands for ``of``; "-": the whole counts
+    of: str
+
+    @property
+    def folder(self) -> str:
+        """Of csrc, whose kernel it is."""
+        return self.kernel.split("/")[0]
+
+    def find(self, function: Function) -> Loop | None:
+        """The first loop that holds what is asked for."""
+        for loop in function.all_loops:
+            code = loop.own_code
+            if all(count(code, name) for name in self.has) and not any(count(code, name) for name in self.lacks):
+                return loop
+        return None
+
+    def cut(self, path: Sequence[Instruction]) -> list[Instruction]:
+        """The part of an iteration; empty where it has no such instructions."""
+        firsts = [at for at, i in enumerate(path) if i.name.startswith(self.begin.removeprefix(">"))]
+        lasts = [at for at, i in enumerate(path) if i.name.startswith(self.end)]
+        if (self.begin != "-" and not firsts) or (self.end != "-" and not lasts):
+            return []
+        begin = 0 if self.begin == "-" else firsts[-1] + 1 if self.begin.startswith(">") else firsts[0]
+        return list(path[begin : len(path) if self.end == "-" else lasts[-1] + 1])
+
+
+def parse_table(text: str) -> list[Named]:
+    """Read the table.
+
+    Raises:
+        TableError: a line has not the columns that the head of the file describes.
+    """
+    rows = []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        columns = [column.strip() for column in line.split("|")]
+        if len(columns) != 7 or not columns[4].isdigit():
+            raise TableError(f"{TABLE.name}:{number}: not seven columns: {line}")
+        name, kernel, holds, most, trips, part, unit = columns
+        begin, end = part.split()
+        each, _, of = unit.partition(" ")
+        has = tuple(word for word in holds.split() if not word.startswith("!"))
+        lacks = tuple(word[1:] for word in holds.split() if word.startswith("!"))
+        rows.append(Named(name, kernel, has, lacks, tuple(most.split()), int(trips), begin, end, each, of))
+    return rows
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the model says about a named loop."""
+
+    name: str
+    kernel: str
+    instructions: int
+    cycles: int
+    units: int
+    of: str
+
+
+def estimate(named: Named, function: Function) -> Estimate | None:
+    """Cycles of a loop; None where there is none such.
+
+    A whole iteration is taken in the steady state, the second of three in a row, with the branch back. A part of an
+    iteration begins with nothing under way.
+    """
+    loop = named.find(function)
+    path = iteration(loop, named.most, named.trips) if loop else []
+    part = named.cut(path)
+    if not part:
+        return None
+    if len(part) == len(path):
+        times = issue_times(path * 3)
+        cycles = times[2 * len(path)] - times[len(path)]
+    else:
+        cycles = issue_times(part)[-1]
+    units = 1 if named.unit == "-" else count(part, named.unit)
+    return Estimate(named.name, named.kernel, len(part), cycles, units, named.of)
+
+
+def model_table(rows: Sequence[Named], estimates: dict[str, Estimate]) -> str:
+    """One loop a line, and what the figures are."""
+    names, kernels = max(len(row.name) for row in rows), max(len(row.kernel) for row in rows)
+    lines = [f"{'loop':<{names}}  {'kernel':<{kernels}} instructions  cycles     each"]
+    for row in rows:
+        found = estimates.get(row.name)
+        cells = "no such loop: loops.txt does not fit the code"
+        if found:
+            each = found.cycles / found.units if found.units else 0.0
+            cells = f"{found.instructions:>12}{found.cycles:>8}{each:>9.1f} for {found.of}"
+        lines.append(f"{row.name:<{names}}  {row.kernel:<{kernels}} {cells}")
+    lines += [
+        "Cycles of one warp alone on a multiprocessor of compute capability 9.0, computed from the machine code: a",
+        "lower bound without contention, an estimate and no measurement. Global loads hit the level-2 cache.",
+    ]
+    return "\n".join(lines)

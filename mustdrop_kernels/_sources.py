@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiled libraries were made of: a record beside them, with a digest of the sources.
+
+Imports nothing of the package: setup.py runs this file, and so does what prepares a run on another machine.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+RECORD = "build.json"  # in mustdrop_kernels/lib
+LIBRARIES = ("libmustdrop.so", "libmustdrop_nvrtc.so", "libmustdrop_cuda.so")  # the last where there are CUDA targets
+
+
+def digest(root: Path) -> str | None:
+    """SHA-256 of csrc/, python/, CMakeLists.txt and setup.py of a source tree; None where they are not there."""
+    paths = [root / "CMakeLists.txt", root / "setup.py", *(root / "csrc").rglob("*"), *(root / "python").rglob("*.cpp")]
+    files = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
+    if not (root / "csrc").is_dir():
+        return None
+    hashed = hashlib.sha256()
+    for name, path in sorted(files.items()):
+        content = path.read_bytes()
+        hashed.update(f"{name}\0{len(content)}\0".encode() + content)
+    return hashed.hexdigest()
+
+
+def record(folder: Path) -> dict[str, Any] | None:
+    """What the libraries of a folder were made of; None where that is not known."""
+    try:
+        found = json.loads((folder / RECORD).read_text())
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def write_record(folder: Path, root: Path, cuda_archs: list[str], cmake_args: str) -> None:
+    """Say of the libraries of a folder that they were just made of the sources below ``root``."""
+    made_of = {"sources": digest(root), "cuda_archs": cuda_archs, "cmake_args": cmake_args}
+    (folder / RECORD).write_text(json.dumps(made_of, indent=1) + "\n")
+
+
+def made_of_these(folder: Path, root: Path, cuda_archs: list[str], cmake_args: str = "") -> bool:
+    """Whether the libraries of a folder are what a build of the sources below ``root`` would make."""
+    made_of = record(folder)
+    if made_of is None or made_of.get("sources") != digest(root) or made_of.get("cmake_args") != cmake_args:
+        return False
+    if not set(cuda_archs) <= set(made_of["cuda_archs"]):
+        return False
+    return all((folder / name).is_file() for name in LIBRARIES[: 3 if made_of["cuda_archs"] else 2])

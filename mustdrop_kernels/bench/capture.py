@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CUDA graphs of calls that may not be capturable.
+
+A capture that fails poisons the process: until torch 2.12 the current stream stays the capture's, the caching allocator
+believes for ever that a capture is under way, and the default generator refuses to draw. So a call is probed first, and
+what synchronizes with the device or copies from pageable memory is never captured; what a capture that fails
+nevertheless leaves behind is cleaned up, and checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
+
+
+class PoisonedError(BaseException):
+    """A failed capture left the device unusable in this process: nothing that runs here later can be trusted.
+
+    No ``Exception``, so that code which goes on after an error does not go on after this one.
+    """
+
+
+class _PageableCopy(RuntimeError):
+    """A copy between pageable host memory and the device."""
+
+
+class _RefusePageableCopies(TorchDispatchMode):
+    """Raises where a tensor in pageable host memory is copied to the device, or the other way round.
+
+    torch's own check (``set_sync_debug_mode``) does not see those with ``non_blocking=True``.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in _COPIES:
+            places = [result, *args[: 2 if func._schema.name == "aten::copy_" else 1]]
+            kinds = {tensor.device.type for tensor in places if isinstance(tensor, torch.Tensor)}
+            pageable = (t for t in places if isinstance(t, torch.Tensor) and t.device.type == "cpu")
+            if self.device_type in kinds and any(not _is_pinned(tensor) for tensor in pageable):
+                raise _PageableCopy("it copies between the device and pageable host memory")
+        return result
+
+
+def _is_pinned(tensor: torch.Tensor) -> bool:
+    return torch.cuda.is_available() and tensor.is_pinned()
+
+
+@contextlib.contextmanager
+def _synchronizing_is_an_error() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def why_not(call: Callable[[], object], traced: bool = True, device_type: str = "cuda") -> str | None:
+    """Why a call cannot be captured, found by one call outside of any capture; None where it can.
+
+    Args:
+        call: has been called before, so that it compiles and allocates nothing for the first time.
+        traced: look at each copy. torch.compile falls back to eager code under such a mode, so not for compiled calls.
+        device_type: of the device.
+    """
+    copies = _RefusePageableCopies(device_type) if traced else contextlib.nullcontext()
+    try:
+        with _synchronizing_is_an_error(), copies:
+            call()
+    except _PageableCopy as error:
+        return str(error)
+    except RuntimeError as error:
+        return f"it synchronizes with the device: {_first_line(error)}"
+    finally:
+        torch.cuda.synchronize()
+    return None
+
+
+def capture(
+    work: Callable[[], object], warm_up: Callable[[], object]
+) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
+    """(the graph of some work, None), or (None, why there is none) and everything is as it was.
+
+    Args:
+        work: is captured.
+        warm_up: is called on another stream before, as libraries want that make something once for each stream.
+
+    Raises:
+        PoisonedError: it failed, and the device could not be made usable again.
+    """
+    before = torch.cuda.current_stream()
+    other = torch.cuda.Stream()
+    other.wait_stream(before)
+    with torch.cuda.stream(other):
+        warm_up()
+    before.wait_stream(other)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            work()
+    except RuntimeError as error:
+        _clean_up(graph, before)
+        return None, f"its capture failed: {_first_line(error)}"
+    return graph, None
+
+
+def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
+    """Put back stream, allocator and generator; what a version of torch has already put back refuses, and may."""
+    torch.cuda.set_stream(stream)
+    device = torch.cuda.current_device()
+    with contextlib.suppress(Exception):
+        pool = graph.pool()
+        torch._C._cuda_endAllocateToPool(device, pool)
+        torch._C._cuda_releasePool(device, pool)  # reached where torch had not ended the pool, so would not release it
+    try:
+        torch.cuda.synchronize()
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds takes the generator out of capture
+            torch.zeros(1, device="cuda")
+        torch.randn(1, device="cuda")
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        usable = torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
+    except RuntimeError as error:
+        raise PoisonedError(f"a capture failed, and the device is unusable after it: {_first_line(error)}") from error
+    if not usable:
+        raise PoisonedError("a capture failed, and its stream is still the current one")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return text[0][:200] if text else type(error).__name__

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The rules of bench/check_cuda.py, on stretches of machine code that nvcc 13.0 made, and on kernels made up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from cuda_static import rules
+from cuda_static.disassembly import Function, parse
+from cuda_static.kernel import Code, Kernel
+
+# An element of an unrolled loop with a test that stayed a branch, as score_kernel<bfloat16_t, 2> had it.
+CUT_EXPONENTIAL = """
+FFMA R114, R52, UR6, -R112 ;
+LOP3.LUT P4, RZ, R217, 0x2, RZ, 0xc0, !PT ;
+BSSY B2, `(.L_{0}) ;
+MUFU.EX2 R114, R114 ;
+@!P4 BRA `(.L_{0}) ;
+FFMA R100, R114, R113, R100 ;
+.L_{0}:
+BSYNC B2 ;"""
+# The same with a selection in place of the branch.
+EXPONENTIAL = """
+FFMA R114, R52, UR6, -R112 ;
+MUFU.EX2 R114, R114 ;
+@P4 FFMA R100, R114, R113, R100 ;"""
+# Sixteen rows against 32 keys, with the end of the loop over groups of rows as a branch.
+CUT_PRODUCTS = """
+LDSM.16.M88.4 R116, [R117] ;
+HMMA.16816.F32.BF16 R4, R108, R116, R4 ;
+HMMA.16816.F32.BF16 R8, R108, R118, R8 ;
+HMMA.16816.F32.BF16 R12, R112, R116, R12 ;
+HMMA.16816.F32.BF16 R16, R112, R118, R16 ;
+@!P0 BRA `(.L_end) ;
+WARPSYNC.ALL ;"""
+PRODUCTS = "".join(line for line in CUT_PRODUCTS.splitlines(keepends=True) if line[:4] in ("LDSM", "HMMA"))
+# What a division by an integer of the parameters becomes, shortened.
+DIVISION = """
+IABS R22, R13 ;
+I2F.RP R19, R22 ;
+MUFU.RCP R19, R19 ;
+IADD3 R20, R19, 0xffffffe, RZ ;
+F2I.FTZ.U32.TRUNC.NTZ R21, R20 ;
+IMAD.HI.U32 R21, R21, R23, R20 ;"""
+
+
+def function(code: str) -> Function:
+    """Lines without addresses as a function."""
+    address, lines = 0, ['\t.section\t.text.kernel,"ax"']
+    for line in filter(None, code.splitlines()):
+        lines.append(line if line.startswith(".L") else f"        /*{address:04x}*/  {line}")
+        address += 16 * (not line.startswith(".L"))
+    (found,) = parse(lines)
+    return found
+
+
+def in_loop(body: str) -> Function:
+    """A function that repeats some code."""
+    return function(f".L_loop:\nBAR.SYNC.DEFER_BLOCKING 0x0 ;\n{body}\n.L_end:\n@P0 BRA `(.L_loop) ;\nEXIT ;")
+
+
+# ------------------------------------------------------------------------------------------------ exponentials
+
+
+def test_exponentials_behind_branches_of_their_own():
+    assert rules.cut_exponentials(in_loop("".join(CUT_EXPONENTIAL.format(i) for i in range(16)))) == 15
+
+
+def test_exponentials_without_branches():
+    assert rules.cut_exponentials(in_loop(EXPONENTIAL * 16)) == 0
+
+
+def test_one_test_for_several_exponentials_is_in_order():
+    assert rules.cut_exponentials(in_loop((EXPONENTIAL * 4 + "\n@!P0 BRA `(.L_end) ;") * 4)) == 0
+    assert rules.cut_exponentials(in_loop((EXPONENTIAL * 2 + "\n@!P0 BRA `(.L_end) ;") * 8)) == 7
+
+
+def test_one_exponential_an_iteration_is_in_order():
+    assert rules.cut_exponentials(in_loop(EXPONENTIAL)) == 0
+    assert rules.cut_exponentials(in_loop(CUT_EXPONENTIAL.format(0))) == 0
+
+
+def test_the_rest_of_an_unrolled_loop_is_in_order():
+    """Up to three iterations one by one, as ptxas leaves them of a loop that is unrolled by four."""
+    assert rules.cut_exponentials(in_loop((EXPONENTIAL + "\n@!P1 BRA `(.L_end) ;") * 3)) == 0
+
+
+def test_exponentials_outside_of_loops_do_not_count():
+    code = "".join(CUT_EXPONENTIAL.format(i) for i in range(16))
+    assert rules.cut_exponentials(function(code + "\nEXIT ;")) == 0
+
+
+def test_a_loop_inside_is_judged_by_itself():
+    inner = f"\n.L_inner:{EXPONENTIAL}\n@P1 BRA `(.L_inner) ;"
+    assert rules.cut_exponentials(in_loop(EXPONENTIAL * 8 + inner + EXPONENTIAL * 8)) == 0
+
+
+def test_instructions_for_each_exponential():
+    assert rules.per_exponential(in_loop(EXPONENTIAL * 16)) == pytest.approx((15 * 3 + 1) / 16)
+    assert rules.per_exponential(in_loop(EXPONENTIAL)) is None
+
+
+# ------------------------------------------------------------------------------------------------ products
+
+
+def test_branches_among_matrix_instructions():
+    assert rules.cut_products(in_loop(CUT_PRODUCTS * 4)) == 4 + 3  # a branch behind each group, WARPSYNC before three
+
+
+def test_products_without_branches():
+    assert rules.cut_products(in_loop(PRODUCTS * 4)) == 0
+
+
+def test_a_common_path_without_branches_outweighs_the_others():
+    """A loop with one way for full depth and another, with a test a step, for less."""
+    less = (PRODUCTS + "@!P0 BRA `(.L_end) ;\n") * 4
+    assert rules.cut_products(in_loop(less)) == 0  # one to four
+    assert rules.cut_products(in_loop(less + PRODUCTS * 4)) == 0
+
+
+def test_few_matrix_instructions_are_no_unrolled_loop():
+    assert rules.cut_products(in_loop(CUT_PRODUCTS)) == 0
+
+
+# ------------------------------------------------------------------------------------------------ divisions
+
+
+def test_divisions_in_loops():
+    assert rules.divisions_in_loops(in_loop(DIVISION * 3)) == 3
+    assert rules.divisions_in_loops(function(DIVISION * 3 + "\nEXIT ;")) == 0
+
+
+def test_a_reciprocal_is_a_division():
+    assert rules.divisions_in_loops(in_loop(DIVISION + "\nMUFU.RCP R0, R1 ;")) == 2
+
+
+def test_a_division_whose_reciprocal_was_moved_out_of_the_loop():
+    rest = "\n".join(line for line in DIVISION.splitlines() if "RCP" not in line and "I2F" not in line)
+    assert rules.divisions_in_loops(in_loop(rest)) == 1
+
+
+def test_conversions_of_the_integer_unit_are_no_divisions():
+    assert rules.divisions_in_loops(in_loop("I2FP.F32.S32 R0, R1 ;\nMUFU.RSQ R2, R3 ;")) == 0
+
+
+def test_divisions_count_in_merging_alone():
+    code = in_loop(DIVISION)
+    assert rules.read_code(code, "spatial_merge").faults == {"divisions": 1}
+    assert rules.read_code(code, "gather").faults == {}
+
+
+# ------------------------------------------------------------------------------------------------ kernels
+
+
+def test_instructions_count_in_loops_alone():
+    body = "LDG.E.128 R12, desc[UR6][R4.64] ;\nSTG.E.128 desc[UR6][R2.64], R12 ;\nLDGSTS.E.BYPASS.128 [R5], [R2.64] ;"
+    code = rules.read_code(in_loop(body + PRODUCTS), "gather")
+    assert (code.load16, code.store16, code.matrix) == (2, 1, 4)
+    code = rules.read_code(function(body + "\nEXIT ;"), "gather")
+    assert (code.load16, code.store16, code.matrix, code.instructions) == (0, 0, 0, 4)
+
+
+GOOD = Kernel("gather_kernel<uint4, true>", "90", "gather", 40, 0, 0, 0, Code(680, 4, 4, 0, None))
+
+
+def with_code(kernel: Kernel, **change: object) -> Kernel:
+    """The kernel with other counts."""
+    return replace(kernel, code=replace(kernel.code, **change))
+
+
+def test_a_good_kernel():
+    assert rules.missing([GOOD], ["gather"], ["90"]) == rules.faults_of([GOOD]) == []
+    narrow = with_code(replace(GOOD, name="select_kernel<float>"), load16=0, store16=0)
+    assert rules.missing([narrow], [], []) == []
+    assert rules.missing([replace(GOOD, code=None)], ["attention_scores"], ["90"]) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "what"),
+    [
+        (GOOD.name, {"load16": 0}, "no 16-byte load"),
+        (GOOD.name, {"store16": 0}, "no 16-byte store"),
+        ("score_kernel<half_t, 64>", {"load16": 0, "matrix": 8}, "feeds its matrix instructions"),
+        ("merge_similarity_kernel<float, 4>", {"load16": 0}, "no 16-byte load"),
+    ],
+)
+def test_what_a_kernel_lacks(name, change, what):
+    (problem,) = rules.missing([with_code(replace(GOOD, name=name), **change)], ["gather"], ["90"])
+    assert what in problem
+    assert problem.startswith("sm_90: gather/")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "says"),
+    [
+        (replace(GOOD, spill_bytes=4), "spills 4 bytes"),
+        (replace(GOOD, stack_bytes=16, code=None), "16 bytes of local memory"),
+        (with_code(GOOD, faults={"divisions": 7}), "7 divisions or reciprocals in loops"),
+    ],
+)
+def test_faults_are_sentences(kernel, says):
+    (fault,) = rules.faults_of([kernel])
+    assert str(fault).startswith("sm_90: gather/gather_kernel<uint4, true>: ")
+    assert says in str(fault)
+
+
+def test_scores_need_matrix_instructions():
+    plain = replace(GOOD, folder="attention_scores", name="score_kernel<float, 64>")
+    half = with_code(replace(plain, name="score_kernel<half_t, 64>"), matrix=8)
+    brain = with_code(replace(plain, name="score_kernel<bfloat16_t, 64>"), matrix=8)
+    assert rules.missing([plain, half, brain], ["attention_scores"], ["90"]) == []
+    (problem,) = rules.missing([plain, half, with_code(brain, matrix=0)], ["attention_scores"], ["90"])
+    assert "no kernel of bfloat16_t with matrix instructions" in problem

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attribute of a kernel for dynamic shared memory: where each launch sets it, threads collide."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from cuda_emulation import building
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not())),
+]
+RAISED_ONCE = re.compile(r"kernel\.limit->raise_once\(cuda_emulation::device\(\),\s*\[&\] \{.*?\}\);", re.DOTALL)
+
+
+def concurrency_with(launcher: str, root) -> subprocess.CompletedProcess:
+    """The threads' test with this text as csrc/common/launch.h."""
+    shutil.copytree(building.ROOT / "csrc", root / "csrc")
+    (root / "csrc" / "common" / "launch.h").write_text(launcher)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_concurrency.py"]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    return subprocess.run(
+        [*command, "-k", "differ and cuda_emulated"], cwd=building.ROOT, capture_output=True, text=True,
+        env={**environment, "MUSTDROP_EMULATION_ROOT": str(root)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "instead",
+    [
+        "cuda_emulation::set_shared_limit(kernel.address(), grid.shared_bytes);",  # each launch its own size
+        "",  # never
+    ],
+)
+def test_a_launcher_that_does_not_raise_it_once_fails(instead, tmp_path):
+    launcher = (building.ROOT / "csrc" / "common" / "launch.h").read_text()
+    changed, count = RAISED_ONCE.subn(instead, launcher)
+    assert count == 1
+    done = concurrency_with(changed, tmp_path)
+    assert done.returncode == 1, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "more shared memory than the kernel's attribute allows" in done.stdout
