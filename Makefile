@@ -148,7 +148,7 @@ GPU_PYTHON ?= python3.12
 	.venv-gpu/bin/python -m pip install -q --disable-pip-version-check torch==2.11.0 triton==3.6.0 numpy pytest hypothesis rich typer safetensors
 	touch $@
 
-gpu-bundle: $(VENV)/.packages $(if $(TRITON),.venv-gpu/.ready)  ## what bench/run_on_gpu.sh can be given from here, in gpu-bundle/; TRITON=1: compiled Triton kernels too; FAILED=failed.txt of `first`
+gpu-bundle: build $(if $(TRITON),.venv-gpu/.ready)  ## what bench/run_on_gpu.sh can be given from here, in gpu-bundle/; TRITON=1: compiled Triton kernels too; FAILED=failed.txt of `first`
 	$(BIN)/python bench/gpu_bundle.py $(if $(TRITON),--triton .venv-gpu/bin/python) $(if $(FAILED),--failed $(FAILED))
 
 wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90" make wheel

@@ -3,6 +3,7 @@
 
 The CUDA library for its GPU, the wheels of peers of the benchmark, and with --triton the compiled Triton kernels. There
 bench/run_on_gpu.sh unpacks the folder; what does not fit (other sources, another Triton) is left out, with a reason.
+MUSTDROP_GPU_BUNDLE names another folder than gpu-bundle/.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = runpy.run_path(str(ROOT / "mustdrop_kernels" / "_sources.py"))
-FOLDER = ROOT / "gpu-bundle"
+FOLDER = Path(os.environ.get("MUSTDROP_GPU_BUNDLE") or ROOT / "gpu-bundle")
 INSTALLED = ROOT / "mustdrop_kernels" / "lib"
 DOCUMENT, FAILED, WHEELS, LIBRARIES = "bundle.json", "failed.txt", "wheels", "lib"
 PEERS = ("flash-colreduce==0.2.2", "flash-colsum==0.1.0")

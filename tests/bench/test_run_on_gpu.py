@@ -39,10 +39,10 @@ ORDER = {
 
 def run(*arguments: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess:
     search = f"{path}{os.pathsep}{os.environ['PATH']}" if path else os.environ["PATH"]
+    usual = {"PATH": search, "PYTHON": sys.executable, "MUSTDROP_GPU_BUNDLE": "/nowhere"}  # nothing is unpacked here
     return subprocess.run(
-        [str(SCRIPT), *arguments],
-        capture_output=True, text=True, env={**os.environ, "PATH": search, "PYTHON": sys.executable, **environment},
-    )  # fmt: skip
+        [str(SCRIPT), *arguments], capture_output=True, text=True, env={**os.environ, **usual, **environment}
+    )
 
 
 def program(path: Path, text: str) -> None:

@@ -41,7 +41,8 @@ def test_no_python_symbol(library: Path) -> None:
 def test_needs_no_torch_python_and_has_no_path_of_the_build_machine(library: Path) -> None:
     assert needed(library) <= NEEDED | (NEEDED_BY_CUDA if library == _load.cuda.path else set())
     assert not has_search_path(library)
-    assert str(ROOT).encode() not in library.read_bytes()
+    if library != _load.cuda.path:  # line numbers for profilers come with paths; wheels are built without
+        assert str(ROOT).encode() not in library.read_bytes()
 
 
 def test_the_audit_sees_what_is_not_allowed(tmp_path: Path) -> None:
