@@ -141,9 +141,13 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     wish = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
-    parts = [add_library(wish.archs), add_wheels()]
-    if wish.triton:
-        parts.append(add_triton(wish.triton, wish.jobs))
+    try:
+        parts = [add_library(wish.archs), add_wheels()]
+        if wish.triton:
+            parts.append(add_triton(wish.triton, wish.jobs))
+    except (OSError, subprocess.CalledProcessError) as error:
+        print(f"{FOLDER.name} was not made: {error}", file=sys.stderr)
+        return 1
     (FOLDER / FAILED).unlink(missing_ok=True)
     if wish.failed:
         shutil.copy(wish.failed, FOLDER / FAILED)
