@@ -13,6 +13,7 @@ TRITON_3_6 := $(VENV)/triton-3.6
 VLLM := .venv-vllm
 SGLANG := $(VLLM)/sglang-0.5.23
 DIST ?= dist
+PARALLEL := -n 2 --dist worksteal
 
 .PHONY: help demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-sglang check-cuda check-triton wheel test-wheel test-hf-kernel docs gpu-bundle fuzz test-asan test-tsan coverage lint format build clean
 .DEFAULT_GOAL := help
@@ -46,11 +47,11 @@ figures: build  ## the tables and pictures of README and docs, from bench/result
 	$(BIN)/mustdrop bench --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
-	$(BIN)/python -m pytest -q -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow'
 
 test-all: ALL = 1
 test-all: build test-transformers-4 test-transformers-5  ## the full matrices, and a compile for CUDA where nvcc is found
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q $(PARALLEL)
 	$(INTERPRETED)
 
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads its variable when it is imported.

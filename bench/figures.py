@@ -15,6 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from typer.testing import CliRunner
+
+from mustdrop_kernels.cli.app import app
+
 ROOT = Path(__file__).resolve().parents[1]
 MADE = re.compile(r"(<!-- ((?:mustdrop|python) [^\n]*) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 
@@ -25,10 +29,16 @@ def pages() -> list[Path]:
 
 
 def printed(command: str) -> str:
-    """What a command prints, run from the top of the source tree by this Python."""
+    """What a command prints; `mustdrop` is called in this process."""
+    program, *words = shlex.split(command)
+    if program == "mustdrop":
+        result = CliRunner().invoke(app, words, catch_exceptions=False)
+        if result.exit_code:
+            sys.exit(f"{command} ended with {result.exit_code}: {result.output}")
+        return result.stdout.strip() + "\n"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        shlex.split(command), check=True, cwd=ROOT, env={**os.environ, "PATH": path}, capture_output=True, text=True
+        [program, *words], check=True, env={**os.environ, "PATH": path}, capture_output=True, text=True
     )
     return done.stdout.strip() + "\n"
 
@@ -43,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
+    os.chdir(ROOT)  # the commands name files below it
     stale = []
     for page in pages():
         text = page.read_text()

@@ -134,18 +134,16 @@ class Runner:
             process = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-            late = False
             try:
                 left = deadline - time.monotonic()
-                process.wait(timeout=max(left - GRACE, left / 2, 0.1))
-            except subprocess.TimeoutExpired:
-                late = True
-                process.send_signal(signal.SIGINT)
-                _wait(process, max(deadline - time.monotonic(), 0.1))
+                in_time = _ends(process, deadline - min(GRACE, left / 2))
+                if not in_time:
+                    process.send_signal(signal.SIGINT)
+                    _ends(process, deadline)
             finally:
                 _kill(process)
         said = self._keep_log(part.name, path)
-        return None if late else process.returncode, said
+        return process.returncode if in_time else None, said
 
     def _keep_log(self, name: str, path: Path) -> str:
         content = path.read_bytes()
@@ -185,9 +183,13 @@ class Runner:
         (self.out / "summary.txt").write_text("".join(part.line() + "\n" for part in parts))
 
 
-def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=seconds)
+def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    """Whether a process ends before a time of the monotonic clock."""
+    while process.poll() is None:
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

@@ -16,5 +16,10 @@ settings.register_profile("repeatable", derandomize=True, max_examples=25, **_CO
 settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-# Under xdist each worker has one core; alone, two threads, so that work is split.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# Under xdist each worker has one core, and so has what it starts: threads that share a core wait for each other. Alone,
+# two threads, so that work is split.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+else:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))

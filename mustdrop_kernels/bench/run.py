@@ -23,6 +23,7 @@ FORMAT = "mustdrop-bench/1"
 # Copies of the inputs: what is read of them fills the cache so many times; at most so many; in at most this share of
 # the memory that is left.
 PAST_CACHE, MOST_COPIES, MEMORY_SHARE = 3, 512, 0.4
+QUICK_COPIES = 32  # at most, where a look at a CPU is wanted, whose cache may be hundreds of megabytes
 Document = dict[str, Any]
 Row = dict[str, Any]
 
@@ -234,7 +235,7 @@ def _measure(case: Case, options: Options, tell: Callable[[str, float], None]) -
     tell(f"{case.label}: inputs", 0.0)
     inputs = case.inputs()
     _check_all(case, found, inputs, lambda name: tell(f"{case.label}: checking {name}", 0.0))
-    copies = copies_of(case, inputs, options.hot)
+    copies = copies_of(case, inputs, options.hot, options.quick)
     calls = {one.name: one.call for one in found if one.call is not None}
     compiled = {one.name for one in found if one.peer is not None and one.peer.compiles}
     times = timing.interleaved(calls, copies, case.device, options.effort, compiled=compiled)
@@ -286,13 +287,14 @@ def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, 
     return raw, time.perf_counter() - start
 
 
-def copies_of(case: Case, inputs: Inputs, hot: bool) -> list[Inputs]:
+def copies_of(case: Case, inputs: Inputs, hot: bool = False, quick: bool = False) -> list[Inputs]:
     """Enough of them that what a call reads has left the cache when its copy's turn comes again."""
     if hot:
         return [inputs]
+    most = QUICK_COPIES if quick and case.device.type == "cpu" else MOST_COPIES
     past = -(-PAST_CACHE * machine.last_level_cache(case.device) // max(case.work.read, 1))
     room = int(MEMORY_SHARE * memory.available(case.device)) // max(case.input_bytes, 1)
-    return [inputs] + [inputs.clone() for _ in range(max(1, min(past, room, MOST_COPIES)) - 1)]
+    return [inputs] + [inputs.clone() for _ in range(max(1, min(past, room, most)) - 1)]
 
 
 def _rows(measured: _Measured, rates: dict[str, Any]) -> Iterator[Row]:

@@ -85,11 +85,16 @@ def test_copies_are_as_many_as_fill_the_cache_with_what_is_read(monkeypatch):
     assert case.work.read == case.work.written == kept < case.input_bytes / 4
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 8 << 20)
     monkeypatch.setattr(memory, "available", lambda device: 64 << 30)
-    copies = run.copies_of(case, Inputs((), {}), hot=False)
-    assert len(copies) * kept >= 3 * (8 << 20) > (len(copies) - 1) * kept
+
+    def copies(**how: bool) -> int:
+        return len(run.copies_of(case, Inputs((), {}), **how))
+
+    assert copies() * kept >= 3 * (8 << 20) > (copies() - 1) * kept
+    assert copies(hot=True) == 1
+    monkeypatch.setattr(machine, "last_level_cache", lambda device: 480 << 20)
+    assert copies() == run.MOST_COPIES > copies(quick=True) == run.QUICK_COPIES
     monkeypatch.setattr(memory, "available", lambda device: 2 * case.input_bytes)
-    assert len(run.copies_of(case, Inputs((), {}), hot=False)) == 1
-    assert len(run.copies_of(case, Inputs((), {}), hot=True)) == 1
+    assert copies() == 1
 
 
 @pytest.mark.parametrize("quick", [True, False])
