@@ -13,7 +13,10 @@ from mustdrop_kernels.bench import capture
 from mustdrop_kernels.bench.cases import CASES
 from mustdrop_kernels.cli.app import app
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no GPU"),
+]
 
 
 def sound() -> bool:
