@@ -82,7 +82,7 @@ $(TRANSFORMERS_4)/.ready: | $(VENV)/.packages
 	touch $@
 
 test-transformers-4: build $(TRANSFORMERS_4)/.ready  ## the integration's tests with transformers 4.57
-	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q -n 2 -m '$(if $(ALL),,not slow)' tests/integrations
+	PYTHONPATH=$(TRANSFORMERS_4) $(BIN)/python -m pytest -q $(PARALLEL) -m '$(if $(ALL),,not slow)' tests/integrations
 
 $(TRANSFORMERS_5)/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRANSFORMERS_5) \
@@ -90,7 +90,7 @@ $(TRANSFORMERS_5)/.ready: | $(VENV)/.packages
 	touch $@
 
 test-transformers-5: build $(TRANSFORMERS_5)/.ready  ## every model and mode with a version between 4.57 and the newest
-	PYTHONPATH=$(TRANSFORMERS_5) $(BIN)/python -m pytest -q -n 2 -m 'not slow' \
+	PYTHONPATH=$(TRANSFORMERS_5) $(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow' \
 	  tests/integrations/test_families.py tests/integrations/test_modes.py tests/integrations/test_static.py tests/integrations/test_compiled.py
 
 # vLLM brings its own torch: an environment of its own, which sees this source tree and its entry point by a .pth file.
