@@ -52,6 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plan", type=json.loads, help="fields of MustDropConfig as JSON; default: one for the narrow model"
     )
+    parser.add_argument("--dtype", default="auto", help="vLLM's; bfloat16 is not served on a processor with matrix tiles")
     parser.add_argument("--concurrency", type=lambda x: [int(n) for n in x.split(",")], default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=2, help="requests per request in flight, four at least")
     parser.add_argument("--new-tokens", type=int, default=32)
@@ -70,6 +71,7 @@ def settings(options: argparse.Namespace, arm: str) -> dict[str, Any]:
     """Of one engine. The arms differ in dropping alone."""
     found = {**SETTINGS, "model": options.model, "max_num_seqs": max(options.concurrency), "enforce_eager": True}
     found["enable_prefix_caching"] = False
+    found["dtype"] = options.dtype
     if options.blocks:
         found["num_gpu_blocks_override"] = options.blocks
     return found | overrides(options.plan if arm == "dropped" else None)

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "serving.py"
 def test_serving(checkpoint, tmp_path):
     path = tmp_path / "serving.json"
     command = [sys.executable, str(SCRIPT), "--model", str(checkpoint), "--json", str(path), "--rounds", "1"]
-    command += ["--concurrency", "1,3", "--requests", "2", "--new-tokens", "4"]
+    command += ["--concurrency", "1,3", "--requests", "2", "--new-tokens", "4", "--dtype", "float32"]
     command += ["--plan", '{"merge": false, "key_rate": 0.0, "pruning_layers": [2, 4], "budgets": [64, 32]}']
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=900).stdout
