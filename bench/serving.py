@@ -52,7 +52,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plan", type=json.loads, help="fields of MustDropConfig as JSON; default: one for the narrow model"
     )
-    parser.add_argument("--dtype", default="auto", help="vLLM's; bfloat16 is not served on a processor with matrix tiles")
+    parser.add_argument("--dtype", default="auto", help="vLLM's; bfloat16 is not served on processors with AMX")
     parser.add_argument("--concurrency", type=lambda x: [int(n) for n in x.split(",")], default=[1, 8, 32])
     parser.add_argument("--requests", type=int, default=2, help="requests per request in flight, four at least")
     parser.add_argument("--new-tokens", type=int, default=32)
