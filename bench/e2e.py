@@ -269,6 +269,8 @@ def main() -> None:
     if unknown := [setting for setting in settings if setting not in SETTINGS]:
         parser.error(f"--tokens: {', '.join(unknown)} unknown; there are {', '.join(SETTINGS)}")
     document = json.loads(wish.load.read_text()) if wish.load else run(wish, settings)
+    if wish.json:
+        write_text(wish.json, json.dumps(document, indent=1) + "\n")
     if wish.markdown:
         print(markdown(document))
     else:
