@@ -52,14 +52,7 @@ def find_nvcc() -> str | None:
 
 def archs_of_gpus_present() -> str:
     """Compute capabilities of this machine's GPUs as CUDA targets ("80;90"), empty where there is none."""
-    try:
-        found = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
-            capture_output=True, text=True, timeout=30, check=True,
-        ).stdout.split()  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return ";".join(sorted({text.replace(".", "") for text in found}, key=int))
+    return ";".join(SOURCES["targets_of_gpus"]())
 
 
 def wanted_archs() -> str:

@@ -216,16 +216,6 @@ def _interrupt(*args: object) -> None:
     raise Interrupted
 
 
-def targets_of_gpus() -> list[str]:
-    """CUDA targets of the GPUs that nvidia-smi lists, such as 90; none where there is no GPU."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return [] if done.returncode else sorted({line.strip().replace(".", "") for line in done.stdout.splitlines()})
-
-
 def environment_of(bundle: gpu_bundle.Unpacked) -> dict[str, str]:
     """What every part runs with."""
     paths = [str(ROOT), *map(str, bundle.site_packages), os.environ.get("PYTHONPATH", "")]
@@ -287,7 +277,7 @@ def main() -> int:
     if wish.dry_run:  # the library for whatever GPU there will be
         show(names, describe_machine(gpu_bundle.is_prebuilt([]), dry=True))
         return 0
-    targets = targets_of_gpus()
+    targets = gpu_bundle.SOURCES["targets_of_gpus"]()
     if not targets:
         print("run_on_gpu: no NVIDIA GPU was found; --dry-run shows what would be done", file=sys.stderr)
         return 1

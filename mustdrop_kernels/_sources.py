@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiled libraries were made of: a record beside them, with a digest of the sources.
+"""What the compiled libraries are made of, and for which GPUs: a record beside them, with a digest of the sources.
 
 Imports nothing of the package: setup.py runs this file, and so does what prepares a run on another machine.
 """
@@ -8,11 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 RECORD = "build.json"  # in mustdrop_kernels/lib
 LIBRARIES = ("libmustdrop.so", "libmustdrop_nvrtc.so", "libmustdrop_cuda.so")  # the last where there are CUDA targets
+
+
+def targets_of_gpus() -> list[str]:
+    """CUDA targets of the GPUs that nvidia-smi lists, such as "90"; none where there is no GPU."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return sorted({text.replace(".", "") for text in found})
 
 
 def digest(root: Path) -> str | None:
