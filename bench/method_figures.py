@@ -54,11 +54,11 @@ def merge() -> Figure:
     drawn, (before, after) = figure(2, 8, 4.1)
     before.set_title(f"{SIDE * SIDE} tokens, similarity of each window", color=INK, fontsize=10)
     after.set_title(f"{int(merged.counts)} tokens at threshold {THRESHOLD}", color=INK, fontsize=10)
-    tokens, source, sizes = merged.tokens[0], merged.source[0], merged.sizes[0]
+    tokens, assignment, sizes = merged.tokens[0], merged.assignment[0], merged.sizes[0]
     for row in range(SIDE):
         for column in range(SIDE):
             cell(before, column, row, picture[row, column].tolist())
-            token = int(source[row * SIDE + column])
+            token = int(assignment[row * SIDE + column])
             color = tokens[token].clamp(0, 1).tolist()
             cell(after, column, row, color, edgecolor=color if sizes[token] > 1 else "white")
     for top in range(0, SIDE, WINDOW):

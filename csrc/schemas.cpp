@@ -8,7 +8,7 @@ STABLE_TORCH_LIBRARY(MUSTDROP_NAMESPACE, m) {
   m.def(
       "spatial_merge(Tensor x, SymInt[] grid, int[] window, float threshold=0.8, *, SymInt? budget=None, "
       "bool uniform=False, int num_prefix_tokens=1, Tensor? sizes=None, bool merged_first=False) "
-      "-> (Tensor tokens, Tensor counts, Tensor source, Tensor sizes)");
+      "-> (Tensor tokens, Tensor counts, Tensor assignment, Tensor sizes)");
   m.def(
       "cls_attention(Tensor q, Tensor k, float scale, *, Tensor? counts=None, int num_prefix_tokens=1) "
       "-> Tensor");

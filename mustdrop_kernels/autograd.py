@@ -53,9 +53,9 @@ class _Operator(torch.autograd.Function):
         ctx.mark_non_differentiable(*(t for t in outputs if not t.is_floating_point()))
         ctx.op, ctx.num_args = op, len(args)
         if op == "spatial_merge":
-            _, _, source, out_sizes = outputs
+            _, _, assignment, out_sizes = outputs
             ctx.mark_non_differentiable(out_sizes)
-            ctx.save_for_backward(source, kwargs.get("sizes"), out_sizes)
+            ctx.save_for_backward(assignment, kwargs.get("sizes"), out_sizes)
             ctx.dtype = args[0].dtype
         elif op == "gather_tokens":
             ctx.save_for_backward(args[1], args[2])
@@ -79,15 +79,15 @@ class _Operator(torch.autograd.Function):
 
 def _spatial_merge_backward(
     grad: Tensor,  # [B, P+N', C] of tokens
-    source: Tensor,  # [B, P+N]
+    assignment: Tensor,  # [B, P+N]
     sizes: Tensor | None,  # [B, P+N]
     out_sizes: Tensor,  # [B, P+N']
 ) -> Tensor:  # [B, P+N, C] float32
-    """d tokens[source[i]] / d x[i] = s_i / size of the token that i went into; exactly 1 where i stayed alone."""
-    merged_size = out_sizes.gather(1, source)
+    """d tokens[assignment[i]] / d x[i] = s_i / size of the token that i went into; exactly 1 where i stayed alone."""
+    merged_size = out_sizes.gather(1, assignment)
     own_size = torch.ones_like(merged_size) if sizes is None else sizes
     weight = torch.where(own_size == merged_size, 1.0, own_size / merged_size)
-    rows = grad.float().gather(1, source[..., None].expand(-1, -1, grad.shape[-1]))
+    rows = grad.float().gather(1, assignment[..., None].expand(-1, -1, grad.shape[-1]))
     return rows * weight[..., None]
 
 

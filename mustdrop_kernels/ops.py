@@ -41,7 +41,7 @@ class SpatialMerge(NamedTuple):
 
     tokens: Tensor  # (B, P+N', C)
     counts: Tensor  # (B) int32, prefix included
-    source: Tensor  # (B, P+N) int64: where each input token went
+    assignment: Tensor  # (B, P+N) int64: where each input token went
     sizes: Tensor  # (B, P+N') float32: how much each token stands for
 
 
@@ -126,7 +126,7 @@ def spatial_merge(
         backend: who computes it; default: whoever serves torch.ops.mustdrop on this device.
 
     Returns:
-        tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; source (B, P+N) int64, the row that
+        tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; assignment (B, P+N) int64, the row that
         each input token went into; sizes (B, P+N) float32, zero past counts. Differentiable in ``x``.
     """
     kwargs = {

@@ -40,7 +40,7 @@ def test_merge_is_the_published_one_with_published_positions():
         length = 1 + case["N_out"]
         assert merged.counts.tolist() == [length] * case["B"]
         torch.testing.assert_close(merged.tokens[:, :length], tensors[f"{name}.merged"], atol=1e-5, rtol=1e-5)
-        assert torch.equal(merged.source, tensors[f"{name}.source_row"].long())
+        assert torch.equal(merged.assignment, tensors[f"{name}.source_row"].long())
 
 
 def test_merge_keeps_raster_order_with_original_positions():
@@ -49,7 +49,7 @@ def test_merge_keeps_raster_order_with_original_positions():
     x, grid = tensors[f"{case['name']}.x"], (case["grid"], case["grid"])
     config = MustDropConfig(window=case["window"], merge_threshold=case["threshold"])
     merged = stages.merge_vision_tokens(x, grid, config)
-    first = [int((merged.source[0] == token).nonzero()[0]) for token in range(int(merged.counts))]
+    first = [int((merged.assignment[0] == token).nonzero()[0]) for token in range(int(merged.counts))]
     assert first == sorted(first)  # a token stands where its first patch stood
 
 

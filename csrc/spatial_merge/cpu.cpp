@@ -92,10 +92,15 @@ struct Places {
 
 // Which windows merge and where each token goes, image by image. A slab is what one window is thick, along the first axis
 // that has more than one: its tokens follow one another.
-class Assignment {
+class Placement {
  public:
-  Assignment(const cpu::MergeJob& job, const Options& options, uint8_t* merged, int64_t* source, int32_t* counts)
-      : job_(job), options_(options), merged_(merged), source_(source), counts_(counts), complete_(job.windows) {
+  Placement(const cpu::MergeJob& job, const Options& options, uint8_t* merged, int64_t* assignment, int32_t* counts)
+      : job_(job),
+        options_(options),
+        merged_(merged),
+        assignment_(assignment),
+        counts_(counts),
+        complete_(job.windows) {
     const int64_t tokens = product({job.window[0], job.window[1], job.window[2]});
     for (int64_t w = 0; w < job.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
   }
@@ -137,7 +142,7 @@ class Assignment {
 
   // The same in parts: the slabs one after another, the merged windows of each being known.
   Places begin(int64_t b) {
-    std::iota(source_ + b * job_.length, source_ + b * job_.length + job_.prefix, 0);
+    std::iota(assignment_ + b * job_.length, assignment_ + b * job_.length + job_.prefix, 0);
     return {std::vector<int64_t>(job_.windows, -1), job_.prefix};
   }
 
@@ -146,14 +151,15 @@ class Assignment {
     int64_t from[2] = {0, 0}, to[2] = {job_.grid[0], job_.grid[1]};
     const int axis = slab_axis();
     from[axis] = slab * job_.window[axis], to[axis] = from[axis] + std::min(job_.window[axis], to[axis] - from[axis]);
-    int64_t* source = source_ + b * job_.length + job_.prefix + (from[0] * job_.grid[1] + from[1]) * job_.grid[2];
+    int64_t* assignment =
+        assignment_ + b * job_.length + job_.prefix + (from[0] * job_.grid[1] + from[1]) * job_.grid[2];
     for (int64_t t = from[0]; t < to[0]; ++t)
       for (int64_t h = from[1]; h < to[1]; ++h)
-        for (int64_t w = 0; w < job_.grid[2]; ++w, ++source) {
+        for (int64_t w = 0; w < job_.grid[2]; ++w, ++assignment) {
           const int64_t window = window_of(t, h, w);
           int64_t& row = places.row[window];
-          *source = merged[window] && row >= 0 ? row : places.next++;
-          if (merged[window]) row = *source;
+          *assignment = merged[window] && row >= 0 ? row : places.next++;
+          if (merged[window]) row = *assignment;
         }
   }
 
@@ -189,7 +195,7 @@ class Assignment {
   const cpu::MergeJob& job_;
   const Options& options_;
   uint8_t* merged_;                // [B, windows]
-  int64_t* source_;                // [B, length]
+  int64_t* assignment_;            // [B, length]
   int32_t* counts_;                // [B]
   std::vector<uint8_t> complete_;  // [windows] more than one token, and the border does not cut it
 };
@@ -205,27 +211,27 @@ void copy_prefix(const cpu::MergeJob& job, int64_t b, int64_t element_size) {
 }
 
 // One image, a slab at a time, which the caches of a processor hold until it is written.
-void merge_by_slabs(const cpu::MergeJob& job, Assignment& assignment, const cpu::MergeTask& task, int64_t b) {
-  Places places = assignment.begin(b);
-  const int64_t slabs = assignment.slabs();
+void merge_by_slabs(const cpu::MergeJob& job, Placement& placement, const cpu::MergeTask& task, int64_t b) {
+  Places places = placement.begin(b);
+  const int64_t slabs = placement.slabs();
   for (int64_t slab = 0; slab < slabs; ++slab) {
     const int64_t windows = job.windows / slabs, first = slab * windows, item = b * job.windows + first;
     cpu::window_similarity(task, item, item + windows);
-    assignment.merge_similar(b, first, first + windows);
-    assignment.place_slab(b, slab, places);
+    placement.merge_similar(b, first, first + windows);
+    placement.place_slab(b, slab, places);
     cpu::write_windows(task, item, item + windows);
   }
-  assignment.end(b, places);
+  placement.end(b, places);
 }
 
-void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& options, int64_t batch,
+void merge(const cpu::MergeJob& job, Placement& placement, const Options& options, int64_t batch,
            int64_t element_size) {
   const int64_t window_bytes = job.length * job.channels * element_size / std::max<int64_t>(1, job.windows);
   const int64_t workers = worker_count(batch * job.windows, window_bytes, kGrainBytes);
   std::vector<float> sums(workers * job.channels);
   const auto task = [&](int64_t worker) { return cpu::MergeTask{&job, sums.data() + worker * job.channels}; };
   const auto place = [&](int64_t b) {
-    assignment.place(b);
+    placement.place(b);
     copy_prefix(job, b, element_size);
   };
 
@@ -236,11 +242,11 @@ void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& opti
       for (int64_t b = begin; b < end; ++b) {
         const int64_t first = b * job.windows, last = first + job.windows;
         if (by_slabs) {
-          merge_by_slabs(job, assignment, task(worker), b);
+          merge_by_slabs(job, placement, task(worker), b);
           copy_prefix(job, b, element_size);
         } else {
           cpu::window_similarity(task(worker), first, last);
-          options.budget ? assignment.merge_top(b, *options.budget) : static_cast<void>(assignment.merge_similar(b));
+          options.budget ? placement.merge_top(b, *options.budget) : static_cast<void>(placement.merge_similar(b));
           place(b);
           cpu::write_windows(task(worker), first, last);
         }
@@ -253,9 +259,9 @@ void merge(const cpu::MergeJob& job, Assignment& assignment, const Options& opti
               [&](int64_t worker, int64_t begin, int64_t end) { cpu::window_similarity(task(worker), begin, end); });
   int64_t number = options.budget.value_or(job.windows);
   if (!options.budget)
-    for (int64_t b = 0; b < batch; ++b) number = std::min(number, assignment.merge_similar(b));
+    for (int64_t b = 0; b < batch; ++b) number = std::min(number, placement.merge_similar(b));
   for (int64_t b = 0; b < batch; ++b) {
-    if (options.budget || options.uniform) assignment.merge_top(b, number);
+    if (options.budget || options.uniform) placement.merge_top(b, number);
     place(b);
   }
   share_items(batch * job.windows, workers, [&](int64_t worker, int64_t begin, int64_t end) {
@@ -283,23 +289,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
   const int64_t batch = x.size(0);
   Tensor tokens = new_empty(x, {batch, job.capacity, job.channels}, x.scalar_type());
   Tensor counts = new_empty(x, {batch}, ScalarType::Int);
-  Tensor source = new_empty(x, {batch, job.length}, ScalarType::Long);
+  Tensor assignment = new_empty(x, {batch, job.length}, ScalarType::Long);
   Tensor out_sizes = new_empty(x, {batch, job.capacity}, ScalarType::Float);
 
   std::vector<float> similarity(batch * job.windows);
   std::vector<uint8_t> merged(batch * job.windows);
   job.similarity = similarity.data(), job.merged = merged.data();
-  auto* source_data = static_cast<int64_t*>(source.mutable_data_ptr());
+  auto* assignment_data = static_cast<int64_t*>(assignment.mutable_data_ptr());
   auto* counts_data = static_cast<int32_t*>(counts.mutable_data_ptr());
-  job.source = source_data, job.counts = counts_data;
+  job.assignment = assignment_data, job.counts = counts_data;
   job.tokens = tokens.mutable_data_ptr(), job.out_sizes = static_cast<float*>(out_sizes.mutable_data_ptr());
 
   job.streams = batch * job.capacity * job.channels * static_cast<int64_t>(x.element_size()) > kCachedBytes;
 
   const Options options{static_cast<float>(threshold), budget, uniform, merged_first};
-  Assignment assignment(job, options, merged.data(), source_data, counts_data);
-  merge(job, assignment, options, batch, static_cast<int64_t>(x.element_size()));
-  return {tokens, counts, source, out_sizes};
+  Placement placement(job, options, merged.data(), assignment_data, counts_data);
+  merge(job, placement, options, batch, static_cast<int64_t>(x.element_size()));
+  return {tokens, counts, assignment, out_sizes};
 }
 
 }  // namespace

@@ -132,7 +132,7 @@ void write_merged(const MergeTask& task, const WindowExtent& extent, int64_t b) 
   for_each_token(job, extent, [&](int64_t token) {
     const float weight = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
     size += weight;
-    row = job.source[b * job.length + token];
+    row = job.assignment[b * job.length + token];
     sum.add(weight, image + token * job.x_row);
   });
   const float* of_window = sum.finish();
@@ -167,7 +167,7 @@ void write_window(const MergeTask& task, int64_t item) {
   } else {
     const T* image = static_cast<const T*>(job.x) + b * job.x_batch;
     for_each_token(job, extent, [&](int64_t token) {
-      const int64_t row = job.source[b * job.length + token];
+      const int64_t row = job.assignment[b * job.length + token];
       put_bytes(out + row * job.channels, image + token * job.x_row, job.channels * sizeof(T), job.streams);
       out_sizes[row] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
     });

@@ -22,10 +22,10 @@ struct MergeJob {
   int64_t sizes_batch;
 
   // Made on the way
-  float* similarity;      // [B, windows], NaN for windows of one token
-  const uint8_t* merged;  // [B, windows]
-  const int64_t* source;  // [B, length] where each token goes
-  const int32_t* counts;  // [B]
+  float* similarity;          // [B, windows], NaN for windows of one token
+  const uint8_t* merged;      // [B, windows]
+  const int64_t* assignment;  // [B, length] where each token goes
+  const int32_t* counts;      // [B]
 
   // Results
   void* tokens;      // [B, capacity, channels]

@@ -116,21 +116,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
   p.rule = budget ? MergeRule::budget : uniform ? MergeRule::uniform : MergeRule::threshold;
   p.merged_first = merged_first;
   Tensor tokens = new_empty(x, {batch, p.capacity, x.size(2)}, x.scalar_type());
-  Tensor counts = new_empty(x, {batch}, ScalarType::Int), source = new_empty(x, {batch, length}, ScalarType::Long);
+  Tensor counts = new_empty(x, {batch}, ScalarType::Int), assignment = new_empty(x, {batch, length}, ScalarType::Long);
   Tensor out_sizes = new_empty(x, {batch, p.capacity}, ScalarType::Float);
-  if (batch == 0) return {tokens, counts, source, out_sizes};
+  if (batch == 0) return {tokens, counts, assignment, out_sizes};
   p.sizes = sizes ? data<float>(*sizes) : nullptr;
   p.size_stride = sizes ? sizes->stride(0) : 0;
   p.tokens = tokens.mutable_data_ptr();
   p.counts = mutable_data<int32_t>(counts);
-  p.source = mutable_data<int64_t>(source);
+  p.assignment = mutable_data<int64_t>(assignment);
   p.out_sizes = mutable_data<float>(out_sizes);
   with_float_type(x.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     constexpr int kVector = 16 / sizeof(T);
     aligned16(x, x.size(2)) ? launch<T, kVector>(device, x, p) : launch<T, 1>(device, x, p);
   });
-  return {tokens, counts, source, out_sizes};
+  return {tokens, counts, assignment, out_sizes};
 }
 
 }  // namespace

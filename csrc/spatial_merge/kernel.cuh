@@ -25,7 +25,7 @@ struct MergeParameters {
   const float* sizes;                             // [B, P+N], or null: ones
   void* tokens;                                   // [B, capacity, C]
   int32_t* counts;                                // [B]
-  int64_t* source;                                // [B, P+N]
+  int64_t* assignment;                            // [B, P+N]
   float* out_sizes;                               // [B, capacity]
   float* similarity;                              // [B, W]
   float* inverse;                                 // [B, W, members]: 1 / |x|
@@ -179,14 +179,14 @@ __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b
                                              const MergeTokens<T>& x, int32_t merged_row, const int32_t* row) {
   T* tokens = static_cast<T*>(p.tokens) + b * p.capacity * p.channels;
   float* out_sizes = p.out_sizes + b * p.capacity;
-  int64_t* source = p.source + b * (p.prefix + p.patches) + p.prefix;
+  int64_t* assignment = p.assignment + b * (p.prefix + p.patches) + p.prefix;
   const float* sizes = p.sizes ? p.sizes + b * p.size_stride + p.prefix : nullptr;
   const auto weight = [&](int32_t m) { return sizes ? sizes[member(p, w, m)] : 1.0f; };
   if (merged_row < 0) {
     for (int32_t m = 0; m < w.count; ++m) {
       const int32_t patch = member(p, w, m), place = row[patch];
       if (lane_id() == 0) {
-        source[patch] = place;
+        assignment[patch] = place;
         out_sizes[place] = weight(m);
       }
       const T* token = x.at(p, w, m);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b
   }
   float total = 0.0f;
   for (int32_t m = 0; m < w.count; ++m) total += weight(m);
-  for (int32_t m = lane_id(); m < w.count; m += kWarp) source[member(p, w, m)] = merged_row;
+  for (int32_t m = lane_id(); m < w.count; m += kWarp) assignment[member(p, w, m)] = merged_row;
   if (lane_id() == 0) out_sizes[merged_row] = total;
   for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V) {
     float sum[V] = {};
@@ -228,7 +228,7 @@ __device__ __forceinline__ void write_other(const MergeParameters& p, int64_t b,
     store_pack<T, V>(to + c, is_prefix ? load_pack<T, V>(from + c) : Pack<T, V>{});
   if (lane_id() != 0) return;
   p.out_sizes[b * p.capacity + place] = !is_prefix ? 0.0f : p.sizes ? p.sizes[b * p.size_stride + place] : 1.0f;
-  if (is_prefix) p.source[b * (p.prefix + p.patches) + place] = place;
+  if (is_prefix) p.assignment[b * (p.prefix + p.patches) + place] = place;
 }
 
 template <class T>

@@ -146,7 +146,7 @@ def _merge_length(shape: Shape) -> int:
 def _merge_work(shape: Shape, size: int) -> Work:
     batch, c = shape.batch * shape.images, shape.channels
     length = 1 + shape.patches
-    # Out: tokens with their padding, source int64, sizes float32, counts int32.
+    # Out: tokens with their padding, assignment int64, sizes float32, counts int32.
     written = batch * (length * c * size + length * (8 + 4) + 4)
     return Work(batch * length * c * size, written, batch * shape.patches * c * 6)  # squares, scaling, sum; mean
 
@@ -160,14 +160,15 @@ def raster_windows(shape_grid: Sequence[int], window: Sequence[int], device: tor
 
 def _canonical_merge(raw: Raw, inputs: Inputs) -> Canonical:
     """Prefix, merged windows by place, the rest by place, without padding; and which windows merged."""
-    tokens, counts, source, sizes = raw
+    tokens, counts, assignment, sizes = raw
     x, grid, window, _ = inputs.args
     members = raster_windows(grid, window, x.device)
-    merged = source[:, 1 + members[:, 0]] == source[:, 1 + members[:, -1]]  # [B, windows]
-    alone = torch.ones_like(source[:, 1:], dtype=torch.bool)
+    merged = assignment[:, 1 + members[:, 0]] == assignment[:, 1 + members[:, -1]]  # [B, windows]
+    alone = torch.ones_like(assignment[:, 1:], dtype=torch.bool)
     alone[:, members] = ~merged[..., None].expand(-1, -1, members.shape[1])
     rows = [
-        torch.cat([source[b, :1], source[b, 1 + members[merged[b], 0]], source[b, 1:][alone[b]]]) for b in range(len(x))
+        torch.cat([assignment[b, :1], assignment[b, 1 + members[merged[b], 0]], assignment[b, 1:][alone[b]]])
+        for b in range(len(x))
     ]
     return {
         "tokens": torch.cat([tokens[b, row] for b, row in enumerate(rows)]),

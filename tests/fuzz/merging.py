@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""spatial_merge. What came out must follow from the assignment (`source`) to one rounding; the assignment must be the
+"""spatial_merge. What came out must follow from the assignment to one rounding; the assignment must be the
 oracle's, but for windows whose similarity lies near the threshold or near the last one that the budget reaches."""
 
 from __future__ import annotations
@@ -113,18 +113,20 @@ def _judge(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: 
         memo["members"], memo["whole"] = oracle.window_members(case["grid"], case["window"])
         memo["contents"] = _contents(x, case["prefix"], memo["members"])
     want: oracle.Merge = memo["want"]
-    tokens, counts, source, out_sizes = answer
+    tokens, counts, assignment, out_sizes = answer
     assert tokens.dtype == x.dtype, f"tokens are {tokens.dtype}"
-    assert (counts.dtype, source.dtype, out_sizes.dtype) == (torch.int32, torch.int64, torch.float32), "dtypes"
+    assert (counts.dtype, assignment.dtype, out_sizes.dtype) == (torch.int32, torch.int64, torch.float32), "dtypes"
     assert tuple(tokens.shape) == want.tokens.shape, f"tokens have shape {tuple(tokens.shape)}"
     assert tuple(out_sizes.shape) == want.sizes.shape, f"sizes have shape {tuple(out_sizes.shape)}"
-    assert tuple(source.shape) == want.source.shape, f"source has shape {tuple(source.shape)}"
+    assert tuple(assignment.shape) == want.assignment.shape, f"assignment has shape {tuple(assignment.shape)}"
     weight = np.ones(x.shape[:2]) if sizes is None else f64(sizes)
     for b in range(len(x)):
-        _follows(f64(x[b]), weight[b], source[b].numpy(), int(counts[b]), f64(tokens[b]), f64(out_sizes[b]), x.dtype)
-    if np.array_equal(source.numpy(), want.source):
+        _follows(
+            f64(x[b]), weight[b], assignment[b].numpy(), int(counts[b]), f64(tokens[b]), f64(out_sizes[b]), x.dtype
+        )
+    if np.array_equal(assignment.numpy(), want.assignment):
         return False
-    _explained(case, arguments["threshold"], memo, source.numpy())
+    _explained(case, arguments["threshold"], memo, assignment.numpy())
     return True
 
 
@@ -134,14 +136,16 @@ def _contents(x: Tensor, prefix: int, members: list[list[int]]) -> list[list[byt
     return [[flat[b, [prefix + t for t in m]].tobytes() for m in members] for b in range(len(x))]
 
 
-def _follows(x, weight, source, count: int, tokens, sizes, dtype: torch.dtype) -> None:
+def _follows(x, weight, assignment, count: int, tokens, sizes, dtype: torch.dtype) -> None:
     """One image: rows are the weighted means of what went into them, and zero past the count."""
-    assert sorted(set(source.tolist())) == list(range(count)), f"rows {sorted(set(source.tolist()))}, count {count}"
+    assert sorted(set(assignment.tolist())) == list(range(count)), (
+        f"rows {sorted(set(assignment.tolist()))}, count {count}"
+    )
     assert (tokens[count:] == 0).all(), "tokens past counts are not zero"
     assert (sizes[count:] == 0).all(), "sizes past counts are not zero"
     info = torch.finfo(dtype)
     for row in range(count):
-        group = np.flatnonzero(source == row)
+        group = np.flatnonzero(assignment == row)
         total = weight[group].sum()
         assert abs(sizes[row] - total) <= 1e-6 * total, f"row {row}: size {sizes[row]}, must be {total}"
         if len(group) == 1:
@@ -157,12 +161,12 @@ def _follows(x, weight, source, count: int, tokens, sizes, dtype: torch.dtype) -
         assert np.array_equal(tokens[row][~finite], mean[~finite], equal_nan=True), f"row {row}: not IEEE's answer"
 
 
-def _explained(case: Case, threshold: float, memo: dict[str, Any], source: np.ndarray) -> None:
+def _explained(case: Case, threshold: float, memo: dict[str, Any], assignment: np.ndarray) -> None:
     """An assignment that is not the oracle's must be one that float32 may come to."""
     members, prefix, similarity = memo["members"], case["prefix"], _ranked(memo["want"].similarity)
     limit = float(np.float32(threshold))
     merged = []
-    for row in source:
+    for row in assignment:
         rows = [{int(row[prefix + t]) for t in m} for m in members]
         merged.append([w for w, m in enumerate(members) if len(m) > 1 and len(rows[w]) == 1])
     many = [w for w, m in enumerate(members) if len(m) > 1]
@@ -183,11 +187,11 @@ def _explained(case: Case, threshold: float, memo: dict[str, Any], source: np.nd
                 for other in set(whole) - set(own):
                     _in_order(similarity[b], memo["contents"][b], w, other, f"image {b}")
         # A merged window stands where its first token stood; or the merged ones come first, by falling similarity.
-        standing = {w: int(source[b][prefix + members[w][0]]) for w in own}
+        standing = {w: int(assignment[b][prefix + members[w][0]]) for w in own}
         by_row = np.array([-standing.get(w, 0) for w in range(len(members))], dtype=np.float64)
-        groups = oracle.output_order(members, own, by_row, prefix, source.shape[1], case["merged_first"])
+        groups = oracle.output_order(members, own, by_row, prefix, assignment.shape[1], case["merged_first"])
         for row, group in enumerate(groups):
-            assert (source[b][group] == row).all(), f"image {b}: tokens {group} must be row {row}"
+            assert (assignment[b][group] == row).all(), f"image {b}: tokens {group} must be row {row}"
         if case["merged_first"]:
             order = sorted(own, key=standing.__getitem__)
             for first, second in itertools.pairwise(order):

@@ -112,14 +112,14 @@ class Llava:
 
     def tile(self, pixels: Tensor, tower: Any, cut: int | None = None) -> list[Placeholder]:
         """The tower's features of a tile (3, H, W); patches of one token have the same."""
-        hidden, source, weights, prefix = self._run(pixels, tower)
+        hidden, assignment, weights, prefix = self._run(pixels, tower)
         strategy = getattr(self.model.config, "vision_feature_select_strategy", "default")
         cut = int(strategy == "default") if cut is None else cut
         features = self.body.multi_modal_projector(self._features_of(hidden))
         asked = weights[0] if prefix else weights.mean(0)  # (S) what CLS looks at, or what is received
         placeholders = [Placeholder(features[i], None, None) for i in range(cut, prefix)]
         number = next(self._numbers)
-        for token in source:
+        for token in assignment:
             placeholders.append(Placeholder(features[prefix + token], (number, token), float(asked[prefix + token])))
         return placeholders[max(cut - prefix, 0) :]  # without CLS a model that cuts takes a patch away
 
@@ -133,7 +133,7 @@ class Llava:
         prefix = int(hasattr(tower, "pre_layrnorm"))
         x = tower.embeddings(pixels[None])
         x = (tower.pre_layrnorm(x) if prefix else x)[0]
-        source = list(range(x.shape[0] - prefix))
+        assignment = list(range(x.shape[0] - prefix))
         hidden = [x]
         for number, layer in enumerate(tower.encoder.layers):
             attention = layer.self_attn
@@ -144,9 +144,9 @@ class Llava:
             x = x + attention.out_proj((weights @ v).transpose(0, 1).flatten(1))
             x = x + layer.mlp(layer.layer_norm2(x))
             if self.config.merge and self.config.merge_at == "tower" and number == self.config.merge_layer:
-                x, source = self._merge(x, prefix)
+                x, assignment = self._merge(x, prefix)
             hidden.append(x)
-        return hidden, source, weights.mean(0), prefix
+        return hidden, assignment, weights.mean(0), prefix
 
     def _merge(self, x: Tensor, prefix: int) -> tuple[Tensor, list[int]]:
         side, patches = math.isqrt(x.shape[0] - prefix), x[prefix:]

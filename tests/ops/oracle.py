@@ -22,7 +22,7 @@ PADDING, TEXT, VISION, QUERY = 0, 1, 2, 3
 class Merge(NamedTuple):
     tokens: np.ndarray  # (B, length, C)
     counts: np.ndarray  # (B,)
-    source: np.ndarray  # (B, P+N)
+    assignment: np.ndarray  # (B, P+N)
     sizes: np.ndarray  # (B, length)
     similarity: np.ndarray  # (B, windows), -inf for a window of one token
     merged: list  # per image: indices of the merged windows, in window order
@@ -103,7 +103,7 @@ def spatial_merge(
     out = np.zeros((batch, capacity, channels))
     out_sizes = np.zeros((batch, capacity))
     counts = np.zeros(batch, dtype=np.int64)
-    source = np.full((batch, length), -1, dtype=np.int64)
+    assignment = np.full((batch, length), -1, dtype=np.int64)
     for b in range(batch):
         for row, group in enumerate(output_order(members, chosen[b], similarity[b], prefix, length, merged_first)):
             weight = sizes_in[b, group]
@@ -113,9 +113,9 @@ def spatial_merge(
                 with np.errstate(all="ignore"):
                     out[b, row] = (weight[:, None] * x[b, group]).sum(0) / weight.sum()
             out_sizes[b, row] = weight.sum()
-            source[b, group] = row
+            assignment[b, group] = row
             counts[b] = row + 1
-    return Merge(out, counts, source, out_sizes, similarity, [sorted(c) for c in chosen])
+    return Merge(out, counts, assignment, out_sizes, similarity, [sorted(c) for c in chosen])
 
 
 def output_order(

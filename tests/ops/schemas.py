@@ -7,7 +7,7 @@ SCHEMAS = {
     "spatial_merge": (
         "mustdrop::spatial_merge(Tensor x, SymInt[] grid, int[] window, float threshold=0.8, *,"
         " SymInt? budget=None, bool uniform=False, int num_prefix_tokens=1, Tensor? sizes=None,"
-        " bool merged_first=False) -> (Tensor tokens, Tensor counts, Tensor source, Tensor sizes)"
+        " bool merged_first=False) -> (Tensor tokens, Tensor counts, Tensor assignment, Tensor sizes)"
     ),
     "cls_attention": (
         "mustdrop::cls_attention(Tensor q, Tensor k, float scale, *, Tensor? counts=None,"

@@ -41,8 +41,8 @@ def test_spatial_merge(backend, dtype, with_sizes, options):
     (grad,) = torch.autograd.grad(got.tokens, x, upstream)
     want = oracle.spatial_merge(f64(x), [4, 6], [2, 2], sizes=None if sizes is None else f64(sizes), **options)
     weight = np.ones((2, 25)) if sizes is None else f64(sizes)
-    share = weight / np.take_along_axis(want.sizes, want.source, 1)
-    exact = share[..., None] * np.take_along_axis(f64(upstream), want.source[..., None], 1)
+    share = weight / np.take_along_axis(want.sizes, want.assignment, 1)
+    exact = share[..., None] * np.take_along_axis(f64(upstream), want.assignment[..., None], 1)
     assert grad.dtype == dtype
     assert grad.shape == x.shape
     eps = torch.finfo(dtype).eps
@@ -56,16 +56,16 @@ def test_spatial_merge_finite_differences(backend):
 
     def loss(v):
         got = backend.spatial_merge(v, [4, 6], [2, 2])
-        return (got.tokens * weights[:, : got.tokens.shape[1]]).sum(), got.source
+        return (got.tokens * weights[:, : got.tokens.shape[1]]).sum(), got.assignment
 
-    value, source = loss(x)
+    value, assignment = loss(x)
     (grad,) = torch.autograd.grad(value, x)
     for seed in range(5):
         direction = normal(x.shape, seed, device=backend.device)
         step = 1e-3
         (above, s1), (below, s2) = loss(x.detach() + step * direction), loss(x.detach() - step * direction)
-        assert torch.equal(s1, source)
-        assert torch.equal(s2, source)
+        assert torch.equal(s1, assignment)
+        assert torch.equal(s2, assignment)
         slope = (above.double() - below.double()) / (2 * step)
         torch.testing.assert_close(slope, (grad * direction).double().sum(), rtol=2e-2, atol=2e-2)
 

@@ -42,16 +42,16 @@ def test_merge(backend, case):
     )
     length = case["N_out"] + 1
     assert got.counts.tolist() == [length] * case["B"]
-    assert got.source.tolist() == data("source_row").tolist()
+    assert got.assignment.tolist() == data("source_row").tolist()
     np.testing.assert_array_equal(f64(got.sizes)[:, :length], f64(data("size"))[..., 0])
     np.testing.assert_allclose(f64(got.tokens)[:, :length], f64(data("merged")), rtol=1e-5, atol=1e-6)
     # Merged windows in their order: the row after the prefix that their bottom-right token went to.
     for b in range(case["B"]):
-        rows = got.source[b].cpu()[1 + data("dst_idx")[b].long()]
+        rows = got.assignment[b].cpu()[1 + data("dst_idx")[b].long()]
         assert rows.tolist() == list(range(1, 1 + case["r"]))
     # The same windows with the number given instead of the threshold.
     fixed = backend.spatial_merge(data("x").to(backend.device), grid, window, budget=case["r"], merged_first=True)
-    assert fixed.source.tolist() == data("source_row").tolist()
+    assert fixed.assignment.tolist() == data("source_row").tolist()
     assert fixed.tokens.shape[1] == length
 
 

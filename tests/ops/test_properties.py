@@ -67,11 +67,11 @@ def test_merge(backend, data, seed, dtype):
     want = oracle.spatial_merge(f64(x), grid, window, threshold, num_prefix_tokens=prefix)
 
     members, _ = oracle.window_members(grid, window)
-    source = got.source.cpu().numpy()
+    assignment = got.assignment.cpu().numpy()
     differ, near = set(), set()
     for b in range(batch):
         for w, tokens in enumerate(members):
-            merged = len(tokens) > 1 and len({source[b, prefix + t] for t in tokens}) == 1
+            merged = len(tokens) > 1 and len({assignment[b, prefix + t] for t in tokens}) == 1
             gap = abs(want.similarity[b, w] - float(np.float32(threshold)))
             if gap <= NEAR * max(abs(threshold), 1e-2):
                 near.add((b, w))
@@ -80,8 +80,8 @@ def test_merge(backend, data, seed, dtype):
     assert_only_near(differ, near, batch * len(members))
     sizes, counts = f64(got.sizes), got.counts.tolist()
     for b in range(batch):
-        assert sorted(set(source[b])) == list(range(counts[b])), "every row comes from somewhere"
-        np.testing.assert_array_equal(sizes[b], np.bincount(source[b], minlength=sizes.shape[1]))
+        assert sorted(set(assignment[b])) == list(range(counts[b])), "every row comes from somewhere"
+        np.testing.assert_array_equal(sizes[b], np.bincount(assignment[b], minlength=sizes.shape[1]))
         # Nothing is lost: the sizes weigh the tokens to the sum of the input.
         weighed = (f64(got.tokens)[b] * sizes[b][:, None]).sum(0)
         slack = 2 * torch.finfo(dtype).eps * np.abs(f64(x)[b]).sum()

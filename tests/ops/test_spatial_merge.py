@@ -22,14 +22,14 @@ def check(backend, x, grid, window, **options) -> oracle.Merge:
     assert watch.nothing_changed()
     numbers = {**options, "sizes": None if sizes is None else f64(sizes)}
     want = oracle.spatial_merge(f64(x), grid, window, **numbers)
-    tokens, counts, source, out_sizes = got
+    tokens, counts, assignment, out_sizes = got
 
     assert tokens.dtype == x.dtype
-    assert (counts.dtype, source.dtype, out_sizes.dtype) == (torch.int32, torch.int64, torch.float32)
+    assert (counts.dtype, assignment.dtype, out_sizes.dtype) == (torch.int32, torch.int64, torch.float32)
     assert all(t.device == x.device for t in got)
     assert tuple(tokens.shape) == want.tokens.shape
     assert counts.cpu().tolist() == want.counts.tolist()
-    assert source.cpu().tolist() == want.source.tolist()
+    assert assignment.cpu().tolist() == want.assignment.tolist()
     np.testing.assert_allclose(f64(out_sizes), want.sizes, rtol=1e-6, atol=0)
     check_rows(tokens, x, want, None if sizes is None else f64(sizes))
     return want
@@ -40,7 +40,7 @@ def check_rows(tokens, x, want: oracle.Merge, sizes) -> None:
     length = x.shape[1]
     weight = np.ones((len(x), length)) if sizes is None else sizes
     for b in range(len(x)):
-        row = want.source[b]
+        row = want.assignment[b]
         alone = np.bincount(row, minlength=tokens.shape[1])[row] == 1
         kept = torch.from_numpy(np.flatnonzero(alone)).to(x.device)
         target = torch.from_numpy(row[alone]).to(x.device)
@@ -186,9 +186,11 @@ def test_all_sizes_zero(backend):
     """The quotient of a window of size zero is what IEEE gives; its neighbours are untouched."""
     x = pictures(1, [2, 4], [2, 2], 6, prefix=0, device=backend.device)
     sizes = torch.tensor([[0.0, 0.0, 1, 1, 0.0, 0.0, 1, 1]], device=backend.device)
-    tokens, counts, source, out_sizes = backend.spatial_merge(x, [2, 4], [2, 2], -1.0, num_prefix_tokens=0, sizes=sizes)
+    tokens, counts, assignment, out_sizes = backend.spatial_merge(
+        x, [2, 4], [2, 2], -1.0, num_prefix_tokens=0, sizes=sizes
+    )
     assert counts.tolist() == [2]
-    assert source.tolist() == [[0, 0, 1, 1, 0, 0, 1, 1]]
+    assert assignment.tolist() == [[0, 0, 1, 1, 0, 0, 1, 1]]
     assert out_sizes[0, :2].tolist() == [0.0, 4.0]
     assert tokens[0, 0].isnan().all()
     torch.testing.assert_close(tokens[0, 1], x[0, [2, 3, 6, 7]].mean(0), rtol=1e-5, atol=1e-6)
@@ -254,8 +256,8 @@ def test_nan_never_merges_by_threshold(backend, where):
     x[0, where, 3] = math.nan
     got = backend.spatial_merge(x, [4, 6], [2, 2], -2.0)
     assert got.counts.tolist() == [25 - 3 * 5], "five of six windows merge"
-    row = int(got.source[0, where])
-    assert (got.source[0] == row).sum() == 1
+    row = int(got.assignment[0, where])
+    assert (got.assignment[0] == row).sum() == 1
     assert same_bits(got.tokens[0, row], x[0, where])
     assert int(got.tokens.isnan().sum()) == 1
 
@@ -265,9 +267,9 @@ def test_nan_ranks_lowest(backend, merged_first):
     x = pictures(2, [4, 6], [2, 2], 8, seed=8, device=backend.device)
     x[0, 1] = math.nan
     got = backend.spatial_merge(x, [4, 6], [2, 2], budget=5, merged_first=merged_first)
-    assert len(set(got.source[0, [1, 2, 7, 8]].tolist())) == 4, "the window with NaN is the one that stays"
+    assert len(set(got.assignment[0, [1, 2, 7, 8]].tolist())) == 4, "the window with NaN is the one that stays"
     everything = backend.spatial_merge(x, [4, 6], [2, 2], budget=6, merged_first=merged_first)
-    row = int(everything.source[0, 1])
+    row = int(everything.assignment[0, 1])
     assert everything.tokens[0, row].isnan().all()
     assert row == (6 if merged_first else 1)
     uniform = backend.spatial_merge(x, [4, 6], [2, 2], -2.0, uniform=True, merged_first=merged_first)

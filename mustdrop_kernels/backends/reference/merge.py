@@ -91,7 +91,7 @@ def spatial_merge(
         row = torch.where(goes, prefix + rank[:, window_of], alone)
     else:
         row = (prefix + stands.cumsum(-1) - 1).gather(1, head)
-    source = torch.cat([torch.arange(prefix, device=x.device).expand(batch, -1), row], 1)
+    assignment = torch.cat([torch.arange(prefix, device=x.device).expand(batch, -1), row], 1)
 
     capacity = length if budget is None else length - budget * (prod(window) - 1)
     weight = torch.ones(batch, length, device=x.device) if sizes is None else sizes
@@ -99,7 +99,7 @@ def spatial_merge(
     tokens = x.new_zeros(batch, capacity + 1, channels)
     out_sizes = weight.new_zeros(batch, capacity + 1)
     single = torch.cat([goes.new_ones(batch, prefix), ~goes], 1)  # [B, P+N]
-    target = torch.where(single, source, capacity)
+    target = torch.where(single, assignment, capacity)
     tokens.scatter_(1, target[..., None].expand(-1, -1, channels), x)
     out_sizes.scatter_(1, target, weight)
 
@@ -108,11 +108,11 @@ def spatial_merge(
     member = torch.where(present[..., None], x[:, inside].float(), 0.0)
     total = member_weight.sum(-1)  # [B, W]
     mean = (member_weight[..., None] * member).sum(-2) / total[..., None]
-    target = torch.where(merged, source[:, prefix + members[:, 0]], capacity)  # [B, W]
+    target = torch.where(merged, assignment[:, prefix + members[:, 0]], capacity)  # [B, W]
     tokens.scatter_(1, target[..., None].expand(-1, -1, channels), mean.to(x.dtype))
     out_sizes.scatter_(1, target, total)
     # The prefix, every token that stays alone and every merged window.
     counts = prefix + stands.sum(-1)
     beyond = torch.arange(capacity, device=x.device) >= counts[:, None]
     tokens = tokens[:, :capacity].masked_fill(beyond[..., None], 0.0)
-    return tokens, counts.int(), source, out_sizes[:, :capacity].masked_fill(beyond, 0.0)
+    return tokens, counts.int(), assignment, out_sizes[:, :capacity].masked_fill(beyond, 0.0)

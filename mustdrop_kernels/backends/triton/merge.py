@@ -115,7 +115,7 @@ def _plan_kernel(
     similarity,  # [B, windows] float32
     rank,  # [B, windows] int32, or None where the threshold alone decides
     freed,  # [B, windows] int32: how many rows the merged windows before this one save; -1: it does not merge
-    source,  # [B, P+N] int64
+    assignment,  # [B, P+N] int64
     counts,  # [B] int32
     threshold,
     T, H, W,
@@ -158,9 +158,9 @@ def _plan_kernel(
     tl.store(counts + b, prefix + patches - saved)
     tl.debug_barrier()  # other threads of this program read freed
 
-    source += b * (prefix + patches)
+    assignment += b * (prefix + patches)
     for p in range(0, prefix):
-        tl.store(source + p, p)
+        tl.store(assignment + p, p)
     placed = prefix + merges if MERGED_FIRST else prefix  # the row of the next token that gets a row by its place
     for start in range(0, patches, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -172,14 +172,14 @@ def _plan_kernel(
             placing = (~goes & (i < patches)).to(tl.int32)
             row = placed + tl.cumsum(placing) - placing
             first = tl.load(rank + b * windows + w, mask=goes & (i < patches), other=0)
-            tl.store(source + prefix + i, tl.where(goes, prefix + first, row).to(tl.int64), mask=i < patches)
+            tl.store(assignment + prefix + i, tl.where(goes, prefix + first, row).to(tl.int64), mask=i < patches)
         else:
             placing = ((~goes | (head == i)) & (i < patches)).to(tl.int32)
             row = placed + tl.cumsum(placing) - placing
-            tl.store(source + prefix + i, row.to(tl.int64), mask=placing == 1)
+            tl.store(assignment + prefix + i, row.to(tl.int64), mask=placing == 1)
         placed += tl.sum(placing)
     if not MERGED_FIRST:
-        tl.debug_barrier()  # other threads of this program read source
+        tl.debug_barrier()  # other threads of this program read assignment
         for start in range(0, patches, BLOCK):
             i = start + tl.arange(0, BLOCK)
             z, y, x = i // (H * W) // t, i // W % H // h, i % W // v
@@ -187,14 +187,14 @@ def _plan_kernel(
             head = (z * t * H + y * h) * W + x * v
             goes = tl.load(freed + b * windows + w, mask=i < patches, other=-1) >= 0
             follows = goes & (head != i) & (i < patches)
-            tl.store(source + prefix + i, tl.load(source + prefix + head, mask=follows, other=0), mask=follows)
+            tl.store(assignment + prefix + i, tl.load(assignment + prefix + head, mask=follows, other=0), mask=follows)
 
 
 @triton.jit(do_not_specialize=["T", "H", "W", "windows", "prefix", "capacity"])
 def _write_kernel(
     x,  # [B, P+N, C]
     sizes,  # [B, P+N] float32, or None: ones
-    source,  # [B, P+N] int64
+    assignment,  # [B, P+N] int64
     freed,  # [B, windows] int32
     tokens,  # [B, capacity, C]
     out_sizes,  # [B, capacity] float32
@@ -219,7 +219,7 @@ def _write_kernel(
     b = (pid // column_tiles // (windows + 1)).to(tl.int64)
     length = prefix + T * H * W
     x += b * x_batch
-    source += b * length
+    assignment += b * length
     tokens += b * capacity * C
     out_sizes += b * capacity
 
@@ -240,7 +240,7 @@ def _write_kernel(
         size = present.to(tl.float32)
         if sizes is not None:
             size = tl.load(sizes + b * sizes_batch + prefix + patch, mask=present, other=0.0)
-        row = tl.load(source + prefix + patch, mask=present, other=0)  # [MEMBERS] int64
+        row = tl.load(assignment + prefix + patch, mask=present, other=0)  # [MEMBERS] int64
         mask = present[:, None] & (column < C)
         value = tl.load(x + (prefix + patch).to(tl.int64)[:, None] * x_token + column, mask=mask, other=0.0)
         saved = tl.load(freed + b * windows + w)
@@ -347,7 +347,7 @@ def spatial_merge(
         plan = _plans.add(key, made)
     tokens = x.new_empty(plan.batch, plan.capacity, plan.channels)
     counts = x.new_empty(plan.batch, dtype=torch.int32)
-    source = x.new_empty(plan.batch, plan.length, dtype=torch.int64)
+    assignment = x.new_empty(plan.batch, plan.length, dtype=torch.int64)
     out_sizes = x.new_empty(plan.batch, plan.capacity, dtype=torch.float32)
     similarity = x.new_empty(plan.batch, plan.windows, dtype=torch.float32)
     freed = x.new_empty(plan.batch, plan.windows, dtype=torch.int32)
@@ -356,6 +356,6 @@ def spatial_merge(
     plan.similarity(x, similarity)
     if plan.ranks:
         plan.rank(similarity, rank)
-    plan.plan(similarity, rank, freed, source, counts)
-    plan.write(x, sizes, source, freed, tokens, out_sizes)
-    return tokens, counts, source, out_sizes
+    plan.plan(similarity, rank, freed, assignment, counts)
+    plan.write(x, sizes, assignment, freed, tokens, out_sizes)
+    return tokens, counts, assignment, out_sizes

@@ -35,7 +35,7 @@ class Merging(OtherStage):
         super().__init__(*args)
         self.budget = budget
         self._key: Tensor | None = None
-        self._sizes = self._source = torch.empty(0)
+        self._sizes = self._assignment = torch.empty(0)
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Adds the hooks."""
@@ -64,7 +64,7 @@ class Merging(OtherStage):
             hidden = hidden_of(output)
             if not self._sizes.numel():
                 self._sizes = torch.ones(hidden.shape[:2], device=hidden.device)
-                self._source = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
+                self._assignment = torch.arange(hidden.shape[1], device=hidden.device).expand(len(hidden), -1)
                 self._patches = hidden.shape[1] - 1
             target = round(self._patches * (self.budget / self._patches) ** ((number + 1) / self.depth))
             key = self._key
@@ -96,13 +96,13 @@ class Merging(OtherStage):
             return (sums.scatter_add(1, rank[..., None].expand_as(x), x.float() * size) / total).to(x.dtype)
 
         hidden, key = mean(hidden), mean(key)
-        self._sizes, self._source = total[..., 0], rank.gather(1, self._source)
+        self._sizes, self._assignment = total[..., 0], rank.gather(1, self._assignment)
         return hidden, key
 
     def layout(self) -> tuple[Tensor, Tensor]:
         """A token takes the place of its first patch."""
-        source = self._source[:, 1:] - 1  # without CLS
-        patch = torch.arange(source.shape[1], device=source.device).expand_as(source)
-        slot = torch.full_like(source[:, : self._sizes.shape[1] - 1], source.shape[1])
-        slot = slot.scatter_reduce(1, source, patch, "amin")
-        return slot, slot.gather(1, source)
+        assignment = self._assignment[:, 1:] - 1  # without CLS
+        patch = torch.arange(assignment.shape[1], device=assignment.device).expand_as(assignment)
+        slot = torch.full_like(assignment[:, : self._sizes.shape[1] - 1], assignment.shape[1])
+        slot = slot.scatter_reduce(1, assignment, patch, "amin")
+        return slot, slot.gather(1, assignment)

@@ -67,11 +67,11 @@ def merge_features(
             num_prefix_tokens=0,
             backend=config.backend,
         )
-        source = merged.source[0]  # (n) token of each placeholder of the view
+        assignment = merged.assignment[0]  # (n) token of each placeholder of the view
         order = torch.arange(len(places), device=places.device)
-        first = torch.full_like(order, len(places)).scatter_reduce(0, source, order, "amin")
-        token = token.index_copy(0, places, places[first[source]])
-        features = features.index_copy(0, places, merged.tokens[0][source].to(features))
+        first = torch.full_like(order, len(places)).scatter_reduce(0, assignment, order, "amin")
+        token = token.index_copy(0, places, places[first[assignment]])
+        features = features.index_copy(0, places, merged.tokens[0][assignment].to(features))
     return features, token
 
 

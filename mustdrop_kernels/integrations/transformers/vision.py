@@ -40,7 +40,7 @@ class Run:
     lead: int = 0  # features of a tile before those of its patches
     counts: Tensor | None = None  # (tiles) tokens of each tile with CLS; None: not merged
     lengths: Sequence[int] = ()  # counts on the host
-    source: Tensor | None = None  # (tiles, prefix+n) token that each patch went into
+    assignment: Tensor | None = None  # (tiles, prefix+n) token that each patch went into
     mask: Tensor | None = None  # where the tiles' lengths differ
     importance: list[Tensor] = dataclasses.field(default_factory=list)  # (tiles, S) float32, without CLS
 
@@ -130,7 +130,7 @@ class VisionStage:
             merged = stages.merge_vision_tokens(
                 hidden_of(output).contiguous(), run.grid, self.config, num_prefix_tokens=run.tower.prefix
             )
-            tokens, run.counts, run.source = merged.tokens, merged.counts, merged.source
+            tokens, run.counts, run.assignment = merged.tokens, merged.counts, merged.assignment
             if self.config.merge_budget is not None:
                 run.lengths = [tokens.shape[1]] * tokens.shape[0]
             else:  # waits for the device: the length of the next layers
@@ -164,7 +164,7 @@ class VisionStage:
     def _spread(self, module: nn.Module, args: Any, features: Tensor) -> Tensor | None:
         """Features (tiles, S, C) of the tokens -> (tiles, lead + n, C) of the patches that they stand for."""
         run = self._run
-        if run is None or run.tower is None or run.source is None:
+        if run is None or run.tower is None or run.assignment is None:
             return None
         lead = features.shape[1] - (max(run.lengths) - run.tower.prefix)
         if lead not in (0, run.tower.prefix):
@@ -182,12 +182,12 @@ class VisionStage:
         Published positions number the tokens, so placeholders 0, 1, 2, ... take them.
         """
         assert run.tower is not None
-        assert run.source is not None
-        source = run.source[:, run.tower.prefix :] - run.tower.prefix
+        assert run.assignment is not None
+        assignment = run.assignment[:, run.tower.prefix :] - run.tower.prefix
         if self.config.positions == "original":
-            return source
-        place = torch.arange(source.shape[1], device=source.device)
-        return place.clamp(max=max(run.lengths) - run.tower.prefix - 1).expand_as(source)
+            return assignment
+        place = torch.arange(assignment.shape[1], device=assignment.device)
+        return place.clamp(max=max(run.lengths) - run.tower.prefix - 1).expand_as(assignment)
 
     # Behind the tower
 
@@ -226,9 +226,9 @@ class VisionStage:
         A subclass with another first stage overrides it. Features stand at the placeholders already: the projector's
         output can be brought to them by a hook, since a model takes no other number of them.
         """
-        if run.source is None:
+        if run.assignment is None:
             return [alone(length, device) for length in lengths]
-        highest = len(run.source) * max(run.lengths)
+        highest = len(run.assignment) * max(run.lengths)
         return self._published(run) or [shared(image, highest) for image in carry(self._numbers(run))]
 
     def _merge_features(
@@ -257,14 +257,16 @@ class VisionStage:
         if self.config.positions == "original":
             return None
         assert run.tower is not None
-        assert run.source is not None
-        source = run.source[:, run.tower.prefix :] - run.tower.prefix
-        place = torch.arange(source.shape[1], device=source.device)
-        return [(token, place < length - run.tower.prefix) for token, length in zip(source, run.lengths, strict=True)]
+        assert run.assignment is not None
+        assignment = run.assignment[:, run.tower.prefix :] - run.tower.prefix
+        place = torch.arange(assignment.shape[1], device=assignment.device)
+        return [
+            (token, place < length - run.tower.prefix) for token, length in zip(assignment, run.lengths, strict=True)
+        ]
 
     def _importance(self, run: Run, shape: tuple[int, int]) -> Tensor:  # (tiles, lead + n) float32
         """At each patch that of its token; 0 before the patches."""
         found = torch.cat([part.flatten() for part in run.importance]).view(shape[0], -1)
-        if run.source is not None:
+        if run.assignment is not None:
             found = found.gather(1, self._token_of_patch(run))
         return nn.functional.pad(found, (shape[1] - found.shape[1], 0))

@@ -20,7 +20,7 @@ EMPTY, TOKEN, KEY = 0, 1, 2
 class Tile(NamedTuple):
     """What the tower has made of N patches: S tokens."""
 
-    source: Tensor  # (N) int64, token that each patch went into
+    assignment: Tensor  # (N) int64, token that each patch went into
     features: Tensor  # (S, C)
     importance: Tensor | None = None  # (S) float32, what CLS looks at; None: nobody asks for key tokens
 
@@ -47,7 +47,7 @@ class VisionStage:
                 "whose features are taken"
             )
         self._grid, self._config, self._key_layer, self._ranks = grid, config, key_layer, ranks
-        self._source: Tensor | None = None  # (B, N) token that each patch went into, of the run that is on
+        self._assignment: Tensor | None = None  # (B, N) token that each patch went into, of the run that is on
         if config.merge:
             layers[config.merge_layer].register_forward_hook(self._merge)
 
@@ -63,17 +63,17 @@ class VisionStage:
         if self._ranks is not None:  # ranks may have added in different orders, and all have to merge the same windows
             output = self._ranks.broadcast(output.contiguous())
         merged = stages.merge_vision_tokens(output, self._grid, self._config)
-        self._source = merged.source[:, 1:] - 1
+        self._assignment = merged.assignment[:, 1:] - 1
         # By threshold: a wait for the device, to learn how long this tile is.
         return merged.tokens if self._config.merge_budget is not None else merged.tokens[:, : int(merged.counts)]
 
     def _tiles(self, features: Tensor) -> list[Tile]:  # (B, S, C)
-        source, self._source = self._source, None
+        assignment, self._assignment = self._assignment, None
         batch, tokens, _ = features.shape
-        if source is None:
-            source = torch.arange(tokens, device=features.device).expand(batch, -1)
+        if assignment is None:
+            assignment = torch.arange(tokens, device=features.device).expand(batch, -1)
         importance = [None] * batch if self._key_layer is None else self._key_layer.take()
-        return [Tile(*tile) for tile in zip(source, features, importance, strict=True)]
+        return [Tile(*tile) for tile in zip(assignment, features, importance, strict=True)]
 
 
 def place(
@@ -89,7 +89,7 @@ def place(
     """
     features = torch.cat([tile.features for tile in tiles])
     begins = itertools.accumulate((len(tile.features) for tile in tiles), initial=0)
-    token = torch.cat([tile.source + begin for tile, begin in zip(tiles, begins, strict=False)])
+    token = torch.cat([tile.assignment + begin for tile, begin in zip(tiles, begins, strict=False)])
     if shown is not None:
         shown = shown.to(token.device)
         token = torch.where(shown < 0, len(features), token[shown])  # the ends of rows are one token more

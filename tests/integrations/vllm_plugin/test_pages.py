@@ -52,7 +52,7 @@ def merged_tile(patches):
     layer = torch.nn.Identity()
     stage = VisionStage([layer], (2, 4), NO_KEYS)
     (tile,) = stage.encode(lambda pixels: layer(pixels)[:, 1:], patches[None])
-    assert tile.source.tolist() == [0, 1, 2, 2, 3, 4, 2, 2]
+    assert tile.assignment.tolist() == [0, 1, 2, 2, 3, 4, 2, 2]
     return tile
 
 
