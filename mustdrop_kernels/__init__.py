@@ -2,68 +2,41 @@
 """Fused kernels that drop vision tokens over their whole life in a multimodal model (MustDrop, arXiv 2411.10803).
 
 ``torch.ops.mustdrop.*`` are the operators; the functions here are the same with documentation, named results and a
-choice of backend. Importing this package loads the operator libraries and nothing else: no device is touched, nothing
-is compiled, no environment is changed.
+choice of backend. ``MustDropConfig`` and ``drop_tokens`` apply them to a Hugging Face model. Importing this package
+loads the operator libraries and nothing else: no device is touched, nothing is compiled, no environment is changed.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from . import _load
 
 _load.load_all()
 
-from . import backends  # noqa: E402
+from . import backends, ops  # noqa: E402
 from .backends import register_backend, use_backend  # noqa: E402
-from .ops import (  # noqa: E402
-    ScoredSelection,
-    Scores,
-    Selection,
-    SpatialMerge,
-    TokenType,
-    cls_attention,
-    compact_kv_,
-    compact_paged_kv_,
-    dual_attention_select,
-    gather_tokens,
-    select_dual,
-    select_topk,
-    spatial_merge,
-    text_vision_attention,
-    text_vision_scores,
-    text_vision_scores_paged,
-    text_vision_scores_varlen,
-    topk_attention_select,
-)
+from .config import MustDropConfig  # noqa: E402
+from .ops import *  # noqa: E402, F403
+
+if TYPE_CHECKING:
+    from .integrations.transformers import drop_tokens
 
 if _load.core.loaded:
-    from . import autograd, fakes
-
-    fakes.register()
+    ops.contract.register_fakes()
     backends.serve_dispatcher()
-    autograd.register()
+    ops.autograd.register()
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "ScoredSelection",
-    "Scores",
-    "Selection",
-    "SpatialMerge",
-    "TokenType",
-    "backends",
-    "cls_attention",
-    "compact_kv_",
-    "compact_paged_kv_",
-    "dual_attention_select",
-    "gather_tokens",
-    "register_backend",
-    "select_dual",
-    "select_topk",
-    "spatial_merge",
-    "text_vision_attention",
-    "text_vision_scores",
-    "text_vision_scores_paged",
-    "text_vision_scores_varlen",
-    "topk_attention_select",
-    "use_backend",
-]
+__all__ = ["MustDropConfig", "backends", "drop_tokens", "register_backend", "use_backend"]
+__all__ += [name for name in ops.__all__ if name != "OPS"]
+
+
+def __getattr__(name: str) -> Any:
+    """``drop_tokens`` imports transformers, so it is loaded at its first use."""
+    if name == "drop_tokens":
+        from .integrations.transformers import drop_tokens
+
+        return drop_tokens
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
+from mustdrop_kernels.ops import registry
 
 THREADS, ROUNDS = 8, 12
 IN_PLACE = ("compact_kv_", "compact_paged_kv_")
@@ -104,7 +105,7 @@ def players() -> list[tuple[str, str]]:
 
 @pytest.fixture
 def with_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     if not torch.cuda.is_available() and cuda_emulation.why_not() is None:
         backends.register_backend(cuda_emulation.emulated())
         backends.register_backend(nvrtc.emulated())
@@ -153,9 +154,9 @@ def test_each_thread_has_its_own_choice_of_backend() -> None:
         name = ("cpu", "reference")[i % 2]
         for _ in range(200):
             with backends.use_backend(name):
-                if backends._chosen.get() != name:
+                if registry._chosen.get() != name:
                     return False
-        return backends._chosen.get() is None
+        return registry._chosen.get() is None
 
     assert all(at_once(work))
 

@@ -25,6 +25,7 @@ import mustdrop_kernels as mk
 from mustdrop_kernels import _load, backends, cli
 from mustdrop_kernels.integrations.transformers import drop_tokens
 from mustdrop_kernels.integrations.vllm import settings
+from mustdrop_kernels.ops import registry
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -92,7 +93,7 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     if "jax" in (DOCS / page).read_text():
         pytest.importorskip("jax")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     space: dict[str, Any] = {}
     if page == "engines.md" and find_spec("vllm") is None:
         monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=_plan_of_an_engine))

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether strided views share memory: exact, on plain numbers. mustdrop_kernels/overlap.py is the same in Python.
+// Whether strided views share memory: exact, on plain numbers. mustdrop_kernels/ops/overlap.py is the same in Python.
 #pragma once
 
 #include <algorithm>

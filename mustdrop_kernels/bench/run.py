@@ -103,8 +103,9 @@ def backend_call(
 
 
 def default_backends(device_type: str) -> tuple[str, ...]:
-    """The backend that serves the device, else the reference."""
-    return (backends.serving(device_type) or "reference",)
+    """The backends that serve the device, else the reference."""
+    found = (backends.serving(op, device_type) for op in backends.OPS)
+    return tuple(dict.fromkeys(name for name in found if name)) or ("reference",)
 
 
 def plan(options: Options) -> Iterator[Case]:

@@ -146,23 +146,28 @@ def _config(wish: Wish) -> MustDropConfig:
 
 
 def _device(config: MustDropConfig) -> str:
-    """The GPU where somebody serves it, else the CPU."""
+    """The GPU where a backend serves it, else the CPU."""
     import torch
 
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     reasons = {}
     for device in devices:
-        name = config.backend or backends.serving(device)
-        if name is None:
-            reasons[device] = "nobody serves the operators (`mustdrop doctor` says why)"
-            continue
-        refused = {backends.get(name).why_not(op, device) for op in backends.OPS} - {None}
-        if not refused:
+        refused = next(filter(None, (_refused(op, device, config.backend) for op in backends.OPS)), None)
+        if refused is None:
             return device
-        reasons[device] = f"{name}: {refused.pop()}"
+        reasons[device] = refused
     told = "; ".join(f"on {device} {reason}" for device, reason in reasons.items())
     hint = "" if config.backend else "; --backend reference runs without the library"
     raise Refusal(f"{told}{hint}")
+
+
+def _refused(op: str, device: str, backend: str | None) -> str | None:
+    """Why an operator does not run on a device, None where it does."""
+    name = backend or backends.serving(op, device)
+    if name is None:
+        return f"no backend serves {op} (`mustdrop doctor` gives the reasons)"
+    reason = backends.get(name).why_not(op, device)
+    return f"{name}: {reason}" if reason else None
 
 
 def _make_folder(folder: Path) -> None:

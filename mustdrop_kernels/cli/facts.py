@@ -158,25 +158,14 @@ def absent(device: str) -> str | None:
 
 
 def operators() -> list[dict[str, Any]]:
-    """Who serves each operator on each device, and for each backend why it does not."""
+    """The backend that serves each operator on each device, and the reason of each backend that does not."""
     rows = []
     for device in backends.ORDER:
         for op in backends.OPS:
-            served_by = attempt(partial(_served_by, op, device))
+            served_by = backends.serving(op, device)
             reasons = {name: _why_not(name, op, device, served_by) for name in backends.registered()}
             rows.append({"op": op, "device": device, "served_by": served_by, "why_not": reasons})
     return rows
-
-
-def _served_by(op: str, device: str) -> str | None:
-    """Who is behind torch.ops.mustdrop.<op> on a device."""
-    name = backends.serving(device)
-    if name is not None or os.environ.get("MUSTDROP_BACKEND"):
-        return name
-    # Nobody serves all operators; a compiled backend is behind those that it has.
-    compiled = (backends.registered().get(name) for name in backends.ORDER[device])
-    served = (b.name for b in compiled if b is not None and b.in_dispatcher and b.why_not(op, device) is None)
-    return next(served, None)
 
 
 def _why_not(name: str, op: str, device: str, served_by: str | None) -> str | None:
@@ -190,7 +179,7 @@ def _why_not(name: str, op: str, device: str, served_by: str | None) -> str | No
         return f"could serve; MUSTDROP_BACKEND={os.environ['MUSTDROP_BACKEND']} chooses another"
     if name not in backends.ORDER[device]:
         return f"serves only when asked for (backend={name!r} or MUSTDROP_BACKEND={name})"
-    return f"could serve; {served_by} comes first" if served_by else "could serve, but not all operators"
+    return f"could serve; {served_by} comes first"
 
 
 def _own_version() -> str:

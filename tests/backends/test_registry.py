@@ -14,6 +14,7 @@ import torch
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
+from mustdrop_kernels.ops import registry
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -43,7 +44,7 @@ class Recorder:
 
 @pytest.fixture
 def recorder(monkeypatch) -> Recorder:
-    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     third_party = Recorder()
     mk.register_backend(third_party.backend)
     return third_party
@@ -180,7 +181,7 @@ for call in (torch.ops.mustdrop.gather_tokens, mk.gather_tokens):
 sys.setprofile(None)
 explicit = mk.gather_tokens(x, keep, counts, backend="reference")
 assert torch.equal(explicit, x[:, [1, 4, 5]])
-print(backends.serving("cpu"), any("reference" in f for f in files), *outcomes, sep="|")
+print(backends.serving("gather_tokens", "cpu"), any("reference" in f for f in files), *outcomes, sep="|")
 """
 
 

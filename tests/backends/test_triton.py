@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,9 +27,15 @@ needs_interpreter = pytest.mark.skipif(
 # ---------------------------------------------------------------------------------------------- when it serves
 
 
+LAUNCHERS = [path.read_text() for path in (Path(__file__).parents[2] / "csrc").glob("*/cuda.cu")]
+
+
 def test_registered_and_complete():
+    assert LAUNCHERS
     registered = backends.registered()["triton"]
-    assert set(backend.MODULES) == set(backends.OPS)
+    with_launcher = {op for op in backends.OPS for text in LAUNCHERS if f'm.impl("{op}"' in text}
+    without_kernel = {op for op in backends.OPS if registered.why_not(op, "cuda") == "there is no Triton kernel for it"}
+    assert not with_launcher & without_kernel, "a GPU without the CUDA library has no fewer operators"
     for op in backends.OPS:
         assert callable(registered.implementation(op))
         for device in ("cpu", "cuda", "xpu"):

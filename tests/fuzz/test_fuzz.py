@@ -11,7 +11,7 @@ import os
 import cuda_emulation
 import pytest
 
-from mustdrop_kernels import backends
+from mustdrop_kernels.ops import registry
 
 from .families import FAMILIES
 from .hunt import hunt
@@ -23,7 +23,7 @@ SEED = int(os.environ.get("MUSTDROP_FUZZ_SEED", "1"))
 
 @pytest.mark.parametrize("op", FAMILIES)
 def test_everybody_agrees_with_the_oracle(op, monkeypatch):
-    monkeypatch.setattr(backends, "_registered", dict(backends._registered))  # the emulation registers itself
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # the emulation registers itself
     players = [Here("cpu"), Here("reference")]
     if cuda_emulation.why_not() is None:
         players.append(Here(cuda_emulation.NAME, share=0.05))

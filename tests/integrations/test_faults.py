@@ -22,6 +22,7 @@ import mustdrop_kernels
 from mustdrop_kernels import backends
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import context, drop_tokens
+from mustdrop_kernels.ops import registry
 
 PACKAGE = str(Path(mustdrop_kernels.__file__).parent)
 CONFIGS = {
@@ -62,7 +63,7 @@ class Tracer:
 
 def surroundings() -> tuple:
     """What is outside of the model and could be left changed."""
-    chosen = (backends._chosen.get(), backends._traced_choice)
+    chosen = (registry._chosen.get(), registry._traced_choice)
     return dict(backends.registered()), chosen, sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()), len(context._active)
 
 

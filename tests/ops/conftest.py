@@ -23,6 +23,7 @@ from cuda_emulation import nvrtc
 
 import mustdrop_kernels
 from mustdrop_kernels import backends
+from mustdrop_kernels.ops import registry
 
 from .schemas import OPS
 
@@ -125,7 +126,7 @@ def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     """Registers an emulated backend while a test of it runs, with that test's own order of threads and device."""
     if _backend_of(request.node) not in (EMULATED, LAUNCHED):
         return
-    monkeypatch.setattr(backends, "_registered", dict(backends._registered))
+    monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     backends.register_backend(cuda_emulation.emulated())
     backends.register_backend(nvrtc.emulated())
     cuda_emulation.configure_for(request.node.name)

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
+from mustdrop_kernels.ops import registry
 
 from .cases import attention, normal, prompt, random_bits, same_bits, types_tensor
 from .test_text_vision_packed import packed, paged
@@ -255,7 +256,7 @@ def test_choice_of_a_backend_is_traced(device, monkeypatch):
         return token_types.float() * 0 + 7, token_types.float() * 0 + 7
 
     always_seven = backends.Backend("sevens", lambda op: sevens, lambda op, device_type: None)
-    monkeypatch.setitem(backends._registered, "sevens", always_seven)
+    monkeypatch.setitem(registry._registered, "sevens", always_seven)
 
     def score(q, k, types, backend):
         return mk.text_vision_scores(q, k, types, 0.25, backend=backend).total

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mustdrop_kernels as mk
-from mustdrop_kernels import overlap
+from mustdrop_kernels.ops import overlap
 
 from . import hostile
 

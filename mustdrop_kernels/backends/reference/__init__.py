@@ -1,30 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator in plain PyTorch: slow, and meant to be read beside the formulas of the documentation."""
+"""Every operator in plain PyTorch: slow, and meant to be read beside the formulas of the documentation.
 
-from .compact import compact_kv_, compact_paged_kv_
-from .gather import gather_tokens
-from .merge import spatial_merge
-from .scores import (
-    cls_attention,
-    text_vision_attention,
-    text_vision_scores,
-    text_vision_scores_paged,
-    text_vision_scores_varlen,
-)
-from .select import dual_attention_select, select_dual, select_topk, topk_attention_select
+The file of an operator is that of its contract in ``mustdrop_kernels.ops``, which checks the arguments.
+"""
 
-__all__ = [
-    "cls_attention",
-    "compact_kv_",
-    "compact_paged_kv_",
-    "dual_attention_select",
-    "gather_tokens",
-    "select_dual",
-    "select_topk",
-    "spatial_merge",
-    "text_vision_attention",
-    "text_vision_scores",
-    "text_vision_scores_paged",
-    "text_vision_scores_varlen",
-    "topk_attention_select",
-]
+from __future__ import annotations
+
+from importlib import import_module
+
+from ...ops.contract import CONTRACTS, Implementation, checked
+
+
+def why_not(op: str, device_type: str) -> str | None:
+    """The reference serves every operator on every device, composites by their parts."""
+    return "it is composed of its parts" if CONTRACTS[op].composite else None
+
+
+def implementation(op: str) -> Implementation:
+    """The operator as a function that checks its arguments first."""
+    family = import_module(f"{__name__}.{CONTRACTS[op].family}")
+    return checked(op, getattr(family, op))

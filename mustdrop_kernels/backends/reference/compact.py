@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ... import checks
 from .bits import as_integers
 
 
@@ -66,7 +65,6 @@ def compact_kv_(
     align_end: bool = False,
 ) -> None:
     """See ``mustdrop_kernels.compact_kv_``."""
-    checks.compact_kv_(keys, values, keep, counts, align_end=align_end)
     for layer, pair in enumerate(zip(keys, values, strict=True)):
         shared = layer if len(keep) > 1 else 0
         _, heads, length, _ = pair[0].shape
@@ -88,7 +86,6 @@ def compact_paged_kv_(
     align_end: bool = False,
 ) -> None:
     """See ``mustdrop_kernels.compact_paged_kv_``."""
-    checks.compact_paged_kv_(keys, values, block_table, keep, counts, seq_lens=seq_lens, align_end=align_end)
     for layer, pair in enumerate(zip(keys, values, strict=True)):
         shared = layer if len(keep) > 1 else 0
         blocks, slots, heads, _ = pair[0].shape

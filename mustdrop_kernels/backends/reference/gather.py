@@ -6,7 +6,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import checks
 from .bits import as_integers
 
 
@@ -18,7 +17,6 @@ def gather_tokens(
     align_end: bool = False,
 ) -> Tensor:  # [B, K, ...]
     """See ``mustdrop_kernels.gather_tokens``."""
-    checks.gather_tokens(x, keep, counts, align_end=align_end)
     batch, capacity = keep.shape
     length = x.shape[1]
     if length == 0 or batch == 0:

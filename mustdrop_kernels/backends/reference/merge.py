@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ... import checks
 from .order import rank_descending
 
 
@@ -52,9 +51,6 @@ def spatial_merge(
     merged_first: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``mustdrop_kernels.spatial_merge``."""
-    checks.spatial_merge(
-        x, grid, window, threshold, budget=budget, uniform=uniform, num_prefix_tokens=num_prefix_tokens, sizes=sizes
-    )
     batch, length, channels = x.shape
     prefix, patches = num_prefix_tokens, length - num_prefix_tokens
     # What the border cuts off in every window needs no memory; such windows are never complete.

@@ -1,33 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much a few rows of the attention map look at each key: the CLS row, and the text rows."""
+"""Attention of text rows on each vision token: dense, packed and paged."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import checks
 
-
-def cls_attention(
-    q: Tensor,  # [B, H, D]
-    k: Tensor,  # [B, H, S, D]
-    scale: float,
-    *,
-    counts: Tensor | None = None,  # [B]
-    num_prefix_tokens: int = 1,
-) -> Tensor:  # [B, S]
-    """See ``mustdrop_kernels.cls_attention``."""
-    checks.cls_attention(q, k, scale, counts=counts, num_prefix_tokens=num_prefix_tokens)
-    column = torch.arange(k.shape[2], device=k.device)
-    real = column < (counts[:, None] if counts is not None else k.shape[2])  # [B, S] or [S]
-    real = real.expand(k.shape[0], -1)
-    scores = scale * torch.einsum("bhd,bhsd->bhs", q.float(), k.float())
-    probability = _softmax(scores, real[:, None], None).sum(1) / max(q.shape[1], 1)
-    return probability.masked_fill(~real | (column < num_prefix_tokens), 0.0)
-
-
-def _softmax(
+def softmax(
     scores: Tensor,  # [..., L]
     visible: Tensor,  # [..., L] bool
     lse: Tensor | None,  # [...]
@@ -53,7 +33,7 @@ def _head_mean(
     scores = scale * q.float() @ k.float().repeat_interleave(group, 1).transpose(-1, -2)  # [B, Hq, R, L]
     column = torch.arange(k.shape[2], device=k.device)
     visible = (token_types != 0)[:, None] & (column <= position[..., None])  # [B, R, L]
-    probability = _softmax(scores, visible[:, None], lse).sum(1) / max(q.shape[1], 1)
+    probability = softmax(scores, visible[:, None], lse).sum(1) / max(q.shape[1], 1)
     inside = (position >= 0) & (position < k.shape[2])
     query = inside & (_take(token_types, position.clamp(0, max(k.shape[2] - 1, 0))) == 3)  # [B, R]
     shown = query[..., None] & (token_types == 2)[:, None]
@@ -85,7 +65,6 @@ def text_vision_scores(
     lse: Tensor | None = None,  # [B, Hq, Lq]
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.text_vision_scores``."""
-    checks.text_vision_scores(q, k, token_types, scale, lse=lse)
     return _reduce(_head_mean(q, k, token_types, _dense_positions(q, k), scale, lse)[0])
 
 
@@ -99,7 +78,6 @@ def text_vision_attention(
     lse: Tensor | None = None,  # [B, Hq, Lq]
 ) -> Tensor:  # [B, max_query, Lk]
     """See ``mustdrop_kernels.text_vision_attention``."""
-    checks.text_vision_attention(q, k, token_types, scale, max_query, lse=lse)
     attention, query = _head_mean(q, k, token_types, _dense_positions(q, k), scale, lse)
     # Query rows in order, to the rows 0, 1, ...; the row past the end takes the others.
     place = (query.cumsum(1) - 1).masked_fill(~query, max_query).clamp(max=max_query)
@@ -143,9 +121,6 @@ def text_vision_scores_varlen(
     lse: Tensor | None = None,  # [Hq, total_q]
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.text_vision_scores_varlen``."""
-    checks.text_vision_scores_varlen(
-        q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, lse=lse
-    )
     total_k = k.shape[0]
     index, valid, length_k = _sequences(cu_seqlens_k, total_k, min(max_seqlen_k, total_k))
     rows, position, lse = _packed_rows(q, cu_seqlens_q, max_seqlen_q, length_k, lse)
@@ -171,9 +146,6 @@ def text_vision_scores_paged(
     lse: Tensor | None = None,  # [Hq, total_q]
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.text_vision_scores_paged``."""
-    checks.text_vision_scores_paged(
-        q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, scale, lse=lse
-    )
     blocks, slots = k_cache.shape[:2]
     batch, longest = token_types.shape
     column = torch.arange(min(longest, block_table.shape[1] * slots), device=q.device)

@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vision tokens stay: two thresholds, or a budget."""
+"""Selection of vision tokens by two thresholds or by a budget."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ... import checks
 from .order import indices_of, rank_descending
-from .scores import text_vision_scores
 
 
 def _keep(
@@ -36,10 +34,6 @@ def select_dual(
     drop_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.select_dual``."""
-    checks.select_dual(
-        total, peak, token_types, global_threshold, individual_threshold,
-        protected=protected, capacity=capacity, drop_multiple=drop_multiple,
-    )  # fmt: skip
     total, peak = total.float(), peak.float()
     limit = torch.tensor(global_threshold, dtype=torch.float32).item() * total.sum(-1, keepdim=True)
     dropped = (total < limit) & (peak < torch.tensor(individual_threshold, dtype=torch.float32).item())
@@ -60,9 +54,6 @@ def select_topk(
     drop_multiple: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.select_topk``."""
-    checks.select_topk(
-        scores, token_types, k, budgets=budgets, protected=protected, capacity=capacity, drop_multiple=drop_multiple
-    )
     scores = scores.float()
     vision = token_types == 2
     safe = vision & protected if protected is not None else torch.zeros_like(vision)
@@ -71,54 +62,3 @@ def select_topk(
     candidate = vision & ~safe
     dropped = candidate & (rank_descending(scores, candidate) >= open_places)
     return _keep(dropped, scores, token_types, capacity, drop_multiple)
-
-
-def dual_attention_select(
-    q: Tensor,  # [B, Hq, Lq, D]
-    k: Tensor,  # [B, Hk, Lk, D]
-    token_types: Tensor,  # [B, Lk]
-    scale: float,
-    global_threshold: float,
-    individual_threshold: float,
-    *,
-    protected: Tensor | None = None,  # [B, Lk]
-    lse: Tensor | None = None,  # [B, Hq, Lq]
-    capacity: int | None = None,
-    drop_multiple: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``mustdrop_kernels.dual_attention_select``."""
-    checks.dual_attention_select(
-        q, k, token_types, scale, global_threshold, individual_threshold,
-        protected=protected, lse=lse, capacity=capacity, drop_multiple=drop_multiple,
-    )  # fmt: skip
-    total, peak = text_vision_scores(q, k, token_types, scale, lse=lse)
-    keep, counts = select_dual(
-        total, peak, token_types, global_threshold, individual_threshold,
-        protected=protected, capacity=capacity, drop_multiple=drop_multiple,
-    )  # fmt: skip
-    return keep, counts, total, peak
-
-
-def topk_attention_select(
-    q: Tensor,  # [B, Hq, Lq, D]
-    k: Tensor,  # [B, Hk, Lk, D]
-    token_types: Tensor,  # [B, Lk]
-    scale: float,
-    budget: int,
-    *,
-    budgets: Tensor | None = None,  # [B]
-    protected: Tensor | None = None,  # [B, Lk]
-    lse: Tensor | None = None,  # [B, Hq, Lq]
-    capacity: int | None = None,
-    drop_multiple: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ``mustdrop_kernels.topk_attention_select``."""
-    checks.topk_attention_select(
-        q, k, token_types, scale, budget,
-        budgets=budgets, protected=protected, lse=lse, capacity=capacity, drop_multiple=drop_multiple,
-    )  # fmt: skip
-    total, peak = text_vision_scores(q, k, token_types, scale, lse=lse)
-    keep, counts = select_topk(
-        total, token_types, budget, budgets=budgets, protected=protected, capacity=capacity, drop_multiple=drop_multiple
-    )
-    return keep, counts, total, peak

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator in Triton, for NVIDIA and AMD GPUs; one kernel family a file, imported when it is first called.
+"""The operators in Triton, for NVIDIA and AMD GPUs.
 
-Importing this package imports no Triton and touches no device.
+The file of an operator is that of its contract in ``mustdrop_kernels.ops``, imported when it is first called. Importing
+this package imports no Triton and touches no device.
 """
 
 from __future__ import annotations
@@ -16,27 +17,10 @@ from pathlib import Path
 
 import torch
 
+from ...ops.contract import CONTRACTS
 from ..lazy import when_called
 
 OLDEST = (3, 4)
-
-# Which file of this folder holds an operator.
-MODULES = {
-    "spatial_merge": "merge",
-    "cls_attention": "cls_attention",
-    "text_vision_scores": "scores",
-    "text_vision_scores_varlen": "scores",
-    "text_vision_scores_paged": "scores",
-    "text_vision_attention": "scores",
-    "select_dual": "select",
-    "select_topk": "select",
-    "dual_attention_select": "fused",
-    "topk_attention_select": "fused",
-    "gather_tokens": "gather",
-    "compact_kv_": "compact",
-    "compact_paged_kv_": "compact",
-}
-IN_PLACE = ("compact_kv_", "compact_paged_kv_")
 
 
 def interpreted() -> bool:
@@ -54,8 +38,17 @@ def version() -> tuple[int, int] | None:
     return (int(found[1]), int(found[2])) if found else None
 
 
+@lru_cache(None)
+def _defined(op: str) -> bool:
+    """Whether there is a function for an operator, without importing Triton."""
+    file = Path(__file__).with_name(f"{CONTRACTS[op].family}.py")
+    return file.is_file() and f"\ndef {op}(" in file.read_text()
+
+
 def why_not(op: str, device_type: str) -> str | None:
     """Why Triton does not serve an operator on a device, None where it does. Touches no device."""
+    if not _defined(op):
+        return "there is no Triton kernel for it"
     if device_type == "cpu" and not interpreted():
         return "it serves CUDA tensors (and CPU tensors where TRITON_INTERPRET=1 is set)"
     if device_type == "cuda":
@@ -77,8 +70,8 @@ def implementation(op: str) -> Callable[..., object]:
     """The operator as a function that imports Triton and the operator's file when it is first called."""
 
     def kernel() -> Callable[..., object]:
-        found: Callable[..., object] = getattr(import_module(f"{__name__}.{MODULES[op]}"), op)
-        if os.environ.get("MUSTDROP_AUTOTUNE") == "1" and op not in IN_PLACE and not interpreted():
+        found: Callable[..., object] = getattr(import_module(f"{__name__}.{CONTRACTS[op].family}"), op)
+        if os.environ.get("MUSTDROP_AUTOTUNE") == "1" and not CONTRACTS[op].writes and not interpreted():
             found = import_module(f"{__name__}.autotune").tuned(found)
         return found
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import checks
+from ...ops.contract import check
 from .configs import config
 from .launch import Launch, Plans, cdiv, power_of_two, signature
 from .numbers import widen
@@ -113,7 +113,7 @@ def cls_attention(
     key = signature(q, k, scale, counts, num_prefix_tokens)
     plan = _plans.get(key)
     if plan is None:
-        checks.cls_attention(q, k, scale, counts=counts, num_prefix_tokens=num_prefix_tokens)
+        check("cls_attention", q, k, scale, counts=counts, num_prefix_tokens=num_prefix_tokens)
         plan = _plans.add(key, _plan(q, k, scale, counts, num_prefix_tokens))
     score, mean, tiles = plan
     batch, heads, length, _ = k.shape

@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import checks, overlap
+from ...ops import overlap
+from ...ops.contract import check
 from . import configs
 from .configs import config, width_class
 from .launch import Launch, Plans, as_words, cdiv, power_of_two, signature
@@ -175,7 +176,7 @@ def compact_kv_(
     tensors = (*keys, *values, *keep, *counts)
     plan = _plans.get(key)
     if plan is None or not plan.layout.disjoint(tensors):
-        checks.compact_kv_(keys, values, keep, counts, align_end=align_end)
+        check("compact_kv_", keys, values, keep, counts, align_end=align_end)
         plan = _plans.add(key, _plan(keys, values, keep, counts, align_end, None, None))
     _run(plan.groups, keys, values, keep, counts, None, None)
 
@@ -195,7 +196,7 @@ def compact_paged_kv_(
     tensors = (*keys, *values, *keep, *counts, block_table, *([] if seq_lens is None else [seq_lens]))
     plan = _paged_plans.get(key)
     if plan is None or not plan.layout.disjoint(tensors):
-        checks.compact_paged_kv_(keys, values, block_table, keep, counts, seq_lens=seq_lens, align_end=align_end)
+        check("compact_paged_kv_", keys, values, block_table, keep, counts, seq_lens=seq_lens, align_end=align_end)
         plan = _paged_plans.add(key, _plan(keys, values, keep, counts, align_end, block_table, seq_lens))
     _run(plan.groups, keys, values, keep, counts, block_table, seq_lens if align_end else None)
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import checks
+from ...ops.contract import check
 from .configs import config, width_class
 from .launch import Launch, Plans, as_words, cdiv, coalesced, signature
 
@@ -73,7 +73,7 @@ def gather_tokens(
     key = signature(x, keep, counts, align_end)
     launch = _plans.get(key)
     if launch is None:
-        checks.gather_tokens(x, keep, counts, align_end=align_end)
+        check("gather_tokens", x, keep, counts, align_end=align_end)
         launch = _plans.add(key, _plan(x, keep, counts, align_end))
     out = x.new_empty(keep.shape[0], keep.shape[1], *x.shape[2:])
     if out.numel():

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import checks
+from ...ops.contract import check
 from .configs import config, length_class
 from .launch import Launch, Plans, cdiv, power_of_two, signature
 from .numbers import narrow, single, widen
@@ -340,9 +340,8 @@ def spatial_merge(
     key = signature(x, grid, window, threshold, budget, uniform, num_prefix_tokens, sizes, merged_first)
     plan = _plans.get(key)
     if plan is None:
-        checks.spatial_merge(
-            x, grid, window, threshold, budget=budget, uniform=uniform, num_prefix_tokens=num_prefix_tokens, sizes=sizes
-        )
+        options = {"budget": budget, "uniform": uniform, "num_prefix_tokens": num_prefix_tokens, "sizes": sizes}
+        check("spatial_merge", x, grid, window, threshold, **options)
         made = _Plan(x, grid, window, threshold, budget, uniform, num_prefix_tokens, sizes, merged_first)
         plan = _plans.add(key, made)
     tokens = x.new_empty(plan.batch, plan.capacity, plan.channels)

@@ -17,7 +17,7 @@ from math import e, log2
 import torch
 from torch import Tensor
 
-from ... import checks
+from ...ops.contract import check
 from . import configs
 from .configs import config, head_class, length_class
 from .launch import Launch, Plans, cdiv, power_of_two, signature
@@ -195,7 +195,7 @@ def text_vision_scores(
     key = signature(q, k, token_types, scale, lse)
     plan = _plans["dense"].get(key)
     if plan is None:
-        checks.text_vision_scores(q, k, token_types, scale, lse=lse)
+        check("text_vision_scores", q, k, token_types, scale, lse=lse)
         longest = (q.shape[2], k.shape[2])
         plan = _plans["dense"].add(key, _Plan(q, k, token_types, scale, lse, q.shape[0], longest))
     out = _scores_like(token_types)
@@ -216,7 +216,7 @@ def text_vision_attention(
     key = signature(q, k, token_types, scale, max_query, lse)
     plan = _plans["map"].get(key)
     if plan is None:
-        checks.text_vision_attention(q, k, token_types, scale, max_query, lse=lse)
+        check("text_vision_attention", q, k, token_types, scale, max_query, lse=lse)
         longest = (q.shape[2], k.shape[2])
         made = _Plan(q, k, token_types, scale, lse, q.shape[0], longest, max_query=max_query)
         plan = _plans["map"].add(key, made)
@@ -244,9 +244,8 @@ def text_vision_scores_varlen(
     key = signature(q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, lse)
     plan = _plans["varlen"].get(key)
     if plan is None:
-        checks.text_vision_scores_varlen(
-            q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, lse=lse
-        )
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        check("text_vision_scores_varlen", q, k, token_types, *lengths, scale, lse=lse)
         longest = (min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0]))
         made = _Plan(q, k, token_types, scale, lse, cu_seqlens_q.shape[0] - 1, longest)
         plan = _plans["varlen"].add(key, made)
@@ -272,9 +271,8 @@ def text_vision_scores_paged(
     key = signature(q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, scale, lse)
     plan = _plans["paged"].get(key)
     if plan is None:
-        checks.text_vision_scores_paged(
-            q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, scale, lse=lse
-        )
+        cache = (k_cache, block_table, seq_lens)
+        check("text_vision_scores_paged", q, *cache, token_types, cu_seqlens_q, max_seqlen_q, scale, lse=lse)
         longest = (min(max_seqlen_q, q.shape[0]), token_types.shape[1])
         made = _Plan(q, k_cache, token_types, scale, lse, seq_lens.shape[0], longest, block_table)
         plan = _plans["paged"].add(key, made)

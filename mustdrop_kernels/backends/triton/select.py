@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ... import checks
+from ...ops.contract import check
 from .configs import config, length_class
 from .launch import Launch, Plans, signature
 from .numbers import single, widen
@@ -187,10 +187,8 @@ def select_dual(
     )
     launch = _dual_plans.get(key)
     if launch is None:
-        checks.select_dual(
-            total, peak, token_types, global_threshold, individual_threshold,
-            protected=protected, capacity=capacity, drop_multiple=drop_multiple,
-        )  # fmt: skip
+        options = {"protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
+        check("select_dual", total, peak, token_types, global_threshold, individual_threshold, **options)
         batch, n = token_types.shape
         chosen = config("select", length_class(n), token_types.device)
         sizes = (n, n if capacity is None else capacity, drop_multiple)
@@ -217,10 +215,8 @@ def select_topk(
     key = signature(scores, token_types, budgets, protected, k, capacity, drop_multiple)
     launch = _topk_plans.get(key)
     if launch is None:
-        checks.select_topk(
-            scores, token_types, k,
-            budgets=budgets, protected=protected, capacity=capacity, drop_multiple=drop_multiple,
-        )  # fmt: skip
+        options = {"protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
+        check("select_topk", scores, token_types, k, budgets=budgets, **options)
         batch, n = token_types.shape
         chosen = config("select", length_class(n), token_types.device)
         sizes = (min(k, n), n, n if capacity is None else capacity, min(drop_multiple, n + 1))

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators as documented Python functions.
+
+Each is ``torch.ops.mustdrop.<name>`` with named results and a ``backend`` keyword (see ``mustdrop_kernels.backends``).
+What holds for all of them:
+
+- No host synchronization and no size that depends on data: a result whose length depends on data has the capacity that
+  is known from shapes, and an int32 ``counts`` tensor gives its length.
+- float32, float16, bfloat16; sums in float32, rounded once. ``gather_tokens`` and the compactions move any dtype.
+- Any strides, as long as the last dimension is contiguous.
+- The same input gives the same bits. Ties go to the lower index. NaN ranks lowest.
+- Wrong arguments raise a RuntimeError that names the argument, before any work.
+
+The method is MustDrop, "Multi-Stage Vision Token Dropping" (arXiv 2411.10803). One file holds one family of operators:
+result types, documented functions, argument checks and fakes.
+"""
+
+from __future__ import annotations
+
+# ruff: noqa: F403, I001  (imported in the order of the stages, which OPS keeps)
+from . import merge, cls_attention as cls, scores, select, attention_select, gather, compact
+from .contract import CONTRACTS
+from .token_types import TokenType
+from .merge import *
+from .cls_attention import *
+from .scores import *
+from .select import *
+from .attention_select import *
+from .gather import *
+from .compact import *
+
+OPS = tuple(CONTRACTS)
+"""The operators' names."""
+
+__all__ = [
+    "OPS",
+    "TokenType",
+    *merge.__all__,
+    *cls.__all__,
+    *scores.__all__,
+    *select.__all__,
+    *attention_select.__all__,
+    *gather.__all__,
+    *compact.__all__,
+]

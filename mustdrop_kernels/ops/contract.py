@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Contracts: the argument checks, result shapes and gradient of each operator, under one name.
+
+A family file (``merge.py``, ``scores.py``, ...) defines an operator's documented function and hands it to ``define``
+together with its check and its fake. Both take a bound call: one object with the arguments by their schema names.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._namespace import NAMESPACE
+
+Implementation = Callable[..., Any]
+
+
+class Call:
+    """The arguments of one call by name, defaults included; ``op`` is the operator's name."""
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(self, op: str, arguments: Mapping[str, Any]) -> None:
+        self.__dict__.update(arguments)
+        self.op = op
+
+
+class Gradient(NamedTuple):
+    """The gradient of an operator with respect to its first argument."""
+
+    saved: Callable[[Call, tuple[Tensor, ...]], tuple[Tensor | None, ...]]
+    """From the call and its results to the tensors that ``backward`` reads."""
+    backward: Callable[[Call, torch.Size, Tensor, tuple[Tensor | None, ...]], Tensor]
+    """From the call without its tensors, the argument's shape, the gradient of the first result, the saved tensors."""
+
+
+@dataclass(frozen=True)
+class Contract:
+    """One operator.
+
+    Args:
+        name: ``torch.ops.mustdrop.<name>``.
+        family: the module of ``mustdrop_kernels.ops`` that defines it; backends name their files after it.
+        defaults: its arguments in the schema's order, ``inspect.Parameter.empty`` where they are required.
+        check: raises a RuntimeError that names the operator, the argument, what it is and what it must be.
+        fake: empty results of the right shapes, dtypes and device.
+        writes: the arguments (lists of tensors) that it changes in place.
+        float_results: whether a result is floating-point, so that a gradient could be asked for.
+        gradient: None where it has none.
+        composite: computes it by other operators of the same backend, for backends without a kernel of their own:
+            (from an operator's name to its implementation, the call) -> results.
+        parts: the operators that ``composite`` calls.
+    """
+
+    name: str
+    family: str
+    defaults: Mapping[str, Any]
+    check: Callable[[Call], None]
+    fake: Callable[[Call], Any]
+    writes: tuple[str, ...] = ()
+    float_results: bool = True
+    gradient: Gradient | None = None
+    composite: Callable[[Callable[[str], Implementation], Call], Any] | None = None
+    parts: tuple[str, ...] = ()
+
+    def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Call:
+        """The call with these positional and keyword arguments."""
+        return Call(self.name, {**self.defaults, **dict(zip(self.defaults, args, strict=False)), **kwargs})
+
+
+CONTRACTS: dict[str, Contract] = {}
+
+
+def define(
+    function: Callable[..., Any], check: Callable[[Call], None], fake: Callable[[Call], Any], **more: Any
+) -> None:
+    """Add the contract of the operator that a documented function calls; ``more``: further fields of ``Contract``."""
+    parameters = inspect.signature(function).parameters
+    defaults = {name: parameter.default for name, parameter in parameters.items() if name != "backend"}
+    name, family = function.__name__, function.__module__.rpartition(".")[2]
+    CONTRACTS[name] = Contract(name, family, defaults, check, fake, **more)
+
+
+def check(op: str, *args: Any, **kwargs: Any) -> None:
+    """Check the arguments of a call.
+
+    Raises:
+        RuntimeError: an argument is wrong; the message names it.
+    """
+    contract = CONTRACTS[op]
+    contract.check(contract.bind(args, kwargs))
+
+
+def checked(op: str, implementation: Implementation) -> Implementation:
+    """An implementation that checks its arguments first."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        check(op, *args, **kwargs)
+        return implementation(*args, **kwargs)
+
+    return call
+
+
+def fake(op: str) -> Implementation:
+    """The operator on fake tensors: checks, and results without contents."""
+    contract = CONTRACTS[op]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = contract.bind(args, kwargs)
+        contract.check(bound)
+        return contract.fake(bound)
+
+    return call
+
+
+def register_fakes() -> None:
+    """Register the fakes with torch, for torch.compile and export. Called once, at import."""
+    for op in CONTRACTS:
+        torch.library.register_fake(f"{NAMESPACE}::{op}", fake(op))
+
+
+def composed(op: str, implementation: Callable[[str], Implementation]) -> Implementation:
+    """The composite of an operator over a backend's implementations of its parts.
+
+    The parts check their arguments; where one refuses, the composite refuses in its own name.
+    """
+    contract = CONTRACTS[op]
+    composite = contract.composite
+    assert composite is not None
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        bound = contract.bind(args, kwargs)
+        try:
+            return composite(implementation, bound)
+        except RuntimeError:
+            contract.check(bound)
+            raise
+
+    return call

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``gather_tokens``: the kept rows of hidden states, position ids, masks or token types (MustDrop, stage 2)."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from .checks import Checker
+from .contract import Call, Gradient, define
+from .dispatch import call
+
+__all__ = ["gather_tokens"]
+
+
+def gather_tokens(
+    x: Tensor, keep: Tensor, counts: Tensor, *, align_end: bool = False, backend: str | None = None
+) -> Tensor:
+    """Take the kept tokens of hidden states, position ids, masks or token types.
+
+    Args:
+        x: (B, L, ...) of any dtype.
+        keep: (B, K) int64. An index outside the sequence gives zeros.
+        counts: (B) int32; min(counts, K) entries are used.
+        align_end: put the tokens last instead of first (left padding).
+        backend: name of an explicit backend.
+
+    Returns:
+        (B, K, ...), zero where there is no token. Differentiable in ``x``.
+    """
+    return call("gather_tokens", backend, x, x, keep, counts, align_end=align_end)
+
+
+def _check(a: Call) -> None:
+    check = Checker(a, a.x)
+    check.strided("x", a.x)
+    check(a.x.dim() >= 2, "x", f"must be (B, L, ...), got {tuple(a.x.shape)}")
+    if a.x.dim() > 2:
+        check.last_contiguous("x", a.x)
+    check.tensor("keep", a.keep, (a.x.shape[0], "K"), (torch.int64,))
+    check.tensor("counts", a.counts, (a.x.shape[0],), (torch.int32,), any_strides=True)
+
+
+def _fake(a: Call) -> Tensor:
+    return a.x.new_empty(a.keep.shape[0], a.keep.shape[1], *a.x.shape[2:])
+
+
+def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return a.keep, a.counts
+
+
+def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
+    """Each kept row's gradient goes back to the row that it was taken from; a row taken twice gets the sum."""
+    keep, counts = saved  # [B, K], [B]
+    assert keep is not None
+    assert counts is not None
+    length, capacity = shape[1], keep.shape[1]
+    kept = counts.long().clamp(0, capacity)[:, None]
+    slot = torch.arange(capacity, device=keep.device).expand_as(keep)
+    valid = (slot < kept) & (keep >= 0) & (keep < length)
+    if a.align_end:
+        slot = (slot + capacity - kept).clamp(max=max(capacity - 1, 0))
+    trailing = prod(shape[2:])
+    flat = grad.to(torch.promote_types(grad.dtype, torch.float32)).reshape(shape[0], capacity, trailing)
+    rows = flat.gather(1, slot[..., None].expand_as(flat)).masked_fill(~valid[..., None], 0.0)
+    target = torch.where(valid, keep, length)  # the row past the end collects what is not valid
+    out = flat.new_zeros(shape[0], length + 1, trailing)
+    return out.scatter_add(1, target[..., None].expand_as(rows), rows)[:, :length].reshape(shape)
+
+
+define(gather_tokens, _check, _fake, gradient=Gradient(_saved, _backward))

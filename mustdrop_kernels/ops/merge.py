@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``spatial_merge``: windows of similar tokens become one token each (MustDrop, stage 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .checks import FLOATS, Checker
+from .contract import Call, Gradient, define
+from .dispatch import call
+
+__all__ = ["SpatialMerge", "spatial_merge"]
+
+
+class SpatialMerge(NamedTuple):
+    """Result of ``spatial_merge``."""
+
+    tokens: Tensor  # (B, P+N', C)
+    counts: Tensor  # (B) int32, prefix included
+    assignment: Tensor  # (B, P+N) int64: the row of `tokens` that each input token went into
+    sizes: Tensor  # (B, P+N') float32: number of input tokens that each token stands for
+
+
+def spatial_merge(
+    x: Tensor,
+    grid: Sequence[int],
+    window: Sequence[int],
+    threshold: float = 0.8,
+    *,
+    budget: int | None = None,
+    uniform: bool = False,
+    num_prefix_tokens: int = 1,
+    sizes: Tensor | None = None,
+    merged_first: bool = False,
+    backend: str | None = None,
+) -> SpatialMerge:
+    """Merge windows of similar neighbours into their weighted mean (MustDrop, stage 1).
+
+    A window of n tokens merges iff the mean of cos(x_i, x_j) over its ordered pairs i != j reaches ``threshold``. With
+    u = x / max(|x|, 1e-8) that mean is (|sum u|^2 - sum |u|^2) / (n (n-1)): linear in n, not quadratic.
+
+    Args:
+        x: (B, P+N, C) float. P prefix tokens (CLS, registers), then N = prod(grid) patches in row-major order.
+        grid: [H, W], or [T, H, W] for video.
+        window: as many entries. Windows tile the grid from its origin; those that the border cuts are smaller.
+        threshold: least similarity of a window that merges.
+        budget: merge exactly this many windows of each image, the most similar ones; ``threshold`` is not used. The
+            windows must tile the grid. The result then has the static length P + N - budget * (n - 1).
+        uniform: every image of the batch merges as many windows as the image with the fewest similar ones. Windows that
+            the border cuts do not merge then.
+        num_prefix_tokens: P.
+        sizes: (B, P+N) float32, how much each token stands for already; default ones.
+        merged_first: order the result as prefix, merged windows by falling similarity, the rest in raster order (as the
+            published code does). Default: a merged window stands where its first token stood.
+        backend: name of an explicit backend; default: the backend that serves torch.ops.mustdrop on this device.
+
+    Returns:
+        tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; assignment (B, P+N) int64, the row that
+        each input token went into; sizes (B, P+N) float32, zero past counts. Differentiable in ``x``.
+    """
+    options = {
+        "budget": budget,
+        "uniform": uniform,
+        "num_prefix_tokens": num_prefix_tokens,
+        "sizes": sizes,
+        "merged_first": merged_first,
+    }
+    return SpatialMerge(*call("spatial_merge", backend, x, x, list(grid), list(window), threshold, **options))
+
+
+def _check(a: Call) -> None:
+    check = Checker(a, a.x)
+    grid, window = a.grid, a.window
+    check.tensor("x", a.x, ("B", "P+N", "C"), FLOATS)
+    check(len(grid) in (2, 3), "grid", f"must be [H, W] or [T, H, W], got {list(grid)}")
+    check(len(window) == len(grid), "window", f"must have as many entries as grid, got {list(window)}")
+    for size, extent in zip(grid, window, strict=True):
+        check(size >= 0, "grid", f"must not be negative, got {list(grid)}")
+        check(extent >= 1, "window", f"must be positive, got {list(window)}")
+    check.at_least("num_prefix_tokens", a.num_prefix_tokens, 0)
+    length = a.num_prefix_tokens + prod(grid)
+    got = a.x.shape[1]
+    check(got == length, "x", f"must have num_prefix_tokens + prod(grid) = {length} tokens, got {got}")
+    if a.sizes is not None:
+        check.tensor("sizes", a.sizes, tuple(a.x.shape[:2]), (torch.float32,))
+    if a.budget is None:
+        return
+    check(not a.uniform, "uniform", "must not be set together with budget")
+    for size, extent in zip(grid, window, strict=True):
+        check(size % extent == 0, "window", f"must tile the grid {list(grid)} where budget is set, got {list(window)}")
+    windows = prod(size // extent for size, extent in zip(grid, window, strict=True))
+    check.at_least("budget", a.budget, 0)
+    check(a.budget <= windows, "budget", f"must be at most the number of windows, {windows}, got {a.budget}")
+    check(prod(window) > 1 or a.budget == 0, "budget", f"must be 0 with windows of one token, got {a.budget}")
+
+
+def _fake(a: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, length, channels = a.x.shape
+    capacity = length if a.budget is None else length - a.budget * (prod(a.window) - 1)
+    return (
+        a.x.new_empty(batch, capacity, channels),
+        a.x.new_empty(batch, dtype=torch.int32),
+        a.x.new_empty(batch, length, dtype=torch.int64),
+        a.x.new_empty(batch, capacity, dtype=torch.float32),
+    )
+
+
+def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    _, _, assignment, out_sizes = results
+    return assignment, a.sizes, out_sizes
+
+
+def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
+    """d tokens[assignment[i]] / d x[i] = s_i / size of the token that i went into; exactly 1 where i stayed alone."""
+    assignment, sizes, out_sizes = saved  # [B, P+N], [B, P+N], [B, P+N']
+    assert assignment is not None
+    assert out_sizes is not None
+    merged_size = out_sizes.gather(1, assignment)
+    own_size = torch.ones_like(merged_size) if sizes is None else sizes
+    weight = torch.where(own_size == merged_size, 1.0, own_size / merged_size)
+    rows = grad.float().gather(1, assignment[..., None].expand(-1, -1, grad.shape[-1]))
+    return rows * weight[..., None]
+
+
+define(spatial_merge, _check, _fake, gradient=Gradient(_saved, _backward))
