@@ -29,9 +29,9 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from mustdrop_kernels.bench import machine, memory
-from mustdrop_kernels.bench.report import duration, size
+from mustdrop_kernels.bench.generation import generate
 from mustdrop_kernels.bench.timing import quartiles
-from mustdrop_kernels.cli.measure import generate
+from mustdrop_kernels.bench.units import duration, size
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.files import write_text
 from mustdrop_kernels.integrations.transformers import drop_tokens

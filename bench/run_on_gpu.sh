@@ -22,4 +22,4 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 export PYTHON
-exec "$PYTHON" bench/gpu_run.py "$@"
+exec "$PYTHON" tools/gpu_run.py "$@"

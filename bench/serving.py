@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from mustdrop_kernels.bench import machine
-from mustdrop_kernels.bench.report import duration
 from mustdrop_kernels.bench.timing import quartiles
+from mustdrop_kernels.bench.units import duration
 from mustdrop_kernels.bench.vllm_engine import overrides
 from mustdrop_kernels.files import write_text
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ..files import read_document, write_text
 from .cases import Case
 from .run import FORMAT, Contender, Document, Row
+from .units import duration, factor, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,32 +42,9 @@ def key(row: Row) -> tuple[str, ...]:
     return row["op"], row["shape"], row["dtype"], row["device"]
 
 
-def duration(us: float) -> str:
-    """Three digits, in a unit that fits: "85.1 us", "1.24 ms"."""
-    for limit, unit, factor in ((1e3, "us", 1.0), (1e6, "ms", 1e-3), (float("inf"), "s", 1e-6)):
-        if us < limit:
-            return f"{us * factor:.3g} {unit}" if us * factor < 100 else f"{us * factor:.0f} {unit}"
-    raise AssertionError
-
-
-def size(count: float | None) -> str:
-    """Bytes, in a unit that fits."""
-    if count is None:
-        return ""
-    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB")):
-        if count < limit:
-            return f"{count / limit * 1e3:.3g} {unit}"
-    return f"{count / 1e9:.3g} GB"
-
-
 def _spread(row: Row) -> str:
     """Half the distance between the quartiles, in percent of the median."""
     return f"±{100 * (row['q3_us'] - row['q1_us']) / 2 / row['median_us']:.0f}%"
-
-
-def factor(value: float) -> str:
-    """Two digits from 10 on, two decimals below."""
-    return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
 
 
 def _percent(value: float) -> str:

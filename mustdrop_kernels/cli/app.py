@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from .. import __version__
-from . import Refusal
+from ..errors import Refusal
 from .bench import bench
 from .evaluate import evaluate
 from .flops import flops

@@ -15,7 +15,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import Refusal
+from ..errors import Refusal
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Questions
@@ -114,10 +114,9 @@ class _Plan:
         from ..bench.machine import describe
         from ..evaluation import document as documents
         from ..evaluation import run
+        from ..evaluation.checkpoint import load_model, quiet_transformers
         from ..evaluation.methods import Sizes, Unreachable, make
         from ..flops import LanguageModel
-        from .demo import quiet_transformers
-        from .subject import load_model
 
         require_extras()
         quiet_transformers()

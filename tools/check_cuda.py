@@ -5,9 +5,9 @@ Compiles every csrc/*/cuda*.cu for every target with warnings as errors and prin
 registers, shared memory, spills, 16-byte accesses and matrix instructions in loops. Then the launches at the shapes of
 mustdrop_kernels/bench/shapes.py: blocks of a multiprocessor, and waves on an H200.
 
-    python bench/check_cuda.py                       # 80, 90, 100, 120, and what a newer device makes of the PTX
-    python bench/check_cuda.py --targets 90,80 --sources gather --json out/kernels.json
-    python bench/check_cuda.py --targets 90 --model  # cycles of the loops that cuda_static/loops.txt names
+    python tools/check_cuda.py                       # 80, 90, 100, 120, and what a newer device makes of the PTX
+    python tools/check_cuda.py --targets 90,80 --sources gather --json out/kernels.json
+    python tools/check_cuda.py --targets 90 --model  # cycles of the loops that cuda_static/loops.txt names
 
 It fails on spills and local memory, on wide kernels without wide accesses, and on branches and divisions in loops where
 they cost several times the time (cuda_static/rules.py). What today's kernels have of these is in

@@ -113,7 +113,7 @@ def build() -> dict[str, Any] | str:
     return attempt(read)
 
 
-def environment() -> dict[str, str]:
+def variables() -> dict[str, str]:
     """Variables that are set and matter."""
     ours = sorted(name for name in os.environ if name.startswith("MUSTDROP_"))
     return {name: os.environ[name] for name in (*ours, *_OTHERS) if name in os.environ}

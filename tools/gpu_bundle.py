@@ -60,7 +60,7 @@ def unpack(site: Path) -> Unpacked:
             archive.extractall(site)
     found.site_packages.append(site)
     for document in FOLDER.glob("triton-cache-*.json"):
-        command = [sys.executable, "bench/triton_cache.py", str(document)]
+        command = [sys.executable, "tools/triton_cache.py", str(document)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         found.triton_cache = done.stdout.strip() or None
         found.remarks += [f"gpu-bundle: {line}" for line in done.stderr.splitlines()]
@@ -115,7 +115,7 @@ def add_wheels() -> str:
 
 def add_triton(python: str, jobs: int) -> str:
     """Compile the Triton kernels with the Python and Triton of the machine that they are for."""
-    command = [python, "bench/precompile_triton.py", "--target", "sm90", "--out", str(FOLDER), "--jobs", str(jobs)]
+    command = [python, "tools/precompile_triton.py", "--target", "sm90", "--out", str(FOLDER), "--jobs", str(jobs)]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return "compiled Triton kernels"
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The questions of ``mustdrop eval`` to a real vLLM with the plug-in, one engine a method.
 
-    .venv-vllm/bin/python bench/accuracy/served.py --count 200
-    .venv-vllm/bin/python bench/accuracy/served.py --methods full,mustdrop-read --budgets 128,64 --json served.json
-    .venv-vllm/bin/python bench/accuracy/served.py --model FOLDER --questions TEXTVQA.json --methods preset-budget-64
+    .venv-vllm/bin/python bench/served.py --count 200
+    .venv-vllm/bin/python bench/served.py --methods full,mustdrop-read --budgets 128,64 --json served.json
+    .venv-vllm/bin/python bench/served.py --model FOLDER --questions TEXTVQA.json --methods preset-budget-64
 
 Methods are those of ``mustdrop eval`` that are a configuration of the plug-in: full, mustdrop-read, mustdrop,
 sparsevlm, pyramiddrop, after-K, preset-NAME. The document is one of ``mustdrop eval`` too, which shows it with
@@ -33,8 +33,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.bench.vllm_engine import engine, overrides
-from mustdrop_kernels.cli.subject import SMALL, SMALL_MODEL, prompt_text
 from mustdrop_kernels.evaluation import FULL, datasets, document, summary
+from mustdrop_kernels.evaluation.checkpoint import SMALL, SMALL_MODEL, prompt_text
 from mustdrop_kernels.evaluation.methods import Sizes, make
 from mustdrop_kernels.flops import LanguageModel
 from mustdrop_kernels.integrations.vllm import settings
@@ -176,7 +176,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         questions = datasets.read(options.questions, options.images).head(options.count)
         about = {"questions": questions.name, "file": options.questions.name}
     found = document.start(about, questions, list(plans))
-    found["command"] = " ".join([".venv-vllm/bin/python bench/accuracy/served.py", *sys.argv[1:]])
+    found["command"] = " ".join([".venv-vllm/bin/python bench/served.py", *sys.argv[1:]])
     found["machine"] = describe(torch.device("cpu"), torch.get_num_threads()) | {"vllm": vllm_version}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:

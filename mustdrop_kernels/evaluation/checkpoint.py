@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import Refusal
+from ..errors import Refusal
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 # Shipped in scikit-image's wheel; SpaceX put it into the public domain.
 _PHOTOGRAPH = "rocket.jpg"
 _CREDIT = "rocket.jpg of scikit-image (photograph: SpaceX, public domain)"
-SMALL_MODEL = Path(__file__).resolve().parents[1] / "evaluation" / "model"
-"""Trained by bench/accuracy/train.py."""
+SMALL_MODEL = Path(__file__).resolve().parent / "model"
+"""Trained by training/train.py."""
 DEMO_SEED = 2026
 SMALL = "the small LLaVA of mustdrop_kernels"
 
@@ -81,7 +81,7 @@ def made_question(number: int) -> tuple[Image, str, str, str]:
     missing = [name for name in ("sklearn", "skimage") if importlib.util.find_spec(name) is None]
     if missing:
         raise Refusal("pictures are made from scikit-learn and scikit-image: pip install them, or give --image")
-    from ..evaluation.questions import items
+    from .questions import items
 
     item = items("test", DEMO_SEED, number + 1)[-1]
     seen = item.scene()
@@ -115,6 +115,14 @@ def _default_photograph() -> Path:
     if not path.is_file():
         raise Refusal(f"this scikit-image does not ship {_PHOTOGRAPH}: give --image")
     return path
+
+
+def quiet_transformers() -> None:
+    """No advice and no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def load_model(name: str | None, device: str) -> Subject:

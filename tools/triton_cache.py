@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unpack a Triton cache that bench/precompile_triton.py has filled on another machine, where Triton can use it.
+"""Unpack a Triton cache that tools/precompile_triton.py has filled on another machine, where Triton can use it.
 
-    TRITON_CACHE_DIR=$(python bench/triton_cache.py FOLDER/triton-cache-sm90.json) && export TRITON_CACHE_DIR
+    TRITON_CACHE_DIR=$(python tools/triton_cache.py FOLDER/triton-cache-sm90.json) && export TRITON_CACHE_DIR
 
 Prints the cache's folder. Where Triton would not find its entries, prints why on standard error, unpacks nothing and
 exits with 1. Needs Triton and nothing else: neither torch nor this package is imported.
@@ -86,7 +86,7 @@ def read(document: Path) -> dict[str, Any]:
     """
     found = json.loads(document.read_text())
     if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ValueError(f"{document} does not describe a cache of bench/precompile_triton.py ({FORMAT})")
+        raise ValueError(f"{document} does not describe a cache of tools/precompile_triton.py ({FORMAT})")
     return found
 
 

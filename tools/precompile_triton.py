@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fill a Triton cache for a GPU that is not here, so that a short run on such a GPU compiles nothing.
 
-    python bench/precompile_triton.py --target sm90 --out FOLDER
+    python tools/precompile_triton.py --target sm90 --out FOLDER
 
 Compiled are the launches of the operators' tests (their cases for this backend that are not slow) and of the
 benchmark's shapes, recorded on CPU tensors. FOLDER gets triton-cache-TARGET.tar.xz and, beside it, a JSON file that
 says what the cache depends on. Run it with the Python and the Triton of the machine that the cache is for, where
-`bench/triton_cache.py` unpacks it; Triton finds the entries in a folder of the same path only (--cache).
+`tools/triton_cache.py` unpacks it; Triton finds the entries in a folder of the same path only (--cache).
 
 What the folder of --cache holds already is not compiled again: a run that was interrupted goes on.
 """

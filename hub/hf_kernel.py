@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lays the package out for the Hugging Face hub: a kernel that is built here, or a project for kernel-builder.
 
-    python tools/hf_kernel.py build/hf                              # FOLDER/build/torch-stable-abi210-cpu-x86_64-linux
-    MUSTDROP_CUDA_ARCHS="80;90" python tools/hf_kernel.py build/hf     # the same for this nvcc's CUDA
-    python tools/hf_kernel.py --project build/hf-project            # build.toml, its sources and the Python package
+    python hub/hf_kernel.py build/hf                              # FOLDER/build/torch-stable-abi210-cpu-x86_64-linux
+    MUSTDROP_CUDA_ARCHS="80;90" python hub/hf_kernel.py build/hf     # the same for this nvcc's CUDA
+    python hub/hf_kernel.py --project build/hf-project            # build.toml, its sources and the Python package
 
 The first two are what `kernels.get_local_kernel(FOLDER)` loads: one folder for every torch from 2.10 on. Its operators
 are in a namespace that holds a digest of the sources, so that several versions and an installed mustdrop_kernels live
@@ -153,7 +153,7 @@ def project(folder: Path) -> Path:
     """Lay out a project for kernel-builder, which makes CMakeLists.txt and `_ops.py` in it; returns its folder."""
     if folder.exists():
         raise SystemExit(f"{folder} is there already")
-    shutil.copytree(ROOT / "hub", folder)
+    shutil.copytree(ROOT / "hub", folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
     shutil.copytree(ROOT / "csrc", folder / "csrc")
     shutil.copy2(ROOT / "LICENSE", folder)
     for kernel in sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/cpu_kernel*.cpp")):

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What bench/run_on_gpu.sh runs on a device beside the tests and the benchmark.
 
-compute-sanitizer --tool racecheck python bench/gpu_once.py   # every operator once, in each of its ways
-python bench/gpu_once.py --coverage    # the same, and whether every CUDA kernel of csrc/ was launched by it
-python bench/gpu_once.py --graph       # three stages in one CUDA graph, replayed on new contents
-python bench/gpu_once.py --facts       # versions, tools, the GPU, and the backends that serve it, as JSON
-compute-sanitizer --tool memcheck python bench/gpu_once.py planted_write   # has to find a fault; so with planted_race
+compute-sanitizer --tool racecheck python tools/gpu_once.py   # every operator once, in each of its ways
+python tools/gpu_once.py --coverage    # the same, and whether every CUDA kernel of csrc/ was launched by it
+python tools/gpu_once.py --graph       # three stages in one CUDA graph, replayed on new contents
+python tools/gpu_once.py --facts       # versions, tools, the GPU, and the backends that serve it, as JSON
+compute-sanitizer --tool memcheck python tools/gpu_once.py planted_write   # has to find a fault; so with planted_race
 """
 
 from __future__ import annotations

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .files import written_whole
+from ..files import written_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .report import ImageReport, PromptReport
+    from .records import ImageReport, PromptReport
 
 _INK, _SOFT, _FAINT, _PAPER = "#1f2430", "#4b5365", "#7b8394", "#ffffff"
 _MERGED, _KEY = "#00a9bd", "#ffc400"

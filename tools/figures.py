@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Puts measured tables into the pages: between `<!-- COMMAND -->` and `<!-- end -->` stands what COMMAND prints.
 
-python bench/figures.py            # README.md and docs/, after a new measurement
-python bench/figures.py --check    # changes nothing; exit status 1 where a table is not what its results say
+python tools/figures.py            # README.md and docs/, after a new measurement
+python tools/figures.py --check    # changes nothing; exit status 1 where a table is not what its results say
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Parts:
         return self.machine.python, *words
 
     def once(self, *words: str) -> tuple[str, ...]:
-        return self.python("bench/gpu_once.py", *words)
+        return self.python("tools/gpu_once.py", *words)
 
     def library(self, build_seconds: int) -> Part:
         """What was carried is used; else it is built."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the parts of bench/gpu_parts.py on a machine with a GPU. bench/run_on_gpu.sh starts this; see there.
+"""Runs the parts of tools/gpu_parts.py on a machine with a GPU. bench/run_on_gpu.sh starts this; see there.
 
 What happened stands in the summary after each part, so that it comes back whatever ends the run.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT / "bench"), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "tests")]
 
 import gpu_bundle  # noqa: E402
 import gpu_parts  # noqa: E402

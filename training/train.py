@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the small LLaVA that `mustdrop demo` and `mustdrop eval` run, from random weights, on a CPU.
 
-python bench/accuracy/train.py --out out/accuracy     # about 70 minutes on one core; stop it and run it again to go on
+python training/train.py --out out/accuracy     # about 70 minutes on one core; stop it and run it again to go on
 """
 
 from __future__ import annotations

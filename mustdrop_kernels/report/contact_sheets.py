@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from .report import ImageReport, PromptReport
+    from .records import ImageReport, PromptReport
 
 _INK, _SOFT, _PAPER = "#1f2430", "#4b5365", "#ffffff"
 _PANEL, _GAP, _MARGIN, _CAPTION, _TITLE = 1.7, 0.08, 0.25, 0.3, 0.45  # inches
