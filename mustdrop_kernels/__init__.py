@@ -9,6 +9,7 @@ is compiled, no environment is changed.
 from __future__ import annotations
 
 from . import _load
+from ._version import __version__ as __version__
 
 _load.load_all()
 
@@ -41,8 +42,6 @@ if _load.core.loaded:
     fakes.register()
     backends.serve_dispatcher()
     autograd.register()
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ScoredSelection",

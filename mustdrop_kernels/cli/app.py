@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from .. import __version__
+from .._version import __version__
 from ..errors import Refusal
 from .bench import bench
 from .evaluate import evaluate

@@ -194,7 +194,7 @@ def _why_not(name: str, op: str, device: str, served_by: str | None) -> str | No
 
 
 def _own_version() -> str:
-    from .. import __version__
+    from .._version import __version__
 
     return __version__
 
