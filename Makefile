@@ -38,13 +38,13 @@ build: $(VENV)/.packages $(LIBRARY)  ## compile the operators in place
 demo: build  ## a photograph through a small LLaVA, with and without dropping; writes out/
 	$(BIN)/mustdrop demo --out out
 
-bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
+bench: build  ## time every operator beside its peers; `mustdrop bench ops` for ratios
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
 
 figures: build  ## the tables and pictures of README and docs, from bench/results and from the operators
 	$(BIN)/python tools/figures.py
 	$(BIN)/python tools/method_figures.py
-	$(BIN)/mustdrop bench --load bench/results/cpu/llava-1.5.json --plot docs/bench
+	$(BIN)/mustdrop bench ops --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow'

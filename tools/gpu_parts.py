@@ -152,15 +152,16 @@ class Parts:
         return None if self.machine.sanitizer else "compute-sanitizer was not found"
 
     def times(self, name: str, seconds: int, *words: str) -> Part:
-        """`mustdrop bench` into NAME.json."""
+        """`mustdrop bench ops` into NAME.json."""
         path = self.machine.out / f"{name}.json"
-        words = ("-m", "mustdrop_kernels", "bench", *words, "--device", "cuda", "--json", str(path))
+        words = ("-m", "mustdrop_kernels", "bench", "ops", *words, "--device", "cuda", "--json", str(path))
         return Part(name, seconds, (self.python(*words),))
 
     def e2e(self, name: str, seconds: int, *words: str) -> Part:
         """A whole LLaVA-1.5-7B into NAME.json."""
         path = self.machine.out / f"{name}.json"
-        words = ("bench/e2e.py", "--device", "cuda", "--model", "llava-1.5-7b", *words, "--json", str(path))
+        model = ("--device", "cuda", "--model", "llava-1.5-7b")
+        words = ("-m", "mustdrop_kernels", "bench", "model", *model, *words, "--json", str(path))
         return Part(name, seconds, (self.python(*words),))
 
 

@@ -223,7 +223,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=Path("/tmp/mustdrop-triton-cache"), help="TRITON_CACHE_DIR there")
     parser.add_argument("--multiprocessors", type=int, help="of that GPU, where it is not the full chip")
     parser.add_argument("--tests", nargs="*", default=["tests/ops"], help="files or folders (default: %(default)s)")
-    parser.add_argument("--shapes", default="llava-1.5,llava-next", help="of `mustdrop bench` (default: %(default)s)")
+    parser.add_argument("--shapes", default="llava-1.5,llava-next", help="of mustdrop bench ops (default: %(default)s)")
     parser.add_argument("--dtypes", default="bfloat16", help="of the shapes (default: %(default)s)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
     parser.add_argument("--dry-run", action="store_true", help="say how many kernels there are, compile none")

@@ -1,85 +1,84 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``drop_tokens`` costs a decode step: milliseconds and bytes of the cache, with it and without.
+"""Cost of ``drop_tokens`` in a decode step: milliseconds and bytes of the cache, with it and without.
 
 Four prompts: text alone inside the context against plain generation (what is attached and nothing else), an image that
 keeps all its tokens, one that loses most of them, and two of those in a batch, one of which is padded, so that every
-step has masks. Two models with the same weights decode in turn, a token each, so that a machine that slows down slows
-neighbours alike; what is compared is each pair of them.
-
-    python bench/overhead.py --threads 2 --json bench/results/cpu/overhead.json
+step has masks. Two models with the same weights decode in turn, a token each, so that drift of the machine hits both;
+the ratios are those of neighboring tokens.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
+import dataclasses
 import json
 import math
-import shlex
 import statistics
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from mustdrop_kernels.bench import machine
-from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.files import write_text
-from mustdrop_kernels.integrations.transformers import drop_tokens
+from ..config import MustDropConfig
+from ..files import read_document
+from ..integrations.transformers import drop_tokens
+from . import machine
+from .documents import Document, Sheet, Tell, note
+from .random_llava import GRID, PATCH, Sizes, Transformer
+from .units import size
 
-IMAGE = 5
-SIDE = 24
-
-
-def build(layers: int, width: int) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's depth and prompt, less width; random weights."""
-    torch.manual_seed(0)
-    vision = CLIPVisionConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=336,
-        patch_size=14,
-    )
-    text = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=width,
-        intermediate_size=2 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 64,
-        max_position_embeddings=4096,
-        eos_token_id=None,
-    )
-    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layer=-2)
-    model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
+FORMAT = "mustdrop-decode/1"
+TEXT = 60  # tokens after the image
+Prompt = dict[str, torch.Tensor]
 
 
-def inputs(image: bool) -> dict[str, torch.Tensor]:
-    """60 tokens of text, and 576 of an image before them or not."""
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to measure: LLaVA-1.5's depth and prompt, less width."""
+
+    layers: int = 32
+    width: int = 1024
+    tokens: int = 96
+    turns: int = 7  # measured generations of each prompt
+    threads: int = 2
+
+    @property
+    def sizes(self) -> Sizes:
+        """Sizes of the model."""
+        language = Transformer(self.width, 2 * self.width, self.width // 64, self.layers)
+        return Sizes(Transformer(128, 256, 4, 4), language, 1000)
+
+    @property
+    def cases(self) -> dict[str, tuple[Prompt, MustDropConfig]]:
+        """Name -> prompt and configuration."""
+        keep_all, budget = (MustDropConfig.preset(name).for_depth(self.layers) for name in ("keep-all", "budget-64"))
+        image = self.sizes.words - 1
+        return {
+            "text alone": (inputs(None), budget),
+            "image, all kept": (inputs(image), keep_all),
+            "image, budget-64": (inputs(image), budget),
+            "two images, one padded, budget-64": (padded(image), budget),
+        }
+
+
+def inputs(image: int | None) -> Prompt:
+    """60 tokens of text, after the 576 placeholders `image` of a picture or alone."""
     generator = torch.Generator().manual_seed(1)
-    text = torch.randint(10, 1000, (1, 60), generator=generator)
-    if not image:
+    text = torch.randint(10, 999, (1, TEXT), generator=generator)
+    if image is None:
         return {"input_ids": text, "attention_mask": torch.ones_like(text)}
-    ids = torch.cat([torch.full((1, SIDE * SIDE), IMAGE), text], 1)
-    pixels = torch.randn(1, 3, 336, 336, generator=generator)
+    ids = torch.cat([torch.full((1, GRID**2), image), text], 1)
+    pixels = torch.randn(1, 3, GRID * PATCH, GRID * PATCH, generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
 
 
-def padded() -> dict[str, torch.Tensor]:
+def padded(image: int) -> Prompt:
     """Two prompts with an image; the second has 20 tokens of text less, and padding on its left."""
-    whole = inputs(image=True)
+    whole = inputs(image)
     ids = torch.cat([whole["input_ids"], whole["input_ids"].roll(20, 1)])
     ids[1, :20] = 0
     return {
@@ -98,25 +97,25 @@ class Turns:
         self._changed = threading.Condition()
 
     def take(self, side: int) -> None:
-        """Waits until it is this side's turn."""
+        """Block until it is this side's turn."""
         with self._changed:
             self._changed.wait_for(lambda: self._turn == side or self._done[1 - side])
 
     def hand_over(self, side: int, done: bool = False) -> None:
-        """Lets the other side run."""
+        """Let the other side run."""
         with self._changed:
             self._turn, self._done[side] = 1 - side, done
             self._changed.notify_all()
 
 
 class Side:
-    """A streamer of transformers: hears of the prompt first, then of every token."""
+    """Streamer of transformers: gets the prompt first, then every token."""
 
     def __init__(self, turns: Turns, side: int) -> None:
         self.turns, self.side, self.since = turns, side, 0.0
 
     def put(self, tokens: torch.Tensor) -> None:
-        """A token is there."""
+        """Take the time of a token and hand over."""
         if self.since:
             self.turns.seconds[self.side].append(time.perf_counter() - self.since)
             self.turns.hand_over(self.side)
@@ -124,10 +123,10 @@ class Side:
         self.since = time.perf_counter()
 
     def end(self) -> None:
-        """No other will come."""
+        """Called after the last token."""
 
 
-def in_turns(models: Sequence[LlavaForConditionalGeneration], prompt: dict, tokens: int) -> list[list[float]]:
+def in_turns(models: Sequence[Any], prompt: Prompt, tokens: int) -> list[list[float]]:
     """Milliseconds of each token after the first, of both models."""
     turns = Turns()
 
@@ -145,25 +144,24 @@ def in_turns(models: Sequence[LlavaForConditionalGeneration], prompt: dict, toke
 
 
 def compare(
-    models: Sequence[LlavaForConditionalGeneration],
-    prompt: dict,
+    models: Sequence[Any],
+    prompt: Prompt,
     config: MustDropConfig,
-    tokens: int,
-    turns: int,
-    step: Callable[[], None],
-) -> dict:
+    options: Options,
+    done: Callable[[], None],
+) -> dict[str, Any]:
     """Milliseconds per decoded token of a plain model and of one inside ``drop_tokens``, and their ratio by pairs.
 
-    Calls `step` after each of turns + 1 generations.
+    Calls `done` after each of options.turns + 1 generations.
     """
     times: tuple[list[float], list[float]] = ([], [])
     with drop_tokens(models[1], config) as report:
-        for turn in range(turns + 1):
-            found = in_turns(models, prompt, tokens)
+        for turn in range(options.turns + 1):
+            found = in_turns(models, prompt, options.tokens)
             if turn:  # the first warms up
                 for side, more in zip(times, found, strict=True):
                     side.extend(more)
-            step()
+            done()
     cache = None
     if report.prompts:
         cache = {"plain": report.last.plain_cache.bytes, "drop_tokens": report.last.final_cache.bytes}
@@ -188,65 +186,64 @@ def median_interval(values: list[float]) -> tuple[float, float]:
     return values[rank], values[count - 1 - rank]
 
 
-def markdown(document: dict) -> str:
-    """The rows as a table."""
-    lines = ["| prompt | plain | with `drop_tokens` | difference |", "|---|---|---|---|"]
-    for name, row in document["rows"].items():
-        plain, ours = row["decode_ms"].values()
-        lines.append(f"| {name} | {plain:.2f} ms | {ours:.2f} ms | {_change(row)} |")
-    about = document["machine"]
-    command = document["command"]
-    lines += ["", f"*per decoded token, 95% intervals, {about['name']}, torch {about['torch']}; `{command}`*"]
-    return "\n".join(lines)
+def plan_lines(options: Options) -> Iterator[str]:
+    """Lines of a dry run."""
+    weights, cases = options.sizes.weights(), options.cases
+    yield f"a LLaVA-1.5 with {options.layers} layers of width {options.width}: {size(4 * weights)} of float32 weights"
+    for name, (prompt, _) in cases.items():
+        cache = 2 * 2 * 4 * options.layers * options.width * prompt["input_ids"].numel()
+        yield f"{name}: {options.turns} pairs of generations and a warm-up, two caches of {size(cache / 2)}"
+    count = len(cases) * 2 * (options.turns + 1) * options.tokens
+    yield f"{count} tokens are generated; a step of this model takes as long as this machine reads its weights"
 
 
-def _change(row: dict) -> str:
-    middle, low, high = (100 * (value - 1) for value in (row["ratio"], *row["ratio_interval"]))
-    return f"{middle:+.2f}% ({low:+.2f} to {high:+.2f})"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the results there")
-    parser.add_argument("--load", type=Path, help="measure nothing; print the table of such a file")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--width", type=int, default=1024)
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--turns", type=int, default=7, help="generations of each prompt")
-    options = parser.parse_args()
-    if options.load:
-        print(markdown(json.loads(options.load.read_text())))
-        return
+def run(options: Options, command: Sequence[str] = (), tell: Tell = lambda what, share: None) -> Document:
+    """Measure every case; the document."""
     torch.set_num_threads(options.threads)
-    model = build(options.layers, options.width)
+    model, cases = options.sizes.build(), options.cases
     twin = copy.deepcopy(model, {id(weight): weight for weight in model.parameters()})
-    keep_all = MustDropConfig.preset("keep-all").for_depth(options.layers)
-    budget = MustDropConfig.preset("budget-64").for_depth(options.layers)
-    cases = {
-        "text alone": (inputs(image=False), budget),
-        "image, all kept": (inputs(image=True), keep_all),
-        "image, budget-64": (inputs(image=True), budget),
-        "two images, one padded, budget-64": (padded(), budget),
-    }
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    rows = {}
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("", total=len(cases) * (options.turns + 1))
-        for name, case in cases.items():
-            progress.update(task, description=name)
-            rows[name] = compare((twin, model), *case, options.tokens, options.turns, lambda: progress.advance(task))
-    settings = {key: value for key, value in vars(options).items() if key not in ("json", "load")}
-    document = {
-        "command": shlex.join(["python", *sys.argv]),
-        "settings": settings,
+    rows: dict[str, Any] = {}
+    total, finished = len(cases) * (options.turns + 1), iter(range(1, 1 << 30))
+    for name, (prompt, config) in cases.items():
+        tell(name, len(rows) / len(cases))
+        rows[name] = compare(
+            (twin, model),
+            prompt,
+            config,
+            options,
+            lambda name=name: tell(name, next(finished) / total),  # type: ignore[misc]
+        )
+    return {
+        "format": FORMAT,
+        "command": list(command),
+        "settings": dataclasses.asdict(options),
         "machine": machine.describe(torch.device("cpu"), options.threads),
         "rows": rows,
     }
-    print(markdown(document))
-    if options.json:
-        write_text(options.json, json.dumps(document, indent=1) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def read(path: Path) -> Document:
+    """Read a document; the first version wrote no format.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    document = json.loads(path.read_text())
+    if isinstance(document, dict) and "format" not in document and "settings" in document:
+        return {"format": FORMAT, **document}
+    return read_document(path, FORMAT, "mustdrop bench decode")
+
+
+def sheet(document: Document) -> Sheet:
+    """Milliseconds of each prompt, and their difference with its interval."""
+    rows = []
+    for name, row in document["rows"].items():
+        plain, ours = row["decode_ms"].values()
+        rows.append([name, f"{plain:.2f} ms", f"{ours:.2f} ms", _change(row)])
+    about = note(document, "per decoded token", "95% intervals", document["machine"]["name"])
+    return Sheet(["prompt", "plain", "with `drop_tokens`", "difference"], rows, about)
+
+
+def _change(row: dict[str, Any]) -> str:
+    middle, low, high = (100 * (value - 1) for value in (row["ratio"], *row["ratio_interval"]))
+    return f"{middle:+.2f}% ({low:+.2f} to {high:+.2f})"

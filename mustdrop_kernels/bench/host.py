@@ -9,12 +9,9 @@ second column takes Triton's own way to each launch.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
-import sys
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,12 +22,17 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from mustdrop_kernels.backends.triton import configs, implementation, interpreted, launch
-from mustdrop_kernels.files import write_text
+from ..backends.triton import configs, implementation, interpreted, launch
+from ..errors import Refusal
+from ..files import read_document
+from . import machine
+from .documents import Document, Sheet, Tell, note
+
+FORMAT = "mustdrop-host/1"
 
 
 class Driver:
-    """Knows a GPU that is not there; counts launches."""
+    """Driver of a GPU that is not there; counts launches."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -41,15 +43,20 @@ class Driver:
         )
 
     def get_current_device(self) -> int:
-        return -1  # what tensors say that are on no GPU
+        """Index of the device."""
+        return -1  # that of tensors on no GPU
 
     def get_current_stream(self, device: int) -> int:
+        """The default stream."""
         return 0
 
     def get_current_target(self) -> GPUTarget:
+        """sm_90."""
         return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
+        """A launch that does nothing."""
+
         def run(*_: object) -> None:
             self.launches += 1
 
@@ -57,7 +64,7 @@ class Driver:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """LLaVA-1.5, one picture: 576 patches, 671 tokens, 32 heads, 13 layers cut at once."""
+    """A call of each operator for one picture: 576 patches, 671 tokens, 32 heads, 13 layers compacted at once."""
     half, long, integer = torch.float16, torch.int64, torch.int32
 
     def new(*shape: int, dtype: torch.dtype = half, device: str = "meta") -> torch.Tensor:
@@ -83,8 +90,9 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def microseconds(call: Callable[[], Any], seconds: float) -> float:
-    """The fastest of many short batches: what is slower was interrupted."""
-    batch, times, end = 10, [], time.perf_counter() + seconds
+    """Time of a call in the fastest of many short batches; slower ones were interrupted."""
+    batch, end = 10, time.perf_counter() + seconds
+    times: list[float] = []
     while len(times) < 20 or time.perf_counter() < end:
         start = time.perf_counter()
         for _ in range(batch):
@@ -93,15 +101,55 @@ def microseconds(call: Callable[[], Any], seconds: float) -> float:
     return min(times)
 
 
-def measure(seconds: float) -> list[dict[str, Any]]:
-    """A row for each operator."""
-    driver, rows = Driver(), []
-    triton.runtime.driver.set_active(driver)
+def plan_lines(seconds: float) -> Iterator[str]:
+    """Lines of a dry run."""
+    names = list(calls())
+    yield f"{', '.join(names)}: two ways to launch, {seconds:g} s each"
+    yield f"about {2 * seconds * len(names):.0f} s, and the kernels are compiled where Triton's cache lacks them"
+
+
+def run(seconds: float, command: Sequence[str] = (), tell: Tell = lambda what, share: None) -> Document:
+    """Measure every operator; the document.
+
+    Raises:
+        Refusal: Triton interprets, so that nothing is launched.
+    """
+    if interpreted():
+        raise Refusal("TRITON_INTERPRET is set: nothing is launched then")
+    return {
+        "format": FORMAT,
+        "command": list(command),
+        "machine": {**machine.describe(torch.device("cpu"), torch.get_num_threads()), "triton": triton.__version__},
+        "rows": _rows(seconds, tell),
+    }
+
+
+@contextlib.contextmanager
+def _active(driver: Driver) -> Iterator[None]:
+    """Triton's driver for a while; the one before may not exist, which Triton finds out when it needs it."""
+    config = triton.runtime.driver
+    before = getattr(config, "_active", None)
+    config.set_active(driver)
+    try:
+        yield
+    finally:
+        if hasattr(config, "_active"):
+            config.set_active(before)
+        else:
+            config.reset_active()  # Triton before 3.5
+
+
+def _rows(seconds: float, tell: Tell) -> list[dict[str, Any]]:
+    driver = Driver()
+    rows: list[dict[str, Any]] = []
     with (
+        _active(driver),
         mock.patch.object(configs, "architecture", return_value="sm90"),
         mock.patch.object(configs, "processors", return_value=132),
     ):
-        for name, call in calls().items():
+        every = calls()
+        for name, call in every.items():
+            tell(name, len(rows) / len(every))
             call()
             driver.launches = 0
             call()
@@ -112,24 +160,21 @@ def measure(seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def main() -> int:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each number (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
-    options = parser.parse_args()
-    if interpreted():
-        parser.error("TRITON_INTERPRET is set: nothing is launched then")
-    rows = measure(options.seconds)
-    print(f"Triton {triton.__version__}, torch {torch.__version__}, Python {platform.python_version()}; us a call")
-    print(f"{'':24}{'launches':>9}{'here':>9}{'by Triton':>11}")
-    for row in rows:
-        print(f"{row['op']:24}{row['launches']:>9}{row['us']:>9.1f}{row['us_triton_path']:>11.1f}")
-    if options.json:
-        versions = {"triton": triton.__version__, "torch": torch.__version__, "python": platform.python_version()}
-        write_text(options.json, json.dumps({**versions, "processor": platform.processor(), "rows": rows}, indent=1))
-    return 0
+def read(path: Path) -> Document:
+    """Read a document.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    return read_document(path, FORMAT, "mustdrop bench host")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def sheet(document: Document) -> Sheet:
+    """Launches and microseconds of each operator."""
+    rows = [
+        [row["op"], str(row["launches"]), f"{row['us']:.1f} us", f"{row['us_triton_path']:.1f} us"]
+        for row in document["rows"]
+    ]
+    about = document["machine"]
+    where = note(document, about["name"], f"Python {about['python']}", f"Triton {about['triton']}")
+    return Sheet(["operator", "launches", "a call", "by Triton's launcher"], rows, where)

@@ -3,33 +3,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_document, write_text
-from .cases import Case
-from .run import FORMAT, Contender, Document, Row
+from ..files import read_document
+from .run import FORMAT, Document, Options, Row, contenders, count_of_copies, plan
 from .units import duration, factor, size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def write(document: Document, path: Path) -> None:
-    """As JSON."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
-
-
 def read(path: Path) -> Document:
-    """A document that ``write`` wrote.
+    """Read a document.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file is something else.
     """
-    return read_document(path, FORMAT, "mustdrop bench")
+    return read_document(path, FORMAT, "mustdrop bench ops")
 
 
 def only(document: Document, ops: Collection[str] | None) -> Document:
@@ -190,10 +183,11 @@ def comparison_notes(old: Document, new: Document) -> list[str]:
     return lines
 
 
-def plan_lines(planned: Iterable[tuple[Case, list[Contender]]]) -> Iterator[str]:
-    """What would be timed, and why not what would not."""
-    for case, found in planned:
-        work = case.work
+def plan_lines(options: Options) -> Iterator[str]:
+    """Lines of a dry run: each case, what would be timed and why the rest would not; memory and time at the end."""
+    largest, ways = 0, 0
+    for case in plan(options):
+        found, work = contenders(case, options, build=False), case.work
         flops = f", {work.flops / 1e9:.3g} GFLOP" if work.flops else ""
         yield (
             f"{case.label}: {case.shape.length} tokens, inputs {size(case.input_bytes)}, "
@@ -201,9 +195,13 @@ def plan_lines(planned: Iterable[tuple[Case, list[Contender]]]) -> Iterator[str]
         )
         for kind, title in (("backend", "ours"), ("peer", "peers"), ("context", "context")):
             names = [one.name for one in found if one.kind == kind and not one.why_not]
+            ways += len(names)
             if names:
                 yield f"  {title}: {'; '.join(names)}"
         yield from (f"  not timed: {one.name}: {one.why_not}" for one in found if one.why_not)
+        largest = max(largest, case.input_bytes * count_of_copies(case, options.hot, options.quick))
+    seconds = ways * options.effort.seconds
+    yield f"inputs of up to {size(largest)} at a time; {ways} ways to time take about {duration(1e6 * seconds)}"
 
 
 def markdown(document: Document) -> str:

@@ -145,17 +145,20 @@ def test_sanitizers_see_something(tmp_path):
 
 def test_the_files_that_the_parts_name_exist(tmp_path):
     named = set(re.findall(r"\b(?:bench|tests|tools)/[\w./]*\w", run("--dry-run", *gpu_parts.RUNS, OUT="out").stdout))
-    assert {"tools/gpu_once.py", "tests/bench/test_on_gpu.py", "bench/e2e.py"} <= named
+    assert {"tools/gpu_once.py", "tests/bench/test_on_gpu.py", "tests/integrations/test_compiled.py"} <= named
     assert all((ROOT / name).exists() for name in named), named
 
 
 def test_bench_takes_the_options_that_it_is_given(tmp_path):
-    for name in ("second", "bench"):
+    there = set()
+    for name in ("second", "bench", "e2e", "decode"):
         for part in gpu_parts.parts_of(name, machine(tmp_path)):
             if "mustdrop_kernels" in part.commands[0] and "bench" in part.commands[0]:
-                words = part.commands[0][part.commands[0].index("bench") :]
+                words = list(part.commands[0][part.commands[0].index("bench") :])
                 result = CliRunner().invoke(app, [*words, "--device", "cpu", "--dry-run"])
                 assert result.exit_code == 0, result.output
+                there.add(words[1])
+    assert there == {"ops", "model"}
 
 
 def test_wrong_usage():

@@ -1,14 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop bench``: time the operators beside their peers."""
+"""``mustdrop bench ops``: time the operators beside their peers."""
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import signal
-import sys
-import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,11 +13,14 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from ..bench.run import Document, Options
+    from ...bench.documents import Document
+    from ...bench.run import Options
+
+from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, refusals, refuse
 
 Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: who serves the device.")]
+Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: what serves the device.")]
 Peers = Annotated[str | None, typer.Option(help='Names with commas between, or "none". Default: all.')]
 Shapes = Annotated[
     str,
@@ -38,20 +37,14 @@ Seconds = Annotated[
 NoCompiled = Annotated[
     bool, typer.Option("--no-compiled", help="Leave out the peers that torch.compile makes: each takes seconds.")
 ]
-Hot = Annotated[bool, typer.Option("--hot", help="The same inputs every time, so that they may stay in the cache.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the document here.")]
+Hot = Annotated[bool, typer.Option("--hot", help="Use the same inputs every time, so that they may stay in the cache.")]
 Plot = Annotated[Path | None, typer.Option(help="Write pictures into this folder (needs matplotlib).")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table instead of the tables.")]
 Compare = Annotated[Path | None, typer.Option(help="An older document to compare with.")]
-Load = Annotated[Path | None, typer.Option(help="Show this document, or some OPs of it, instead of timing anything.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be timed, and why not what would not.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
-
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
-def bench(
-    ops: Ops = None,
+def ops(
+    operators: Ops = None,
     device: Device = "cpu",
     backends: Backends = None,
     peers: Peers = None,
@@ -62,49 +55,44 @@ def bench(
     seconds: Seconds = None,
     hot: Hot = False,
     json: Json = None,
-    plot: Plot = None,
-    markdown: Markdown = False,
-    compare: Compare = None,
     load: Load = None,
     dry_run: DryRun = False,
+    markdown: Markdown = False,
+    plot: Plot = None,
+    compare: Compare = None,
     threads: Threads = None,
 ) -> None:
-    """Time the operators beside other ways of computing the same, in interleaved rounds of one run.
+    """Time the operators beside other ways to compute the same, in interleaved rounds of one run.
 
     Each peer's result is compared with ours first; one that differs is not timed, and the command ends with status 1.
-    The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished.
+    The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished. With
+    OPs, --load shows those rows of the document.
     """
-    from ..bench import report
-    from ..bench.run import command_line, contenders, plan, run
+    from ...bench import report
+    from ...bench.documents import command_line
+    from ...bench.run import run
 
-    console = Console()
-    try:
-        options = _options(ops or [], device, backends, peers, shapes, dtype, quick, not no_compiled, seconds, hot)
+    with refusals():
+        options = _options(
+            operators or [], device, backends, peers, shapes, dtype, quick, not no_compiled, seconds, hot
+        )
         older = None if compare is None else report.read(compare)
-        document = None if load is None else report.only(report.read(load), ops)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"mustdrop: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        print("mustdrop: --plot needs matplotlib: pip install 'mustdrop_kernels[bench]'", file=sys.stderr)
-        raise typer.Exit(2)
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if dry_run:
-        for line in report.plan_lines((case, contenders(case, options, build=False)) for case in plan(options)):
-            console.print(line, markup=False, highlight=False)
-        return
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            refuse("--plot needs matplotlib: pip install 'mustdrop_kernels[bench]'")
+        if threads is not None:
+            torch.set_num_threads(threads)
+    document = carry_out(
+        plan=lambda: report.plan_lines(options),
+        run=lambda tell, keep: run(options, command_line(), tell, keep),
+        read=lambda path: report.only(report.read(path), operators),
+        json=json, load=load, dry_run=dry_run,
+    )  # fmt: skip
     if document is None:
-        keep = (lambda unfinished: report.write(unfinished, json)) if json is not None else (lambda unfinished: None)
-        with _progress() as tell, _sigterm_interrupts():
-            document = run(options, command_line(), tell, keep)
-        if document["stopped"] and not document["cases"]["measured"]:
-            raise typer.Exit(130)  # nothing was finished: an older document stays
-    if json is not None:
-        report.write(document, json)
+        return
+    console = Console()
     _show(document, older, markdown, console)
     if plot is not None:
-        from ..bench import plots
+        from ...bench import plots
 
         for path in plots.write_all(document, plot):
             console.print(f"wrote {path}", highlight=False)
@@ -114,25 +102,8 @@ def bench(
         raise typer.Exit(1)
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which time limits send, ends a measurement as Ctrl-C does."""
-
-    def interrupt(*args: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where a program calls this, its signals are its own
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def _show(document: Document, older: Document | None, markdown: bool, console: Console) -> None:
-    from ..bench import report
+    from ...bench import report
 
     if markdown:
         console.print(report.markdown(document), markup=False, highlight=False, soft_wrap=True)
@@ -159,11 +130,15 @@ def _options(
     seconds: float | None,
     hot: bool,
 ) -> Options:
-    """Raises a ValueError that says what there is where a name is unknown."""
-    from .. import backends as registry
-    from ..bench.peers import names as peer_names
-    from ..bench.run import Options, all_ops, default_backends
-    from ..bench.shapes import parse_shapes
+    """The options of the command line.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    from ... import backends as registry
+    from ...bench.peers import names as peer_names
+    from ...bench.run import Options, all_ops, default_backends
+    from ...bench.shapes import parse_shapes
 
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
@@ -198,14 +173,3 @@ def _known(kind: str, names: Collection[str], there: Collection[str]) -> None:
     for name in names:
         if name not in there:
             raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(there)}")
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=1.0)
-        yield lambda what, share: progress.update(task, description=what, completed=share)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`mustdrop bench` from its command line: what it prints, what it writes, how it ends."""
+"""`mustdrop bench ops` from its command line: what it prints, what it writes, how it ends."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def same_threads_afterwards():
 
 
 def bench(*arguments: str):
-    return CliRunner().invoke(app, ["bench", *arguments])
+    return CliRunner().invoke(app, ["bench", "ops", *arguments])
 
 
 @pytest.fixture(scope="module")
