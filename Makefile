@@ -38,13 +38,13 @@ build: $(VENV)/.packages $(LIBRARY)  ## compile the operators in place
 demo: build  ## a photograph through a small LLaVA, with and without dropping; writes out/
 	$(BIN)/mustdrop demo --out out
 
-bench: build  ## time every operator beside its peers; `mustdrop bench --help` for more
+bench: build  ## time every operator beside its peers; `mustdrop bench ops` for ratios
 	$(BIN)/python -m pytest -q bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
 
 figures: build  ## the tables and pictures of README and docs, from bench/results and from the operators
-	$(BIN)/python bench/figures.py
-	$(BIN)/python bench/method_figures.py
-	$(BIN)/mustdrop bench --load bench/results/cpu/llava-1.5.json --plot docs/bench
+	$(BIN)/python tools/figures.py
+	$(BIN)/python tools/method_figures.py
+	$(BIN)/mustdrop bench ops --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
 test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
 	$(BIN)/python -m pytest -q $(PARALLEL) -m 'not slow'
@@ -67,7 +67,7 @@ $(TRITON_3_4)/.ready: | $(VENV)/.packages
 
 test-triton-3.4: build $(TRITON_3_4)/.ready  ## the same with the oldest Triton that is served, and a compile for one GPU
 	PYTHONPATH=$(TRITON_3_4) $(INTERPRETED) -m 'not slow'
-	PYTHONPATH=$(TRITON_3_4) $(BIN)/python bench/check_triton.py --targets sm90
+	PYTHONPATH=$(TRITON_3_4) $(BIN)/python tools/check_triton.py --targets sm90
 
 $(TRITON_3_6)/.ready: | $(VENV)/.packages
 	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target $(TRITON_3_6) triton==3.6.0
@@ -137,10 +137,10 @@ coverage: build $(VLLM)/.ready  ## lines of csrc and of the Python code that the
 	$(BIN)/python tests/sanitizers/line_coverage.py $(COVERAGE)
 
 check-cuda: $(VENV)/.packages  ## registers, faults in loops, occupancy of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90,80 --model"
-	$(BIN)/python bench/check_cuda.py $(CHECK)
+	$(BIN)/python tools/check_cuda.py $(CHECK)
 
 check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
-	$(BIN)/python bench/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
+	$(BIN)/python tools/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
 
 # Triton compiles for the machine that it runs on: with that machine's Python and Triton.
 GPU_PYTHON ?= python3.12
@@ -150,7 +150,7 @@ GPU_PYTHON ?= python3.12
 	touch $@
 
 gpu-bundle: build $(if $(TRITON),.venv-gpu/.ready)  ## what bench/run_on_gpu.sh can be given from here, in gpu-bundle/; TRITON=1: compiled Triton kernels too; FAILED=failed.txt of `first`
-	$(BIN)/python bench/gpu_bundle.py $(if $(TRITON),--triton .venv-gpu/bin/python) $(if $(FAILED),--failed $(FAILED))
+	$(BIN)/python tools/gpu_bundle.py $(if $(TRITON),--triton .venv-gpu/bin/python) $(if $(FAILED),--failed $(FAILED))
 
 wheel: $(VENV)/.packages  ## one wheel for every Python and torch, into dist/; with CUDA: MUSTDROP_CUDA_ARCHS="80;90" make wheel
 	rm -rf build/wheel $(DIST)/*.whl

@@ -15,7 +15,7 @@ from mustdrop_kernels.bench.shapes import parse_shapes
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("mustdrop")
-    group.addoption("--shapes", default="llava-1.5", help="as in mustdrop bench")
+    group.addoption("--shapes", default="llava-1.5", help="as in mustdrop bench ops")
     group.addoption("--dtypes", default="float32", help="float32, bfloat16, float16, with commas between")
     group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
     group.addoption("--backends", help="default: the one that serves the device")

@@ -11,7 +11,7 @@
 #
 # A part that fails leaves the others; what a part does not use of its time is added to those after it. Results go to
 # $OUT (default: bench/results/gpu): summary.txt and summary.json, written after each part; log.txt; failed.txt with the
-# failed tests; and the JSON of times, which `mustdrop bench --load` and `python bench/e2e.py --load` show.
+# failed tests; and the JSON of times, which `mustdrop bench ops --load` and `mustdrop bench model --load` show.
 #
 # Needs Python >= 3.10 with torch >= 2.10 for CUDA and pytest with hypothesis; nvcc and CMake where no library was
 # carried. Installs nothing and needs no network. PYTHON names the interpreter (default: .venv/bin/python, else python3).
@@ -22,4 +22,4 @@ if [ -z "${PYTHON:-}" ]; then
   [ -x .venv/bin/python ] && PYTHON=.venv/bin/python
 fi
 export PYTHON
-exec "$PYTHON" bench/gpu_run.py "$@"
+exec "$PYTHON" tools/gpu_run.py "$@"

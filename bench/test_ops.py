@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of `mustdrop bench` for pytest-benchmark: its statistics, its storage, its comparisons.
+"""The cases of `mustdrop bench ops` for pytest-benchmark: its statistics, its storage, its comparisons.
 
-Here one contender runs after another; `mustdrop bench` interleaves them, so take ratios from there.
+Here one contender runs after another; `mustdrop bench ops` interleaves them, so take ratios from there.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MkDocs has no syntax for: tables that `mustdrop bench` prints, and formulas.
+"""What MkDocs has no syntax for: tables that `mustdrop bench ops` prints, and formulas.
 
 A line `<!-- mustdrop bench ... -->` becomes what the command prints. A block "```math" and inline $`...`$, which GitHub
 shows as formulas too, become MathML, so that a browser needs no script for them.

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from . import _load
+from ._version import __version__ as __version__
 
 _load.load_all()
 
@@ -26,8 +27,6 @@ if _load.core.loaded:
     ops.contract.register_fakes()
     backends.serve_dispatcher()
     ops.autograd.register()
-
-__version__ = "0.1.0"
 
 __all__ = ["MustDropConfig", "backends", "drop_tokens", "register_backend", "use_backend"]
 __all__ += [name for name in ops.__all__ if name != "OPS"]

@@ -13,7 +13,7 @@ counting        operations of a layer           who counts so
 ==============  ==============================  ==========================================================
 
 A layer that holds n tokens has 2 n kv_heads head_dim numbers in the KV cache. Nothing else is counted: neither the
-vision tower, nor the language head, nor what the dropping itself costs (`mustdrop bench` measures that).
+vision tower, nor the language head, nor what the dropping itself costs (`mustdrop bench ops` measures that).
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ RUN_ELSEWHERE = {
     "pip install 'mustdrop_kernels[cupy12]'": "by hand: the other CUDA",
     "make wheel": "tests/packaging/test_install.py",
     "make test-wheel": "by hand, before a release: docs/release.md",
-    "python tools/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
-    "python tools/hf_kernel.py --project build/hf-project": "tests/packaging/test_hf_project.py",
+    "python hub/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
+    "python hub/hf_kernel.py --project build/hf-project": "tests/packaging/test_hf_project.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
     # A model of 7B: tests/integrations/vllm_plugin/test_http.py runs the command, in a real vLLM.
     """vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096 --hf-overrides '{"architectures": """
@@ -123,7 +123,7 @@ def test_every_picture_says_what_it_shows() -> None:
 
 def test_the_pictures_of_the_method_are_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    runpy.run_path(str(ROOT / "bench/method_figures.py"))["main"](tmp_path)
+    runpy.run_path(str(ROOT / "tools/method_figures.py"))["main"](tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "method").iterdir()}
 
 

@@ -63,7 +63,7 @@ def test_python_runs(number: int) -> None:
 
 def test_tables_are_what_their_results_say() -> None:
     """After a new measurement: `make figures`."""
-    done = subprocess.run([sys.executable, "bench/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "tools/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

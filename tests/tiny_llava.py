@@ -1,65 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny LLaVA with random weights, its tokenizer and processor; nothing is downloaded.
 
-The vision tower keeps flat regions of a picture alike, so that stage 1 has something to merge, and the language model's
-attention is uneven, so that stage 2 has something to choose.
+The vision tower keeps flat regions of a picture similar, so that stage 1 has something to merge, and the language
+model's attention is uneven, so that stage 2 has something to choose.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-PATCH = 14
-PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
+from mustdrop_kernels.bench import random_llava
+from mustdrop_kernels.bench.random_llava import PATCH, PROMPT, tokenizer
+
+__all__ = ["PATCH", "PROMPT", "config", "model", "picture", "processor", "tokenizer"]
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level tokenizer with a few words, padding on the left."""
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<unk>", "<s>", "</s>", "<pad>", "<image>"],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    core.train_from_iterator([PROMPT + " a red car on the street"] * 4, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        unk_token="<unk>",
-        bos_token="<s>",
-        eos_token="</s>",
-        pad_token="<pad>",
-        additional_special_tokens=["<image>"],
-        model_input_names=["input_ids", "attention_mask"],
-        padding_side="left",
-    )
-
-
-def processor(grid: int = 12) -> LlavaProcessor:
+def processor(grid: int = 12) -> Any:
     """Pictures of grid x grid patches."""
-    size = PATCH * grid
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        tokenizer=tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-    )
+    return random_llava.processor(grid)
 
 
 def config(

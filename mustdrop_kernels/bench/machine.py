@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from .. import __version__, _load
+from .. import _load
+from .._version import __version__
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 

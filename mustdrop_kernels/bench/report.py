@@ -3,32 +3,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import read_document, write_text
-from .cases import Case
-from .run import FORMAT, Contender, Document, Row
+from ..files import read_document
+from .run import FORMAT, Document, Options, Row, contenders, count_of_copies, plan
+from .units import duration, factor, size
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 
-def write(document: Document, path: Path) -> None:
-    """As JSON."""
-    write_text(path, json.dumps(document, indent=1) + "\n")
-
-
 def read(path: Path) -> Document:
-    """A document that ``write`` wrote.
+    """Read a document.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file is something else.
     """
-    return read_document(path, FORMAT, "mustdrop bench")
+    return read_document(path, FORMAT, "mustdrop bench ops")
 
 
 def only(document: Document, ops: Collection[str] | None) -> Document:
@@ -41,32 +35,9 @@ def key(row: Row) -> tuple[str, ...]:
     return row["op"], row["shape"], row["dtype"], row["device"]
 
 
-def duration(us: float) -> str:
-    """Three digits, in a unit that fits: "85.1 us", "1.24 ms"."""
-    for limit, unit, factor in ((1e3, "us", 1.0), (1e6, "ms", 1e-3), (float("inf"), "s", 1e-6)):
-        if us < limit:
-            return f"{us * factor:.3g} {unit}" if us * factor < 100 else f"{us * factor:.0f} {unit}"
-    raise AssertionError
-
-
-def size(count: float | None) -> str:
-    """Bytes, in a unit that fits."""
-    if count is None:
-        return ""
-    for limit, unit in ((1e3, "B"), (1e6, "kB"), (1e9, "MB")):
-        if count < limit:
-            return f"{count / limit * 1e3:.3g} {unit}"
-    return f"{count / 1e9:.3g} GB"
-
-
 def _spread(row: Row) -> str:
     """Half the distance between the quartiles, in percent of the median."""
     return f"±{100 * (row['q3_us'] - row['q1_us']) / 2 / row['median_us']:.0f}%"
-
-
-def factor(value: float) -> str:
-    """Two digits from 10 on, two decimals below."""
-    return f"{value:.0f}x" if value >= 10 else f"{value:.2f}x"
 
 
 def _percent(value: float) -> str:
@@ -212,10 +183,11 @@ def comparison_notes(old: Document, new: Document) -> list[str]:
     return lines
 
 
-def plan_lines(planned: Iterable[tuple[Case, list[Contender]]]) -> Iterator[str]:
-    """What would be timed, and why not what would not."""
-    for case, found in planned:
-        work = case.work
+def plan_lines(options: Options) -> Iterator[str]:
+    """Lines of a dry run: each case, what would be timed and why the rest would not; memory and time at the end."""
+    largest, ways = 0, 0
+    for case in plan(options):
+        found, work = contenders(case, options, build=False), case.work
         flops = f", {work.flops / 1e9:.3g} GFLOP" if work.flops else ""
         yield (
             f"{case.label}: {case.shape.length} tokens, inputs {size(case.input_bytes)}, "
@@ -223,9 +195,13 @@ def plan_lines(planned: Iterable[tuple[Case, list[Contender]]]) -> Iterator[str]
         )
         for kind, title in (("backend", "ours"), ("peer", "peers"), ("context", "context")):
             names = [one.name for one in found if one.kind == kind and not one.why_not]
+            ways += len(names)
             if names:
                 yield f"  {title}: {'; '.join(names)}"
         yield from (f"  not timed: {one.name}: {one.why_not}" for one in found if one.why_not)
+        largest = max(largest, case.input_bytes * count_of_copies(case, options.hot, options.quick))
+    seconds = ways * options.effort.seconds
+    yield f"inputs of up to {size(largest)} at a time; {ways} ways to time take about {duration(1e6 * seconds)}"
 
 
 def markdown(document: Document) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ from .. import backends
 from . import check, machine, memory, timing
 from .capture import PoisonedError
 from .cases import CASES, FLOAT32_ONLY, Case, Inputs, Raw
+from .documents import Document, Keep, Tell
 from .peers import Peer, peers_of
 from .shapes import Shape
 
@@ -24,7 +24,6 @@ FORMAT = "mustdrop-bench/1"
 # the memory that is left.
 PAST_CACHE, MOST_COPIES, MEMORY_SHARE = 3, 512, 0.4
 QUICK_COPIES = 32  # at most, where a look at a CPU is wanted, whose cache may be hundreds of megabytes
-Document = dict[str, Any]
 Row = dict[str, Any]
 
 
@@ -163,8 +162,8 @@ class _Measured:
 def run(
     options: Options,
     command: Sequence[str] = (),
-    tell: Callable[[str, float], None] = lambda what, share: None,
-    keep: Callable[[Document], None] = lambda document: None,
+    tell: Tell = lambda what, share: None,
+    keep: Keep = lambda document: None,
 ) -> Document:
     """Time everything, or what there is time for: after an interrupt (Ctrl-C) the document holds what was finished.
 
@@ -216,7 +215,7 @@ def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.d
     rates["matrix_rate"] = {name: max(rate, again["matrix_rate"][name]) for name, rate in rates["matrix_rate"].items()}
 
 
-def _measured(case: Case, options: Options, tell: Callable[[str, float], None]) -> _Measured:
+def _measured(case: Case, options: Options, tell: Tell) -> _Measured:
     """A case; one that fails has a row that says why."""
     try:
         return _measure(case, options, tell)
@@ -226,7 +225,7 @@ def _measured(case: Case, options: Options, tell: Callable[[str, float], None]) 
 
 
 @torch.inference_mode()
-def _measure(case: Case, options: Options, tell: Callable[[str, float], None]) -> _Measured:
+def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
     found = contenders(case, options)
     reason = _too_large(case, 0)
     if reason is not None:
@@ -288,14 +287,19 @@ def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, 
     return raw, time.perf_counter() - start
 
 
-def copies_of(case: Case, inputs: Inputs, hot: bool = False, quick: bool = False) -> list[Inputs]:
-    """Enough of them that what a call reads has left the cache when its copy's turn comes again."""
+def count_of_copies(case: Case, hot: bool = False, quick: bool = False) -> int:
+    """Number of copies of the inputs after which what a call reads has left the cache, within the memory there is."""
     if hot:
-        return [inputs]
+        return 1
     most = QUICK_COPIES if quick and case.device.type == "cpu" else MOST_COPIES
     past = -(-PAST_CACHE * machine.last_level_cache(case.device) // max(case.work.read, 1))
     room = int(MEMORY_SHARE * memory.available(case.device)) // max(case.input_bytes, 1)
-    return [inputs] + [inputs.clone() for _ in range(max(1, min(past, room, most)) - 1)]
+    return max(1, min(past, room, most))
+
+
+def copies_of(case: Case, inputs: Inputs, hot: bool = False, quick: bool = False) -> list[Inputs]:
+    """The inputs and copies of them, ``count_of_copies`` in all."""
+    return [inputs] + [inputs.clone() for _ in range(count_of_copies(case, hot, quick) - 1)]
 
 
 def _rows(measured: _Measured, rates: dict[str, Any]) -> Iterator[Row]:
@@ -347,11 +351,6 @@ def _figures(
         low, middle, high = measured.ratio_to(base)
         figures["ratio"] = {"q1": low, "median": middle, "q3": high}
     return figures
-
-
-def command_line() -> list[str]:
-    """How this process was started, without folders."""
-    return [sys.argv[0].rpartition("/")[2], *sys.argv[1:]]
 
 
 def all_ops() -> tuple[str, ...]:

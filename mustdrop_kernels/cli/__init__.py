@@ -9,10 +9,6 @@ import sys
 _NEEDED = ("typer", "rich")
 
 
-class Refusal(Exception):
-    """What was asked for cannot be done; the message says why in one sentence."""
-
-
 def main() -> None:
     """Entry point of the ``mustdrop`` command and of ``python -m mustdrop_kernels``."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]

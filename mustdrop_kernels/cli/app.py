@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from .. import __version__
-from . import Refusal
-from .bench import bench
+from .._version import __version__
+from ..errors import Refusal
+from .bench import app as bench
 from .evaluate import evaluate
 from .flops import flops
+from .progress import status
 
 app = typer.Typer(
     name="mustdrop",
@@ -48,14 +47,6 @@ def _main(
 def print_json(document: dict[str, Any]) -> None:
     """One JSON document on standard output."""
     print(json.dumps(document, indent=2, allow_nan=False))
-
-
-@contextlib.contextmanager
-def steps(shown: bool) -> Iterator[Callable[[str], None]]:
-    """Says on standard error, while it lasts, what is being done."""
-    console = Console(stderr=True, quiet=not shown)
-    with console.status("starting") as status:
-        yield lambda what: status.update(f"{what} ...")
 
 
 @app.command()
@@ -105,7 +96,7 @@ def demo(
 
     wish = work.Wish(image, prompt, model, preset, backend, out, max_new_tokens, seed)
     try:
-        with steps(shown=not as_json) as step:
+        with status(shown=not as_json) as step:
             outcome = work.run(wish, step)
     except Refusal as refusal:
         print(f"mustdrop: {refusal}", file=sys.stderr)
@@ -141,7 +132,7 @@ def inspect(
 
     try:
         wish = work.Wish(image or (), prompt, model, preset, _settings(set_), backend, out, max_new_tokens, seed)
-        with steps(shown=True) as step:
+        with status(shown=True) as step:
             found = work.run(wish, step)
     except Refusal as refusal:
         print(f"mustdrop: {refusal}", file=sys.stderr)
@@ -160,6 +151,6 @@ def _settings(words: list[str] | None) -> dict[str, Any]:
     return settings
 
 
-app.command()(bench)
+app.add_typer(bench, name="bench")
 app.command(name="eval")(evaluate)
 app.command()(flops)

@@ -17,15 +17,23 @@ from rich.table import Table
 
 from .. import backends
 from ..config import MustDropConfig
+from ..errors import Refusal
+from ..evaluation.checkpoint import (
+    SMALL,
+    Subject,
+    load_image,
+    load_model,
+    made_question,
+    quiet_transformers,
+    require_extras,
+)
 from ..files import write_text
-from . import Refusal
-from .subject import SMALL, Subject, load_image, load_model, made_question, require_extras
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ..bench.generation import Runs
     from ..report import PromptReport, Report
-    from .measure import Runs
 
 PICTURE = "mustdrop_demo.png"
 REPORT = "mustdrop_report.json"
@@ -177,42 +185,34 @@ def _make_folder(folder: Path) -> None:
         raise Refusal(f"--out: {folder} cannot be made: {error.strerror}") from None
 
 
-def quiet_transformers() -> None:
-    """No advice and no progress bars of its own."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-
 def _measure(
     subject: Subject, inputs: Any, config: MustDropConfig, max_new_tokens: int, step: Callable[[str], None]
 ) -> tuple[Runs, Runs, Report, int]:
     """Both ways in turn, after a warm-up of each, so that a busy machine slows both alike."""
+    from ..bench import generation
     from ..integrations.transformers import drop_tokens
-    from . import measure
 
-    def with_mustdrop(tokens: int) -> tuple[measure.Run, Report]:
+    def with_mustdrop(tokens: int) -> tuple[generation.Run, Report]:
         with drop_tokens(subject.model, config) as report:
-            return measure.generate(subject.model, inputs, tokens), report
+            return generation.generate(subject.model, inputs, tokens), report
 
     step("warming up")
     begin = time.perf_counter()
-    measure.generate(subject.model, inputs, _WARM_UP_TOKENS)
+    generation.generate(subject.model, inputs, _WARM_UP_TOKENS)
     repeats = 1 if time.perf_counter() - begin > _LONG_S else _REPEATS
     with_mustdrop(_WARM_UP_TOKENS)
     plain, dropped = [], []
     for turn in range(1, repeats + 1):
         step(f"plain generation, run {turn} of {repeats}")
-        plain.append(measure.generate(subject.model, inputs, max_new_tokens))
+        plain.append(generation.generate(subject.model, inputs, max_new_tokens))
         step(f"generation with MustDrop, run {turn} of {repeats}")
         found, report = with_mustdrop(max_new_tokens)
         dropped.append(found)
-    return measure.Runs.of(plain), measure.Runs.of(dropped), report, repeats
+    return generation.Runs.of(plain), generation.Runs.of(dropped), report, repeats
 
 
 def _draw(outcome: Outcome, image: Any) -> None:
-    from ..plots import draw_stages, save
+    from ..report.plots import draw_stages, save
 
     first = outcome.prompt.images[0]
     left = list(first.kept.values())[-1] if first.kept else first.tokens
@@ -230,7 +230,7 @@ def _draw(outcome: Outcome, image: Any) -> None:
 
 def to_dict(outcome: Outcome) -> dict[str, Any]:
     """Plain JSON types. The maps of the picture are in the report's file."""
-    from .measure import WHAT
+    from ..bench.generation import WHAT
 
     prompt = outcome.prompt
     image = prompt.images[0]
@@ -287,7 +287,7 @@ def show(outcome: Outcome, console: Console) -> None:
 
 
 def _comparison(outcome: Outcome) -> Table:
-    from .measure import WHAT
+    from ..bench.generation import WHAT
 
     caption = f"{WHAT}. Fastest of {outcome.repeats} run(s) after a warm-up."  # what a busy machine disturbs least
     table = Table(title="Plain generation and MustDrop", caption=caption, caption_justify="left")

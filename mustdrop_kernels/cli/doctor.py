@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import _load, backends
-from . import facts, selfcheck
+from . import environment, selfcheck
 
 REFERENCE_ONLY = "the reference backend works: mustdrop_kernels.use_backend('reference')"
 _REBUILD = "Rebuild in the source folder: pip install --force-reinstall --no-deps ."
@@ -21,19 +21,19 @@ _REBUILD = "Rebuild in the source folder: pip install --force-reinstall --no-dep
 
 def examine() -> dict[str, Any]:
     """Everything that `mustdrop doctor` knows, in plain JSON types."""
-    absent = {device: facts.absent(device) for device in backends.ORDER}
+    absent = {device: environment.absent(device) for device in backends.ORDER}
     present = [device for device, reason in absent.items() if reason is None]
     found: dict[str, Any] = {
-        "versions": facts.versions(),
-        "machine": facts.machine(),
-        "environment": facts.environment(),
-        "engines": facts.engines(),
-        "libraries": facts.libraries(),
-        "build": facts.build(),
-        "sources": facts.sources(),
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+        "environment": environment.variables(),
+        "engines": environment.engines(),
+        "libraries": environment.libraries(),
+        "build": environment.build(),
+        "sources": environment.sources(),
         "backends": {name: backend.description for name, backend in backends.registered().items()},
         "devices": [{"device": device, "absent": reason} for device, reason in absent.items()],
-        "operators": facts.operators(),
+        "operators": environment.operators(),
         "self_check": [check.to_dict() for device in present for check in selfcheck.check_all(device)],
     }
     problems, advice = judge(found, present)
@@ -89,12 +89,12 @@ def _repair_library(found: dict[str, Any]) -> list[str]:
 
 
 def _advice_for_gpu(found: dict[str, Any], unserved: list[str]) -> list[str]:
-    if facts.absent("cuda") is not None:
+    if environment.absent("cuda") is not None:
         hidden = isinstance(found["machine"]["GPUs"], list) and found["machine"]["GPUs"]
         return ["There is a GPU that torch does not see: install a torch with CUDA (pytorch.org)."] if hidden else []
     if not unserved:
         return []
-    if facts.find_nvcc():
+    if environment.find_nvcc():
         return [
             "Nobody serves the GPU: build the CUDA library, nvcc is there: pip install --force-reinstall --no-deps ."
         ]
@@ -163,8 +163,8 @@ def _environment(values: dict[str, str]) -> Table:
     """Every variable that this package reads, and others that are set and matter."""
     table = _table("\nEnvironment", "", "", "")
     table.show_header = False
-    for name in dict.fromkeys((*facts.VARIABLES, *values)):
-        table.add_row(f"  {name}", _text(values.get(name), missing="not set"), facts.VARIABLES.get(name, ""))
+    for name in dict.fromkeys((*environment.VARIABLES, *values)):
+        table.add_row(f"  {name}", _text(values.get(name), missing="not set"), environment.VARIABLES.get(name, ""))
     return table
 
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,7 +15,8 @@ import torch
 import typer
 from rich.console import Console
 
-from . import Refusal
+from ..errors import Refusal
+from .progress import bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Questions
@@ -114,10 +115,9 @@ class _Plan:
         from ..bench.machine import describe
         from ..evaluation import document as documents
         from ..evaluation import run
+        from ..evaluation.checkpoint import load_model, quiet_transformers
         from ..evaluation.methods import Sizes, Unreachable, make
         from ..flops import LanguageModel
-        from .demo import quiet_transformers
-        from .subject import load_model
 
         require_extras()
         quiet_transformers()
@@ -143,7 +143,7 @@ class _Plan:
             if self.json is not None:
                 documents.write(filled, self.json)
 
-        with _progress() as tell:
+        with bar() as tell:
             run.run(document, subject, questions, tell, keep, batch=self.batch, max_new_tokens=self.max_new_tokens)
         return document
 
@@ -180,18 +180,6 @@ def _show(document: dict[str, Any], ours: str, markdown: str | None) -> None:
         console.print(table)
     for line in summary.notes(document):
         console.print(line, style="dim", markup=False, highlight=False)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str, float], None]]:
-    """A bar on standard error."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (SpinnerColumn(), BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=1.0)
-        yield lambda what, share: progress.update(task, description=what, completed=share)
 
 
 def require_extras() -> None:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import flops as work
-from ..bench.report import size
+from ..bench.units import size
 from ..config import MustDropConfig
 
 # Those for 32 layers; "small-64" is for the small model.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from .. import backends
 from ..config import MustDropConfig
+from ..errors import Refusal
+from ..evaluation.checkpoint import load_image, load_model, made_question, require_extras
 from ..files import write_text
-from . import Refusal
-from .page import Page
-from .subject import load_image, load_model, made_question, require_extras
+from ..report.html import Page
 
 if TYPE_CHECKING:
     import numpy as np

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ..cli.subject import Subject
 from ..integrations.transformers import drop_tokens
+from .checkpoint import Subject
 from .datasets import Example, Questions
 from .document import Document, count
 from .methods import FULL, Method, Sizes, Unreachable, make

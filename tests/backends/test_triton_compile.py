@@ -125,7 +125,7 @@ def test_the_command(tmp_path):
     """Rows for each kernel and target; the exit status says whether one does not fit."""
     file = tmp_path / "rows.json"
     code = (
-        "import sys; from mustdrop_kernels.backends.triton import crosscompile; sys.path.insert(0, 'bench')\n"
+        "import sys; from mustdrop_kernels.backends.triton import crosscompile; sys.path.insert(0, 'tools')\n"
         "import check_triton as check\n"
         "whole = crosscompile.units\n"
         "check.crosscompile.units = lambda target: [u for u in whole(target) if u.kernel.__name__ == '_rank_kernel']\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/check_cuda.py: what it reads out of a compiler's report, what it prints, and its status."""
+"""tools/check_cuda.py: what it reads out of a compiler's report, what it prints, and its status."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from cuda_static import compiling, known_faults, report, rules
 from cuda_static.kernel import Code, Kernel, generic
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "bench" / "check_cuda.py"
+SCRIPT = ROOT / "tools" / "check_cuda.py"
 
 SOURCE = """
 namespace mustdrop {

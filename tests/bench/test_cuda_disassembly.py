@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench/cuda_static reads out of a disassembly, recorded here: instructions, basic blocks, loops."""
+"""What tools/cuda_static reads out of a disassembly, recorded here: instructions, basic blocks, loops."""
 
 from __future__ import annotations
 

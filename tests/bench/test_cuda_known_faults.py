@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The list of known faults of bench/check_cuda.py: what it lets pass, and that it only shrinks."""
+"""The list of known faults of tools/check_cuda.py: what it lets pass, and that it only shrinks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The latency model of bench/check_cuda.py, on a loop that nvcc 13.0 made and on ones made up, counted by hand."""
+"""The latency model of tools/check_cuda.py, on a loop that nvcc 13.0 made and on ones made up, counted by hand."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The rules of bench/check_cuda.py, on stretches of machine code that nvcc 13.0 made, and on kernels made up."""
+"""The rules of tools/check_cuda.py, on stretches of machine code that nvcc 13.0 made, and on kernels made up."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def test_a_capture_that_fails_leaves_the_process_sound(call):
 
 def test_a_quick_run_of_everything(tmp_path):
     path = tmp_path / "quick.json"
-    words = ["bench", "--device", "cuda", "--quick", "--shapes", "tiny", "--json", str(path)]
+    words = ["bench", "ops", "--device", "cuda", "--quick", "--shapes", "tiny", "--json", str(path)]
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, result.output
     document = json.loads(path.read_text())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/precompile_triton.py fills a cache in which another process finds all kernels, and says why where it cannot."""
+"""tools/precompile_triton.py fills a cache in which another process finds all kernels, and says why where it cannot."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if backend.interpreted():
 if backend.version() is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-BENCH = Path(__file__).resolve().parents[2] / "bench"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TESTS = "tests/ops/test_gather.py::test_position_ids_and_masks"
 NAME = "triton-cache-sm90"
 
 
 def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, (str(BENCH), str(BENCH.parent), os.environ.get("PYTHONPATH"))))
+    path = os.pathsep.join(filter(None, (str(TOOLS), str(TOOLS.parent), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path, **environment}
     return subprocess.run(
         [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -34,7 +34,7 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def fill(*arguments: str) -> subprocess.CompletedProcess:
-    return python(str(BENCH / "precompile_triton.py"), "--jobs=1", "--shapes=", *arguments)
+    return python(str(TOOLS / "precompile_triton.py"), "--jobs=1", "--shapes=", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +68,7 @@ def test_another_process_finds_everything(filled):
     number = document["kernels"]
     assert number > 0
     shutil.rmtree(cache)
-    unpacked = python(str(BENCH / "triton_cache.py"), str(out / f"{NAME}.json"))
+    unpacked = python(str(TOOLS / "triton_cache.py"), str(out / f"{NAME}.json"))
     assert unpacked.stdout.strip() == str(cache)
     assert unpacked.stderr == ""
     assert {file.suffix for file in cache.rglob("*") if file.is_file()} == {".cubin", ".json"}
@@ -85,7 +85,7 @@ def test_another_process_finds_everything(filled):
 @pytest.fixture
 def precompile(monkeypatch, capsys):
     """The command in this process: its status, and what it writes to standard output and standard error."""
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(TOOLS))
     monkeypatch.setenv("TRITON_CACHE_DIR", "is set")
     import precompile_triton
 
@@ -101,7 +101,7 @@ def precompile(monkeypatch, capsys):
 
 
 def test_why_a_cache_is_not_used(filled, tmp_path, monkeypatch, capsys):
-    monkeypatch.syspath_prepend(str(BENCH))
+    monkeypatch.syspath_prepend(str(TOOLS))
     import triton_cache
 
     document = json.loads((filled[0] / f"{NAME}.json").read_text())

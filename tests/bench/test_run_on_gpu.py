@@ -22,7 +22,7 @@ from mustdrop_kernels.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "run_on_gpu.sh"
-sys.path.append(str(ROOT / "bench"))
+sys.path.append(str(ROOT / "tools"))
 
 import gpu_bundle  # noqa: E402
 import gpu_parts  # noqa: E402
@@ -144,18 +144,21 @@ def test_sanitizers_see_something(tmp_path):
 
 
 def test_the_files_that_the_parts_name_exist(tmp_path):
-    named = set(re.findall(r"\b(?:bench|tests)/[\w./]*\w", run("--dry-run", *gpu_parts.RUNS, OUT="out").stdout))
-    assert {"bench/gpu_once.py", "tests/bench/test_on_gpu.py", "bench/e2e.py"} <= named
+    named = set(re.findall(r"\b(?:bench|tests|tools)/[\w./]*\w", run("--dry-run", *gpu_parts.RUNS, OUT="out").stdout))
+    assert {"tools/gpu_once.py", "tests/bench/test_on_gpu.py", "tests/integrations/test_compiled.py"} <= named
     assert all((ROOT / name).exists() for name in named), named
 
 
 def test_bench_takes_the_options_that_it_is_given(tmp_path):
-    for name in ("second", "bench"):
+    there = set()
+    for name in ("second", "bench", "e2e", "decode"):
         for part in gpu_parts.parts_of(name, machine(tmp_path)):
             if "mustdrop_kernels" in part.commands[0] and "bench" in part.commands[0]:
-                words = part.commands[0][part.commands[0].index("bench") :]
+                words = list(part.commands[0][part.commands[0].index("bench") :])
                 result = CliRunner().invoke(app, [*words, "--device", "cpu", "--dry-run"])
                 assert result.exit_code == 0, result.output
+                there.add(words[1])
+    assert there == {"ops", "model"}
 
 
 def test_wrong_usage():
@@ -352,7 +355,7 @@ def test_an_interrupt_leaves_a_summary_and_no_process(tmp_path, name):
     text = f"""
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.path[:0] = [{str(ROOT / "bench")!r}, {str(ROOT / "tests" / "bench")!r}]
+sys.path[:0] = [{str(ROOT / "tools")!r}, {str(ROOT / "tests" / "bench")!r}]
 import gpu_parts, gpu_run
 from pathlib import Path
 hang = "import os, time; open({str(tmp_path / "pid")!r}, 'w').write(str(os.getpid())); time.sleep(600)"
@@ -443,7 +446,7 @@ def test_a_bundle_is_made_and_says_how_it_is_used(bundle, monkeypatch, capsys):
 
 
 def gpu_once():
-    spec = importlib.util.spec_from_file_location("gpu_once", ROOT / "bench" / "gpu_once.py")
+    spec = importlib.util.spec_from_file_location("gpu_once", ROOT / "tools" / "gpu_once.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -453,7 +456,7 @@ def test_every_operator_and_every_kernel_has_a_place():
     """gpu_once calls each operator, and finds the kernels of each folder that has launchers."""
     from mustdrop_kernels.backends import OPS
 
-    text = (ROOT / "bench" / "gpu_once.py").read_text()
+    text = (ROOT / "tools" / "gpu_once.py").read_text()
     assert [op for op in OPS if f"mustdrop.{op}(" not in text] == []
     kernels = gpu_once().kernels_of_sources()
     launched = "".join(path.read_text() for path in (ROOT / "csrc").glob("*/*.cu"))

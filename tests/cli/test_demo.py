@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from transformers import LlamaConfig
 
-from mustdrop_kernels.cli.subject import DEMO_SEED, SMALL, load_image, load_model, made_question
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.evaluation.checkpoint import DEMO_SEED, SMALL, load_image, load_model, made_question
 from mustdrop_kernels.evaluation.questions import items
 
 

@@ -14,7 +14,7 @@ import torch
 
 from mustdrop_kernels import _load, backends
 from mustdrop_kernels.backends import Backend
-from mustdrop_kernels.cli import doctor, facts
+from mustdrop_kernels.cli import doctor, environment
 from mustdrop_kernels.ops import registry
 
 RUN_MAIN = "import sys; sys.argv = ['mustdrop', 'doctor', *{words}]; from mustdrop_kernels.cli import main; main()"
@@ -75,7 +75,7 @@ def test_versions_and_libraries(document) -> None:
 
 def test_text_names_everything(mustdrop) -> None:
     text = mustdrop("doctor").stdout
-    for word in (*backends.OPS, *backends.registered(), *facts.VARIABLES, "libmustdrop_cuda", "torch", "Next:"):
+    for word in (*backends.OPS, *backends.registered(), *environment.VARIABLES, "libmustdrop_cuda", "torch", "Next:"):
         assert word in text
 
 
@@ -95,16 +95,16 @@ def test_environment_is_shown(mustdrop, as_json, monkeypatch) -> None:
 )
 def test_the_switch_of_the_vllm_plugin(value, words, problem, document, monkeypatch) -> None:
     """As if vLLM were installed; the plug-in's entry point is this package's own."""
-    find = facts.importlib.util.find_spec
-    monkeypatch.setattr(facts.importlib.util, "find_spec", lambda name: True if name == "vllm" else find(name))
+    find = environment.importlib.util.find_spec
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: True if name == "vllm" else find(name))
     monkeypatch.setenv("MUSTDROP_VLLM", value)
-    engines = facts.engines()
+    engines = environment.engines()
     assert words in engines["vLLM, here"]
     problems, advice = doctor.judge({**document, "engines": engines}, ["cpu"])
     assert [problem in sentence for sentence in problems] == ([] if problem is None else [True])
     assert problem is None or "MUSTDROP_VLLM" in advice[0]
     monkeypatch.setenv("VLLM_PLUGINS", "another")
-    assert "leaves the plug-in out" in facts.engines()["vLLM, here"]
+    assert "leaves the plug-in out" in environment.engines()["vLLM, here"]
 
 
 @pytest.mark.parametrize(
@@ -217,10 +217,10 @@ def test_a_backend_that_breaks_when_asked_is_a_row(mustdrop, as_json, monkeypatc
 def test_broken_parts_are_values(mustdrop, as_json, monkeypatch) -> None:
     for name in ("platform", "_driver", "_nvcc", "_processor", "_gpus", "_own_version", "_cupy"):
         if name == "platform":
-            monkeypatch.setattr(facts.platform, "platform", _raise)
+            monkeypatch.setattr(environment.platform, "platform", _raise)
         else:
-            monkeypatch.setattr(facts, name, _raise)
-    monkeypatch.setattr(facts._load, "cpu_capability", _raise)
+            monkeypatch.setattr(environment, name, _raise)
+    monkeypatch.setattr(environment._load, "cpu_capability", _raise)
     monkeypatch.setitem(sys.modules, "mustdrop_kernels._native", None)
     result = mustdrop("doctor", "--json")
     found = as_json(result)
@@ -232,16 +232,16 @@ def test_broken_parts_are_values(mustdrop, as_json, monkeypatch) -> None:
 
 
 def test_advice_for_a_gpu_that_nobody_serves(document, monkeypatch) -> None:
-    monkeypatch.setattr(facts, "absent", lambda device: None)
+    monkeypatch.setattr(environment, "absent", lambda device: None)
     unserved = {**document, "operators": [{**row, "served_by": None} for row in document["operators"]]}
-    monkeypatch.setattr(facts, "find_nvcc", lambda: None)
+    monkeypatch.setattr(environment, "find_nvcc", lambda: None)
     assert "pip install triton" in doctor.judge(unserved, ["cpu", "cuda"])[1][-1]
-    monkeypatch.setattr(facts, "find_nvcc", lambda: "/opt/nvcc")
+    monkeypatch.setattr(environment, "find_nvcc", lambda: "/opt/nvcc")
     assert "nvcc is there" in doctor.judge(unserved, ["cpu", "cuda"])[1][-1]
 
 
 def test_advice_for_a_gpu_that_torch_does_not_see(document, monkeypatch) -> None:
-    monkeypatch.setattr(facts, "absent", lambda device: "torch sees no GPU" if device == "cuda" else None)
+    monkeypatch.setattr(environment, "absent", lambda device: "torch sees no GPU" if device == "cuda" else None)
     hidden = {**document, "machine": {**document["machine"], "GPUs": ["GPU 0: X (not seen by torch)"]}}
     assert "a torch with CUDA" in doctor.judge(hidden, ["cpu"])[1][-1]
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mustdrop_kernels.cli.page import Page
-from mustdrop_kernels.cli.subject import made_question
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.evaluation.checkpoint import made_question
+from mustdrop_kernels.report.html import Page
 
 NASTY = "<script>document.title = 'broken'</script> & \"what\"?"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -56,7 +56,7 @@ def test_demo(
 def test_bench(interrupted_drawing: list[Path], mustdrop: Callable, tmp_path: Path) -> None:
     written = tmp_path / "bench.json"
     older = Path(__file__).parents[2] / "bench" / "results" / "cpu" / "llava-1.5.json"
-    result = mustdrop("bench", "--load", older, "--json", written, "--plot", tmp_path / "pictures")
+    result = mustdrop("bench", "ops", "--load", older, "--json", written, "--plot", tmp_path / "pictures")
     assert result.exit_code != 0
     assert len(interrupted_drawing) == 1
     assert files_in(tmp_path) == ["bench.json"]
@@ -78,7 +78,7 @@ for module in (timing, run):
     if hasattr(module, {name!r}):
         setattr(module, {name!r}, interrupted)
 from mustdrop_kernels.cli import main
-words = "bench gather_tokens select_topk --shapes tiny --quick --peers none --json".split()
+words = "bench ops gather_tokens select_topk --shapes tiny --quick --peers none --json".split()
 sys.argv = ["mustdrop", *words, sys.argv[1]]
 main()
 """

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from mustdrop_kernels.plots import draw_stages, save, token_image
 from mustdrop_kernels.report import CacheReport, ImageReport, PromptReport
+from mustdrop_kernels.report.plots import draw_stages, save, token_image
 
 
 def report(layers: tuple[int, ...] = (1, 3)) -> ImageReport:

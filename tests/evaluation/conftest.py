@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from mustdrop_kernels.cli.subject import Subject, load_model
 from mustdrop_kernels.evaluation import datasets
+from mustdrop_kernels.evaluation.checkpoint import Subject, load_model
 
 
 @pytest.fixture(scope="session")

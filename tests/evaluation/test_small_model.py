@@ -8,8 +8,8 @@ import contextlib
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from mustdrop_kernels.cli.subject import SMALL_MODEL
 from mustdrop_kernels.evaluation import datasets, questions
+from mustdrop_kernels.evaluation.checkpoint import SMALL_MODEL
 from mustdrop_kernels.evaluation.methods import Sizes, make
 from mustdrop_kernels.integrations.transformers import drop_tokens
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "accuracy" / "train.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "training" / "train.py"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="not in a source checkout")
 
 

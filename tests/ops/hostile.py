@@ -567,7 +567,7 @@ What a caller can hand over wrongly, and what happens: a named error, or defined
 row is a check in `tests/ops/hostile.py`, which `tests/ops/test_hostile.py` runs on every backend and which writes this
 page; `tests/ops/test_refusals.py` goes through each argument of each operator.
 
-Which views share memory is decided exactly (`mustdrop_kernels/ops/overlap.py`, `csrc/common/overlap.h`): interleaved views
+Which views share memory is decided exactly (`ops/overlap.py`, `csrc/common/overlap.h`): interleaved views
 with disjoint elements are legal, one shared byte is refused. A pair of layouts so tangled that 65536 steps do not
 decide it counts as sharing.
 """

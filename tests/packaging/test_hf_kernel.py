@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "hf_kernel.py"
+TOOL = ROOT / "hub" / "hf_kernel.py"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not TOOL.exists(), reason="not in a source checkout")]
 
 # As the package `kernels` does it, where that is not installed.

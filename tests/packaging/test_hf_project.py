@@ -20,7 +20,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-TOOL = ROOT / "tools" / "hf_kernel.py"
+TOOL = ROOT / "hub" / "hf_kernel.py"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="not in a source checkout")
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 

@@ -25,7 +25,8 @@ NETWORK = {"socket", "http", "urllib", "requests", "httpx", "aiohttp", "huggingf
 
 
 def sources() -> list[Path]:
-    return [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "bench").rglob("*.py")), ROOT / "setup.py"]
+    folders = (PACKAGE, *(ROOT / name for name in ("bench", "hub", "tools", "training")))
+    return [*(path for folder in folders for path in sorted(folder.rglob("*.py"))), ROOT / "setup.py"]
 
 
 def findings(path: Path) -> Iterator[str]:

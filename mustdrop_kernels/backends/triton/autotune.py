@@ -21,7 +21,7 @@ from typing import Any
 import triton
 import triton.testing
 
-from ... import __version__
+from ..._version import __version__
 from ...files import write_text
 from . import configs
 from .configs import Config, Key

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import checkpoint
 import tiny_llava
 import torch
 from transformers import (
@@ -14,6 +13,8 @@ from transformers import (
     LlavaNextImageProcessor,
     LlavaNextProcessor,
 )
+
+from mustdrop_kernels.bench import random_llava
 
 GRID = 6
 SIDE = GRID * tiny_llava.PATCH
@@ -50,7 +51,7 @@ def save(folder: Path) -> None:
         model.model.vision_tower.get_parameter("embeddings.patch_embedding.weight").mul_(2.0)
         for layer in model.model.language_model.layers:
             layer.self_attn.q_proj.weight.mul_(2.0)
-    checkpoint.write(folder, model, processor())
+    random_llava.save(folder, model, processor())
 
 
 def picture(seed):

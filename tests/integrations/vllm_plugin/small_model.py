@@ -8,8 +8,8 @@ import dataclasses
 
 import torch
 
-from mustdrop_kernels.cli.subject import load_model
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.evaluation.checkpoint import load_model
 from mustdrop_kernels.integrations.transformers import drop_tokens
 
 

@@ -16,7 +16,7 @@ from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.evaluation import datasets
 from mustdrop_kernels.evaluation.document import read
 
-SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "accuracy" / "served.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "served.py"
 COUNT, SEED = 30, 8
 
 

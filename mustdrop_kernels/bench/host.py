@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host time of a call of each Triton operator, at LLaVA-1.5's shapes, on a machine with no GPU.
+
+The kernels are compiled for a real target and handed to a driver that does nothing. So this counts what Python does:
+finding the plan, making the tensors of results and workspace (without memory behind them), choosing the kernel. It
+leaves out what lies below: taking memory from torch's cache, packing the arguments in C, and the launch itself. The
+second column takes Triton's own way to each launch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from ..backends.triton import configs, implementation, interpreted, launch
+from ..errors import Refusal
+from ..files import read_document
+from . import machine
+from .documents import Document, Sheet, Tell, note
+
+FORMAT = "mustdrop-host/1"
+
+
+class Driver:
+    """Driver of a GPU that is not there; counts launches."""
+
+    def __init__(self) -> None:
+        self.launches = 0
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (None, 0, 32, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        )
+
+    def get_current_device(self) -> int:
+        """Index of the device."""
+        return -1  # that of tensors on no GPU
+
+    def get_current_stream(self, device: int) -> int:
+        """The default stream."""
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        """sm_90."""
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
+        """A launch that does nothing."""
+
+        def run(*_: object) -> None:
+            self.launches += 1
+
+        return run
+
+
+def calls() -> dict[str, Callable[[], Any]]:
+    """A call of each operator for one picture: 576 patches, 671 tokens, 32 heads, 13 layers compacted at once."""
+    half, long, integer = torch.float16, torch.int64, torch.int32
+
+    def new(*shape: int, dtype: torch.dtype = half, device: str = "meta") -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    x, hidden = new(1, 577, 1024), new(1, 671, 4096)
+    q, k, types = new(1, 32, 60, 128), new(1, 32, 671, 128), new(1, 671, dtype=torch.uint8)
+    scores, keep, counts = new(1, 671, dtype=torch.float32), new(1, 159, dtype=long), new(1, dtype=integer)
+    # In place: nothing is allocated, and addresses have to differ.
+    keys, values = ([new(1, 32, 671, 128, device="cpu") for _ in range(13)] for _ in range(2))
+    cls_q, cls_k = new(1, 16, 64), new(1, 16, 577, 64)
+    arguments: dict[str, tuple[Any, ...]] = {
+        "spatial_merge": (x, [24, 24], [3, 3]),
+        "cls_attention": (cls_q, cls_k, 0.125),
+        "text_vision_scores": (q, k, types, 0.1),
+        "select_dual": (scores, scores, types, 0.01, 0.01),
+        "select_topk": (scores, types, 64),
+        "topk_attention_select": (q, k, types, 0.1, 64),
+        "gather_tokens": (hidden, keep, counts),
+        "compact_kv_": (keys, values, [torch.empty_like(keep, device="cpu")], [torch.empty_like(counts, device="cpu")]),
+    }
+    return {op: partial(implementation(op), *given) for op, given in arguments.items()}
+
+
+def microseconds(call: Callable[[], Any], seconds: float) -> float:
+    """Time of a call in the fastest of many short batches; slower ones were interrupted."""
+    batch, end = 10, time.perf_counter() + seconds
+    times: list[float] = []
+    while len(times) < 20 or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(batch):
+            call()
+        times.append((time.perf_counter() - start) / batch * 1e6)
+    return min(times)
+
+
+def plan_lines(seconds: float) -> Iterator[str]:
+    """Lines of a dry run."""
+    names = list(calls())
+    yield f"{', '.join(names)}: two ways to launch, {seconds:g} s each"
+    yield f"about {2 * seconds * len(names):.0f} s, and the kernels are compiled where Triton's cache lacks them"
+
+
+def run(seconds: float, command: Sequence[str] = (), tell: Tell = lambda what, share: None) -> Document:
+    """Measure every operator; the document.
+
+    Raises:
+        Refusal: Triton interprets, so that nothing is launched.
+    """
+    if interpreted():
+        raise Refusal("TRITON_INTERPRET is set: nothing is launched then")
+    return {
+        "format": FORMAT,
+        "command": list(command),
+        "machine": {**machine.describe(torch.device("cpu"), torch.get_num_threads()), "triton": triton.__version__},
+        "rows": _rows(seconds, tell),
+    }
+
+
+@contextlib.contextmanager
+def _active(driver: Driver) -> Iterator[None]:
+    """Triton's driver for a while; the one before may not exist, which Triton finds out when it needs it."""
+    config = triton.runtime.driver
+    before = getattr(config, "_active", None)
+    config.set_active(driver)
+    try:
+        yield
+    finally:
+        if hasattr(config, "_active"):
+            config.set_active(before)
+        else:
+            config.reset_active()  # Triton before 3.5
+
+
+def _rows(seconds: float, tell: Tell) -> list[dict[str, Any]]:
+    driver = Driver()
+    rows: list[dict[str, Any]] = []
+    with (
+        _active(driver),
+        mock.patch.object(configs, "architecture", return_value="sm90"),
+        mock.patch.object(configs, "processors", return_value=132),
+    ):
+        every = calls()
+        for name, call in every.items():
+            tell(name, len(rows) / len(every))
+            call()
+            driver.launches = 0
+            call()
+            row: dict[str, Any] = {"op": name, "launches": driver.launches, "us": microseconds(call, seconds)}
+            with mock.patch.object(launch, "_profiled", return_value=True):
+                row["us_triton_path"] = microseconds(call, seconds)
+            rows.append(row)
+    return rows
+
+
+def read(path: Path) -> Document:
+    """Read a document.
+
+    Raises:
+        ValueError: the file is something else.
+    """
+    return read_document(path, FORMAT, "mustdrop bench host")
+
+
+def sheet(document: Document) -> Sheet:
+    """Launches and microseconds of each operator."""
+    rows = [
+        [row["op"], str(row["launches"]), f"{row['us']:.1f} us", f"{row['us_triton_path']:.1f} us"]
+        for row in document["rows"]
+    ]
+    about = document["machine"]
+    where = note(document, about["name"], f"Python {about['python']}", f"Triton {about['triton']}")
+    return Sheet(["operator", "launches", "a call", "by Triton's launcher"], rows, where)

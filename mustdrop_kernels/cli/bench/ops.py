@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``mustdrop bench ops``: time the operators beside their peers."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ...bench.documents import Document
+    from ...bench.run import Options
+
+from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, refusals, refuse
+
+Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
+Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: what serves the device.")]
+Peers = Annotated[str | None, typer.Option(help='Names with commas between, or "none". Default: all.')]
+Shapes = Annotated[
+    str,
+    typer.Option(help="llava-1.5, llava-next, video-mha, video-gqa, tiny, images-N, sweep; NAME:B for a batch of B."),
+]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, with commas between.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few rounds, no compiled peers: a look, not a measurement.")]
+Seconds = Annotated[
+    float | None,
+    typer.Option(
+        min=0.001, help="To time each way of computing a case. Default: 2; 0.1 where quick.", show_default=False
+    ),
+]
+NoCompiled = Annotated[
+    bool, typer.Option("--no-compiled", help="Leave out the peers that torch.compile makes: each takes seconds.")
+]
+Hot = Annotated[bool, typer.Option("--hot", help="Use the same inputs every time, so that they may stay in the cache.")]
+Plot = Annotated[Path | None, typer.Option(help="Write pictures into this folder (needs matplotlib).")]
+Compare = Annotated[Path | None, typer.Option(help="An older document to compare with.")]
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def ops(
+    operators: Ops = None,
+    device: Device = "cpu",
+    backends: Backends = None,
+    peers: Peers = None,
+    shapes: Shapes = "llava-1.5,llava-next",
+    dtype: Dtype = None,
+    quick: Quick = False,
+    no_compiled: NoCompiled = False,
+    seconds: Seconds = None,
+    hot: Hot = False,
+    json: Json = None,
+    load: Load = None,
+    dry_run: DryRun = False,
+    markdown: Markdown = False,
+    plot: Plot = None,
+    compare: Compare = None,
+    threads: Threads = None,
+) -> None:
+    """Time the operators beside other ways to compute the same, in interleaved rounds of one run.
+
+    Each peer's result is compared with ours first; one that differs is not timed, and the command ends with status 1.
+    The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished. With
+    OPs, --load shows those rows of the document.
+    """
+    from ...bench import report
+    from ...bench.documents import command_line
+    from ...bench.run import run
+
+    with refusals():
+        options = _options(
+            operators or [], device, backends, peers, shapes, dtype, quick, not no_compiled, seconds, hot
+        )
+        older = None if compare is None else report.read(compare)
+        if plot is not None and importlib.util.find_spec("matplotlib") is None:
+            refuse("--plot needs matplotlib: pip install 'mustdrop_kernels[bench]'")
+        if threads is not None:
+            torch.set_num_threads(threads)
+    document = carry_out(
+        plan=lambda: report.plan_lines(options),
+        run=lambda tell, keep: run(options, command_line(), tell, keep),
+        read=lambda path: report.only(report.read(path), operators),
+        json=json, load=load, dry_run=dry_run,
+    )  # fmt: skip
+    if document is None:
+        return
+    console = Console()
+    _show(document, older, markdown, console)
+    if plot is not None:
+        from ...bench import plots
+
+        for path in plots.write_all(document, plot):
+            console.print(f"wrote {path}", highlight=False)
+    if document.get("stopped"):
+        raise typer.Exit(130)
+    if any(row["status"] == "wrong" for row in document["rows"]):
+        raise typer.Exit(1)
+
+
+def _show(document: Document, older: Document | None, markdown: bool, console: Console) -> None:
+    from ...bench import report
+
+    if markdown:
+        console.print(report.markdown(document), markup=False, highlight=False, soft_wrap=True)
+        return
+    for table in report.tables(document):
+        console.print(table)
+    for line in report.notes(document):
+        console.print(line, style="dim", markup=False, highlight=False)
+    if older is not None:
+        console.print(report.comparison_table(older, document))
+        for line in report.comparison_notes(older, document):
+            console.print(line, style="dim", markup=False, highlight=False)
+
+
+def _options(
+    ops: list[str],
+    device: str,
+    backends: str | None,
+    peers: str | None,
+    shapes: str,
+    dtype: str | None,
+    quick: bool,
+    compiled: bool,
+    seconds: float | None,
+    hot: bool,
+) -> Options:
+    """The options of the command line.
+
+    Raises:
+        ValueError: a name is unknown.
+    """
+    from ... import backends as registry
+    from ...bench.peers import names as peer_names
+    from ...bench.run import Options, all_ops, default_backends
+    from ...bench.shapes import parse_shapes
+
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
+    _known("operator", ops, all_ops())
+    chosen_backends = default_backends(device) if backends is None else _names(backends)
+    _known("backend", chosen_backends, registry.registered())
+    chosen_peers = None if peers is None else () if peers == "none" else _names(peers)
+    _known("peer", chosen_peers or (), peer_names())
+    chosen_dtypes = _names(dtype) if dtype is not None else ("float32",) if device == "cpu" else ("bfloat16",)
+    _known("dtype", chosen_dtypes, _DTYPES)
+    return Options(
+        ops=tuple(ops) or all_ops(),
+        shapes=tuple(parse_shapes(shapes)),
+        dtypes=tuple(getattr(torch, name) for name in chosen_dtypes),
+        device=torch.device(device),
+        backends=chosen_backends,
+        peers=chosen_peers,
+        quick=quick,
+        compiled=compiled,
+        seconds=seconds,
+        hot=hot,
+    )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _known(kind: str, names: Collection[str], there: Collection[str]) -> None:
+    for name in names:
+        if name not in there:
+            raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(there)}")

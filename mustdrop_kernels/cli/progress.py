@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Progress on standard error, and the end of a measurement by a signal."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+
+
+@contextlib.contextmanager
+def status(shown: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner beside the current step; yields a function that takes the next one."""
+    console = Console(stderr=True, quiet=not shown)
+    with console.status("starting") as spinner:
+        yield lambda what: spinner.update(f"{what} ...")
+
+
+@contextlib.contextmanager
+def bar() -> Iterator[Callable[[str, float], None]]:
+    """A bar; yields a function that takes the current step and the share of all that is done."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    text = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), BarColumn(), text, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("starting", total=1.0)
+        yield lambda what, share: progress.update(task, description=what, completed=share)
+
+
+@contextlib.contextmanager
+def sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM, which time limits send, ends a measurement as Ctrl-C does."""
+
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # the signals belong to the program that calls this
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo runs on: an image and a model, from the command line's words or the defaults."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import Refusal
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+# Shipped in scikit-image's wheel; SpaceX put it into the public domain.
+_PHOTOGRAPH = "rocket.jpg"
+_CREDIT = "rocket.jpg of scikit-image (photograph: SpaceX, public domain)"
+SMALL_MODEL = Path(__file__).resolve().parent / "model"
+"""Trained by training/train.py."""
+DEMO_SEED = 2026
+SMALL = "the small LLaVA of mustdrop_kernels"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is ready to generate, and its processor."""
+
+    model: Any
+    processor: Any
+    name: str
+
+    @property
+    def description(self) -> str:
+        """One phrase for people."""
+        millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
+        size = f"{millions:,.0f}" if millions > 10 else f"{millions:.1f}"
+        where = f"{size} million weights, {self.model.dtype}, {self.model.device}"
+        return f"{self.name} ({where})".replace("torch.", "")
+
+    def inputs(self, image: Image, prompt: str) -> Any:
+        """The processor's tensors for one image and a question about it."""
+        return self.batch([image], [prompt])
+
+    def batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Any:
+        """The processor's tensors for questions about one image each, shorter ones padded on the left."""
+        texts = [prompt_text(self.processor, prompt) for prompt in prompts]
+        batch = self.processor(images=list(images), text=texts, return_tensors="pt", padding=len(texts) > 1)
+        batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
+        return batch.to(self.model.device)
+
+    def seen(self, pixel_values: Any) -> np.ndarray:  # (height, width, 3) uint8
+        """The image as the vision tower got it: resized, cropped, and here made visible again."""
+        processor = self.processor.image_processor
+        pixels = pixel_values[0].float().cpu().permute(1, 2, 0)
+        mean, deviation = pixels.new_tensor(processor.image_mean), pixels.new_tensor(processor.image_std)
+        return ((pixels * deviation + mean).clamp(0, 1) * 255).round().byte().numpy()
+
+
+def prompt_text(processor: Any, question: str) -> str:
+    """The prompt that asks about one image: by the chat template of the processor, or LLaVA-1.5's."""
+    template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
+    if template:
+        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        return str(processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True))
+    return f"USER: <image>\n{question} ASSISTANT:"
+
+
+def require_extras() -> None:
+    """Refuse where a package is missing that the demo needs."""
+    needed = {"transformers": "transformers", "PIL": "pillow", "matplotlib": "matplotlib"}
+    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise Refusal(f"the demo needs {' and '.join(missing)}: pip install 'mustdrop_kernels[demo]'")
+
+
+def made_question(number: int) -> tuple[Image, str, str, str]:
+    """A picture that the small model has not seen, what to call it, a question about it, and the right answer."""
+    missing = [name for name in ("sklearn", "skimage") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Refusal("pictures are made from scikit-learn and scikit-image: pip install them, or give --image")
+    from .questions import items
+
+    item = items("test", DEMO_SEED, number + 1)[-1]
+    seen = item.scene()
+    credit = f"digits of scikit-learn on {seen.photograph}, none of it used in training"
+    return seen.image, credit, item.question.text, item.question.answer
+
+
+def load_image(path: Path | None) -> tuple[Image, str]:
+    """The image and what to call it."""
+    from PIL import Image, UnidentifiedImageError
+
+    credit = _CREDIT if path is None else path.name
+    if path is None:
+        path = _default_photograph()
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB"), credit
+    except FileNotFoundError:
+        raise Refusal(f"--image: there is no file {path}") from None
+    except UnidentifiedImageError:
+        raise Refusal(f"--image: {path} is not an image that Pillow can read") from None
+    except OSError as error:
+        raise Refusal(f"--image: {path} cannot be read: {error}") from None
+
+
+def _default_photograph() -> Path:
+    package = importlib.util.find_spec("skimage")
+    if package is None or package.origin is None:
+        raise Refusal("the default photograph comes with scikit-image: pip install scikit-image, or give --image")
+    path = Path(package.origin).parent / "data" / _PHOTOGRAPH
+    if not path.is_file():
+        raise Refusal(f"this scikit-image does not ship {_PHOTOGRAPH}: give --image")
+    return path
+
+
+def quiet_transformers() -> None:
+    """No advice and no progress bars of its own."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def load_model(name: str | None, device: str) -> Subject:
+    """The checkpoint of this name or in this folder; without one the small model that the package brings."""
+    from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
+
+    model: Any
+    where, dtype = (name, "auto") if name is not None else (str(SMALL_MODEL), "float32")
+    try:
+        kind = AutoConfig.from_pretrained(where).model_type
+        if kind == "llava":
+            model = LlavaForConditionalGeneration.from_pretrained(where, dtype=dtype, use_safetensors=True).eval()
+            processor = AutoProcessor.from_pretrained(where)
+            processor.tokenizer.padding_side = "left"
+    except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(f"--model: {where} cannot be loaded: {reason}") from error
+    if kind != "llava":
+        raise Refusal(f"--model: {where} is a {kind!r} model; wanted is a LLaVA (LlavaForConditionalGeneration)")
+    return Subject(model.to(device), processor, name or SMALL)

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Records of what was merged, kept and dropped: per stage, layer and image; cache sizes; times. All on the host."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class ViewReport:
+    """A grid of vision tokens: a picture, or a video. Maps have its shape, (H, W), or (T, H, W) for T frames.
+
+    A token is named by the patch whose place it takes, counted row by row, frame after frame. A patch is what has a
+    placeholder in the prompt; in some models that is several patches of the vision tower.
+    """
+
+    token_of_patch: Tensor
+    """int64: the token that stands for each patch."""
+    key: Tensor
+    """bool: patches whose token is a key token."""
+    survived: dict[int, Tensor]
+    """Pruning layer -> bool: patches whose token goes on after it."""
+    heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """Layer -> float32: the attention that a text token pays it, mean over those that vote and over heads; nan where
+    the token is gone. Empty without ``drop_tokens(..., heat_maps=True)``."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """H, W, or T, H, W."""
+        return tuple(self.token_of_patch.shape)
+
+    @property
+    def patches(self) -> int:
+        """Their number."""
+        return self.token_of_patch.numel()
+
+    @property
+    def merged(self) -> Tensor:
+        """bool: patches that share their token with others."""
+        sizes = torch.bincount(self.token_of_patch.flatten(), minlength=self.patches)
+        return sizes[self.token_of_patch] > 1
+
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """Merged windows in raster order, in patches: (row, column, H, W), or (frame, row, column, T, H, W)."""
+        windows = []
+        for token in self.token_of_patch[self.merged].unique().tolist():
+            places = torch.nonzero(self.token_of_patch == token)
+            first, last = places.amin(0), places.amax(0)
+            windows.append((*first.tolist(), *(last - first + 1).tolist()))
+        return sorted(windows)
+
+    def frame(self, number: int) -> ViewReport:
+        """One frame of a video; tokens are named by their first patch in it."""
+        token = self.token_of_patch[number]
+        _, inverse = token.unique(return_inverse=True)
+        place = torch.arange(token.numel())
+        first = torch.full_like(place, token.numel()).scatter_reduce(0, inverse.flatten(), place, "amin")
+        survived = {layer: alive[number] for layer, alive in self.survived.items()}
+        heat = {layer: values[number] for layer, values in self.heat.items()}
+        return ViewReport(first[inverse], self.key[number], survived, heat)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        heat = {str(layer): torch.where(v.isnan(), -1.0, v).tolist() for layer, v in self.heat.items()}
+        return {
+            "grid": list(self.grid),
+            "windows": [list(window) for window in self.windows],
+            "token_of_patch": self.token_of_patch.tolist(),
+            "key": self.key.int().tolist(),
+            "survived": {str(layer): alive.int().tolist() for layer, alive in self.survived.items()},
+            **({"heat": heat} if heat else {}),  # -1 where the token is gone
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageReport:
+    """One image or video of a prompt, with N placeholders, which are numbered from 0.
+
+    Most images have one view. LLaVA-NeXT's have two, an overview and the picture itself; what is said of a view here
+    (``grid``, ``token_of_patch``, ``key``, ``survived``, ...) is said of the last, the finest.
+    """
+
+    sequence: int
+    """The row of the batch."""
+    modality: str
+    """"image" or "video"."""
+    views: tuple[Tensor, ...]
+    """Grids of placeholders, (H, W) or (T, H, W) int64."""
+    token: Tensor
+    """(N) int64: the placeholder whose token stands for each."""
+    keys: Tensor
+    """(N) bool: placeholders whose token is a key token."""
+    alive: dict[int, Tensor]
+    """Pruning layer -> (N) bool: placeholders whose token goes on after it."""
+    kept: dict[int, int]
+    """Pruning layer -> tokens that go on after it."""
+    tokens: int
+    """Tokens after merging."""
+    key_tokens: int
+    heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
+    """Layer -> (N) float32, as in ``ViewReport``."""
+
+    @property
+    def patches(self) -> int:
+        """N: what plain generation would read, newline tokens and the like among them."""
+        return self.token.numel()
+
+    def view(self, number: int = -1) -> ViewReport:
+        """One of its views, by default the finest."""
+        places = self.views[number]
+        order = torch.zeros_like(self.token)
+        order[places.flatten()] = torch.arange(places.numel())
+        survived = {layer: alive[places] for layer, alive in self.alive.items()}
+        heat = {layer: values[places] for layer, values in self.heat.items()}
+        return ViewReport(order[self.token[places]], self.keys[places], survived, heat)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """H, W, or T, H, W."""
+        return self.view().grid
+
+    @property
+    def token_of_patch(self) -> Tensor:
+        """int64: the token that stands for each patch."""
+        return self.view().token_of_patch
+
+    @property
+    def key(self) -> Tensor:
+        """bool: patches whose token is a key token."""
+        return self.view().key
+
+    @property
+    def survived(self) -> dict[int, Tensor]:
+        """Pruning layer -> bool: patches whose token goes on after it."""
+        return self.view().survived
+
+    @property
+    def merged(self) -> Tensor:
+        """bool: patches that share their token with others."""
+        return self.view().merged
+
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """Merged windows in raster order: (row, column, height, width) in patches; in a video frames come first."""
+        return self.view().windows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        return {
+            "sequence": self.sequence,
+            "modality": self.modality,
+            "patches": self.patches,
+            "tokens": self.tokens,
+            "key_tokens": self.key_tokens,
+            "kept": {str(layer): kept for layer, kept in self.kept.items()},
+            **self.view().to_dict(),
+            "other_views": [self.view(number).to_dict() for number in range(len(self.views) - 1)],
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheReport:
+    """The KV cache at one moment."""
+
+    lengths: list[int]
+    """Tokens of each sequence that each layer holds, padding included."""
+    bytes: int
+    """Of the whole batch; 0 where no cache was used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptReport:
+    """One prompt (a batch of sequences with images) that was read."""
+
+    length: int
+    """Tokens of the plain prompt, padding included."""
+    text: list[int]
+    """Text tokens of each sequence."""
+    images: list[ImageReport]
+    layer_tokens: list[int]
+    """Vision tokens that each language layer processed, over the whole batch."""
+    plain_cache: CacheReport
+    """What plain generation would hold."""
+    prefill_cache: CacheReport
+    """What is held before stage 3."""
+    final_cache: CacheReport
+    """What decoding starts with."""
+    milliseconds: dict[str, float]
+    """Time that the stages themselves took, by name: "merge", "key tokens", "layer 2", ..., "evict"."""
+
+    @property
+    def caches(self) -> tuple[CacheReport, CacheReport, CacheReport]:
+        """Plain, before stage 3, after it."""
+        return self.plain_cache, self.prefill_cache, self.final_cache
+
+    @property
+    def mean_tokens(self) -> float:
+        """Vision tokens of an image, averaged over the language layers: what methods are compared by."""
+        return sum(self.layer_tokens) / (len(self.layer_tokens) * len(self.images))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types."""
+        fields = dataclasses.asdict(dataclasses.replace(self, images=[]))
+        return {**fields, "mean_tokens": self.mean_tokens, "images": [image.to_dict() for image in self.images]}
