@@ -89,7 +89,8 @@ def spatial_merge(
         check(extent >= 1, "window", f"must be positive, got {list(window)}")
     check.at_least("num_prefix_tokens", num_prefix_tokens, 0)
     length = num_prefix_tokens + prod(grid)
-    check(x.shape[1] == length, "x", f"must have num_prefix_tokens + prod(grid) = {length} tokens, got {x.shape[1]}")
+    given = f"num_prefix_tokens {num_prefix_tokens} and grid {list(grid)}"
+    check(x.shape[1] == length, "x", f"must have num_prefix_tokens + prod(grid) tokens with {given}, got {x.shape[1]}")
     if sizes is not None:
         check.tensor("sizes", sizes, (x.shape[0], x.shape[1]), (torch.float32,))
     if budget is None:

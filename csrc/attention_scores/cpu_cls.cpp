@@ -4,6 +4,7 @@
 
 #include "attention_scores/checks.h"
 #include "attention_scores/cpu_kernel_cls.h"
+#include "common/cpu_element.h"
 #include "common/workers.h"
 
 namespace mustdrop {
@@ -25,7 +26,7 @@ Tensor cls_attention(const Tensor& q,  // [B, H, D]
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t round = std::clamp<int64_t>(kWorkspaceFloats / (heads * span), 1, batch);  // sequences at a time
   Tensor workspace = new_empty(q, {round * heads * span + threads * dim}, ScalarType::Float);
-  float* scratch = static_cast<float*>(workspace.mutable_data_ptr());
+  float* scratch = mutable_data<float>(workspace);
 
   cpu::ClsJob job{};
   job.q = q.const_data_ptr(), job.k = k.const_data_ptr();
@@ -33,11 +34,11 @@ Tensor cls_attention(const Tensor& q,  // [B, H, D]
   job.k_batch = k.stride(0), job.k_head = k.stride(1), job.k_row = k.stride(2);
   job.heads = heads, job.span = span, job.dim = dim;
   job.prefix = num_prefix_tokens;
-  job.counts = counts ? static_cast<const int32_t*>(counts->const_data_ptr()) : nullptr;
+  job.counts = counts ? data<int32_t>(*counts) : nullptr;
   job.count_stride = counts ? counts->stride(0) : 0;
   job.scale = static_cast<float>(scale), job.element = element_of(q);
   job.probabilities = scratch + threads * dim;
-  job.out = static_cast<float*>(out.mutable_data_ptr());
+  job.out = mutable_data<float>(out);
 
   const auto share = [&](void (*kernel)(const cpu::ClsTask&, int64_t, int64_t), int64_t items, int64_t cost) {
     const int64_t workers = std::min(worker_count(items, cost, kGrainBytes), threads);

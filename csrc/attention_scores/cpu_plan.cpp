@@ -203,7 +203,7 @@ class Batch {
       memory_ = new_empty(like_, {floats}, ScalarType::Float);
       capacity_ = floats;
     }
-    float* next = static_cast<float*>(memory_->mutable_data_ptr());
+    float* next = mutable_data<float>(*memory_);
     scratch_.clear();
     for (int64_t t = 0; t < threads; ++t, next += scratch) scratch_.push_back(next);
     for (auto& planned : jobs_) {

@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> text_vision_scores(const Tensor& q,            // [B,
                                               double scale,
                                               const OptionalTensor& lse) {  // [B, Hq, Lq]
   check_text_vision_scores("text_vision_scores", q, k, token_types, lse);
-  const Scores scores = launch_text_vision_scores(Device(q), q, k, token_types, scale, lse);
-  return {scores.total, scores.peak};
+  const auto [total, peak] = launch_text_vision_scores(Device(q), q, k, token_types, scale, lse);
+  return {total, peak};
 }
 
 std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,             // [total_q, Hq, D]

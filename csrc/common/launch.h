@@ -198,15 +198,6 @@ void with_float_type(ScalarType type, const F& f) {
   }
 }
 
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 // One allocation that a launcher divides among the intermediate results of its kernels, 16-byte aligned each.
 class Workspace {
  public:

@@ -3,13 +3,12 @@
 // mean; neighbours that are kept together are copied together.
 #include <cstring>
 
-#include "common/arguments.h"
 #include "common/workers.h"
+#include "gather/checks.h"
 
 namespace mustdrop {
 namespace {
 
-constexpr const char* kOp = "gather_tokens";
 constexpr int64_t kGrainBytes = 64 << 10;  // least work of a thread
 
 // A token of x, x[b, l]: its trailing dimensions, of which the last `run` bytes lie together.
@@ -135,11 +134,7 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
                      const Tensor& keep,    // [B, K]
                      const Tensor& counts,  // [B]
                      bool align_end) {
-  if (x.dim() < 2) refuse_argument(kOp, "x", " must be (B, L, ...), got ", shape_of(x));
-  if (x.dim() > 2) check_last_dense(kOp, "x", x);
-  check_tensor(kOp, "keep", keep, {x.size(0), "K"}, ScalarType::Long, x);
-  check_tensor(kOp, "counts", counts, {x.size(0)}, ScalarType::Int, x, true);
-
+  check_gather_tokens(x, keep, counts);
   const int64_t batch = x.size(0), capacity = keep.size(1), element = static_cast<int64_t>(x.element_size());
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape[1] = capacity;
@@ -148,15 +143,15 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
   if (x.numel() == 0) return new_zeros(x, shape, x.scalar_type());  // nothing to take, and no address
 
   const Gather g{describe_token(x),
-                 static_cast<const char*>(x.const_data_ptr()),
+                 data<char>(x),
                  x.stride(0) * element,
                  x.stride(1) * element,
                  x.size(1),
-                 static_cast<const int64_t*>(keep.const_data_ptr()),
+                 data<int64_t>(keep),
                  keep.stride(0),
-                 static_cast<const int32_t*>(counts.const_data_ptr()),
+                 data<int32_t>(counts),
                  counts.stride(0),
-                 static_cast<char*>(out.mutable_data_ptr()),
+                 mutable_data<char>(out),
                  capacity,
                  align_end};
   const int64_t slots = batch * capacity;

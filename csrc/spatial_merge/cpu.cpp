@@ -4,14 +4,14 @@
 #include <cstring>
 #include <numeric>
 
-#include "common/arguments.h"
+#include "common/cpu_element.h"
 #include "common/workers.h"
+#include "spatial_merge/checks.h"
 #include "spatial_merge/cpu_kernel.h"
 
 namespace mustdrop {
 namespace {
 
-constexpr const char* kOp = "spatial_merge";
 constexpr int64_t kGrainBytes = 256 << 10;   // least work of a thread
 constexpr int64_t kCachedBytes = 8ll << 20;  // of results that the next reader may find in a cache
 
@@ -20,39 +20,6 @@ struct Options {
   OptionalInt budget;
   bool uniform, merged_first;
 };
-
-void check_grid(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
-                int64_t num_prefix_tokens) {
-  if (grid.size() != 2 && grid.size() != 3)
-    refuse_argument(kOp, "grid", " must be [H, W] or [T, H, W], got ", to_text(grid));
-  if (window.size() != grid.size())
-    refuse_argument(kOp, "window", " must have as many entries as grid, got ", to_text(window));
-  for (size_t axis = 0; axis < grid.size(); ++axis) {
-    if (grid[axis] < 0) refuse_argument(kOp, "grid", " must not be negative, got ", to_text(grid));
-    if (window[axis] < 1) refuse_argument(kOp, "window", " must be positive, got ", to_text(window));
-  }
-  check_at_least(kOp, "num_prefix_tokens", num_prefix_tokens, 0);
-  const int64_t patches = product(grid);
-  if (patches > x.size(1) || num_prefix_tokens != x.size(1) - patches)
-    refuse_argument(kOp, "x", " must have num_prefix_tokens + prod(grid) = ", num_prefix_tokens, " + ", patches,
-                    " tokens, got ", x.size(1));
-}
-
-void check_budget(const std::vector<int64_t>& grid, const std::vector<int64_t>& window, int64_t budget, bool uniform) {
-  if (uniform) refuse_argument(kOp, "uniform", " must not be set together with budget");
-  int64_t windows = 1;
-  for (size_t axis = 0; axis < grid.size(); ++axis) {
-    if (grid[axis] % window[axis] != 0)
-      refuse_argument(kOp, "window", " must tile the grid ", to_text(grid), " where budget is set, got ",
-                      to_text(window));
-    windows *= grid[axis] / window[axis];
-  }
-  check_at_least(kOp, "budget", budget, 0);
-  if (budget > windows)
-    refuse_argument(kOp, "budget", " must be at most the number of windows, ", windows, ", got ", budget);
-  if (budget > 0 && product(window) == 1)
-    refuse_argument(kOp, "budget", " must be 0 with windows of one token, got ", budget);
-}
 
 // Grid and window as [T, H, W].
 cpu::MergeJob describe(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
@@ -70,7 +37,7 @@ cpu::MergeJob describe(const Tensor& x, const std::vector<int64_t>& grid, const 
   }
   job.x = x.const_data_ptr(), job.x_batch = x.stride(0), job.x_row = x.stride(1);
   job.element = element_of(x);
-  if (sizes) job.sizes = static_cast<const float*>(sizes->const_data_ptr()), job.sizes_batch = sizes->stride(0);
+  if (sizes) job.sizes = data<float>(*sizes), job.sizes_batch = sizes->stride(0);
   return job;
 }
 
@@ -101,7 +68,7 @@ class Placement {
         assignment_(assignment),
         counts_(counts),
         complete_(job.windows) {
-    const int64_t tokens = product({job.window[0], job.window[1], job.window[2]});
+    const int64_t tokens = saturating_product({job.window[0], job.window[1], job.window[2]});
     for (int64_t w = 0; w < job.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
   }
 
@@ -276,16 +243,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
                                                          int64_t num_prefix_tokens,
                                                          const OptionalTensor& sizes,  // [B, P+N]
                                                          bool merged_first) {
-  check_extents(kOp, "x", x, {"B", "P+N", "C"});
-  check_computed(kOp, "x", x);
-  check_last_dense(kOp, "x", x);
-  check_grid(x, grid, window, num_prefix_tokens);
-  if (sizes) check_tensor(kOp, "sizes", *sizes, {x.size(0), x.size(1)}, ScalarType::Float, x);
-  if (budget) check_budget(grid, window, *budget, uniform);
+  check_spatial_merge(x, grid, window, budget, uniform, num_prefix_tokens, sizes);
   cpu::level();  // a wrong MUSTDROP_CPU_CAPABILITY is refused here, not inside a thread
 
   cpu::MergeJob job = describe(x, grid, window, num_prefix_tokens, sizes);
-  job.capacity = job.length - (budget ? *budget * (product(window) - 1) : 0);
+  job.capacity = job.length - (budget ? *budget * (saturating_product(window) - 1) : 0);
   const int64_t batch = x.size(0);
   Tensor tokens = new_empty(x, {batch, job.capacity, job.channels}, x.scalar_type());
   Tensor counts = new_empty(x, {batch}, ScalarType::Int);
@@ -295,10 +257,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
   std::vector<float> similarity(batch * job.windows);
   std::vector<uint8_t> merged(batch * job.windows);
   job.similarity = similarity.data(), job.merged = merged.data();
-  auto* assignment_data = static_cast<int64_t*>(assignment.mutable_data_ptr());
-  auto* counts_data = static_cast<int32_t*>(counts.mutable_data_ptr());
+  int64_t* assignment_data = mutable_data<int64_t>(assignment);
+  int32_t* counts_data = mutable_data<int32_t>(counts);
   job.assignment = assignment_data, job.counts = counts_data;
-  job.tokens = tokens.mutable_data_ptr(), job.out_sizes = static_cast<float*>(out_sizes.mutable_data_ptr());
+  job.tokens = tokens.mutable_data_ptr(), job.out_sizes = mutable_data<float>(out_sizes);
 
   job.streams = batch * job.capacity * job.channels * static_cast<int64_t>(x.element_size()) > kCachedBytes;
 

@@ -13,7 +13,7 @@ constexpr int kRankedInBlock = 512;     // windows that a block puts in order by
 constexpr int kAssignedInBlock = 4096;  // patches that each block of an image gives their rows
 
 int32_t narrow(int64_t value) {
-  if (value > INT_MAX) refuse("spatial_merge", "x", " must have sizes below 2^31, got ", value);
+  if (value > INT_MAX) refuse_argument("spatial_merge", "x", "must have sizes below 2^31, got ", value);
   return static_cast<int32_t>(value);
 }
 
