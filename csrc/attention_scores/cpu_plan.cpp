@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "common/token_types.h"
 #include "common/workers.h"
 
 namespace mustdrop {
@@ -14,7 +15,6 @@ using cpu::kLaneStep;
 using cpu::ScoreJob;
 using cpu::ScoreTask;
 
-constexpr uint8_t kPadding = 0, kVision = 2, kQuery = 3;
 constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at: 4 MiB, about what two cores' level-2 caches hold
 constexpr int64_t kMaxRows = 128;              // of a job
 constexpr int64_t kMaxLanes = 1024;            // of a job, so that a chunk's weights stay in the cache
@@ -40,7 +40,7 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   };
   const int64_t first = sequence.length - sequence.rows;
   for (int64_t p = std::max<int64_t>(first, 0); p < sequence.length; ++p) {
-    if (sequence.types[p] != kQuery || !exists(p)) continue;
+    if (sequence.types[p] != kQueryToken || !exists(p)) continue;
     if (static_cast<int64_t>(contents.row_position.size()) == sequence.max_rows) break;
     contents.row_position.push_back(static_cast<int32_t>(p));
     contents.row_offset.push_back(sequence.q_begin + (p - first) * inputs.q_row);
@@ -48,8 +48,8 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   }
   const int64_t end = contents.row_position.empty() ? 0 : contents.row_position.back() + 1;
   for (int64_t p = 0; p < end; ++p) {
-    const bool vision = sequence.types[p] == kVision;
-    if (sequence.types[p] == kPadding || (inputs.lse && !vision) || !exists(p)) continue;
+    const bool vision = sequence.types[p] == kVisionToken;
+    if (sequence.types[p] == kPaddingToken || (inputs.lse && !vision) || !exists(p)) continue;
     const int64_t offset = inputs.slots
                                ? sequence.table[p / inputs.slots] * inputs.k_block + p % inputs.slots * inputs.k_row
                                : sequence.k_begin + p * inputs.k_row;

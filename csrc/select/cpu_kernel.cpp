@@ -7,6 +7,7 @@
 #include "select/cpu_kernel.h"
 
 #include "common/order.h"
+#include "common/token_types.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -16,8 +17,7 @@ namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
 
 enum Fate : uint8_t { kGone = 0, kStays = 1, kCandidate = 2 };
-constexpr uint8_t kPadding = 0, kVision = 2;  // token types
-constexpr int64_t kChunk = 1024;              // tokens
+constexpr int64_t kChunk = 1024;  // tokens
 constexpr int64_t kSampleStep = 16;
 
 // The same bits on every machine: sixteen running sums, added pairwise at the end.
@@ -63,14 +63,14 @@ void find_fates(const Row<T>& row, int64_t begin, int64_t count, Fates& fates) {
     const float score_limit = row.score_limit, peak_limit = row.peak_limit;
     for (int64_t j = 0; j < count; ++j) {
       const bool low = (to_float(score[j]) < score_limit) & (to_float(peak[j]) < peak_limit);
-      const bool drop = low & (types[j] == kVision);
-      of[j] = types[j] == kPadding ? kGone : drop ? kCandidate : kStays;
+      const bool drop = low & (types[j] == kVisionToken);
+      of[j] = types[j] == kPaddingToken ? kGone : drop ? kCandidate : kStays;
       candidates += drop;
     }
   } else {
     for (int64_t j = 0; j < count; ++j) {
-      of[j] = types[j] == kPadding ? kGone : types[j] == kVision ? kCandidate : kStays;
-      candidates += types[j] == kVision;
+      of[j] = types[j] == kPaddingToken ? kGone : types[j] == kVisionToken ? kCandidate : kStays;
+      candidates += types[j] == kVisionToken;
     }
   }
   if (row.protected_tokens) {

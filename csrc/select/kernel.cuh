@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "common/token_types.h"
 
 namespace mustdrop {
 
@@ -55,8 +56,8 @@ struct SelectRow {
 template <class T>
 __device__ __forceinline__ uint32_t select_key(const SelectRow<T>& row, int64_t j) {
   const uint8_t type = row.types[j];
-  if (type == 0) return kKeyPadding;
-  if (type != 2 || (row.protected_tokens && row.protected_tokens[j])) return kKeyStays;
+  if (type == kPaddingToken) return kKeyPadding;
+  if (type != kVisionToken || (row.protected_tokens && row.protected_tokens[j])) return kKeyStays;
   const float score = to_float(row.scores[j]);
   if (row.peak && !(score < row.limit && to_float(row.peak[j]) < row.individual)) return kKeyStays;
   return ordered_key(score);
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(1024) select_kernel(const __grid_constant__ Se
   for (int64_t j = part.begin + threadIdx.x; j < part.end; j += blockDim.x) {
     const uint32_t key = select_key(part.row, j);
     if (p.cached) keys[j - part.begin] = key;
-    found += key > kKeyStays ? 1 : key == kKeyStays && part.row.types[j] == 2 ? uint64_t(1) << 32 : 0;
+    found += key > kKeyStays ? 1 : key == kKeyStays && part.row.types[j] == kVisionToken ? uint64_t(1) << 32 : 0;
   }
   if (p.cached) part.keys = keys;
   found = cluster_total(block_sum(found, shared.scan[0]), shared);  // its barriers make the keys visible
