@@ -82,7 +82,7 @@ Kernel<Parameters...> limited_kernel(void (*function)(Parameters...)) {
 #if defined(MUSTDROP_LAUNCHERS_ONLY)
 #elif defined(MUSTDROP_CUDA_EMULATED)
 
-#define MUSTDROP_KERNEL(...) ::mustdrop::limited_kernel<__VA_ARGS__>(cuda_emulation::known<__VA_ARGS__>())
+#define MUSTDROP_KERNEL(...) ::mustdrop::limited_kernel<__VA_ARGS__>(cuda_emulation::registered<__VA_ARGS__>())
 
 class Device {
  public:
@@ -205,7 +205,7 @@ class Workspace {
   static int64_t size(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
   template <class T>
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* result = reinterpret_cast<T*>(mutable_data<char>(memory_) + used_);
     used_ += size(count * static_cast<int64_t>(sizeof(T)));
     if (used_ > bytes_) throw std::logic_error("mustdrop: a workspace is too small");

@@ -37,17 +37,17 @@ struct Cache {
   char* data;
   int64_t batch_stride;  // 0 where the block table tells the sequences apart
   int64_t batch, heads;
-  int64_t groups;  // of heads; a stream takes the heads of one group
-  Record record;   // with all heads
-  Places places;   // without a table
+  int64_t groups;         // of heads; a stream takes the heads of one group
+  PositionLayout layout;  // with all heads
+  SlotMap map;            // without a table
   const KeepSet* set;
 
   int64_t streams() const { return batch * groups; }
-  int64_t bytes() const { return batch * heads * set->capacity * record.dims * record.run; }
+  int64_t bytes() const { return batch * heads * set->capacity * layout.dims * layout.run; }
 };
 
 // The dimensions of a cache that hold one position: heads, then head_dim.
-Record describe_record(const Tensor& cache, int64_t heads_dim) {
+PositionLayout describe_position(const Tensor& cache, int64_t heads_dim) {
   const int64_t element = static_cast<int64_t>(cache.element_size()), dims = cache.size(3);
   const bool dense = cache.stride(3) == 1 || dims <= 1;
   return {cache.size(heads_dim), cache.stride(heads_dim) * element, dense ? 1 : dims, cache.stride(3) * element,
@@ -57,13 +57,13 @@ Record describe_record(const Tensor& cache, int64_t heads_dim) {
 // How many groups to cut the heads into: single heads where each has its own memory or its own set; where a position's
 // heads lie side by side, as many as the threads need.
 int64_t head_groups(const Cache& cache, int64_t caches) {
-  if (cache.set->per_head || cache.record.head_stride > cache.places.slot_stride) return cache.heads;
+  if (cache.set->per_head || cache.layout.head_stride > cache.map.slot_stride) return cache.heads;
   const int64_t wanted = torch::stable::get_num_threads() * kStreamsPerThread;
   const int64_t sequences = std::max<int64_t>(1, caches * cache.batch);
   return std::clamp<int64_t>((wanted + sequences - 1) / sequences, 1, cache.heads);
 }
 
-struct Call {
+struct CompactParameters {
   std::vector<KeepSet> sets;
   std::vector<Cache> caches;
   const Tensor* block_table = nullptr;  // [B, max_blocks]
@@ -71,48 +71,48 @@ struct Call {
   bool align_end = false;
 };
 
-Stream make_stream(const Call& call, const Cache& cache, const int32_t* table, int64_t table_stride,
+Stream make_stream(const CompactParameters& p, const Cache& cache, const int32_t* table, int64_t table_stride,
                    const int32_t* seq_lens, int64_t seq_lens_stride, int64_t index) {
   const int64_t b = index / cache.groups, group = index % cache.groups;
   const int64_t head = group * cache.heads / cache.groups, end = (group + 1) * cache.heads / cache.groups;
   const KeepSet& set = *cache.set;
   Stream stream{};
-  stream.data = cache.data + b * cache.batch_stride + head * cache.record.head_stride;
-  stream.record = cache.record;
-  stream.record.heads = end - head;
-  if (stream.record.dims == 1 && cache.record.head_stride == cache.record.run) {  // heads side by side: one piece
-    stream.record.run *= stream.record.heads;
-    stream.record.heads = 1;
+  stream.data = cache.data + b * cache.batch_stride + head * cache.layout.head_stride;
+  stream.layout = cache.layout;
+  stream.layout.heads = end - head;
+  if (stream.layout.dims == 1 && cache.layout.head_stride == cache.layout.run) {  // heads side by side: one piece
+    stream.layout.run *= stream.layout.heads;
+    stream.layout.heads = 1;
   }
-  stream.places = cache.places;
-  if (table) stream.places.table = table + b * table_stride;
+  stream.map = cache.map;
+  if (table) stream.map.table = table + b * table_stride;
   stream.keep = set.keep + b * set.batch_stride + head * set.head_stride;
   const int32_t kept = set.counts[b * set.counts_batch_stride + head * set.counts_head_stride];
   stream.count = std::clamp<int64_t>(kept, 0, set.capacity);
-  if (call.align_end) stream.target = (seq_lens ? seq_lens[b * seq_lens_stride] : cache.places.slots) - stream.count;
-  stream.backward = call.align_end;
+  if (p.align_end) stream.target = (seq_lens ? seq_lens[b * seq_lens_stride] : cache.map.slots) - stream.count;
+  stream.backward = p.align_end;
   return stream;
 }
 
-void run(const Call& call) {
+void run(const CompactParameters& p) {
   std::vector<int64_t> first{0};  // the first stream of each cache, and the end
   int64_t bytes = 0;
-  for (const Cache& cache : call.caches) {
+  for (const Cache& cache : p.caches) {
     first.push_back(first.back() + cache.streams());
     bytes += cache.bytes();
   }
   const int64_t streams = first.back();
   if (bytes == 0) return;
-  const int32_t* table = call.block_table ? data<int32_t>(*call.block_table) : nullptr;
-  const int64_t table_stride = table ? call.block_table->stride(0) : 0;
-  const int32_t* seq_lens = call.seq_lens ? data<int32_t>(*call.seq_lens) : nullptr;
-  const int64_t seq_lens_stride = seq_lens ? call.seq_lens->stride(0) : 0;
+  const int32_t* table = p.block_table ? data<int32_t>(*p.block_table) : nullptr;
+  const int64_t table_stride = table ? p.block_table->stride(0) : 0;
+  const int32_t* seq_lens = p.seq_lens ? data<int32_t>(*p.seq_lens) : nullptr;
+  const int64_t seq_lens_stride = seq_lens ? p.seq_lens->stride(0) : 0;
 
   share_items(streams, worker_count(streams, bytes / streams, kGrainBytes), [&](int64_t, int64_t begin, int64_t end) {
     size_t c = std::upper_bound(first.begin(), first.end(), begin) - first.begin() - 1;
     for (int64_t s = begin; s < end; ++s) {
       while (s >= first[c + 1]) ++c;
-      compact(make_stream(call, call.caches[c], table, table_stride, seq_lens, seq_lens_stride, s - first[c]));
+      compact(make_stream(p, p.caches[c], table, table_stride, seq_lens, seq_lens_stride, s - first[c]));
     }
   });
 }
@@ -133,7 +133,7 @@ void compact_kv_(const Tensors& keys,    // [B, Hk, L, D] each
   check_compact_kv(keys, values, keep, counts);
   if (keys.empty()) return;
 
-  Call call{describe_sets(keep, counts), {}, nullptr, nullptr, align_end};
+  CompactParameters p{describe_sets(keep, counts), {}, nullptr, nullptr, align_end};
   for (size_t i = 0; i < keys.size(); ++i)
     for (const Tensor* t : {&keys[i], &values[i]}) {
       if (t->numel() == 0) continue;
@@ -143,13 +143,13 @@ void compact_kv_(const Tensors& keys,    // [B, Hk, L, D] each
                   t->size(0),
                   t->size(1),
                   1,
-                  describe_record(*t, 1),
+                  describe_position(*t, 1),
                   {nullptr, 1, 1, t->size(2), 0, t->stride(2) * element},
-                  &call.sets[keep.size() == 1 ? 0 : i]};
+                  &p.sets[keep.size() == 1 ? 0 : i]};
       cache.groups = head_groups(cache, 2 * keys.size());
-      call.caches.push_back(cache);
+      p.caches.push_back(cache);
     }
-  run(call);
+  run(p);
 }
 
 void compact_paged_kv_(const Tensors& keys,             // [blocks, slots, Hk, D] each
@@ -162,7 +162,7 @@ void compact_paged_kv_(const Tensors& keys,             // [blocks, slots, Hk, D
   check_compact_paged_kv(keys, values, block_table, keep, counts, seq_lens, align_end);
   if (keys.empty() || block_table.numel() == 0) return;
 
-  Call call{describe_sets(keep, counts), {}, &block_table, seq_lens ? &*seq_lens : nullptr, align_end};
+  CompactParameters p{describe_sets(keep, counts), {}, &block_table, seq_lens ? &*seq_lens : nullptr, align_end};
   for (size_t i = 0; i < keys.size(); ++i)
     for (const Tensor* t : {&keys[i], &values[i]}) {
       if (t->numel() == 0) continue;
@@ -173,14 +173,14 @@ void compact_paged_kv_(const Tensors& keys,             // [blocks, slots, Hk, D
                   block_table.size(0),
                   t->size(2),
                   1,
-                  describe_record(*t, 2),
+                  describe_position(*t, 2),
                   {nullptr, block_table.size(1), t->size(0), slots, block_stride,
                    slots == 1 ? block_stride : t->stride(1) * element},
-                  &call.sets[keep.size() == 1 ? 0 : i]};
+                  &p.sets[keep.size() == 1 ? 0 : i]};
       cache.groups = head_groups(cache, 2 * keys.size());
-      call.caches.push_back(cache);
+      p.caches.push_back(cache);
     }
-  run(call);
+  run(p);
 }
 
 }  // namespace

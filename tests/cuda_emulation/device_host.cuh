@@ -2,7 +2,7 @@
 // Host twins of the PTX wrappers in csrc/common/device.cuh, which includes this file where the kernels are emulated.
 #pragma once
 
-#define MUSTDROP_SHARED_MEMORY(name) char* name = cuda_emulation::here().shared
+#define MUSTDROP_SHARED_MEMORY(name) char* name = cuda_emulation::this_thread().shared
 
 namespace mustdrop {
 
@@ -50,8 +50,8 @@ __device__ __forceinline__ void copies_wait() {
   cuda_emulation::copies_wait(kLeft);
 }
 
-__device__ __forceinline__ unsigned cluster_rank() { return cuda_emulation::here().cluster_rank; }
-__device__ __forceinline__ unsigned cluster_size() { return cuda_emulation::here().cluster_size; }
+__device__ __forceinline__ unsigned cluster_rank() { return cuda_emulation::this_thread().cluster_rank; }
+__device__ __forceinline__ unsigned cluster_size() { return cuda_emulation::this_thread().cluster_size; }
 __device__ __forceinline__ void cluster_barrier() {
   cuda_emulation::cluster_arrive();
   cuda_emulation::cluster_wait();
