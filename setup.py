@@ -80,8 +80,9 @@ def cuda_arguments() -> list[str]:
 
 
 def kernel_headers() -> list[Path]:
-    """The CUDA kernels, relative to csrc/: what the backend `cupy` compiles at run time."""
-    return sorted(path.relative_to(ROOT / "csrc") for path in (ROOT / "csrc").glob("*/*.cuh"))
+    """The CUDA kernels, relative to csrc/, which the backend `cupy` compiles at run time."""
+    paths = [*(ROOT / "csrc").glob("*/*.cuh"), ROOT / "csrc" / "common" / "token_types.h"]
+    return sorted(path.relative_to(ROOT / "csrc") for path in paths)
 
 
 class CMakeBuild(build_ext):
@@ -155,7 +156,7 @@ class CMakeBuild(build_ext):
     def get_outputs(self) -> list[str]:
         package = Path(self.build_lib) / "mustdrop_kernels"
         libraries = (*package.glob(f"{LIBRARY_FOLDER}/*.so"), package / LIBRARY_FOLDER / SOURCES["RECORD"])
-        headers = package.glob(f"{LIBRARY_FOLDER}/{HEADERS}/*/*.cuh")
+        headers = package.glob(f"{LIBRARY_FOLDER}/{HEADERS}/*/*.*h")
         return [str(p) for p in (*libraries, *headers, *package.glob("_native*.so"))]
 
     def get_ext_filename(self, fullname: str) -> str:

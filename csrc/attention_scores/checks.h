@@ -1,44 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the operators of this folder ask of their arguments, on every device.
+// Argument checks of the scoring operators.
 #pragma once
 
-#include "common/arguments.h"
+#include "common/checks.h"
 
 namespace mustdrop {
 
 inline void check_heads(const char* op, const char* argument, int64_t heads, int64_t kv_heads) {
   if (heads != 0 && (kv_heads <= 0 || heads % kv_heads != 0))
-    refuse_argument(op, argument, " must have a number of heads that divides the query's ", heads, ", got ", kv_heads);
-}
-
-inline void check_query(const char* op, const Tensor& q, Extents shape) {
-  check_extents(op, "q", q, shape);
-  check_computed(op, "q", q);
-  check_last_dense(op, "q", q);
+    refuse_argument(op, argument, "must have a number of heads that divides the query's ", heads, ", got ", kv_heads);
 }
 
 inline void check_packed_query(const char* op,
                                const Tensor& q,              // [total_q, Hq, D]
                                const Tensor& cu_seqlens_q,   // [B+1]
                                const OptionalTensor& lse) {  // [Hq, total_q]
-  check_query(op, q, {"total_q", "Hq", "D"});
+  check_float_tensor(op, "q", q, {"total_q", "Hq", "D"});
   check_tensor(op, "cu_seqlens_q", cu_seqlens_q, {"B+1"}, ScalarType::Int, q);
   check_at_least(op, "cu_seqlens_q", cu_seqlens_q.size(0), 1);
   if (lse) check_tensor(op, "lse", *lse, {q.size(1), q.size(0)}, ScalarType::Float, q, true);
 }
 
-// In the name of `op`: an operator with further arguments calls this, checks those, and then asks for the scores, so that
-// everything is refused before any work.
+// `op`: the operator that messages name; operators with further arguments check these first.
 inline void check_text_vision_scores(const char* op,
                                      const Tensor& q,              // [B, Hq, Lq, D]
                                      const Tensor& k,              // [B, Hk, Lk, D]
                                      const Tensor& token_types,    // [B, Lk]
                                      const OptionalTensor& lse) {  // [B, Hq, Lq]
-  check_query(op, q, {"B", "Hq", "Lq", "D"});
+  check_float_tensor(op, "q", q, {"B", "Hq", "Lq", "D"});
   check_tensor(op, "k", k, {q.size(0), "Hk", "Lk", q.size(3)}, q.scalar_type(), q);
   check_heads(op, "k", q.size(1), k.size(1));
   if (q.size(2) > k.size(2))
-    refuse_argument(op, "q", " must not have more rows than k, ", k.size(2), ", got ", q.size(2));
+    refuse_argument(op, "q", "must not have more rows than k, ", k.size(2), ", got ", q.size(2));
   check_tensor(op, "token_types", token_types, {q.size(0), k.size(2)}, ScalarType::Byte, q);
   if (lse) check_tensor(op, "lse", *lse, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float, q, true);
 }
@@ -95,7 +88,7 @@ inline void check_cls_attention(const Tensor& q,               // [B, H, D]
                                 const OptionalTensor& counts,  // [B]
                                 int64_t num_prefix_tokens) {
   constexpr const char* op = "cls_attention";
-  check_query(op, q, {"B", "H", "D"});
+  check_float_tensor(op, "q", q, {"B", "H", "D"});
   check_tensor(op, "k", k, {q.size(0), q.size(1), "S", q.size(2)}, q.scalar_type(), q);
   if (counts) check_tensor(op, "counts", *counts, {q.size(0)}, ScalarType::Int, q, true);
   check_at_least(op, "num_prefix_tokens", num_prefix_tokens, 0);

@@ -6,6 +6,7 @@
 
 #include "attention_scores/checks.h"
 #include "attention_scores/cpu_plan.h"
+#include "common/cpu_element.h"
 
 namespace mustdrop {
 namespace {
@@ -13,10 +14,6 @@ namespace {
 constexpr int64_t kNoLimit = INT64_MAX;
 
 // ---------------------------------------------------------------------------------------------- layouts
-
-const int32_t* int32_data(const Tensor& t) { return static_cast<const int32_t*>(t.const_data_ptr()); }
-const uint8_t* uint8_data(const Tensor& t) { return static_cast<const uint8_t*>(t.const_data_ptr()); }
-float* float_data(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
 
 // The fields that do not depend on the layout; dimensions of q and k (k_row: of keys) are given by number.
 ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Tensor& k, int64_t k_heads,
@@ -31,7 +28,7 @@ ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Te
   inputs.k_dim = k.size(k.dim() - 1) > 1 ? k.stride(k.dim() - 1) : 1;
   inputs.scale = static_cast<float>(scale);
   if (lse) {
-    inputs.lse = static_cast<const float*>(lse->const_data_ptr());
+    inputs.lse = data<float>(*lse);
     inputs.lse_head = lse->stride(lse->dim() - 2), inputs.lse_row = lse->stride(lse->dim() - 1);
   }
   return inputs;
@@ -44,7 +41,7 @@ ScoreSequence dense_sequence(const Tensor& q, const Tensor& k, const Tensor& tok
   sequence.rows = q.size(2), sequence.length = k.size(2);
   sequence.q_begin = b * q.stride(0), sequence.k_begin = b * k.stride(0);
   sequence.lse_begin = lse ? b * lse->stride(0) : 0;
-  sequence.types = uint8_data(token_types) + b * token_types.stride(0);
+  sequence.types = data<uint8_t>(token_types) + b * token_types.stride(0);
   sequence.max_rows = kNoLimit;
   return sequence;
 }
@@ -62,17 +59,16 @@ Span span_of(const int32_t* cumulative, int64_t b, int64_t extent, int64_t longe
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> text_vision_scores(const char* op, const Tensor& q, const Tensor& k,
-                                              const Tensor& token_types, double scale, const OptionalTensor& lse) {
-  check_text_vision_scores(op, q, k, token_types, lse);
+Scores compute_text_vision_scores(const Tensor& q, const Tensor& k, const Tensor& token_types, double scale,
+                                  const OptionalTensor& lse) {
   const int64_t length = k.size(2);
   Tensor total = new_zeros(q, {q.size(0), length}, ScalarType::Float);
   Tensor peak = new_zeros(q, {q.size(0), length}, ScalarType::Float);
   std::vector<ScoreSequence> sequences;
   for (int64_t b = 0; b < q.size(0); ++b) {
     sequences.push_back(dense_sequence(q, k, token_types, lse, b));
-    sequences.back().total = float_data(total) + b * length;
-    sequences.back().peak = float_data(peak) + b * length;
+    sequences.back().total = mutable_data<float>(total) + b * length;
+    sequences.back().peak = mutable_data<float>(peak) + b * length;
   }
   run_scores(inputs_of(q, 1, 2, k, 1, 2, scale, lse), sequences, q);
   return {total, peak};
@@ -80,12 +76,14 @@ std::tuple<Tensor, Tensor> text_vision_scores(const char* op, const Tensor& q, c
 
 namespace {
 
-std::tuple<Tensor, Tensor> text_vision_scores_op(const Tensor& q,            // [B, Hq, Lq, D]
-                                                 const Tensor& k,            // [B, Hk, Lk, D]
-                                                 const Tensor& token_types,  // [B, Lk]
-                                                 double scale,
-                                                 const OptionalTensor& lse) {  // [B, Hq, Lq]
-  return text_vision_scores("text_vision_scores", q, k, token_types, scale, lse);
+std::tuple<Tensor, Tensor> text_vision_scores(const Tensor& q,            // [B, Hq, Lq, D]
+                                              const Tensor& k,            // [B, Hk, Lk, D]
+                                              const Tensor& token_types,  // [B, Lk]
+                                              double scale,
+                                              const OptionalTensor& lse) {  // [B, Hq, Lq]
+  check_text_vision_scores("text_vision_scores", q, k, token_types, lse);
+  const auto [total, peak] = compute_text_vision_scores(q, k, token_types, scale, lse);
+  return {total, peak};
 }
 
 Tensor text_vision_attention(const Tensor& q,            // [B, Hq, Lq, D]
@@ -99,7 +97,7 @@ Tensor text_vision_attention(const Tensor& q,            // [B, Hq, Lq, D]
   std::vector<ScoreSequence> sequences;
   for (int64_t b = 0; b < q.size(0); ++b) {
     sequences.push_back(dense_sequence(q, k, token_types, lse, b));
-    sequences.back().map = float_data(map) + b * max_query * length;
+    sequences.back().map = mutable_data<float>(map) + b * max_query * length;
     sequences.back().map_stride = length;
     sequences.back().max_rows = max_query;
   }
@@ -120,14 +118,14 @@ std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,           
   std::vector<ScoreSequence> sequences;
   int64_t taken = 0;  // results up to here belong to earlier sequences
   for (int64_t b = 0; b + 1 < cu_seqlens_q.size(0); ++b) {
-    const Span rows = span_of(int32_data(cu_seqlens_q), b, q.size(0), max_seqlen_q);
-    const Span keys = span_of(int32_data(cu_seqlens_k), b, k.size(0), max_seqlen_k);
+    const Span rows = span_of(data<int32_t>(cu_seqlens_q), b, q.size(0), max_seqlen_q);
+    const Span keys = span_of(data<int32_t>(cu_seqlens_k), b, k.size(0), max_seqlen_k);
     ScoreSequence sequence{};
     sequence.rows = rows.length, sequence.length = keys.length;
     sequence.q_begin = rows.begin * q.stride(0), sequence.k_begin = keys.begin * k.stride(0);
     sequence.lse_begin = rows.begin * lse_row;
-    sequence.types = uint8_data(token_types) + keys.begin;
-    sequence.total = float_data(total) + keys.begin, sequence.peak = float_data(peak) + keys.begin;
+    sequence.types = data<uint8_t>(token_types) + keys.begin;
+    sequence.total = mutable_data<float>(total) + keys.begin, sequence.peak = mutable_data<float>(peak) + keys.begin;
     sequence.max_rows = kNoLimit;
     sequence.overwrites = keys.begin < taken;
     taken = std::max(taken, keys.begin + keys.length);
@@ -155,15 +153,16 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
   const int64_t lse_row = lse ? lse->stride(1) : 0;
   std::vector<ScoreSequence> sequences;
   for (int64_t b = 0; b < batch; ++b) {
-    const Span rows = span_of(int32_data(cu_seqlens_q), b, q.size(0), max_seqlen_q);
+    const Span rows = span_of(data<int32_t>(cu_seqlens_q), b, q.size(0), max_seqlen_q);
     ScoreSequence sequence{};
     sequence.rows = rows.length;
-    sequence.length = std::clamp<int64_t>(int32_data(seq_lens)[b], 0, std::min(longest, block_table.size(1) * slots));
+    sequence.length =
+        std::clamp<int64_t>(data<int32_t>(seq_lens)[b], 0, std::min(longest, block_table.size(1) * slots));
     sequence.q_begin = rows.begin * q.stride(0);
     sequence.lse_begin = rows.begin * lse_row;
-    sequence.table = int32_data(block_table) + b * block_table.stride(0);
-    sequence.types = uint8_data(token_types) + b * token_types.stride(0);
-    sequence.total = float_data(total) + b * longest, sequence.peak = float_data(peak) + b * longest;
+    sequence.table = data<int32_t>(block_table) + b * block_table.stride(0);
+    sequence.types = data<uint8_t>(token_types) + b * token_types.stride(0);
+    sequence.total = mutable_data<float>(total) + b * longest, sequence.peak = mutable_data<float>(peak) + b * longest;
     sequence.max_rows = kNoLimit;
     sequences.push_back(sequence);
   }
@@ -175,7 +174,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
 }  // namespace mustdrop
 
 STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, CPU, m) {
-  m.impl("text_vision_scores", TORCH_BOX(&mustdrop::text_vision_scores_op));
+  m.impl("text_vision_scores", TORCH_BOX(&mustdrop::text_vision_scores));
   m.impl("text_vision_scores_varlen", TORCH_BOX(&mustdrop::text_vision_scores_varlen));
   m.impl("text_vision_scores_paged", TORCH_BOX(&mustdrop::text_vision_scores_paged));
   m.impl("text_vision_attention", TORCH_BOX(&mustdrop::text_vision_attention));

@@ -4,6 +4,7 @@
 
 #include "attention_scores/checks.h"
 #include "attention_scores/cpu_kernel_cls.h"
+#include "common/cpu_element.h"
 #include "common/workers.h"
 
 namespace mustdrop {
@@ -25,29 +26,28 @@ Tensor cls_attention(const Tensor& q,  // [B, H, D]
   const int64_t threads = torch::stable::get_num_threads();
   const int64_t round = std::clamp<int64_t>(kWorkspaceFloats / (heads * span), 1, batch);  // sequences at a time
   Tensor workspace = new_empty(q, {round * heads * span + threads * dim}, ScalarType::Float);
-  float* scratch = static_cast<float*>(workspace.mutable_data_ptr());
+  float* scratch = mutable_data<float>(workspace);
 
-  cpu::ClsJob job{};
-  job.q = q.const_data_ptr(), job.k = k.const_data_ptr();
-  job.q_batch = q.stride(0), job.q_head = q.stride(1);
-  job.k_batch = k.stride(0), job.k_head = k.stride(1), job.k_row = k.stride(2);
-  job.heads = heads, job.span = span, job.dim = dim;
-  job.prefix = num_prefix_tokens;
-  job.counts = counts ? static_cast<const int32_t*>(counts->const_data_ptr()) : nullptr;
-  job.count_stride = counts ? counts->stride(0) : 0;
-  job.scale = static_cast<float>(scale), job.element = element_of(q);
-  job.probabilities = scratch + threads * dim;
-  job.out = static_cast<float*>(out.mutable_data_ptr());
+  cpu::ClsParameters p{};
+  p.q = q.const_data_ptr(), p.k = k.const_data_ptr();
+  p.q_batch = q.stride(0), p.q_head = q.stride(1);
+  p.k_batch = k.stride(0), p.k_head = k.stride(1), p.k_row = k.stride(2);
+  p.heads = heads, p.span = span, p.dim = dim;
+  p.prefix = num_prefix_tokens;
+  p.counts = counts ? data<int32_t>(*counts) : nullptr;
+  p.count_stride = counts ? counts->stride(0) : 0;
+  p.scale = static_cast<float>(scale), p.element = element_of(q);
+  p.probabilities = scratch + threads * dim;
+  p.out = mutable_data<float>(out);
 
   const auto share = [&](void (*kernel)(const cpu::ClsTask&, int64_t, int64_t), int64_t items, int64_t cost) {
     const int64_t workers = std::min(worker_count(items, cost, kGrainBytes), threads);
-    share_items(items, workers, [&](int64_t worker, int64_t begin, int64_t end) {
-      kernel({&job, scratch + worker * dim}, begin, end);
-    });
+    share_items(items, workers,
+                [&](int64_t worker, int64_t begin, int64_t end) { kernel({&p, scratch + worker * dim}, begin, end); });
   };
   const int64_t element = q.element_size();
-  for (job.first = 0; job.first < batch; job.first += round) {
-    const int64_t sequences = std::min(round, batch - job.first);
+  for (p.first = 0; p.first < batch; p.first += round) {
+    const int64_t sequences = std::min(round, batch - p.first);
     share(cpu::cls_softmax, sequences * heads, span * dim * element);
     share(cpu::cls_average, sequences, heads * span * element);
   }

@@ -68,39 +68,39 @@ void convert_row(const T* from, int64_t stride, int64_t n, float* to) {
 
 // One chunk's keys in float32; zeros up to the next multiple of kKeys.
 template <class T>
-void convert_keys(const ScoreJob& job, const T* k,
+void convert_keys(const ScoreParameters& p, const T* k,
                   const int64_t* offset,  // [count]
                   int64_t count,
                   float* keys) {  // [kChunk, dim]
-  for (int64_t i = 0; i < count; ++i) convert_row(k + offset[i], job.k_dim, job.dim, keys + i * job.dim);
+  for (int64_t i = 0; i < count; ++i) convert_row(k + offset[i], p.k_dim, p.dim, keys + i * p.dim);
   const int64_t blocks = (count + kKeys - 1) / kKeys;
-  memset(keys + count * job.dim, 0, (blocks * kKeys - count) * job.dim * sizeof *keys);
+  memset(keys + count * p.dim, 0, (blocks * kKeys - count) * p.dim * sizeof *keys);
 }
 
 template <class T>
-const T* query_row(const ScoreJob& job, int64_t head, int64_t lane) {
-  const int64_t query_head = head * job.group + lane / job.rows;
-  return static_cast<const T*>(job.q) + query_head * job.q_head + job.row_offset[lane % job.rows];
+const T* query_row(const ScoreParameters& p, int64_t head, int64_t lane) {
+  const int64_t query_head = head * p.group + lane / p.rows;
+  return static_cast<const T*>(p.q) + query_head * p.q_head + p.row_offset[lane % p.rows];
 }
 
 // One key head's scaled query rows: [lanes, dim] where they are few, else [dim, width * kLanes] per tile, zeros past the lanes.
 template <class T>
-void pack_rows(const ScoreJob& job, int64_t head, float* query) {
-  if (job.lanes <= kFewLanes && job.k_dim == 1) {
-    for (int64_t lane = 0; lane < job.lanes; ++lane) {
-      const T* row = query_row<T>(job, head, lane);
-      for (int64_t d = 0; d < job.dim; ++d) query[lane * job.dim + d] = job.scale * to_float(row[d]);
+void pack_rows(const ScoreParameters& p, int64_t head, float* query) {
+  if (p.lanes <= kFewLanes && p.k_dim == 1) {
+    for (int64_t lane = 0; lane < p.lanes; ++lane) {
+      const T* row = query_row<T>(p, head, lane);
+      for (int64_t d = 0; d < p.dim; ++d) query[lane * p.dim + d] = p.scale * to_float(row[d]);
     }
     return;
   }
-  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
+  for_each_tile(vectors_of(p.lanes), [&](int64_t v, auto width) {
     constexpr int64_t kTile = decltype(width)::value * kLanes;
-    float* tile = query + v * kLanes * job.dim;
-    if (job.paired) {
+    float* tile = query + v * kLanes * p.dim;
+    if (p.paired) {
       for (int64_t i = 0; i < kTile; ++i) {
         const int64_t lane = v * kLanes + i;
-        const bfloat16* row = lane < job.lanes ? query_row<bfloat16>(job, head, lane) : nullptr;
-        for (int64_t d = 0; d + 1 < job.dim; d += 2) {
+        const bfloat16* row = lane < p.lanes ? query_row<bfloat16>(p, head, lane) : nullptr;
+        for (int64_t d = 0; d + 1 < p.dim; d += 2) {
           if (row)
             memcpy(tile + d / 2 * kTile + i, row + d, sizeof *tile);
           else
@@ -111,20 +111,20 @@ void pack_rows(const ScoreJob& job, int64_t head, float* query) {
     }
     for (int64_t i = 0; i < kTile; ++i) {
       const int64_t lane = v * kLanes + i;
-      if (lane >= job.lanes) {
-        for (int64_t d = 0; d < job.dim; ++d) tile[d * kTile + i] = 0.0f;
+      if (lane >= p.lanes) {
+        for (int64_t d = 0; d < p.dim; ++d) tile[d * kTile + i] = 0.0f;
         continue;
       }
-      const T* row = query_row<T>(job, head, lane);
-      for (int64_t d = 0; d < job.dim; ++d) tile[d * kTile + i] = job.scale * to_float(row[d]);
+      const T* row = query_row<T>(p, head, lane);
+      for (int64_t d = 0; d < p.dim; ++d) tile[d * kTile + i] = p.scale * to_float(row[d]);
     }
   });
 }
 
-void pack_lse(const ScoreJob& job, int64_t head, float* lane_lse) {  // [lane_stride]
-  for (int64_t lane = 0; lane < job.lane_stride; ++lane) {
-    const int64_t query_head = head * job.group + lane / job.rows;
-    lane_lse[lane] = lane < job.lanes ? job.lse[query_head * job.lse_head + job.lse_offset[lane % job.rows]] : 0.0f;
+void pack_lse(const ScoreParameters& p, int64_t head, float* lane_lse) {  // [lane_stride]
+  for (int64_t lane = 0; lane < p.lane_stride; ++lane) {
+    const int64_t query_head = head * p.group + lane / p.rows;
+    lane_lse[lane] = lane < p.lanes ? p.lse[query_head * p.lse_head + p.lse_offset[lane % p.rows]] : 0.0f;
   }
 }
 
@@ -163,7 +163,7 @@ void multiply_tile(const float* keys,  // [kChunk, dim]
 
 // The same for few lanes, straight from k; zeros past the lanes.
 template <class T>
-void dot_keys(const ScoreJob& job, const T* k,
+void dot_keys(const ScoreParameters& p, const T* k,
               const int64_t* offset,  // [count]
               int64_t count,
               const float* query,  // [lanes, dim]
@@ -173,13 +173,13 @@ void dot_keys(const ScoreJob& job, const T* k,
   for (; i + kDotRows <= count; i += kDotRows) {
     const T* rows[kDotRows];
     for (int j = 0; j < kDotRows; ++j) rows[j] = k + offset[i + j];
-    for (int64_t lane = 0; lane < job.lanes; ++lane)
-      dot_rows(query + lane * job.dim, rows, job.dim, scores + i * kLanes + lane, kLanes);
+    for (int64_t lane = 0; lane < p.lanes; ++lane)
+      dot_rows(query + lane * p.dim, rows, p.dim, scores + i * kLanes + lane, kLanes);
   }
   for (; i < count; ++i) {
     const T* const row[1] = {k + offset[i]};
-    for (int64_t lane = 0; lane < job.lanes; ++lane)
-      dot_rows(query + lane * job.dim, row, job.dim, scores + i * kLanes + lane, kLanes);
+    for (int64_t lane = 0; lane < p.lanes; ++lane)
+      dot_rows(query + lane * p.dim, row, p.dim, scores + i * kLanes + lane, kLanes);
   }
 }
 
@@ -191,54 +191,53 @@ struct Chunk {
   bool hidden;  // some row does not see some key
 };
 
-Chunk chunk_at(const ScoreJob& job, int64_t c) {
-  const bool vision = c < job.vision_chunks;
-  const int64_t first = (vision ? c : c - job.vision_chunks) * kChunk;
-  const int64_t rest = (vision ? job.vision : job.text) - first;
+Chunk chunk_at(const ScoreParameters& p, int64_t c) {
+  const bool vision = c < p.vision_chunks;
+  const int64_t first = (vision ? c : c - p.vision_chunks) * kChunk;
+  const int64_t rest = (vision ? p.vision : p.text) - first;
   const int64_t count = rest < kChunk ? rest : kChunk;
-  const int32_t* position = (vision ? job.vision_position : job.text_position) + first;
-  return {(vision ? job.vision_offset : job.text_offset) + first, position, count, vision,
-          position[count - 1] > job.first_position};
+  const int32_t* position = (vision ? p.vision_position : p.text_position) + first;
+  return {(vision ? p.vision_offset : p.text_offset) + first, position, count, vision,
+          position[count - 1] > p.first_position};
 }
 
-// score_tiles_of where the job is paired.
+// score_tiles_of for paired products.
 template <class Use>
-void pair_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, const float* query, float* keys, float* scores,
-                const Use& use) {
-  const bfloat16* k = static_cast<const bfloat16*>(job.k) + head * job.k_head;
-  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
+void pair_tiles(const ScoreParameters& p, int64_t head, const Chunk& chunk, const float* query, float* keys,
+                float* scores, const Use& use) {
+  const bfloat16* k = static_cast<const bfloat16*>(p.k) + head * p.k_head;
+  for_each_tile(vectors_of(p.lanes), [&](int64_t v, auto width) {
     constexpr int W = decltype(width)::value;
-    const float* tile = query + v * kLanes * job.dim;
-    if (job.tiled)
-      multiply_tiles<W>(k, chunk.offset, chunk.count, tile, job.dim, job.scale, reinterpret_cast<bfloat16*>(keys),
-                        scores);
+    const float* tile = query + v * kLanes * p.dim;
+    if (p.tiled)
+      multiply_tiles<W>(k, chunk.offset, chunk.count, tile, p.dim, p.scale, reinterpret_cast<bfloat16*>(keys), scores);
     else
-      multiply_pairs<kKeys, W>(k, chunk.offset, chunk.count, tile, job.dim, job.scale, scores);
+      multiply_pairs<kKeys, W>(k, chunk.offset, chunk.count, tile, p.dim, p.scale, scores);
     use(v * kLanes, width, scores);
   });
 }
 
 // Calls use(first lane, width, scores [count, width * kLanes]) for all tiles of lanes of one key head and one chunk.
 template <class T, class Use>
-void score_tiles_of(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
-  const T* k = static_cast<const T*>(job.k) + head * job.k_head;
-  const float* query = job.query + head * job.dim * job.lane_stride;
-  float *keys = scratch, *scores = scratch + kChunk * job.dim;
-  if (job.lanes <= kFewLanes && job.k_dim == 1) {
-    dot_keys(job, k, chunk.offset, chunk.count, query, scores);
+void score_tiles_of(const ScoreParameters& p, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
+  const T* k = static_cast<const T*>(p.k) + head * p.k_head;
+  const float* query = p.query + head * p.dim * p.lane_stride;
+  float *keys = scratch, *scores = scratch + kChunk * p.dim;
+  if (p.lanes <= kFewLanes && p.k_dim == 1) {
+    dot_keys(p, k, chunk.offset, chunk.count, query, scores);
     return use(0, Width<1>{}, scores);
   }
-  if (job.paired) return pair_tiles(job, head, chunk, query, keys, scores, use);
-  convert_keys(job, k, chunk.offset, chunk.count, keys);
-  for_each_tile(vectors_of(job.lanes), [&](int64_t v, auto width) {
-    multiply_tile<decltype(width)::value>(keys, chunk.count, query + v * kLanes * job.dim, job.dim, scores);
+  if (p.paired) return pair_tiles(p, head, chunk, query, keys, scores, use);
+  convert_keys(p, k, chunk.offset, chunk.count, keys);
+  for_each_tile(vectors_of(p.lanes), [&](int64_t v, auto width) {
+    multiply_tile<decltype(width)::value>(keys, chunk.count, query + v * kLanes * p.dim, p.dim, scores);
     use(v * kLanes, width, scores);
   });
 }
 
 template <class Use>
-void score_tiles(const ScoreJob& job, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
-  with_element(job.element, [&](auto type) { score_tiles_of<decltype(type)>(job, head, chunk, scratch, use); });
+void score_tiles(const ScoreParameters& p, int64_t head, const Chunk& chunk, float* scratch, const Use& use) {
+  with_element(p.element, [&](auto type) { score_tiles_of<decltype(type)>(p, head, chunk, scratch, use); });
 }
 
 // ---------------------------------------------------------------------------------------------- without lse
@@ -283,30 +282,30 @@ void weigh_tile(const float* scores,  // [count, W * kLanes]
   }
 }
 
-void score_chunk(const ScoreJob& job, int64_t local_head, int64_t c, float* scratch) {
-  const Chunk chunk = chunk_at(job, c);
-  float* stats = job.stats + (local_head * (job.vision_chunks + job.text_chunks) + c) * 2 * job.lane_stride;
-  float* weights = job.weights + (local_head * job.vision_chunks + c) * kChunk * job.lane_stride;
-  score_tiles(job, job.first_head + local_head, chunk, scratch, [&](int64_t lane, auto width, float* scores) {
+void score_chunk(const ScoreParameters& p, int64_t local_head, int64_t c, float* scratch) {
+  const Chunk chunk = chunk_at(p, c);
+  float* stats = p.stats + (local_head * (p.vision_chunks + p.text_chunks) + c) * 2 * p.lane_stride;
+  float* weights = p.weights + (local_head * p.vision_chunks + c) * kChunk * p.lane_stride;
+  score_tiles(p, p.first_head + local_head, chunk, scratch, [&](int64_t lane, auto width, float* scores) {
     constexpr int W = decltype(width)::value;
-    if (chunk.hidden) hide<W>(scores, chunk.position, chunk.count, job.lane_position + lane);
-    weigh_tile<W>(scores, chunk.count, job.lane_stride, chunk.vision ? weights + lane : nullptr, stats + lane);
+    if (chunk.hidden) hide<W>(scores, chunk.position, chunk.count, p.lane_position + lane);
+    weigh_tile<W>(scores, chunk.count, p.lane_stride, chunk.vision ? weights + lane : nullptr, stats + lane);
   });
 }
 
 // Turns a lane vector's maxima into what its weights have to be multiplied with to be probabilities.
-void normalise_lanes(const ScoreJob& job, int64_t local_head, int64_t lane) {
-  const int64_t chunks = job.vision_chunks + job.text_chunks;
-  float* stats = job.stats + local_head * chunks * 2 * job.lane_stride + lane;
+void normalise_lanes(const ScoreParameters& p, int64_t local_head, int64_t lane) {
+  const int64_t chunks = p.vision_chunks + p.text_chunks;
+  float* stats = p.stats + local_head * chunks * 2 * p.lane_stride + lane;
   VecFloat maximum = splat(-kHuge), sum{};
-  for (int64_t c = 0; c < chunks; ++c) maximum = larger(maximum, load(stats + c * 2 * job.lane_stride));
+  for (int64_t c = 0; c < chunks; ++c) maximum = larger(maximum, load(stats + c * 2 * p.lane_stride));
   for (int64_t c = 0; c < chunks; ++c) {
-    const float* of_chunk = stats + c * 2 * job.lane_stride;
-    sum += load(of_chunk + job.lane_stride) * exp_of(load(of_chunk) - maximum);
+    const float* of_chunk = stats + c * 2 * p.lane_stride;
+    sum += load(of_chunk + p.lane_stride) * exp_of(load(of_chunk) - maximum);
   }
   const VecFloat inverse = sum == VecFloat{} ? VecFloat{} : 1.0f / sum;
-  for (int64_t c = 0; c < job.vision_chunks; ++c) {
-    float* of_chunk = stats + c * 2 * job.lane_stride;
+  for (int64_t c = 0; c < p.vision_chunks; ++c) {
+    float* of_chunk = stats + c * 2 * p.lane_stride;
     store(of_chunk, exp_of(load(of_chunk) - maximum) * inverse);
   }
 }
@@ -314,48 +313,47 @@ void normalise_lanes(const ScoreJob& job, int64_t local_head, int64_t lane) {
 // ---------------------------------------------------------------------------------------------- mean and results
 
 // mean += weights * factor, head by head of one key head's group; `factor` null: 1.
-void add_heads(const ScoreJob& job, int64_t count,
+void add_heads(const ScoreParameters& p, int64_t count,
                const float* weights,  // [count, lane_stride]
                const float* factor,   // [lane_stride]
                float* mean) {         // [count, row_stride]
-  const int64_t vectors = vectors_of(job.rows);
+  const int64_t vectors = vectors_of(p.rows);
   for (int64_t i = 0; i < count; ++i)
-    for (int64_t g = 0; g < job.group; ++g)
+    for (int64_t g = 0; g < p.group; ++g)
       for (int64_t v = 0; v < vectors; ++v) {
         // The last vector of a head's rows runs into the next head's: past the rows anything may stand until the end.
-        const int64_t lane = g * job.rows + v * kLanes;
-        VecFloat w = load(weights + i * job.lane_stride + lane);
+        const int64_t lane = g * p.rows + v * kLanes;
+        VecFloat w = load(weights + i * p.lane_stride + lane);
         if (factor) w *= load(factor + lane);
-        float* to = mean + i * job.row_stride + v * kLanes;
+        float* to = mean + i * p.row_stride + v * kLanes;
         store(to, load(to) + w);
       }
 }
 
 // The results of one vision chunk: rows that do not see a key count as zero.
-void finish_chunk(const ScoreJob& job, const Chunk& chunk, float* mean) {  // [kChunk, row_stride]
-  const int64_t vectors = vectors_of(job.rows);
+void finish_chunk(const ScoreParameters& p, const Chunk& chunk, float* mean) {  // [kChunk, row_stride]
+  const int64_t vectors = vectors_of(p.rows);
   for (int64_t i = 0; i < chunk.count; ++i) {
     const int32_t position = chunk.position[i];
     VecFloat sum{}, maximum{};
     for (int64_t v = 0; v < vectors; ++v) {
-      float* at = mean + i * job.row_stride + v * kLanes;
-      const VecInt seen = load_as<VecInt>(job.row_position + v * kLanes) >= position - VecInt{};
-      const VecFloat p = seen ? load(at) / static_cast<float>(job.heads) : VecFloat{};
-      sum += p;
-      maximum = larger_or_nan(maximum, p);
-      store(at, p);
+      float* at = mean + i * p.row_stride + v * kLanes;
+      const VecInt seen = load_as<VecInt>(p.row_position + v * kLanes) >= position - VecInt{};
+      const VecFloat weight = seen ? load(at) / static_cast<float>(p.heads) : VecFloat{};
+      sum += weight;
+      maximum = larger_or_nan(maximum, weight);
+      store(at, weight);
     }
-    if (!job.total) continue;
-    job.total[position] += sum_of(sum);
-    float peak = job.peak[position];
+    if (!p.total) continue;
+    p.total[position] += sum_of(sum);
+    float peak = p.peak[position];
     for (int lane = 0; lane < kLanes; ++lane)
       peak = maximum[lane] > peak || maximum[lane] != maximum[lane] ? maximum[lane] : peak;
-    job.peak[position] = peak;
+    p.peak[position] = peak;
   }
-  if (!job.map) return;
-  for (int64_t r = 0; r < job.rows; ++r)
-    for (int64_t i = 0; i < chunk.count; ++i)
-      job.map[r * job.map_stride + chunk.position[i]] = mean[i * job.row_stride + r];
+  if (!p.map) return;
+  for (int64_t r = 0; r < p.rows; ++r)
+    for (int64_t i = 0; i < chunk.count; ++i) p.map[r * p.map_stride + chunk.position[i]] = mean[i * p.row_stride + r];
 }
 
 void clear(float* values, int64_t n) { memset(values, 0, n * sizeof *values); }
@@ -386,57 +384,58 @@ void weigh_tile_normalised(const float* scores,  // [count, W * kLanes]
 // ---------------------------------------------------------------------------------------------- entry points
 
 void pack_query(const ScoreTask& task, int64_t begin, int64_t end) {
-  const ScoreJob& job = *task.job;
+  const ScoreParameters& p = *task.parameters;
   for (int64_t head = begin; head < end; ++head) {
-    float* query = job.query + head * job.dim * job.lane_stride;
-    with_element(job.element, [&](auto type) { pack_rows<decltype(type)>(job, head, query); });
-    if (job.lse) pack_lse(job, head, job.lane_lse + head * job.lane_stride);
+    float* query = p.query + head * p.dim * p.lane_stride;
+    with_element(p.element, [&](auto type) { pack_rows<decltype(type)>(p, head, query); });
+    if (p.lse) pack_lse(p, head, p.lane_lse + head * p.lane_stride);
   }
 }
 
 void score_chunks(const ScoreTask& task, int64_t begin, int64_t end) {
-  const int64_t chunks = task.job->vision_chunks + task.job->text_chunks;
-  for (int64_t item = begin; item < end; ++item) score_chunk(*task.job, item / chunks, item % chunks, task.scratch);
+  const int64_t chunks = task.parameters->vision_chunks + task.parameters->text_chunks;
+  for (int64_t item = begin; item < end; ++item)
+    score_chunk(*task.parameters, item / chunks, item % chunks, task.scratch);
 }
 
 void normalise(const ScoreTask& task, int64_t begin, int64_t end) {
-  const ScoreJob& job = *task.job;
-  const int64_t groups = job.lane_stride / kLaneStep;
+  const ScoreParameters& p = *task.parameters;
+  const int64_t groups = p.lane_stride / kLaneStep;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t lane = item % groups * kLaneStep;
-    for (int64_t i = lane; i < lane + kLaneStep && i < job.lanes; i += kLanes) normalise_lanes(job, item / groups, i);
+    for (int64_t i = lane; i < lane + kLaneStep && i < p.lanes; i += kLanes) normalise_lanes(p, item / groups, i);
   }
 }
 
 void average_heads(const ScoreTask& task, int64_t begin, int64_t end) {
-  const ScoreJob& job = *task.job;
-  const int64_t chunks = job.vision_chunks + job.text_chunks;
+  const ScoreParameters& p = *task.parameters;
+  const int64_t chunks = p.vision_chunks + p.text_chunks;
   for (int64_t c = begin; c < end; ++c) {
-    const Chunk chunk = chunk_at(job, c);
-    float* mean = job.mean + c * kChunk * job.row_stride;
-    if (job.first_head == 0) clear(mean, chunk.count * job.row_stride);
-    for (int64_t h = 0; h < job.block_heads; ++h)
-      add_heads(job, chunk.count, job.weights + (h * job.vision_chunks + c) * kChunk * job.lane_stride,
-                job.stats + (h * chunks + c) * 2 * job.lane_stride, mean);
-    if (job.first_head + job.block_heads == job.kv_heads) finish_chunk(job, chunk, mean);
+    const Chunk chunk = chunk_at(p, c);
+    float* mean = p.mean + c * kChunk * p.row_stride;
+    if (p.first_head == 0) clear(mean, chunk.count * p.row_stride);
+    for (int64_t h = 0; h < p.block_heads; ++h)
+      add_heads(p, chunk.count, p.weights + (h * p.vision_chunks + c) * kChunk * p.lane_stride,
+                p.stats + (h * chunks + c) * 2 * p.lane_stride, mean);
+    if (p.first_head + p.block_heads == p.kv_heads) finish_chunk(p, chunk, mean);
   }
 }
 
 void score_normalised(const ScoreTask& task, int64_t begin, int64_t end) {
-  const ScoreJob& job = *task.job;
-  float* weights = task.scratch + kChunk * (job.dim + kMaxTile);
+  const ScoreParameters& p = *task.parameters;
+  float* weights = task.scratch + kChunk * (p.dim + kMaxTile);
   for (int64_t c = begin; c < end; ++c) {
-    const Chunk chunk = chunk_at(job, c);
-    float* mean = job.mean + c * kChunk * job.row_stride;
-    clear(mean, chunk.count * job.row_stride);
-    for (int64_t head = 0; head < job.kv_heads; ++head) {
-      const float* lse = job.lane_lse + head * job.lane_stride;
-      score_tiles(job, head, chunk, task.scratch, [&](int64_t lane, auto width, float* scores) {
-        weigh_tile_normalised<decltype(width)::value>(scores, chunk.count, job.lane_stride, lse + lane, weights + lane);
+    const Chunk chunk = chunk_at(p, c);
+    float* mean = p.mean + c * kChunk * p.row_stride;
+    clear(mean, chunk.count * p.row_stride);
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      const float* lse = p.lane_lse + head * p.lane_stride;
+      score_tiles(p, head, chunk, task.scratch, [&](int64_t lane, auto width, float* scores) {
+        weigh_tile_normalised<decltype(width)::value>(scores, chunk.count, p.lane_stride, lse + lane, weights + lane);
       });
-      add_heads(job, chunk.count, weights, nullptr, mean);
+      add_heads(p, chunk.count, weights, nullptr, mean);
     }
-    finish_chunk(job, chunk, mean);
+    finish_chunk(p, chunk, mean);
   }
 }
 

@@ -16,7 +16,7 @@ constexpr int64_t kChunk = 48;                    // keys of a work item; a mult
 constexpr int64_t kLaneStep = 16;                 // strides of lanes and rows are multiples of this, the widest vector
 constexpr int64_t kTileKeys = 16, kTileDim = 32;  // of a tile of bfloat16 in AMX's registers: 16 rows of 64 bytes
 
-struct ScoreJob {
+struct ScoreParameters {
   // Shapes
   int64_t heads, kv_heads, group, dim;  // group = heads / kv_heads
   int64_t rows, row_stride;             // query rows, and rounded up to kLaneStep
@@ -61,14 +61,14 @@ struct ScoreJob {
 };
 
 struct ScoreTask {
-  const ScoreJob* job;
+  const ScoreParameters* parameters;
   float* scratch;  // this thread's, scratch_floats(job) of them
 };
 
 // One chunk's keys in float32, its scores with one tile of lanes, and where lse is given its weights.
 constexpr int64_t kMaxTile = 48;
-inline int64_t scratch_floats(const ScoreJob& job) {
-  return kChunk * (job.dim + kMaxTile + (job.lse ? job.lane_stride : 0)) + kLaneStep;
+inline int64_t scratch_floats(const ScoreParameters& p) {
+  return kChunk * (p.dim + kMaxTile + (p.lse ? p.lane_stride : 0)) + kLaneStep;
 }
 
 }  // namespace mustdrop::cpu

@@ -36,20 +36,20 @@ void softmax(float* scores, int64_t n) {
 }
 
 template <class T>
-void attend(const ClsJob& job, int64_t b, int64_t head, float* query, float* scores) {
-  const T* q = static_cast<const T*>(job.q) + b * job.q_batch + head * job.q_head;
-  const T* k = static_cast<const T*>(job.k) + b * job.k_batch + head * job.k_head;
-  for (int64_t d = 0; d < job.dim; ++d) query[d] = job.scale * to_float(q[d]);
-  const int64_t columns = cls_columns(job, b);
+void attend(const ClsParameters& p, int64_t b, int64_t head, float* query, float* scores) {
+  const T* q = static_cast<const T*>(p.q) + b * p.q_batch + head * p.q_head;
+  const T* k = static_cast<const T*>(p.k) + b * p.k_batch + head * p.k_head;
+  for (int64_t d = 0; d < p.dim; ++d) query[d] = p.scale * to_float(q[d]);
+  const int64_t columns = cls_columns(p, b);
   int64_t i = 0;
   for (; i + kDotRows <= columns; i += kDotRows) {
     const T* rows[kDotRows];
-    for (int j = 0; j < kDotRows; ++j) rows[j] = k + (i + j) * job.k_row;
-    dot_rows(query, rows, job.dim, scores + i, 1);
+    for (int j = 0; j < kDotRows; ++j) rows[j] = k + (i + j) * p.k_row;
+    dot_rows(query, rows, p.dim, scores + i, 1);
   }
   for (; i < columns; ++i) {
-    const T* const row[1] = {k + i * job.k_row};
-    dot_rows(query, row, job.dim, scores + i, 1);
+    const T* const row[1] = {k + i * p.k_row};
+    dot_rows(query, row, p.dim, scores + i, 1);
   }
   softmax(scores, columns);
 }
@@ -57,23 +57,23 @@ void attend(const ClsJob& job, int64_t b, int64_t head, float* query, float* sco
 }  // namespace
 
 void cls_softmax(const ClsTask& task, int64_t begin, int64_t end) {
-  const ClsJob& job = *task.job;
+  const ClsParameters& p = *task.parameters;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = job.first + item / job.heads, head = item % job.heads;
-    float* scores = job.probabilities + item * job.span;
-    with_element(job.element, [&](auto type) { attend<decltype(type)>(job, b, head, task.scratch, scores); });
+    const int64_t b = p.first + item / p.heads, head = item % p.heads;
+    float* scores = p.probabilities + item * p.span;
+    with_element(p.element, [&](auto type) { attend<decltype(type)>(p, b, head, task.scratch, scores); });
   }
 }
 
 void cls_average(const ClsTask& task, int64_t begin, int64_t end) {
-  const ClsJob& job = *task.job;
+  const ClsParameters& p = *task.parameters;
   for (int64_t item = begin; item < end; ++item) {
-    const int64_t b = job.first + item, columns = cls_columns(job, b);
-    const float* probabilities = job.probabilities + item * job.heads * job.span;
-    float* out = job.out + b * job.span;
-    for (int64_t head = 0; head < job.heads; ++head)
-      for (int64_t i = job.prefix; i < columns; ++i) out[i] += probabilities[head * job.span + i];
-    for (int64_t i = job.prefix; i < columns; ++i) out[i] /= static_cast<float>(job.heads);
+    const int64_t b = p.first + item, columns = cls_columns(p, b);
+    const float* probabilities = p.probabilities + item * p.heads * p.span;
+    float* out = p.out + b * p.span;
+    for (int64_t head = 0; head < p.heads; ++head)
+      for (int64_t i = p.prefix; i < columns; ++i) out[i] += probabilities[head * p.span + i];
+    for (int64_t i = p.prefix; i < columns; ++i) out[i] /= static_cast<float>(p.heads);
   }
 }
 

@@ -8,7 +8,7 @@
 
 namespace mustdrop::cpu {
 
-struct ClsJob {
+struct ClsParameters {
   const void* q;                                    // [B, heads, dim]
   const void* k;                                    // [B, heads, span, dim]
   int64_t q_batch, q_head, k_batch, k_head, k_row;  // strides in elements
@@ -24,14 +24,14 @@ struct ClsJob {
 };
 
 struct ClsTask {
-  const ClsJob* job;
+  const ClsParameters* parameters;
   float* scratch;  // this thread's, [dim]
 };
 
 // How many columns of sequence b there are.
-inline int64_t cls_columns(const ClsJob& job, int64_t b) {
-  const int64_t count = job.counts ? job.counts[b * job.count_stride] : job.span;
-  return count < 0 ? 0 : count > job.span ? job.span : count;
+inline int64_t cls_columns(const ClsParameters& p, int64_t b) {
+  const int64_t count = p.counts ? p.counts[b * p.count_stride] : p.span;
+  return count < 0 ? 0 : count > p.span ? p.span : count;
 }
 
 }  // namespace mustdrop::cpu

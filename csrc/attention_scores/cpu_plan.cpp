@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <memory>
 
+#include "common/token_types.h"
 #include "common/workers.h"
 
 namespace mustdrop {
@@ -11,10 +12,9 @@ namespace {
 
 using cpu::kChunk;
 using cpu::kLaneStep;
-using cpu::ScoreJob;
+using cpu::ScoreParameters;
 using cpu::ScoreTask;
 
-constexpr uint8_t kPadding = 0, kVision = 2, kQuery = 3;
 constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at: 4 MiB, about what two cores' level-2 caches hold
 constexpr int64_t kMaxRows = 128;              // of a job
 constexpr int64_t kMaxLanes = 1024;            // of a job, so that a chunk's weights stay in the cache
@@ -40,7 +40,7 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   };
   const int64_t first = sequence.length - sequence.rows;
   for (int64_t p = std::max<int64_t>(first, 0); p < sequence.length; ++p) {
-    if (sequence.types[p] != kQuery || !exists(p)) continue;
+    if (sequence.types[p] != kQueryToken || !exists(p)) continue;
     if (static_cast<int64_t>(contents.row_position.size()) == sequence.max_rows) break;
     contents.row_position.push_back(static_cast<int32_t>(p));
     contents.row_offset.push_back(sequence.q_begin + (p - first) * inputs.q_row);
@@ -48,8 +48,8 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   }
   const int64_t end = contents.row_position.empty() ? 0 : contents.row_position.back() + 1;
   for (int64_t p = 0; p < end; ++p) {
-    const bool vision = sequence.types[p] == kVision;
-    if (sequence.types[p] == kPadding || (inputs.lse && !vision) || !exists(p)) continue;
+    const bool vision = sequence.types[p] == kVisionToken;
+    if (sequence.types[p] == kPaddingToken || (inputs.lse && !vision) || !exists(p)) continue;
     const int64_t offset = inputs.slots
                                ? sequence.table[p / inputs.slots] * inputs.k_block + p % inputs.slots * inputs.k_row
                                : sequence.k_begin + p * inputs.k_row;
@@ -60,8 +60,8 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
 }
 
 // A job and what its pointers point to.
-struct Planned {
-  ScoreJob job;
+struct Job {
+  ScoreParameters parameters;
   const ScoreSequence* sequence;
   std::shared_ptr<const Contents> contents;
   std::vector<int32_t> row_position, lane_position;
@@ -71,24 +71,24 @@ struct Planned {
 struct Sizes {
   int64_t query, lane_lse, stats, weights, mean;
 
-  explicit Sizes(const ScoreJob& job) {
-    const int64_t vision = job.vision_chunks * kChunk;
-    query = job.kv_heads * job.dim * job.lane_stride;
-    lane_lse = job.lse ? job.kv_heads * job.lane_stride : 0;
-    stats = job.lse ? 0 : job.block_heads * (job.vision_chunks + job.text_chunks) * 2 * job.lane_stride + kLaneStep;
-    weights = job.lse ? 0 : job.block_heads * vision * job.lane_stride + kLaneStep;
-    mean = vision * job.row_stride;
+  explicit Sizes(const ScoreParameters& p) {
+    const int64_t vision = p.vision_chunks * kChunk;
+    query = p.kv_heads * p.dim * p.lane_stride;
+    lane_lse = p.lse ? p.kv_heads * p.lane_stride : 0;
+    stats = p.lse ? 0 : p.block_heads * (p.vision_chunks + p.text_chunks) * 2 * p.lane_stride + kLaneStep;
+    weights = p.lse ? 0 : p.block_heads * vision * p.lane_stride + kLaneStep;
+    mean = vision * p.row_stride;
   }
   int64_t sum() const { return round_up(query + lane_lse + stats + weights + mean, kLaneStep); }
 };
 
-void place(ScoreJob& job, float* workspace) {
-  const Sizes sizes(job);
-  job.query = workspace;
-  job.lane_lse = job.query + sizes.query;
-  job.stats = job.lane_lse + sizes.lane_lse;
-  job.weights = job.stats + sizes.stats;
-  job.mean = job.weights + sizes.weights;
+void place(ScoreParameters& p, float* workspace) {
+  const Sizes sizes(p);
+  p.query = workspace;
+  p.lane_lse = p.query + sizes.query;
+  p.stats = p.lane_lse + sizes.lane_lse;
+  p.weights = p.stats + sizes.stats;
+  p.mean = p.weights + sizes.weights;
 }
 
 // Rows of a job: as many as the workspace holds for one key head, and no fewer than fill a vector.
@@ -99,49 +99,49 @@ int64_t rows_of_job(int64_t rows, int64_t group, int64_t vision) {
   return (rows + jobs - 1) / jobs;
 }
 
-Planned plan_job(const ScoreInputs& inputs, const ScoreSequence& sequence, std::shared_ptr<const Contents> contents,
-                 int64_t first_row, int64_t rows) {
-  Planned planned{{}, &sequence, contents, {}, {}};
-  ScoreJob& job = planned.job;
+Job plan_job(const ScoreInputs& inputs, const ScoreSequence& sequence, std::shared_ptr<const Contents> contents,
+             int64_t first_row, int64_t rows) {
+  Job job{{}, &sequence, contents, {}, {}};
+  ScoreParameters& p = job.parameters;
   const Contents& from = *contents;
-  job.heads = inputs.heads, job.kv_heads = inputs.kv_heads, job.dim = inputs.dim;
-  job.group = inputs.heads / inputs.kv_heads;
-  job.rows = rows, job.row_stride = round_up(rows, kLaneStep);
-  job.lanes = job.group * rows, job.lane_stride = round_up(job.lanes, kLaneStep);
-  job.scale = inputs.scale, job.element = inputs.element;
-  job.paired = cpu::level() >= cpu::Level::avx512_bf16 && inputs.element == cpu::Element::bf16 && inputs.k_dim == 1 &&
-               inputs.dim % 2 == 0;
-  job.tiled = job.paired && cpu::level() == cpu::Level::amx_bf16 && inputs.dim % cpu::kTileDim == 0;
-  job.q = inputs.q, job.q_head = inputs.q_head;
-  job.k = inputs.k, job.k_head = inputs.k_head, job.k_dim = inputs.k_dim;
-  job.lse = inputs.lse, job.lse_head = inputs.lse_head;
-  job.row_offset = from.row_offset.data() + first_row;
-  job.lse_offset = from.lse_offset.data() + first_row;
-  job.first_position = from.row_position[first_row];
+  p.heads = inputs.heads, p.kv_heads = inputs.kv_heads, p.dim = inputs.dim;
+  p.group = inputs.heads / inputs.kv_heads;
+  p.rows = rows, p.row_stride = round_up(rows, kLaneStep);
+  p.lanes = p.group * rows, p.lane_stride = round_up(p.lanes, kLaneStep);
+  p.scale = inputs.scale, p.element = inputs.element;
+  p.paired = cpu::level() >= cpu::Level::avx512_bf16 && inputs.element == cpu::Element::bf16 && inputs.k_dim == 1 &&
+             inputs.dim % 2 == 0;
+  p.tiled = p.paired && cpu::level() == cpu::Level::amx_bf16 && inputs.dim % cpu::kTileDim == 0;
+  p.q = inputs.q, p.q_head = inputs.q_head;
+  p.k = inputs.k, p.k_head = inputs.k_head, p.k_dim = inputs.k_dim;
+  p.lse = inputs.lse, p.lse_head = inputs.lse_head;
+  p.row_offset = from.row_offset.data() + first_row;
+  p.lse_offset = from.lse_offset.data() + first_row;
+  p.first_position = from.row_position[first_row];
 
   const int32_t last = from.row_position[first_row + rows - 1];
   const auto seen = [last](const std::vector<int32_t>& keys) {
     return std::upper_bound(keys.begin(), keys.end(), last) - keys.begin();
   };
-  job.vision = seen(from.vision_position), job.text = seen(from.text_position);
-  job.vision_chunks = chunks_of(job.vision), job.text_chunks = chunks_of(job.text);
-  job.vision_offset = from.vision_offset.data(), job.vision_position = from.vision_position.data();
-  job.text_offset = from.text_offset.data(), job.text_position = from.text_position.data();
+  p.vision = seen(from.vision_position), p.text = seen(from.text_position);
+  p.vision_chunks = chunks_of(p.vision), p.text_chunks = chunks_of(p.text);
+  p.vision_offset = from.vision_offset.data(), p.vision_position = from.vision_position.data();
+  p.text_offset = from.text_offset.data(), p.text_position = from.text_position.data();
 
-  planned.row_position.assign(job.row_stride, -1);
-  std::copy_n(from.row_position.begin() + first_row, rows, planned.row_position.begin());
-  planned.lane_position.assign(job.lane_stride, -1);
-  for (int64_t lane = 0; lane < job.lanes; ++lane) planned.lane_position[lane] = planned.row_position[lane % rows];
-  job.row_position = planned.row_position.data(), job.lane_position = planned.lane_position.data();
+  job.row_position.assign(p.row_stride, -1);
+  std::copy_n(from.row_position.begin() + first_row, rows, job.row_position.begin());
+  job.lane_position.assign(p.lane_stride, -1);
+  for (int64_t lane = 0; lane < p.lanes; ++lane) job.lane_position[lane] = job.row_position[lane % rows];
+  p.row_position = job.row_position.data(), p.lane_position = job.lane_position.data();
 
-  job.block_heads = 1;
-  const int64_t fixed = Sizes(job).mean, one_head = job.vision_chunks * kChunk * job.lane_stride;
-  job.block_heads = std::clamp((kWorkspaceFloats - fixed) / std::max<int64_t>(1, one_head), int64_t{1}, job.kv_heads);
+  p.block_heads = 1;
+  const int64_t fixed = Sizes(p).mean, one_head = p.vision_chunks * kChunk * p.lane_stride;
+  p.block_heads = std::clamp((kWorkspaceFloats - fixed) / std::max<int64_t>(1, one_head), int64_t{1}, p.kv_heads);
 
-  job.total = sequence.total, job.peak = sequence.peak;
-  job.map = sequence.map ? sequence.map + first_row * sequence.map_stride : nullptr;
-  job.map_stride = sequence.map_stride;
-  return planned;
+  p.total = sequence.total, p.peak = sequence.peak;
+  p.map = sequence.map ? sequence.map + first_row * sequence.map_stride : nullptr;
+  p.map_stride = sequence.map_stride;
+  return job;
 }
 
 // Jobs of different sequences that are computed together; one job where its heads need several rounds.
@@ -149,44 +149,44 @@ class Batch {
  public:
   explicit Batch(const Tensor& like) : like_(like) {}
 
-  void add(Planned planned) {
-    const int64_t floats = Sizes(planned.job).sum();
-    const bool whole = planned.job.block_heads == planned.job.kv_heads;
+  void add(Job job) {
+    const int64_t floats = Sizes(job.parameters).sum();
+    const bool whole = job.parameters.block_heads == job.parameters.kv_heads;
     const bool fits = jobs_.empty() || (whole_ && whole && floats_ + floats <= kWorkspaceFloats &&
-                                        jobs_.back()->sequence != planned.sequence);
+                                        jobs_.back()->sequence != job.sequence);
     if (!fits) run();
     whole_ = whole;
     floats_ += floats;
-    jobs_.push_back(std::make_unique<Planned>(std::move(planned)));
+    jobs_.push_back(std::make_unique<Job>(std::move(job)));
   }
 
   void run() {
     if (jobs_.empty()) return;
     prepare();
-    const ScoreJob& first = jobs_.front()->job;
-    const auto chunks = [](const ScoreJob& job) { return job.vision_chunks + job.text_chunks; };
+    const ScoreParameters& first = jobs_.front()->parameters;
+    const auto chunks = [](const ScoreParameters& p) { return p.vision_chunks + p.text_chunks; };
     phase(
-        cpu::pack_query, [](const ScoreJob& job) { return job.kv_heads; },
-        [](const ScoreJob& job) { return 4 * job.dim * job.lanes; });
+        cpu::pack_query, [](const ScoreParameters& p) { return p.kv_heads; },
+        [](const ScoreParameters& p) { return 4 * p.dim * p.lanes; });
     if (first.lse) {
       phase(
-          cpu::score_normalised, [](const ScoreJob& job) { return job.vision_chunks; },
-          [](const ScoreJob& job) { return job.kv_heads * kChunk * job.dim * job.lane_stride; });
+          cpu::score_normalised, [](const ScoreParameters& p) { return p.vision_chunks; },
+          [](const ScoreParameters& p) { return p.kv_heads * kChunk * p.dim * p.lane_stride; });
     } else {
       for (int64_t head = 0, block = first.block_heads; head < first.kv_heads; head += block) {
-        for (auto& planned : jobs_) {
-          planned->job.first_head = head;
-          planned->job.block_heads = std::min(block, first.kv_heads - head);
+        for (auto& job : jobs_) {
+          job->parameters.first_head = head;
+          job->parameters.block_heads = std::min(block, first.kv_heads - head);
         }
         phase(
-            cpu::score_chunks, [&](const ScoreJob& job) { return job.block_heads * chunks(job); },
-            [](const ScoreJob& job) { return kChunk * (job.dim + 16) * job.lane_stride; });
+            cpu::score_chunks, [&](const ScoreParameters& p) { return p.block_heads * chunks(p); },
+            [](const ScoreParameters& p) { return kChunk * (p.dim + 16) * p.lane_stride; });
         phase(
-            cpu::normalise, [](const ScoreJob& job) { return job.block_heads * (job.lane_stride / kLaneStep); },
-            [&](const ScoreJob& job) { return 64 * chunks(job) * kLaneStep; });
+            cpu::normalise, [](const ScoreParameters& p) { return p.block_heads * (p.lane_stride / kLaneStep); },
+            [&](const ScoreParameters& p) { return 64 * chunks(p) * kLaneStep; });
         phase(
-            cpu::average_heads, [](const ScoreJob& job) { return job.vision_chunks; },
-            [](const ScoreJob& job) { return 4 * job.block_heads * kChunk * job.lane_stride; });
+            cpu::average_heads, [](const ScoreParameters& p) { return p.vision_chunks; },
+            [](const ScoreParameters& p) { return 4 * p.block_heads * kChunk * p.lane_stride; });
       }
     }
     jobs_.clear();
@@ -196,19 +196,19 @@ class Batch {
  private:
   void prepare() {
     int64_t scratch = 0;
-    for (auto& planned : jobs_) scratch = std::max(scratch, round_up(scratch_floats(planned->job), kLaneStep));
+    for (auto& job : jobs_) scratch = std::max(scratch, round_up(scratch_floats(job->parameters), kLaneStep));
     const int64_t threads = torch::stable::get_num_threads();
     const int64_t floats = floats_ + threads * scratch;
     if (floats > capacity_) {
       memory_ = new_empty(like_, {floats}, ScalarType::Float);
       capacity_ = floats;
     }
-    float* next = static_cast<float*>(memory_->mutable_data_ptr());
+    float* next = mutable_data<float>(*memory_);
     scratch_.clear();
     for (int64_t t = 0; t < threads; ++t, next += scratch) scratch_.push_back(next);
-    for (auto& planned : jobs_) {
-      place(planned->job, next);
-      next += Sizes(planned->job).sum();
+    for (auto& job : jobs_) {
+      place(job->parameters, next);
+      next += Sizes(job->parameters).sum();
     }
   }
 
@@ -216,24 +216,24 @@ class Batch {
   template <class Items, class Cost>
   void phase(void (*kernel)(const ScoreTask&, int64_t, int64_t), const Items& items_of, const Cost& cost_of) {
     int64_t items = 0, cost = 0;
-    for (auto& planned : jobs_) {
-      items += items_of(planned->job);
-      cost += items_of(planned->job) * cost_of(planned->job);
+    for (auto& job : jobs_) {
+      items += items_of(job->parameters);
+      cost += items_of(job->parameters) * cost_of(job->parameters);
     }
     if (items == 0) return;
     const int64_t workers = std::min<int64_t>(worker_count(items, cost / items, kGrain), scratch_.size());
     share_items(items, workers, [&](int64_t worker, int64_t begin, int64_t end) {
-      for (auto& planned : jobs_) {
-        const int64_t count = items_of(planned->job);
+      for (auto& job : jobs_) {
+        const int64_t count = items_of(job->parameters);
         if (begin < count && end > 0)
-          kernel({&planned->job, scratch_[worker]}, std::max<int64_t>(begin, 0), std::min(end, count));
+          kernel({&job->parameters, scratch_[worker]}, std::max<int64_t>(begin, 0), std::min(end, count));
         begin -= count, end -= count;
       }
     });
   }
 
   Tensor like_;
-  std::vector<std::unique_ptr<Planned>> jobs_;
+  std::vector<std::unique_ptr<Job>> jobs_;
   bool whole_ = true;  // all heads of the jobs are computed in one round
   int64_t floats_ = 0;
   std::optional<Tensor> memory_;
@@ -257,8 +257,8 @@ void run_scores(const ScoreInputs& inputs, const std::vector<ScoreSequence>& seq
     if (rows == 0 || vision == 0) continue;
     const int64_t step = rows_of_job(rows, inputs.heads / inputs.kv_heads, vision);
     for (int64_t first = 0; first < rows; first += step) {
-      Planned planned = plan_job(inputs, sequence, contents, first, std::min(step, rows - first));
-      if (planned.job.vision > 0) batch.add(std::move(planned));
+      Job job = plan_job(inputs, sequence, contents, first, std::min(step, rows - first));
+      if (job.parameters.vision > 0) batch.add(std::move(job));
     }
   }
   batch.run();

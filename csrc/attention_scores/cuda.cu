@@ -93,8 +93,8 @@ void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, i
   const int64_t parts = makes_parts ? heads * p.row_capacity * p.part_count : 0;
   const int64_t partials = uses_partials ? tiles * p.splits * p.row_capacity * kTileKeys<M> : 0;
   Workspace workspace(like, Workspace::size(parts * sizeof(RowPart)) + Workspace::size(partials * sizeof(float)));
-  p.parts = workspace.take<RowPart>(parts);
-  if (uses_partials) p.partials = workspace.take<float>(partials);
+  p.parts = workspace.allocate<RowPart>(parts);
+  if (uses_partials) p.partials = workspace.allocate<float>(partials);
 
   if (makes_parts)
     device.launch({dim3(blocks(heads * p.part_count)), kScoreThreads, sizeof(NormaliserShared<M>)},
@@ -148,8 +148,8 @@ std::tuple<Tensor, Tensor> text_vision_scores(const Tensor& q,            // [B,
                                               double scale,
                                               const OptionalTensor& lse) {  // [B, Hq, Lq]
   check_text_vision_scores("text_vision_scores", q, k, token_types, lse);
-  const Scores scores = launch_text_vision_scores(Device(q), q, k, token_types, scale, lse);
-  return {scores.total, scores.peak};
+  const auto [total, peak] = launch_text_vision_scores(Device(q), q, k, token_types, scale, lse);
+  return {total, peak};
 }
 
 std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,             // [total_q, Hq, D]
@@ -225,8 +225,8 @@ void launch_cls(const Device& device, const Tensor& q, ClsParameters p) {
   const bool uses_partials =
       !(cluster && held);  // what other blocks have is read from their shared memory, or from here
   Workspace workspace(q, uses_partials ? Workspace::size(count * 4) * (held ? 1 : 2) : 0);
-  if (uses_partials) p.partials = workspace.take<float>(count);
-  if (!held) p.scores = workspace.take<float>(count);
+  if (uses_partials) p.partials = workspace.allocate<float>(count);
+  if (!held) p.scores = workspace.allocate<float>(count);
   device.launch({dim3(blocks(int64_t(p.batch) * p.splits)), kClsThreads,
                  static_cast<size_t>(held ? bytes : cls_shared_bytes(p.dim, 0)),
                  uses_partials ? 1u : static_cast<unsigned>(p.splits)},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scores on CUDA, for operators that need them as a step of their own.
+// text_vision_scores on CUDA, for operators that fuse it.
 #pragma once
 
 #include "common/launch.h"

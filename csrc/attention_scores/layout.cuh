@@ -4,10 +4,9 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "common/token_types.h"
 
 namespace mustdrop {
-
-constexpr uint8_t kTypePadding = 0, kTypeVision = 2, kTypeQuery = 3;
 
 // What one part of the keys contributes to the normaliser of one row and head, in units of log2.
 struct alignas(8) RowPart {

@@ -50,7 +50,7 @@ __device__ __forceinline__ LaneKeys lane_keys(const ScoreParameters& p, const Se
   for (int half = 0; half < 2; ++half) {
     keys.position[half] = first + lane_key<M>(block) + 8 * half;
     const bool inside = keys.position[half] < s.length && (!s.table || key_offset(p, s, keys.position[half]) >= 0);
-    keys.there[half] = inside && s.types[keys.position[half]] != kTypePadding;
+    keys.there[half] = inside && s.types[keys.position[half]] != kPaddingToken;
   }
   return keys;
 }

@@ -22,7 +22,7 @@ struct RowTile {
 
 // Bit i: byte i of `word` is a query.
 __device__ __forceinline__ uint32_t query_bits(uint32_t word) {
-  const uint32_t other = word ^ (kTypeQuery * 0x01010101u);  // zero where it is one
+  const uint32_t other = word ^ (kQueryToken * 0x01010101u);  // zero where it is one
   const uint32_t zero = ~(((other & 0x7f7f7f7fu) + 0x7f7f7f7fu) | other | 0x7f7f7f7fu);
   return ((zero >> 7) * 0x01020408u) >> 24 & 0xfu;
 }
@@ -35,7 +35,7 @@ __device__ __forceinline__ uint32_t query_mask16(const uint8_t* types, int64_t p
     mask = query_bits(words.x) | query_bits(words.y) << 4 | query_bits(words.z) << 8 | query_bits(words.w) << 12;
   } else {
     for (int i = 0; i < 16; ++i)
-      if (position + i >= begin && position + i < end && types[position + i] == kTypeQuery) mask |= 1u << i;
+      if (position + i >= begin && position + i < end && types[position + i] == kQueryToken) mask |= 1u << i;
   }
   return mask;
 }

@@ -60,7 +60,7 @@ __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const
   if (threadIdx.x < kTileKeys<M>) {
     const int32_t position = first + static_cast<int32_t>(threadIdx.x);
     const int64_t offset = key_offset(p, s, position);
-    const bool vision = offset >= 0 && s.types[position] == kTypeVision;
+    const bool vision = offset >= 0 && s.types[position] == kVisionToken;
     shared.key_offset[threadIdx.x] = vision ? offset : -1;  // no other key is read
     const uint32_t bits = __ballot_sync(kFullMask, vision);
     if (lane_id() == 0) shared.vision[warp_id()] = bits;

@@ -82,7 +82,7 @@ Kernel<Parameters...> limited_kernel(void (*function)(Parameters...)) {
 #if defined(MUSTDROP_LAUNCHERS_ONLY)
 #elif defined(MUSTDROP_CUDA_EMULATED)
 
-#define MUSTDROP_KERNEL(...) ::mustdrop::limited_kernel<__VA_ARGS__>(cuda_emulation::known<__VA_ARGS__>())
+#define MUSTDROP_KERNEL(...) ::mustdrop::limited_kernel<__VA_ARGS__>(cuda_emulation::registered<__VA_ARGS__>())
 
 class Device {
  public:
@@ -198,15 +198,6 @@ void with_float_type(ScalarType type, const F& f) {
   }
 }
 
-template <class T>
-const T* data(const Tensor& t) {
-  return static_cast<const T*>(t.const_data_ptr());
-}
-template <class T>
-T* mutable_data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
-}
-
 // One allocation that a launcher divides among the intermediate results of its kernels, 16-byte aligned each.
 class Workspace {
  public:
@@ -214,7 +205,7 @@ class Workspace {
   static int64_t size(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
   template <class T>
-  T* take(int64_t count) {
+  T* allocate(int64_t count) {
     T* result = reinterpret_cast<T*>(mutable_data<char>(memory_) + used_);
     used_ += size(count * static_cast<int64_t>(sizeof(T)));
     if (used_ > bytes_) throw std::logic_error("mustdrop: a workspace is too small");

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Whether strided views share memory: exact, on plain numbers. mustdrop_kernels/ops/overlap.py is the same in Python.
+// Exact test of whether strided views share memory, on plain numbers. The Python twin is mustdrop_kernels/ops/overlap.py.
 #pragma once
 
 #include <algorithm>
@@ -7,16 +7,16 @@
 
 namespace mustdrop {
 
-// The bytes of a view: begin + sum of i_d * stride_d + any byte of a run, 0 <= i_d < size_d. Dimensions by falling stride.
-struct Strided {
+// The bytes of a view: begin + sum of i_d * stride_d + any byte of a run, 0 <= i_d < size_d. Strides descend.
+struct StridedView {
   static constexpr int kMostDims = 4;
 
-  int64_t begin = 0, end = 0;  // of the bytes that it lies among
-  int64_t run = 0;             // bytes that lie together
-  int dims = 0;                // besides the run
+  int64_t begin = 0, end = 0;  // range that holds all of its bytes
+  int64_t run = 0;             // contiguous bytes
+  int dims = 0;                // outside the run
   int64_t size[kMostDims] = {}, stride[kMostDims] = {};
 
-  // Adds a dimension; in any order, before `close`.
+  // Adds a dimension, in any order, before `close`.
   void add(int64_t extent, int64_t bytes) {
     if (extent == 1) return;
     int d = dims++;
@@ -24,7 +24,7 @@ struct Strided {
     size[d] = extent, stride[d] = bytes;
   }
 
-  // Takes the innermost dimensions that leave no gap into the run, and finds the end.
+  // Folds the innermost dimensions without gaps into the run and sets begin and end.
   void close(int64_t address, int64_t element_bytes) {
     begin = address, run = element_bytes;
     while (dims && stride[dims - 1] == run) run *= size[--dims];
@@ -33,11 +33,11 @@ struct Strided {
   }
 };
 
-// Is there a sum of terms (stride_k times a whole number in [low_k, high_k]) that equals a number? Terms by falling stride.
-class Sums {
+// The differences between an address of one view and an address of another: sums of stride_k times an integer in
+// [low_k, high_k]. Strides descend.
+class AddressDifferences {
  public:
-  // Two views: i_d of one minus j_d of the other.
-  Sums(const Strided& a, const Strided& b) {
+  AddressDifferences(const StridedView& a, const StridedView& b) {
     for (int i = 0, j = 0; i < a.dims || j < b.dims;) {
       if (j == b.dims || (i < a.dims && a.stride[i] > b.stride[j])) {
         add(a.stride[i], 0, a.size[i] - 1), ++i;
@@ -55,11 +55,11 @@ class Sums {
     }
   }
 
-  // `trivial`: whether the sum with every number 0, but for the last term's, counts.
-  bool reach(int64_t target, bool trivial) { return search(0, target, trivial); }
+  // `trivial`: whether the sum in which every integer but the last is 0 counts.
+  bool contain(int64_t target, bool trivial) { return search(0, target, trivial); }
 
  private:
-  static constexpr int kMostTerms = 2 * Strided::kMostDims + 1;
+  static constexpr int kMostTerms = 2 * StridedView::kMostDims + 1;
   static constexpr int kMostSteps = 1 << 16;
 
   void add(int64_t stride, int64_t low, int64_t high) {
@@ -69,7 +69,7 @@ class Sums {
 
   static int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }
 
-  // What is not decided in so many steps (no layout that anybody uses) counts as shared.
+  // A pair of layouts that kMostSteps steps do not decide counts as shared.
   bool search(int k, int64_t target, bool counts) {
     if (++steps_ > kMostSteps) return true;
     if (k == count_ - 1) return counts && low_[k] <= target && target <= high_[k];
@@ -83,23 +83,23 @@ class Sums {
 
   int count_ = 0, steps_ = 0;
   int64_t stride_[kMostTerms], low_[kMostTerms], high_[kMostTerms];
-  int64_t least_[kMostTerms + 1], most_[kMostTerms + 1];  // of the terms from here on
+  int64_t least_[kMostTerms + 1], most_[kMostTerms + 1];  // of the terms from k on
 };
 
-inline bool share_memory(const Strided& a, const Strided& b) {
+inline bool share_memory(const StridedView& a, const StridedView& b) {
   if (a.end <= b.begin || b.end <= a.begin) return false;
-  return Sums(a, b).reach(b.begin - a.begin, true);
+  return AddressDifferences(a, b).contain(b.begin - a.begin, true);
 }
 
-// Whether two elements of a view lie at one address, or within each other.
-inline bool overlaps_itself(const Strided& a) {
-  int64_t inner = a.run;  // bytes that the inner dimensions lie among
+// Whether two elements of a view overlap.
+inline bool overlaps_itself(const StridedView& a) {
+  int64_t inner = a.run;  // extent of the inner dimensions in bytes
   bool nested = true;
   for (int d = a.dims - 1; d >= 0; --d) {
     nested = nested && a.stride[d] >= inner;
     inner += (a.size[d] - 1) * a.stride[d];
   }
-  return !nested && Sums(a, a).reach(0, false);
+  return !nested && AddressDifferences(a, a).contain(0, false);
 }
 
 }  // namespace mustdrop

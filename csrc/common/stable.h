@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one door to torch's stable ABI: everything that an operator's host code needs of torch, and nothing else.
+// Everything that the operators' host code uses of torch, by way of its stable ABI.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -9,6 +9,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdint>
 #include <optional>
 #include <sstream>
@@ -17,7 +18,7 @@
 #include <tuple>
 #include <vector>
 
-// Where operators are defined, and which tensors the CUDA launchers take: other builds of the same files have their own.
+// The operators' namespace, and the dispatch key of the CUDA launchers; other builds of the same files set their own.
 #ifndef MUSTDROP_NAMESPACE
 #define MUSTDROP_NAMESPACE mustdrop
 #endif
@@ -29,79 +30,78 @@ namespace mustdrop {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+using Tensors = std::vector<Tensor>;
 using OptionalTensor = std::optional<Tensor>;
 using OptionalInt = std::optional<int64_t>;
 
-// Refuses an argument. Reads as: MUSTDROP_CHECK(ok, op, "scores", " must be (B, L), got ", shape_of(scores)).
-#define MUSTDROP_CHECK(ok, op, argument, ...)                 \
-  do {                                                        \
-    if (!(ok)) ::mustdrop::refuse(op, argument, __VA_ARGS__); \
-  } while (false)
-
+// Raises a RuntimeError in Python.
 template <class... Parts>
 [[noreturn]] void refuse(const char* op, const std::string& argument, const Parts&... parts) {
   std::ostringstream text;
   text << "mustdrop::" << op << ": " << argument;
   (text << ... << parts);
-  throw std::runtime_error(text.str());  // a RuntimeError in Python
+  throw std::runtime_error(text.str());
 }
 
-inline std::string to_text(torch::headeronly::IntHeaderOnlyArrayRef values) {
+// As Python writes a tuple: "(2, 14)", "(14,)".
+inline std::string tuple_text(torch::headeronly::IntHeaderOnlyArrayRef values) {
   std::ostringstream text;
   text << "(";
   for (size_t i = 0; i < values.size(); ++i) text << (i ? ", " : "") << values[i];
-  text << ")";
+  text << (values.size() == 1 ? ",)" : ")");
   return text.str();
 }
 
-inline std::string shape_of(const Tensor& t) { return to_text(t.sizes()); }
-
-inline const char* name_of(ScalarType type) { return torch::headeronly::toString(type); }
-
-inline bool is_float(ScalarType type) {  // the element types that are computed with
-  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
+// As torch writes a dtype, without its prefix: "float32".
+inline std::string dtype_text(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::Double:
+      return "float64";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::ComplexHalf:
+      return "complex32";
+    case ScalarType::ComplexFloat:
+      return "complex64";
+    case ScalarType::ComplexDouble:
+      return "complex128";
+    default: {  // Bool, BFloat16, UInt16, Float8_e4m3fn, ...
+      std::string name = torch::headeronly::toString(type);
+      std::transform(name.begin(), name.end(), name.begin(), [](unsigned char c) { return std::tolower(c); });
+      return name;
+    }
+  }
 }
 
-inline bool same_device(const Tensor& a, const Tensor& b) {
-  return a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+template <class T>
+const T* data(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
+}
+template <class T>
+T* mutable_data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
 }
 
-inline void check_float(const char* op, const std::string& argument, const Tensor& t) {
-  MUSTDROP_CHECK(is_float(t.scalar_type()), op, argument, " must be float32, float16 or bfloat16, got ",
-                 name_of(t.scalar_type()));
-}
-
-inline void check_dtype(const char* op, const std::string& argument, const Tensor& t, ScalarType type) {
-  MUSTDROP_CHECK(t.scalar_type() == type, op, argument, " must be ", name_of(type), ", got ", name_of(t.scalar_type()));
-}
-
-inline void check_dim(const char* op, const std::string& argument, const Tensor& t, int64_t dim, const char* shape) {
-  MUSTDROP_CHECK(t.dim() == dim, op, argument, " must be ", shape, ", got ", shape_of(t));
-}
-
-inline void check_shape(const char* op, const std::string& argument, const Tensor& t, std::vector<int64_t> shape) {
-  const bool same =
-      t.dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), t.sizes().begin());
-  MUSTDROP_CHECK(same, op, argument, " must be ", to_text(shape), ", got ", shape_of(t));
-}
-
-inline void check_device(const char* op, const std::string& argument, const Tensor& t, const Tensor& like) {
-  MUSTDROP_CHECK(same_device(t, like), op, argument, " must be on the device of the first tensor");
-}
-
-inline void check_last_contiguous(const char* op, const std::string& argument, const Tensor& t) {
-  const int64_t last = t.dim() - 1;
-  MUSTDROP_CHECK(last < 0 || t.size(last) <= 1 || t.stride(last) == 1 || t.numel() == 0, op, argument,
-                 " must be contiguous in its last dimension, got strides ", to_text(t.strides()));
-}
-
-// A new tensor on the device of `like`. Where there is no memory for it, the error says for what; torch has said why.
+// A new tensor on the device of `like`. Without memory for it, the error names its shape and dtype.
 template <class Make>
 Tensor allocate(const Make& make, const std::vector<int64_t>& shape, ScalarType type) {
   try {
     return make();
   } catch (const std::exception&) {
-    throw std::runtime_error("mustdrop: no memory for a result of shape " + to_text(shape) + ", " + name_of(type));
+    throw std::runtime_error("mustdrop: no memory for a result of shape " + tuple_text(shape) + ", " +
+                             dtype_text(type));
   }
 }
 

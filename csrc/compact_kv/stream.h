@@ -12,7 +12,7 @@
 namespace mustdrop {
 
 // What one position holds in a stream: heads x dims pieces of `run` bytes. Strides are in bytes.
-struct Record {
+struct PositionLayout {
   int64_t heads;
   int64_t head_stride;
   int64_t dims;  // 1 where head_dim is contiguous
@@ -21,7 +21,7 @@ struct Record {
 };
 
 // Where positions are: position p in block table[p / slots], slot p % slots. A dense cache is one block without a table.
-struct Places {
+struct SlotMap {
   const int32_t* table;  // [blocks of the sequence]; null: position block n is block n
   int64_t table_size;
   int64_t blocks;  // of the cache
@@ -32,8 +32,8 @@ struct Places {
 
 struct Stream {
   char* data;  // the cache at the stream's first head
-  Record record;
-  Places places;
+  PositionLayout layout;
+  SlotMap map;
   const int64_t* keep;  // [K]
   int64_t count;        // moves
   int64_t target;       // where the first one goes; it may be negative
@@ -41,33 +41,33 @@ struct Stream {
 };
 
 // Finds positions, remembering the block of the last one: most neighbours are in the same block.
-class Finder {
+class SlotLookup {
  public:
-  explicit Finder(const Places& places) : places_(places) {}
+  explicit SlotLookup(const SlotMap& map) : map_(map) {}
 
   // Offset of a position in bytes; false where it is outside the cache.
   bool find(int64_t position, int64_t& offset) {
     if (position < begin_ || position >= end_) {
       if (!enter_block(position)) return false;
     }
-    offset = base_ + (position - begin_) * places_.slot_stride;
+    offset = base_ + (position - begin_) * map_.slot_stride;
     return true;
   }
 
  private:
   bool enter_block(int64_t position) {
     if (position < 0) return false;
-    const int64_t entry = position / places_.slots;
-    if (entry >= places_.table_size) return false;
-    const int64_t block = places_.table ? places_.table[entry] : entry;
-    if (block < 0 || block >= places_.blocks) return false;
-    begin_ = entry * places_.slots;
-    end_ = begin_ + places_.slots;
-    base_ = block * places_.block_stride;
+    const int64_t entry = position / map_.slots;
+    if (entry >= map_.table_size) return false;
+    const int64_t block = map_.table ? map_.table[entry] : entry;
+    if (block < 0 || block >= map_.blocks) return false;
+    begin_ = entry * map_.slots;
+    end_ = begin_ + map_.slots;
+    base_ = block * map_.block_stride;
     return true;
   }
 
-  const Places& places_;
+  const SlotMap& map_;
   int64_t begin_ = 0, end_ = 0, base_ = 0;  // of the block: positions [begin, end), offset
 };
 
@@ -108,63 +108,63 @@ inline void move_pieces(char* to, const char* from, int64_t count, int64_t strid
 }
 
 // Pieces of one position, at different heads and dims: they do not overlap each other, so their order is free.
-inline void move_position(const Record& record, char* to, const char* from) {
-  for (int64_t h = 0; h < record.heads; ++h)
-    move_pieces(to + h * record.head_stride, from + h * record.head_stride, record.dims, record.dim_stride, record.run,
+inline void move_position(const PositionLayout& layout, char* to, const char* from) {
+  for (int64_t h = 0; h < layout.heads; ++h)
+    move_pieces(to + h * layout.head_stride, from + h * layout.head_stride, layout.dims, layout.dim_stride, layout.run,
                 false);
 }
 
 inline void move_run(const Stream& stream, const Run& run) {
-  const Record& record = stream.record;
+  const PositionLayout& layout = stream.layout;
   char* to = stream.data + run.to;
   const char* from = stream.data + run.from;
-  const int64_t stride = stream.places.slot_stride;
-  if (run.count > 1 && stride == record.run) {  // positions lie together: one move for each piece
-    for (int64_t h = 0; h < record.heads; ++h)
-      for (int64_t d = 0; d < record.dims; ++d) {
-        const int64_t offset = h * record.head_stride + d * record.dim_stride;
-        std::memmove(to + offset, from + offset, run.count * record.run);
+  const int64_t stride = stream.map.slot_stride;
+  if (run.count > 1 && stride == layout.run) {  // positions lie together: one move for each piece
+    for (int64_t h = 0; h < layout.heads; ++h)
+      for (int64_t d = 0; d < layout.dims; ++d) {
+        const int64_t offset = h * layout.head_stride + d * layout.dim_stride;
+        std::memmove(to + offset, from + offset, run.count * layout.run);
       }
     return;
   }
   for (int64_t n = 0; n < run.count; ++n) {
     const int64_t i = stream.backward ? run.count - 1 - n : n;
-    move_position(record, to + i * stride, from + i * stride);
+    move_position(layout, to + i * stride, from + i * stride);
   }
 }
 
-// Sources are scattered, which no hardware prefetcher follows: ask for a record this many moves before it is needed.
+// Sources are scattered, which no hardware prefetcher follows: ask for a layout this many moves before it is needed.
 constexpr int64_t kLookahead = 8;
-constexpr int64_t kLookaheadBytes = 1024;  // of each record; longer ones prefetch themselves
+constexpr int64_t kLookaheadBytes = 1024;  // of each layout; longer ones prefetch themselves
 
-class Lookahead {
+class Prefetcher {
  public:
-  explicit Lookahead(const Stream& stream) : stream_(stream), finder_(stream.places) {}
+  explicit Prefetcher(const Stream& stream) : stream_(stream), lookup_(stream.map) {}
 
-  void at(int64_t n) {
+  void prefetch(int64_t n) {
     n += kLookahead;
     int64_t offset;
     if (n >= stream_.count) return;
-    if (!finder_.find(stream_.keep[stream_.backward ? stream_.count - 1 - n : n], offset)) return;
+    if (!lookup_.find(stream_.keep[stream_.backward ? stream_.count - 1 - n : n], offset)) return;
     const char* from = stream_.data + offset;
-    for (int64_t byte = 0; byte < stream_.record.run && byte < kLookaheadBytes; byte += 64)
+    for (int64_t byte = 0; byte < stream_.layout.run && byte < kLookaheadBytes; byte += 64)
       __builtin_prefetch(from + byte);
   }
 
  private:
   const Stream& stream_;
-  Finder finder_;
+  SlotLookup lookup_;
 };
 
 inline void compact(const Stream& stream) {
-  Finder sources(stream.places), targets(stream.places);
-  Lookahead lookahead(stream);
-  const int64_t step = stream.places.slot_stride;
+  SlotLookup sources(stream.map), targets(stream.map);
+  Prefetcher prefetcher(stream);
+  const int64_t step = stream.map.slot_stride;
   Run run{0, 0, 0};
   for (int64_t n = 0; n < stream.count; ++n) {
     const int64_t i = stream.backward ? stream.count - 1 - n : n;
     int64_t from, to;
-    lookahead.at(n);
+    prefetcher.prefetch(n);
     if (!sources.find(stream.keep[i], from) || !targets.find(stream.target + i, to) || from == to) continue;
     const int64_t next =
         stream.backward ? -step : run.count * step;  // where the run would go on, from its lowest position

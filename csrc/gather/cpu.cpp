@@ -3,26 +3,25 @@
 // mean; neighbours that are kept together are copied together.
 #include <cstring>
 
-#include "common/arguments.h"
 #include "common/workers.h"
+#include "gather/checks.h"
 
 namespace mustdrop {
 namespace {
 
-constexpr const char* kOp = "gather_tokens";
 constexpr int64_t kGrainBytes = 64 << 10;  // least work of a thread
 
 // A token of x, x[b, l]: its trailing dimensions, of which the last `run` bytes lie together.
-struct Token {
+struct TokenLayout {
   std::vector<int64_t> sizes;    // outer trailing dimensions; none where the whole token lies together
   std::vector<int64_t> strides;  // theirs, in bytes
   int64_t run;
   int64_t bytes;  // of the whole token in the result
 };
 
-Token describe_token(const Tensor& x) {
+TokenLayout describe_token(const Tensor& x) {
   const int64_t element = static_cast<int64_t>(x.element_size());
-  Token token{{}, {}, element, element};
+  TokenLayout token{{}, {}, element, element};
   for (int64_t d = x.dim() - 1; d >= 2; --d) {
     const int64_t size = x.size(d), stride = x.stride(d) * element;
     token.bytes *= size;
@@ -37,8 +36,8 @@ Token describe_token(const Tensor& x) {
   return token;
 }
 
-struct Gather {
-  Token token;
+struct GatherParameters {
+  TokenLayout token;
   const char* x;         // [B, L, ...]
   int64_t batch_stride;  // of x, in bytes
   int64_t row_stride;
@@ -53,7 +52,7 @@ struct Gather {
 };
 
 // One token with gaps, from its dimension d on; returns where the next one goes.
-char* copy_token(const Token& token, size_t d, const char* from, char* to) {
+char* copy_token(const TokenLayout& token, size_t d, const char* from, char* to) {
   if (d == token.sizes.size()) {
     std::memcpy(to, from, token.run);
     return to + token.run;
@@ -63,20 +62,20 @@ char* copy_token(const Token& token, size_t d, const char* from, char* to) {
 }
 
 // The tokens of entries [begin, end) to `to`, for tokens without gaps.
-void copy_runs(const Gather& g, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
-  const int64_t bytes = g.token.bytes;
-  const bool together = g.row_stride == bytes;
+void copy_runs(const GatherParameters& p, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
+  const int64_t bytes = p.token.bytes;
+  const bool together = p.row_stride == bytes;
   for (int64_t i = begin; i < end;) {
     const int64_t index = keep[i];
     int64_t n = 1;
-    if (index < 0 || index >= g.length) {
+    if (index < 0 || index >= p.length) {
       std::memset(to, 0, bytes);
     } else {
       if (together) {
-        const int64_t most = std::min(end - i, g.length - index);
+        const int64_t most = std::min(end - i, p.length - index);
         while (n < most && keep[i + n] == index + n) ++n;
       }
-      std::memcpy(to, x + index * g.row_stride, n * bytes);
+      std::memcpy(to, x + index * p.row_stride, n * bytes);
     }
     i += n;
     to += n * bytes;
@@ -85,61 +84,59 @@ void copy_runs(const Gather& g, const char* x, const int64_t* keep, int64_t begi
 
 // The same for tokens of one small element: position ids, token types, masks.
 template <class Element>
-void copy_elements(const Gather& g, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
+void copy_elements(const GatherParameters& p, const char* x, const int64_t* keep, int64_t begin, int64_t end,
+                   char* to) {
   for (int64_t i = begin; i < end; ++i, to += sizeof(Element)) {
     Element value{};
-    if (keep[i] >= 0 && keep[i] < g.length) std::memcpy(&value, x + keep[i] * g.row_stride, sizeof value);
+    if (keep[i] >= 0 && keep[i] < p.length) std::memcpy(&value, x + keep[i] * p.row_stride, sizeof value);
     std::memcpy(to, &value, sizeof value);
   }
 }
 
-void copy_tokens_with_gaps(const Gather& g, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
-  for (int64_t i = begin; i < end; ++i, to += g.token.bytes) {
-    if (keep[i] < 0 || keep[i] >= g.length) {
-      std::memset(to, 0, g.token.bytes);
+void copy_tokens_with_gaps(const GatherParameters& p, const char* x, const int64_t* keep, int64_t begin, int64_t end,
+                           char* to) {
+  for (int64_t i = begin; i < end; ++i, to += p.token.bytes) {
+    if (keep[i] < 0 || keep[i] >= p.length) {
+      std::memset(to, 0, p.token.bytes);
     } else {
-      copy_token(g.token, 0, x + keep[i] * g.row_stride, to);
+      copy_token(p.token, 0, x + keep[i] * p.row_stride, to);
     }
   }
 }
 
-void copy_entries(const Gather& g, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
-  if (!g.token.sizes.empty()) return copy_tokens_with_gaps(g, x, keep, begin, end, to);
-  switch (g.token.bytes) {
+void copy_entries(const GatherParameters& p, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
+  if (!p.token.sizes.empty()) return copy_tokens_with_gaps(p, x, keep, begin, end, to);
+  switch (p.token.bytes) {
     case 1:
-      return copy_elements<uint8_t>(g, x, keep, begin, end, to);
+      return copy_elements<uint8_t>(p, x, keep, begin, end, to);
     case 2:
-      return copy_elements<uint16_t>(g, x, keep, begin, end, to);
+      return copy_elements<uint16_t>(p, x, keep, begin, end, to);
     case 4:
-      return copy_elements<uint32_t>(g, x, keep, begin, end, to);
+      return copy_elements<uint32_t>(p, x, keep, begin, end, to);
     case 8:
-      return copy_elements<uint64_t>(g, x, keep, begin, end, to);
+      return copy_elements<uint64_t>(p, x, keep, begin, end, to);
     default:
-      return copy_runs(g, x, keep, begin, end, to);
+      return copy_runs(p, x, keep, begin, end, to);
   }
 }
 
 // Slots [begin, end) of sequence b: zeros, then its tokens, then zeros.
-void fill_slots(const Gather& g, int64_t b, int64_t begin, int64_t end) {
-  const int64_t kept = std::clamp<int64_t>(g.counts[b * g.counts_stride], 0, g.capacity);
-  const int64_t shift = g.align_end ? g.capacity - kept : 0;  // the slot of entry 0
+void fill_slots(const GatherParameters& p, int64_t b, int64_t begin, int64_t end) {
+  const int64_t kept = std::clamp<int64_t>(p.counts[b * p.counts_stride], 0, p.capacity);
+  const int64_t shift = p.align_end ? p.capacity - kept : 0;  // the slot of entry 0
   const int64_t first = std::clamp(shift, begin, end), last = std::clamp(shift + kept, begin, end);
-  char* row = g.out + b * g.capacity * g.token.bytes;
-  std::memset(row + begin * g.token.bytes, 0, (first - begin) * g.token.bytes);
-  copy_entries(g, g.x + b * g.batch_stride, g.keep + b * g.keep_stride, first - shift, last - shift,
-               row + first * g.token.bytes);
-  std::memset(row + last * g.token.bytes, 0, (end - last) * g.token.bytes);
+  char* row = p.out + b * p.capacity * p.token.bytes;
+  std::memset(row + begin * p.token.bytes, 0, (first - begin) * p.token.bytes);
+  copy_entries(p, p.x + b * p.batch_stride, p.keep + b * p.keep_stride, first - shift, last - shift,
+               row + first * p.token.bytes);
+  std::memset(row + last * p.token.bytes, 0, (end - last) * p.token.bytes);
 }
 
 Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
                      const Tensor& keep,    // [B, K]
                      const Tensor& counts,  // [B]
                      bool align_end) {
-  if (x.dim() < 2) refuse_argument(kOp, "x", " must be (B, L, ...), got ", shape_of(x));
-  if (x.dim() > 2) check_last_dense(kOp, "x", x);
-  check_tensor(kOp, "keep", keep, {x.size(0), "K"}, ScalarType::Long, x);
-  check_tensor(kOp, "counts", counts, {x.size(0)}, ScalarType::Int, x, true);
-
+  check_gather_tokens(x, keep, counts);
   const int64_t batch = x.size(0), capacity = keep.size(1), element = static_cast<int64_t>(x.element_size());
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   shape[1] = capacity;
@@ -147,24 +144,24 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
   if (out.numel() == 0) return out;
   if (x.numel() == 0) return new_zeros(x, shape, x.scalar_type());  // nothing to take, and no address
 
-  const Gather g{describe_token(x),
-                 static_cast<const char*>(x.const_data_ptr()),
-                 x.stride(0) * element,
-                 x.stride(1) * element,
-                 x.size(1),
-                 static_cast<const int64_t*>(keep.const_data_ptr()),
-                 keep.stride(0),
-                 static_cast<const int32_t*>(counts.const_data_ptr()),
-                 counts.stride(0),
-                 static_cast<char*>(out.mutable_data_ptr()),
-                 capacity,
-                 align_end};
+  const GatherParameters p{describe_token(x),
+                           data<char>(x),
+                           x.stride(0) * element,
+                           x.stride(1) * element,
+                           x.size(1),
+                           data<int64_t>(keep),
+                           keep.stride(0),
+                           data<int32_t>(counts),
+                           counts.stride(0),
+                           mutable_data<char>(out),
+                           capacity,
+                           align_end};
   const int64_t slots = batch * capacity;
-  const int64_t grain = std::max<int64_t>(1, kGrainBytes / g.token.bytes);
+  const int64_t grain = std::max<int64_t>(1, kGrainBytes / p.token.bytes);
   torch::stable::parallel_for(0, slots, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {  // one sequence after the other
       const int64_t b = begin / capacity, last = std::min(end, (b + 1) * capacity);
-      fill_slots(g, b, begin - b * capacity, last - b * capacity);
+      fill_slots(p, b, begin - b * capacity, last - b * capacity);
       begin = last;
     }
   });

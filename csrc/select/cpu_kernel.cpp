@@ -7,6 +7,7 @@
 #include "select/cpu_kernel.h"
 
 #include "common/order.h"
+#include "common/token_types.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -16,8 +17,7 @@ namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
 
 enum Fate : uint8_t { kGone = 0, kStays = 1, kCandidate = 2 };
-constexpr uint8_t kPadding = 0, kVision = 2;  // token types
-constexpr int64_t kChunk = 1024;              // tokens
+constexpr int64_t kChunk = 1024;  // tokens
 constexpr int64_t kSampleStep = 16;
 
 // The same bits on every machine: sixteen running sums, added pairwise at the end.
@@ -37,10 +37,10 @@ float sum(const T* value, int64_t length) {
 // One sequence.
 template <class T>
 struct Row {
-  const T* score;
+  const T* scores;
   const T* peak;  // dual
-  const uint8_t* types;
-  const uint8_t* keeps;  // may be null
+  const uint8_t* token_types;
+  const uint8_t* protected_tokens;  // or null
   int64_t length;
   bool dual;
   float score_limit, peak_limit;  // dual
@@ -55,28 +55,28 @@ struct Fates {
 
 template <class T>
 void find_fates(const Row<T>& row, int64_t begin, int64_t count, Fates& fates) {
-  const uint8_t* const types = row.types + begin;
+  const uint8_t* const types = row.token_types + begin;
   uint8_t* const of = fates.of;
   uint32_t candidates = 0, left = 0;
   if (row.dual) {
-    const T *const score = row.score + begin, *const peak = row.peak + begin;
+    const T *const score = row.scores + begin, *const peak = row.peak + begin;
     const float score_limit = row.score_limit, peak_limit = row.peak_limit;
     for (int64_t j = 0; j < count; ++j) {
       const bool low = (to_float(score[j]) < score_limit) & (to_float(peak[j]) < peak_limit);
-      const bool drop = low & (types[j] == kVision);
-      of[j] = types[j] == kPadding ? kGone : drop ? kCandidate : kStays;
+      const bool drop = low & (types[j] == kVisionToken);
+      of[j] = types[j] == kPaddingToken ? kGone : drop ? kCandidate : kStays;
       candidates += drop;
     }
   } else {
     for (int64_t j = 0; j < count; ++j) {
-      of[j] = types[j] == kPadding ? kGone : types[j] == kVision ? kCandidate : kStays;
-      candidates += types[j] == kVision;
+      of[j] = types[j] == kPaddingToken ? kGone : types[j] == kVisionToken ? kCandidate : kStays;
+      candidates += types[j] == kVisionToken;
     }
   }
-  if (row.keeps) {
-    const uint8_t* const keeps = row.keeps + begin;
+  if (row.protected_tokens) {
+    const uint8_t* const is_protected = row.protected_tokens + begin;
     for (int64_t j = 0; j < count; ++j) {
-      of[j] = (of[j] == kCandidate) & (keeps[j] != 0) ? static_cast<uint8_t>(kStays) : of[j];
+      of[j] = (of[j] == kCandidate) & (is_protected[j] != 0) ? static_cast<uint8_t>(kStays) : of[j];
       left += of[j] == kCandidate;
     }
   } else {
@@ -89,7 +89,7 @@ void find_fates(const Row<T>& row, int64_t begin, int64_t count, Fates& fates) {
 // 0 where the token is no candidate, as for NaN.
 template <class T>
 void make_keys(const Row<T>& row, int64_t begin, int64_t count, const uint8_t* fates, uint32_t* keys) {
-  const T* const score = row.score + begin;
+  const T* const score = row.scores + begin;
   for (int64_t j = 0; j < count; ++j) {
     const uint32_t key = order_key(score[j]);  // of every token: a load that depends on the fate would not vectorise
     keys[j] = fates[j] == kCandidate ? key : 0u;
@@ -313,10 +313,10 @@ class Kept {
 
 // Writes what stays, the best `open` of the candidates and all that are none, and returns how many these are.
 template <class T>
-int64_t write_kept(const SelectArgs& args, const Row<T>& row, int64_t b, int64_t candidates, int64_t open) {
-  Kept kept(args.keep + b * args.capacity, args.capacity);
+int64_t write_kept(const SelectParameters& p, const Row<T>& row, int64_t b, int64_t candidates, int64_t open) {
+  Kept kept(p.keep + b * p.capacity, p.capacity);
   const bool none = open == 0, all = open == candidates;
-  Cut cut = none || all ? Cut{} : find_cut(row, open, args.narrow);
+  Cut cut = none || all ? Cut{} : find_cut(row, open, p.candidate_keys);
   for_each_chunk(row, [&](int64_t begin, int64_t count, const Fates& fates) {
     const uint8_t* const of = fates.of;
     alignas(64) uint8_t flags[kChunk];
@@ -343,39 +343,39 @@ void count_candidates(const Row<T>& row, uint32_t* sample, int64_t& candidates, 
     candidates += fates.candidates;
     spared += fates.spared;
     for (int64_t j = 0; j < count; j += kSampleStep)
-      *sample++ = fates.of[j] == kCandidate ? order_key(row.score[begin + j]) : 0u;
+      *sample++ = fates.of[j] == kCandidate ? order_key(row.scores[begin + j]) : 0u;
   });
 }
 
 template <class T>
-void select_row(const SelectArgs& args, int64_t b) {
+void select_row(const SelectParameters& p, int64_t b) {
   Row<T> row{};
-  row.score = static_cast<const T*>(args.score) + b * args.score_stride;
-  row.types = args.types + b * args.types_stride;
-  row.keeps = args.keeps ? args.keeps + b * args.keeps_stride : nullptr;
-  row.length = args.length;
-  row.dual = args.rule == Rule::dual;
+  row.scores = static_cast<const T*>(p.scores) + b * p.score_stride;
+  row.token_types = p.token_types + b * p.type_stride;
+  row.protected_tokens = p.protected_tokens ? p.protected_tokens + b * p.protected_stride : nullptr;
+  row.length = p.length;
+  row.dual = p.rule == Rule::dual;
   if (row.dual) {
-    row.peak = static_cast<const T*>(args.peak) + b * args.peak_stride;
-    row.score_limit = args.global_threshold * sum(row.score, row.length);
-    row.peak_limit = args.individual_threshold;
+    row.peak = static_cast<const T*>(p.peak) + b * p.peak_stride;
+    row.score_limit = p.global_threshold * sum(row.scores, row.length);
+    row.peak_limit = p.individual_threshold;
   }
   int64_t candidates = 0, spared = 0, open = 0;
-  if (!row.dual || args.drop_multiple > 1) count_candidates(row, args.narrow, candidates, spared);
+  if (!row.dual || p.drop_multiple > 1) count_candidates(row, p.candidate_keys, candidates, spared);
   if (!row.dual) {
-    const int64_t budget = args.budgets ? args.budgets[b * args.budgets_stride] : args.k;
+    const int64_t budget = p.budgets ? p.budgets[b * p.budget_stride] : p.k;
     open = (budget < 0 ? 0 : budget) - spared;  // the protected come first
     open = open < 0 ? 0 : open < candidates ? open : candidates;
   }
-  open += (candidates - open) % args.drop_multiple;  // the best of those that would go are spared
-  args.counts[b] = static_cast<int32_t>(write_kept(args, row, b, candidates, open));
+  open += (candidates - open) % p.drop_multiple;  // the best of those that would go are spared
+  p.counts[b] = static_cast<int32_t>(write_kept(p, row, b, candidates, open));
 }
 
 }  // namespace
 
-void select_tokens(const SelectArgs& args, int64_t begin, int64_t end) {
-  with_element(args.element, [&](auto type) {
-    for (int64_t b = begin; b < end; ++b) select_row<decltype(type)>(args, b);
+void select_tokens(const SelectParameters& p, int64_t begin, int64_t end) {
+  with_element(p.element, [&](auto type) {
+    for (int64_t b = begin; b < end; ++b) select_row<decltype(type)>(p, b);
   });
 }
 

@@ -1,84 +1,89 @@
 // SPDX-License-Identifier: Apache-2.0
-// select_dual, select_topk and their fusions with the scores on CUDA.
-#include "attention_scores/checks.h"
+// The operators of operators.h on CUDA: plans and launches the selection kernel.
 #include "attention_scores/cuda.h"
-#include "select/checks.h"
-#include "select/launch.h"
+#include "common/launch.h"
+#include "select/kernel.cuh"
+#include "select/operators.h"
 
 namespace mustdrop {
 namespace {
 
-using Selection2 = std::tuple<Tensor, Tensor>;                       // keep [B, L or capacity], counts [B]
-using ScoredSelection = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // and total and peak, [B, L]
+constexpr int64_t kSelectAlone = 20480;  // tokens of a sequence that one block selects from; a cluster above
 
-Selection2 select_dual(const Tensor& total,        // [B, L]
-                       const Tensor& peak,         // [B, L]
-                       const Tensor& token_types,  // [B, L]
-                       double global_threshold, double individual_threshold,
-                       const OptionalTensor& protect,  // [B, L]
-                       OptionalInt capacity, int64_t drop_multiple) {
-  check_select_dual(total, peak, token_types, protect, capacity, drop_multiple);
-  const Device device(total);
-  const Selection selection{total, token_types, protect, capacity, drop_multiple};
-  Selected result = launch_select_dual(device, selection, peak, global_threshold, individual_threshold);
-  return {result.keep, result.counts};
+// Sets the fields that both rules share, launches the kernel, returns its results.
+Selected launch_select(const Device& device, SelectParameters p, const SelectInputs& inputs) {
+  const int64_t batch = inputs.scores.size(0);
+  Selected result{new_empty(inputs.scores, {batch, inputs.capacity}, ScalarType::Long),
+                  new_empty(inputs.scores, {batch}, ScalarType::Int)};
+  if (batch == 0) return result;
+  p.scores = inputs.scores.const_data_ptr();
+  p.token_types = data<uint8_t>(inputs.token_types);
+  p.length = inputs.scores.size(1);
+  p.capacity = inputs.capacity;
+  p.drop_multiple = inputs.drop_multiple;
+  p.score_stride = inputs.scores.stride(0);
+  p.type_stride = inputs.token_types.stride(0);
+  if (inputs.protected_tokens) {
+    p.protected_tokens = data<bool>(*inputs.protected_tokens);
+    p.protected_stride = inputs.protected_tokens->stride(0);
+  }
+  p.keep = mutable_data<int64_t>(result.keep);
+  p.counts = mutable_data<int32_t>(result.counts);
+  const DeviceFacts facts = device.facts();
+  Grid grid{dim3(), 256};
+  if (has_clusters(facts) && p.length > kSelectAlone)
+    while (grid.cluster < 8 && p.length > kSelectAlone / 2 * grid.cluster) grid.cluster *= 2;
+  grid.blocks.x = blocks(batch * grid.cluster);
+  p.part = ceil_div(ceil_div(p.length, grid.cluster), kSelectItems) * kSelectItems;
+  while (grid.threads < 1024 && int64_t(grid.threads) * kSelectItems < p.part) grid.threads *= 2;
+  const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + p.part * 4;
+  p.cached = bytes <= facts.shared_bytes;
+  grid.shared_bytes = p.cached ? bytes : sizeof(SelectShared);
+  with_float_type(inputs.scores.scalar_type(), [&](auto* type) {
+    device.launch(grid, MUSTDROP_KERNEL(select_kernel<std::remove_pointer_t<decltype(type)>>), p);
+  });
+  return result;
 }
 
-Selection2 select_topk(const Tensor& scores,       // [B, L]
-                       const Tensor& token_types,  // [B, L]
-                       int64_t k,
-                       const OptionalTensor& budgets,  // [B]
-                       const OptionalTensor& protect,  // [B, L]
-                       OptionalInt capacity, int64_t drop_multiple) {
-  check_select_topk(scores, token_types, k, budgets, protect, capacity, drop_multiple);
-  const Device device(scores);
-  const Selection selection{scores, token_types, protect, capacity, drop_multiple};
-  Selected result = launch_select_topk(device, selection, k, budgets);
-  return {result.keep, result.counts};
-}
+struct CudaKernels {
+  explicit CudaKernels(const Tensor& like) : device(like) {}
 
-ScoredSelection dual_attention_select(const Tensor& q,            // [B, Hq, Lq, D]
-                                      const Tensor& k,            // [B, Hk, Lk, D]
-                                      const Tensor& token_types,  // [B, Lk]
-                                      double scale, double global_threshold, double individual_threshold,
-                                      const OptionalTensor& protect,  // [B, Lk]
-                                      const OptionalTensor& lse,      // [B, Hq, Lq]
-                                      OptionalInt capacity, int64_t drop_multiple) {
-  constexpr const char* op = "dual_attention_select";
-  check_text_vision_scores(op, q, k, token_types, lse);
-  check_selection(op, token_types, protect, capacity, drop_multiple, q);
-  const Device device(q);
-  const auto [total, peak] = launch_text_vision_scores(device, q, k, token_types, scale, lse);
-  const Selection selection{total, token_types, protect, capacity, drop_multiple};
-  const auto [keep, counts] = launch_select_dual(device, selection, peak, global_threshold, individual_threshold);
-  return {keep, counts, total, peak};
-}
+  Scores text_vision_scores(const Tensor& q, const Tensor& k, const Tensor& token_types, double scale,
+                            const OptionalTensor& lse) const {
+    return launch_text_vision_scores(device, q, k, token_types, scale, lse);
+  }
 
-ScoredSelection topk_attention_select(const Tensor& q,            // [B, Hq, Lq, D]
-                                      const Tensor& k,            // [B, Hk, Lk, D]
-                                      const Tensor& token_types,  // [B, Lk]
-                                      double scale, int64_t budget,
-                                      const OptionalTensor& budgets,  // [B]
-                                      const OptionalTensor& protect,  // [B, Lk]
-                                      const OptionalTensor& lse,      // [B, Hq, Lq]
-                                      OptionalInt capacity, int64_t drop_multiple) {
-  constexpr const char* op = "topk_attention_select";
-  check_text_vision_scores(op, q, k, token_types, lse);
-  check_budget(op, "budget", budget, budgets, q.size(0), q);
-  check_selection(op, token_types, protect, capacity, drop_multiple, q);
-  const Device device(q);
-  const auto [total, peak] = launch_text_vision_scores(device, q, k, token_types, scale, lse);
-  const Selection selection{total, token_types, protect, capacity, drop_multiple};
-  const auto [keep, counts] = launch_select_topk(device, selection, budget, budgets);
-  return {keep, counts, total, peak};
-}
+  Selected select_dual(const SelectInputs& inputs, const Tensor& peak, double global_threshold,
+                       double individual_threshold) const {
+    SelectParameters p{};
+    p.peak = peak.const_data_ptr();
+    p.peak_stride = peak.stride(0);
+    p.global_threshold = static_cast<float>(global_threshold);
+    p.individual_threshold = static_cast<float>(individual_threshold);
+    return launch_select(device, p, inputs);
+  }
+
+  Selected select_topk(const SelectInputs& inputs, int64_t k, const OptionalTensor& budgets) const {
+    SelectParameters p{};
+    p.k = k;
+    if (budgets) {
+      p.budgets = data<int32_t>(*budgets);
+      p.budget_stride = budgets->stride(0);
+    }
+    return launch_select(device, p, inputs);
+  }
+
+  Device device;
+};
+
+using Operators = SelectOperators<CudaKernels>;
 
 }  // namespace
 }  // namespace mustdrop
 
 STABLE_TORCH_LIBRARY_IMPL(MUSTDROP_NAMESPACE, MUSTDROP_DEVICE_KEY, m) {
-  m.impl("select_dual", TORCH_BOX(&mustdrop::select_dual));
-  m.impl("select_topk", TORCH_BOX(&mustdrop::select_topk));
-  m.impl("dual_attention_select", TORCH_BOX(&mustdrop::dual_attention_select));
-  m.impl("topk_attention_select", TORCH_BOX(&mustdrop::topk_attention_select));
+  m.impl("select_dual", TORCH_BOX(&mustdrop::Operators::select_dual));
+  m.impl("select_topk", TORCH_BOX(&mustdrop::Operators::select_topk));
+  m.impl("dual_attention_select", TORCH_BOX(&mustdrop::Operators::dual_attention_select));
+  m.impl("topk_attention_select", TORCH_BOX(&mustdrop::Operators::topk_attention_select));
 }

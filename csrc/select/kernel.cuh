@@ -12,6 +12,7 @@
 #pragma once
 
 #include "common/device.cuh"
+#include "common/token_types.h"
 
 namespace mustdrop {
 
@@ -20,16 +21,16 @@ constexpr int kSelectItems = 4;                     // consecutive tokens of a t
 constexpr uint32_t kKeyPadding = 0, kKeyStays = 1;  // below every ordered_key()
 
 struct SelectParameters {
-  const void* scores;          // [B, L]; total in the dual rule
-  const void* peak;            // [B, L]; null: top-k
-  const uint8_t* token_types;  // [B, L]
-  const bool* protect;         // [B, L] or null
-  const int32_t* budgets;      // [B] or null
-  int64_t* keep;               // [B, capacity]
-  int32_t* counts;             // [B]
+  const void* scores;            // [B, L]; total in the dual rule
+  const void* peak;              // [B, L]; null: top-k
+  const uint8_t* token_types;    // [B, L]
+  const bool* protected_tokens;  // [B, L] or null
+  const int32_t* budgets;        // [B] or null
+  int64_t* keep;                 // [B, capacity]
+  int32_t* counts;               // [B]
   int64_t length, capacity, k, drop_multiple;
-  int64_t score_stride, peak_stride, type_stride, protect_stride, budget_stride;  // of a row
-  int64_t part;                                                                   // tokens of a block
+  int64_t score_stride, peak_stride, type_stride, protected_stride, budget_stride;  // of a row
+  int64_t part;                                                                     // tokens of a block
   float global_threshold, individual_threshold;
   bool cached;  // a block's keys fit into its shared memory
 };
@@ -48,15 +49,15 @@ struct SelectRow {
   const T* scores;  // [L]
   const T* peak;    // [L] or null
   const uint8_t* types;
-  const bool* protect;
+  const bool* protected_tokens;  // [L] or null
   float limit, individual;
 };
 
 template <class T>
 __device__ __forceinline__ uint32_t select_key(const SelectRow<T>& row, int64_t j) {
   const uint8_t type = row.types[j];
-  if (type == 0) return kKeyPadding;
-  if (type != 2 || (row.protect && row.protect[j])) return kKeyStays;
+  if (type == kPaddingToken) return kKeyPadding;
+  if (type != kVisionToken || (row.protected_tokens && row.protected_tokens[j])) return kKeyStays;
   const float score = to_float(row.scores[j]);
   if (row.peak && !(score < row.limit && to_float(row.peak[j]) < row.individual)) return kKeyStays;
   return ordered_key(score);
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(1024) select_kernel(const __grid_constant__ Se
   part.row = {static_cast<const T*>(p.scores) + b * p.score_stride,
               p.peak ? static_cast<const T*>(p.peak) + b * p.peak_stride : nullptr,
               p.token_types + b * p.type_stride,
-              p.protect ? p.protect + b * p.protect_stride : nullptr,
+              p.protected_tokens ? p.protected_tokens + b * p.protected_stride : nullptr,
               0.0f,
               p.individual_threshold};
   part.begin = clamp_to(int64_t(cluster_rank()) * p.part, 0, p.length);
@@ -242,7 +243,7 @@ __global__ void __launch_bounds__(1024) select_kernel(const __grid_constant__ Se
   for (int64_t j = part.begin + threadIdx.x; j < part.end; j += blockDim.x) {
     const uint32_t key = select_key(part.row, j);
     if (p.cached) keys[j - part.begin] = key;
-    found += key > kKeyStays ? 1 : key == kKeyStays && part.row.types[j] == 2 ? uint64_t(1) << 32 : 0;
+    found += key > kKeyStays ? 1 : key == kKeyStays && part.row.types[j] == kVisionToken ? uint64_t(1) << 32 : 0;
   }
   if (p.cached) part.keys = keys;
   found = cluster_total(block_sum(found, shared.scan[0]), shared);  // its barriers make the keys visible

@@ -4,14 +4,14 @@
 #include <cstring>
 #include <numeric>
 
-#include "common/arguments.h"
+#include "common/cpu_element.h"
 #include "common/workers.h"
+#include "spatial_merge/checks.h"
 #include "spatial_merge/cpu_kernel.h"
 
 namespace mustdrop {
 namespace {
 
-constexpr const char* kOp = "spatial_merge";
 constexpr int64_t kGrainBytes = 256 << 10;   // least work of a thread
 constexpr int64_t kCachedBytes = 8ll << 20;  // of results that the next reader may find in a cache
 
@@ -21,61 +21,28 @@ struct Options {
   bool uniform, merged_first;
 };
 
-void check_grid(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
-                int64_t num_prefix_tokens) {
-  if (grid.size() != 2 && grid.size() != 3)
-    refuse_argument(kOp, "grid", " must be [H, W] or [T, H, W], got ", to_text(grid));
-  if (window.size() != grid.size())
-    refuse_argument(kOp, "window", " must have as many entries as grid, got ", to_text(window));
-  for (size_t axis = 0; axis < grid.size(); ++axis) {
-    if (grid[axis] < 0) refuse_argument(kOp, "grid", " must not be negative, got ", to_text(grid));
-    if (window[axis] < 1) refuse_argument(kOp, "window", " must be positive, got ", to_text(window));
-  }
-  check_at_least(kOp, "num_prefix_tokens", num_prefix_tokens, 0);
-  const int64_t patches = product(grid);
-  if (patches > x.size(1) || num_prefix_tokens != x.size(1) - patches)
-    refuse_argument(kOp, "x", " must have num_prefix_tokens + prod(grid) = ", num_prefix_tokens, " + ", patches,
-                    " tokens, got ", x.size(1));
-}
-
-void check_budget(const std::vector<int64_t>& grid, const std::vector<int64_t>& window, int64_t budget, bool uniform) {
-  if (uniform) refuse_argument(kOp, "uniform", " must not be set together with budget");
-  int64_t windows = 1;
-  for (size_t axis = 0; axis < grid.size(); ++axis) {
-    if (grid[axis] % window[axis] != 0)
-      refuse_argument(kOp, "window", " must tile the grid ", to_text(grid), " where budget is set, got ",
-                      to_text(window));
-    windows *= grid[axis] / window[axis];
-  }
-  check_at_least(kOp, "budget", budget, 0);
-  if (budget > windows)
-    refuse_argument(kOp, "budget", " must be at most the number of windows, ", windows, ", got ", budget);
-  if (budget > 0 && product(window) == 1)
-    refuse_argument(kOp, "budget", " must be 0 with windows of one token, got ", budget);
-}
-
 // Grid and window as [T, H, W].
-cpu::MergeJob describe(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
-                       int64_t num_prefix_tokens, const OptionalTensor& sizes) {
-  cpu::MergeJob job{};
-  job.prefix = num_prefix_tokens, job.length = x.size(1), job.channels = x.size(2);
-  job.windows = 1;
+cpu::MergeParameters describe(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window,
+                              int64_t num_prefix_tokens, const OptionalTensor& sizes) {
+  cpu::MergeParameters p{};
+  p.prefix = num_prefix_tokens, p.length = x.size(1), p.channels = x.size(2);
+  p.windows = 1;
   for (int axis = 0; axis < 3; ++axis) {
     const int given = axis - (3 - static_cast<int>(grid.size()));
-    job.grid[axis] = given < 0 ? 1 : grid[given];
-    job.window[axis] = given < 0 ? 1 : window[given];
+    p.grid[axis] = given < 0 ? 1 : grid[given];
+    p.window[axis] = given < 0 ? 1 : window[given];
     // The same as ceil(grid / window), with no overflow for huge windows.
-    job.windows_per[axis] = job.grid[axis] / job.window[axis] + (job.grid[axis] % job.window[axis] != 0);
-    job.windows *= job.windows_per[axis];
+    p.windows_per[axis] = p.grid[axis] / p.window[axis] + (p.grid[axis] % p.window[axis] != 0);
+    p.windows *= p.windows_per[axis];
   }
-  job.x = x.const_data_ptr(), job.x_batch = x.stride(0), job.x_row = x.stride(1);
-  job.element = element_of(x);
-  if (sizes) job.sizes = static_cast<const float*>(sizes->const_data_ptr()), job.sizes_batch = sizes->stride(0);
-  return job;
+  p.x = x.const_data_ptr(), p.x_batch = x.stride(0), p.x_row = x.stride(1);
+  p.element = element_of(x);
+  if (sizes) p.sizes = data<float>(*sizes), p.sizes_batch = sizes->stride(0);
+  return p;
 }
 
 // Higher similarity first, ties to the lower index, NaN last.
-struct Falling {
+struct BySimilarity {
   const float* similarity;
   bool operator()(int64_t i, int64_t j) const {
     const float a = similarity[i], b = similarity[j];
@@ -85,7 +52,7 @@ struct Falling {
 };
 
 // The rows that the tokens of an image have been given so far.
-struct Places {
+struct AssignedRows {
   std::vector<int64_t> row;  // [windows] of the merged token, -1: none yet
   int64_t next;
 };
@@ -94,24 +61,20 @@ struct Places {
 // that has more than one: its tokens follow one another.
 class Placement {
  public:
-  Placement(const cpu::MergeJob& job, const Options& options, uint8_t* merged, int64_t* assignment, int32_t* counts)
-      : job_(job),
-        options_(options),
-        merged_(merged),
-        assignment_(assignment),
-        counts_(counts),
-        complete_(job.windows) {
-    const int64_t tokens = product({job.window[0], job.window[1], job.window[2]});
-    for (int64_t w = 0; w < job.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
+  Placement(const cpu::MergeParameters& p, const Options& options, uint8_t* merged, int64_t* assignment,
+            int32_t* counts)
+      : p_(p), options_(options), merged_(merged), assignment_(assignment), counts_(counts), complete_(p.windows) {
+    const int64_t tokens = saturating_product({p.window[0], p.window[1], p.window[2]});
+    for (int64_t w = 0; w < p.windows; ++w) complete_[w] = tokens > 1 && extent_tokens(w) == tokens;
   }
 
-  int64_t slabs() const { return job_.windows_per[slab_axis()]; }
+  int64_t slabs() const { return p_.windows_per[slab_axis()]; }
 
   // Windows that reach the threshold; with `uniform` only those that the border does not cut.
-  int64_t merge_similar(int64_t b) { return merge_similar(b, 0, job_.windows); }
+  int64_t merge_similar(int64_t b) { return merge_similar(b, 0, p_.windows); }
 
   int64_t merge_similar(int64_t b, int64_t first, int64_t last) {
-    uint8_t* merged = merged_ + b * job_.windows;
+    uint8_t* merged = merged_ + b * p_.windows;
     int64_t count = 0;
     for (int64_t w = first; w < last; ++w) {
       merged[w] = similarity(b)[w] >= options_.threshold && (complete_[w] || !options_.uniform);
@@ -122,77 +85,76 @@ class Placement {
 
   // The most similar windows of those that the border does not cut.
   void merge_top(int64_t b, int64_t number) {
-    uint8_t* merged = merged_ + b * job_.windows;
+    uint8_t* merged = merged_ + b * p_.windows;
     std::vector<int64_t> order;
-    for (int64_t w = 0; w < job_.windows; ++w)
+    for (int64_t w = 0; w < p_.windows; ++w)
       if (complete_[w]) order.push_back(w);
-    std::nth_element(order.begin(), order.begin() + number, order.end(), Falling{similarity(b)});
-    std::fill_n(merged, job_.windows, uint8_t{0});
+    std::nth_element(order.begin(), order.begin() + number, order.end(), BySimilarity{similarity(b)});
+    std::fill_n(merged, p_.windows, uint8_t{0});
     for (int64_t i = 0; i < number; ++i) merged[order[i]] = 1;
   }
 
   // Fills in the rows and the count of image b, whose merged windows are known.
   void place(int64_t b) {
-    Places places = begin(b);
+    AssignedRows rows = begin(b);
     if (options_.merged_first)
-      for (const int64_t w : by_similarity(b)) places.row[w] = places.next++;
-    for (int64_t slab = 0; slab < slabs(); ++slab) place_slab(b, slab, places);
-    end(b, places);
+      for (const int64_t w : by_similarity(b)) rows.row[w] = rows.next++;
+    for (int64_t slab = 0; slab < slabs(); ++slab) place_slab(b, slab, rows);
+    end(b, rows);
   }
 
   // The same in parts: the slabs one after another, the merged windows of each being known.
-  Places begin(int64_t b) {
-    std::iota(assignment_ + b * job_.length, assignment_ + b * job_.length + job_.prefix, 0);
-    return {std::vector<int64_t>(job_.windows, -1), job_.prefix};
+  AssignedRows begin(int64_t b) {
+    std::iota(assignment_ + b * p_.length, assignment_ + b * p_.length + p_.prefix, 0);
+    return {std::vector<int64_t>(p_.windows, -1), p_.prefix};
   }
 
-  void place_slab(int64_t b, int64_t slab, Places& places) {
-    const uint8_t* merged = merged_ + b * job_.windows;
-    int64_t from[2] = {0, 0}, to[2] = {job_.grid[0], job_.grid[1]};
+  void place_slab(int64_t b, int64_t slab, AssignedRows& rows) {
+    const uint8_t* merged = merged_ + b * p_.windows;
+    int64_t from[2] = {0, 0}, to[2] = {p_.grid[0], p_.grid[1]};
     const int axis = slab_axis();
-    from[axis] = slab * job_.window[axis], to[axis] = from[axis] + std::min(job_.window[axis], to[axis] - from[axis]);
-    int64_t* assignment =
-        assignment_ + b * job_.length + job_.prefix + (from[0] * job_.grid[1] + from[1]) * job_.grid[2];
+    from[axis] = slab * p_.window[axis], to[axis] = from[axis] + std::min(p_.window[axis], to[axis] - from[axis]);
+    int64_t* assignment = assignment_ + b * p_.length + p_.prefix + (from[0] * p_.grid[1] + from[1]) * p_.grid[2];
     for (int64_t t = from[0]; t < to[0]; ++t)
       for (int64_t h = from[1]; h < to[1]; ++h)
-        for (int64_t w = 0; w < job_.grid[2]; ++w, ++assignment) {
+        for (int64_t w = 0; w < p_.grid[2]; ++w, ++assignment) {
           const int64_t window = window_of(t, h, w);
-          int64_t& row = places.row[window];
-          *assignment = merged[window] && row >= 0 ? row : places.next++;
+          int64_t& row = rows.row[window];
+          *assignment = merged[window] && row >= 0 ? row : rows.next++;
           if (merged[window]) row = *assignment;
         }
   }
 
-  void end(int64_t b, const Places& places) { counts_[b] = static_cast<int32_t>(places.next); }
+  void end(int64_t b, const AssignedRows& rows) { counts_[b] = static_cast<int32_t>(rows.next); }
 
  private:
-  int slab_axis() const { return job_.grid[0] == 1 ? 1 : 0; }
+  int slab_axis() const { return p_.grid[0] == 1 ? 1 : 0; }
 
-  const float* similarity(int64_t b) const { return job_.similarity + b * job_.windows; }
+  const float* similarity(int64_t b) const { return p_.similarity + b * p_.windows; }
 
   std::vector<int64_t> by_similarity(int64_t b) const {
     std::vector<int64_t> order;
-    for (int64_t w = 0; w < job_.windows; ++w)
-      if (merged_[b * job_.windows + w]) order.push_back(w);
-    std::sort(order.begin(), order.end(), Falling{similarity(b)});
+    for (int64_t w = 0; w < p_.windows; ++w)
+      if (merged_[b * p_.windows + w]) order.push_back(w);
+    std::sort(order.begin(), order.end(), BySimilarity{similarity(b)});
     return order;
   }
 
   int64_t window_of(int64_t t, int64_t h, int64_t w) const {
-    return (t / job_.window[0] * job_.windows_per[1] + h / job_.window[1]) * job_.windows_per[2] + w / job_.window[2];
+    return (t / p_.window[0] * p_.windows_per[1] + h / p_.window[1]) * p_.windows_per[2] + w / p_.window[2];
   }
 
   int64_t extent_tokens(int64_t window) const {
     int64_t tokens = 1;
     for (int axis = 2; axis >= 0; --axis) {
-      const int64_t begin = window % job_.windows_per[axis] * job_.window[axis];
-      tokens *= std::min(job_.window[axis], job_.grid[axis] - begin);
-      window /= job_.windows_per[axis];
+      const int64_t begin = window % p_.windows_per[axis] * p_.window[axis];
+      tokens *= std::min(p_.window[axis], p_.grid[axis] - begin);
+      window /= p_.windows_per[axis];
     }
     return tokens;
   }
 
-  const cpu::MergeJob& job_;
+  const cpu::MergeParameters& p_;
   const Options& options_;
   uint8_t* merged_;                // [B, windows]
   int64_t* assignment_;            // [B, length]
@@ -200,39 +162,39 @@ class Placement {
   std::vector<uint8_t> complete_;  // [windows] more than one token, and the border does not cut it
 };
 
-void copy_prefix(const cpu::MergeJob& job, int64_t b, int64_t element_size) {
-  const int64_t row = job.channels * element_size;
-  for (int64_t token = 0; token < job.prefix; ++token) {
+void copy_prefix(const cpu::MergeParameters& p, int64_t b, int64_t element_size) {
+  const int64_t row = p.channels * element_size;
+  for (int64_t token = 0; token < p.prefix; ++token) {
     if (row > 0)  // else there is no address
-      std::memcpy(static_cast<char*>(job.tokens) + (b * job.capacity + token) * row,
-                  static_cast<const char*>(job.x) + (b * job.x_batch + token * job.x_row) * element_size, row);
-    job.out_sizes[b * job.capacity + token] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
+      std::memcpy(static_cast<char*>(p.tokens) + (b * p.capacity + token) * row,
+                  static_cast<const char*>(p.x) + (b * p.x_batch + token * p.x_row) * element_size, row);
+    p.out_sizes[b * p.capacity + token] = p.sizes ? p.sizes[b * p.sizes_batch + token] : 1.0f;
   }
 }
 
 // One image, a slab at a time, which the caches of a processor hold until it is written.
-void merge_by_slabs(const cpu::MergeJob& job, Placement& placement, const cpu::MergeTask& task, int64_t b) {
-  Places places = placement.begin(b);
+void merge_by_slabs(const cpu::MergeParameters& p, Placement& placement, const cpu::MergeTask& task, int64_t b) {
+  AssignedRows rows = placement.begin(b);
   const int64_t slabs = placement.slabs();
   for (int64_t slab = 0; slab < slabs; ++slab) {
-    const int64_t windows = job.windows / slabs, first = slab * windows, item = b * job.windows + first;
+    const int64_t windows = p.windows / slabs, first = slab * windows, item = b * p.windows + first;
     cpu::window_similarity(task, item, item + windows);
     placement.merge_similar(b, first, first + windows);
-    placement.place_slab(b, slab, places);
+    placement.place_slab(b, slab, rows);
     cpu::write_windows(task, item, item + windows);
   }
-  placement.end(b, places);
+  placement.end(b, rows);
 }
 
-void merge(const cpu::MergeJob& job, Placement& placement, const Options& options, int64_t batch,
+void merge(const cpu::MergeParameters& p, Placement& placement, const Options& options, int64_t batch,
            int64_t element_size) {
-  const int64_t window_bytes = job.length * job.channels * element_size / std::max<int64_t>(1, job.windows);
-  const int64_t workers = worker_count(batch * job.windows, window_bytes, kGrainBytes);
-  std::vector<float> sums(workers * job.channels);
-  const auto task = [&](int64_t worker) { return cpu::MergeTask{&job, sums.data() + worker * job.channels}; };
+  const int64_t window_bytes = p.length * p.channels * element_size / std::max<int64_t>(1, p.windows);
+  const int64_t workers = worker_count(batch * p.windows, window_bytes, kGrainBytes);
+  std::vector<float> sums(workers * p.channels);
+  const auto task = [&](int64_t worker) { return cpu::MergeTask{&p, sums.data() + worker * p.channels}; };
   const auto place = [&](int64_t b) {
     placement.place(b);
-    copy_prefix(job, b, element_size);
+    copy_prefix(p, b, element_size);
   };
 
   if (batch >= workers &&
@@ -240,10 +202,10 @@ void merge(const cpu::MergeJob& job, Placement& placement, const Options& option
     const bool by_slabs = !options.budget && !options.merged_first;  // fates and rows depend on nothing further behind
     share_items(batch, workers, [&](int64_t worker, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
-        const int64_t first = b * job.windows, last = first + job.windows;
+        const int64_t first = b * p.windows, last = first + p.windows;
         if (by_slabs) {
-          merge_by_slabs(job, placement, task(worker), b);
-          copy_prefix(job, b, element_size);
+          merge_by_slabs(p, placement, task(worker), b);
+          copy_prefix(p, b, element_size);
         } else {
           cpu::window_similarity(task(worker), first, last);
           options.budget ? placement.merge_top(b, *options.budget) : static_cast<void>(placement.merge_similar(b));
@@ -255,16 +217,16 @@ void merge(const cpu::MergeJob& job, Placement& placement, const Options& option
     });
     return;
   }
-  share_items(batch * job.windows, workers,
+  share_items(batch * p.windows, workers,
               [&](int64_t worker, int64_t begin, int64_t end) { cpu::window_similarity(task(worker), begin, end); });
-  int64_t number = options.budget.value_or(job.windows);
+  int64_t number = options.budget.value_or(p.windows);
   if (!options.budget)
     for (int64_t b = 0; b < batch; ++b) number = std::min(number, placement.merge_similar(b));
   for (int64_t b = 0; b < batch; ++b) {
     if (options.budget || options.uniform) placement.merge_top(b, number);
     place(b);
   }
-  share_items(batch * job.windows, workers, [&](int64_t worker, int64_t begin, int64_t end) {
+  share_items(batch * p.windows, workers, [&](int64_t worker, int64_t begin, int64_t end) {
     cpu::write_windows(task(worker), begin, end);
     cpu::write_padding(task(worker), begin, end);
   });
@@ -276,35 +238,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
                                                          int64_t num_prefix_tokens,
                                                          const OptionalTensor& sizes,  // [B, P+N]
                                                          bool merged_first) {
-  check_extents(kOp, "x", x, {"B", "P+N", "C"});
-  check_computed(kOp, "x", x);
-  check_last_dense(kOp, "x", x);
-  check_grid(x, grid, window, num_prefix_tokens);
-  if (sizes) check_tensor(kOp, "sizes", *sizes, {x.size(0), x.size(1)}, ScalarType::Float, x);
-  if (budget) check_budget(grid, window, *budget, uniform);
+  check_spatial_merge(x, grid, window, budget, uniform, num_prefix_tokens, sizes);
   cpu::level();  // a wrong MUSTDROP_CPU_CAPABILITY is refused here, not inside a thread
 
-  cpu::MergeJob job = describe(x, grid, window, num_prefix_tokens, sizes);
-  job.capacity = job.length - (budget ? *budget * (product(window) - 1) : 0);
+  cpu::MergeParameters p = describe(x, grid, window, num_prefix_tokens, sizes);
+  p.capacity = p.length - (budget ? *budget * (saturating_product(window) - 1) : 0);
   const int64_t batch = x.size(0);
-  Tensor tokens = new_empty(x, {batch, job.capacity, job.channels}, x.scalar_type());
+  Tensor tokens = new_empty(x, {batch, p.capacity, p.channels}, x.scalar_type());
   Tensor counts = new_empty(x, {batch}, ScalarType::Int);
-  Tensor assignment = new_empty(x, {batch, job.length}, ScalarType::Long);
-  Tensor out_sizes = new_empty(x, {batch, job.capacity}, ScalarType::Float);
+  Tensor assignment = new_empty(x, {batch, p.length}, ScalarType::Long);
+  Tensor out_sizes = new_empty(x, {batch, p.capacity}, ScalarType::Float);
 
-  std::vector<float> similarity(batch * job.windows);
-  std::vector<uint8_t> merged(batch * job.windows);
-  job.similarity = similarity.data(), job.merged = merged.data();
-  auto* assignment_data = static_cast<int64_t*>(assignment.mutable_data_ptr());
-  auto* counts_data = static_cast<int32_t*>(counts.mutable_data_ptr());
-  job.assignment = assignment_data, job.counts = counts_data;
-  job.tokens = tokens.mutable_data_ptr(), job.out_sizes = static_cast<float*>(out_sizes.mutable_data_ptr());
+  std::vector<float> similarity(batch * p.windows);
+  std::vector<uint8_t> merged(batch * p.windows);
+  p.similarity = similarity.data(), p.merged = merged.data();
+  int64_t* assignment_data = mutable_data<int64_t>(assignment);
+  int32_t* counts_data = mutable_data<int32_t>(counts);
+  p.assignment = assignment_data, p.counts = counts_data;
+  p.tokens = tokens.mutable_data_ptr(), p.out_sizes = mutable_data<float>(out_sizes);
 
-  job.streams = batch * job.capacity * job.channels * static_cast<int64_t>(x.element_size()) > kCachedBytes;
+  p.streams = batch * p.capacity * p.channels * static_cast<int64_t>(x.element_size()) > kCachedBytes;
 
   const Options options{static_cast<float>(threshold), budget, uniform, merged_first};
-  Placement placement(job, options, merged.data(), assignment_data, counts_data);
-  merge(job, placement, options, batch, static_cast<int64_t>(x.element_size()));
+  Placement placement(p, options, merged.data(), assignment_data, counts_data);
+  merge(p, placement, options, batch, static_cast<int64_t>(x.element_size()));
   return {tokens, counts, assignment, out_sizes};
 }
 

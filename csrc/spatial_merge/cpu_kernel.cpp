@@ -14,24 +14,23 @@
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
 
-WindowExtent extent_of(const MergeJob& job, int64_t window) {
+WindowExtent extent_of(const MergeParameters& p, int64_t window) {
   WindowExtent extent;
   for (int axis = 2; axis >= 0; --axis) {
-    const int64_t begin = window % job.windows_per[axis] * job.window[axis], end = begin + job.window[axis];
+    const int64_t begin = window % p.windows_per[axis] * p.window[axis], end = begin + p.window[axis];
     extent.begin[axis] = begin;
-    extent.end[axis] = end < job.grid[axis] ? end : job.grid[axis];
-    window /= job.windows_per[axis];
+    extent.end[axis] = end < p.grid[axis] ? end : p.grid[axis];
+    window /= p.windows_per[axis];
   }
   return extent;
 }
 
 // Calls visit(token) for each token of the window, in raster order; tokens are numbered with the prefix.
 template <class Visit>
-void for_each_token(const MergeJob& job, const WindowExtent& extent, const Visit& visit) {
+void for_each_token(const MergeParameters& p, const WindowExtent& extent, const Visit& visit) {
   for (int64_t t = extent.begin[0]; t < extent.end[0]; ++t)
     for (int64_t h = extent.begin[1]; h < extent.end[1]; ++h)
-      for (int64_t w = extent.begin[2]; w < extent.end[2]; ++w)
-        visit(job.prefix + (t * job.grid[1] + h) * job.grid[2] + w);
+      for (int64_t w = extent.begin[2]; w < extent.end[2]; ++w) visit(p.prefix + (t * p.grid[1] + h) * p.grid[2] + w);
 }
 
 template <class T>
@@ -105,40 +104,40 @@ class RowSum {
 
 template <class T>
 void similarity_of(const MergeTask& task, int64_t item) {
-  const MergeJob& job = *task.job;
-  const WindowExtent extent = extent_of(job, item % job.windows);
+  const MergeParameters& p = *task.parameters;
+  const WindowExtent extent = extent_of(p, item % p.windows);
   const int64_t n = extent.tokens();
-  const T* image = static_cast<const T*>(job.x) + item / job.windows * job.x_batch;
+  const T* image = static_cast<const T*>(p.x) + item / p.windows * p.x_batch;
   float squares = 0;
-  RowSum<T> sum(task.sum, job.channels);
-  for_each_token(job, extent, [&](int64_t token) {
-    const T* row = image + token * job.x_row;
-    const float square = square_sum(row, job.channels), norm = sqrtf(square);
+  RowSum<T> sum(task.sum, p.channels);
+  for_each_token(p, extent, [&](int64_t token) {
+    const T* row = image + token * p.x_row;
+    const float square = square_sum(row, p.channels), norm = sqrtf(square);
     const float scale = 1.0f / (norm < 1e-8f ? 1e-8f : norm);
     squares += square * scale * scale;
     sum.add(scale, row);
   });
   const float pairs = static_cast<float>(n) * static_cast<float>(n - 1);
-  job.similarity[item] = n > 1 ? (square_sum(sum.finish(), job.channels) - squares) / pairs : NAN;
+  p.similarity[item] = n > 1 ? (square_sum(sum.finish(), p.channels) - squares) / pairs : NAN;
 }
 
 template <class T>
 void write_merged(const MergeTask& task, const WindowExtent& extent, int64_t b) {
-  const MergeJob& job = *task.job;
-  const T* image = static_cast<const T*>(job.x) + b * job.x_batch;
+  const MergeParameters& p = *task.parameters;
+  const T* image = static_cast<const T*>(p.x) + b * p.x_batch;
   float size = 0;
   int64_t row = -1;
-  RowSum<T> sum(task.sum, job.channels);
-  for_each_token(job, extent, [&](int64_t token) {
-    const float weight = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
+  RowSum<T> sum(task.sum, p.channels);
+  for_each_token(p, extent, [&](int64_t token) {
+    const float weight = p.sizes ? p.sizes[b * p.sizes_batch + token] : 1.0f;
     size += weight;
-    row = job.assignment[b * job.length + token];
-    sum.add(weight, image + token * job.x_row);
+    row = p.assignment[b * p.length + token];
+    sum.add(weight, image + token * p.x_row);
   });
   const float* of_window = sum.finish();
-  T* out = static_cast<T*>(job.tokens) + (b * job.capacity + row) * job.channels;
-  for (int64_t c = 0; c < job.channels; ++c) from_float(of_window[c] / size, out[c]);
-  job.out_sizes[b * job.capacity + row] = size;
+  T* out = static_cast<T*>(p.tokens) + (b * p.capacity + row) * p.channels;
+  for (int64_t c = 0; c < p.channels; ++c) from_float(of_window[c] / size, out[c]);
+  p.out_sizes[b * p.capacity + row] = size;
 }
 
 void put_bytes(void* to, const void* from, int64_t bytes, bool streams) {
@@ -157,54 +156,54 @@ void put_zeros(void* to, int64_t bytes, bool streams) {
 
 template <class T>
 void write_window(const MergeTask& task, int64_t item) {
-  const MergeJob& job = *task.job;
-  const int64_t b = item / job.windows;
-  const WindowExtent extent = extent_of(job, item % job.windows);
-  T* out = static_cast<T*>(job.tokens) + b * job.capacity * job.channels;
-  float* out_sizes = job.out_sizes + b * job.capacity;
-  if (job.merged[item]) {
+  const MergeParameters& p = *task.parameters;
+  const int64_t b = item / p.windows;
+  const WindowExtent extent = extent_of(p, item % p.windows);
+  T* out = static_cast<T*>(p.tokens) + b * p.capacity * p.channels;
+  float* out_sizes = p.out_sizes + b * p.capacity;
+  if (p.merged[item]) {
     write_merged<T>(task, extent, b);
   } else {
-    const T* image = static_cast<const T*>(job.x) + b * job.x_batch;
-    for_each_token(job, extent, [&](int64_t token) {
-      const int64_t row = job.assignment[b * job.length + token];
-      put_bytes(out + row * job.channels, image + token * job.x_row, job.channels * sizeof(T), job.streams);
-      out_sizes[row] = job.sizes ? job.sizes[b * job.sizes_batch + token] : 1.0f;
+    const T* image = static_cast<const T*>(p.x) + b * p.x_batch;
+    for_each_token(p, extent, [&](int64_t token) {
+      const int64_t row = p.assignment[b * p.length + token];
+      put_bytes(out + row * p.channels, image + token * p.x_row, p.channels * sizeof(T), p.streams);
+      out_sizes[row] = p.sizes ? p.sizes[b * p.sizes_batch + token] : 1.0f;
     });
   }
 }
 
 template <class T>
 void pad_window(const MergeTask& task, int64_t item) {
-  const MergeJob& job = *task.job;
-  const int64_t b = item / job.windows, window = item % job.windows, padding = job.capacity - job.counts[b];
-  const int64_t first = job.counts[b] + padding * window / job.windows;
-  const int64_t last = job.counts[b] + padding * (window + 1) / job.windows;
-  T* out = static_cast<T*>(job.tokens) + (b * job.capacity + first) * job.channels;
-  put_zeros(out, (last - first) * job.channels * sizeof(T), job.streams);
-  memset(job.out_sizes + b * job.capacity + first, 0, (last - first) * sizeof(float));
+  const MergeParameters& p = *task.parameters;
+  const int64_t b = item / p.windows, window = item % p.windows, padding = p.capacity - p.counts[b];
+  const int64_t first = p.counts[b] + padding * window / p.windows;
+  const int64_t last = p.counts[b] + padding * (window + 1) / p.windows;
+  T* out = static_cast<T*>(p.tokens) + (b * p.capacity + first) * p.channels;
+  put_zeros(out, (last - first) * p.channels * sizeof(T), p.streams);
+  memset(p.out_sizes + b * p.capacity + first, 0, (last - first) * sizeof(float));
 }
 
 }  // namespace
 
 void window_similarity(const MergeTask& task, int64_t begin, int64_t end) {
-  with_element(task.job->element, [&](auto type) {
+  with_element(task.parameters->element, [&](auto type) {
     for (int64_t item = begin; item < end; ++item) similarity_of<decltype(type)>(task, item);
   });
 }
 
 void write_windows(const MergeTask& task, int64_t begin, int64_t end) {
-  with_element(task.job->element, [&](auto type) {
+  with_element(task.parameters->element, [&](auto type) {
     for (int64_t item = begin; item < end; ++item) write_window<decltype(type)>(task, item);
   });
-  if (task.job->streams) end_streams();
+  if (task.parameters->streams) end_streams();
 }
 
 void write_padding(const MergeTask& task, int64_t begin, int64_t end) {
-  with_element(task.job->element, [&](auto type) {
+  with_element(task.parameters->element, [&](auto type) {
     for (int64_t item = begin; item < end; ++item) pad_window<decltype(type)>(task, item);
   });
-  if (task.job->streams) end_streams();
+  if (task.parameters->streams) end_streams();
 }
 
 }  // namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL

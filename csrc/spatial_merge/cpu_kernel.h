@@ -8,7 +8,7 @@
 
 namespace mustdrop::cpu {
 
-struct MergeJob {
+struct MergeParameters {
   // Shapes; an image is [T, H, W] patches, T = 1 for pictures
   int64_t prefix, length, capacity, channels;  // length = prefix + patches, capacity: rows of the result
   int64_t grid[3], window[3];
@@ -34,7 +34,7 @@ struct MergeJob {
 };
 
 struct MergeTask {
-  const MergeJob* job;
+  const MergeParameters* parameters;
   float* sum;  // [channels], this thread's
 };
 

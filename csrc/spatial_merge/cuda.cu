@@ -13,7 +13,7 @@ constexpr int kRankedInBlock = 512;     // windows that a block puts in order by
 constexpr int kAssignedInBlock = 4096;  // patches that each block of an image gives their rows
 
 int32_t narrow(int64_t value) {
-  if (value > INT_MAX) refuse("spatial_merge", "x", " must have sizes below 2^31, got ", value);
+  if (value > INT_MAX) refuse_argument("spatial_merge", "x", "must have sizes below 2^31, got ", value);
   return static_cast<int32_t>(value);
 }
 
@@ -73,11 +73,11 @@ void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
   const int64_t windows = int64_t(p.batch) * p.window_count, patches = int64_t(p.batch) * p.patches;
   Workspace workspace(
       x, 3 * Workspace::size(windows * 4) + Workspace::size(windows * p.members * 4) + Workspace::size(patches * 4));
-  p.similarity = workspace.take<float>(windows);
-  p.rank = workspace.take<int32_t>(windows);
-  p.window_row = workspace.take<int32_t>(windows);
-  p.inverse = workspace.take<float>(windows * p.members);
-  p.row = workspace.take<int32_t>(patches);
+  p.similarity = workspace.allocate<float>(windows);
+  p.rank = workspace.allocate<int32_t>(windows);
+  p.window_row = workspace.allocate<int32_t>(windows);
+  p.inverse = workspace.allocate<float>(windows * p.members);
+  p.row = workspace.allocate<int32_t>(patches);
   const Grid per_window{dim3(blocks(ceil_div(windows, kMergeWarps))), kMergeThreads};
   if (windows > 0) device.launch(per_window, MUSTDROP_KERNEL(merge_similarity_kernel<T, V>), p);
   if (launch_finish<T, V>(device, p)) return;

@@ -83,9 +83,9 @@ def _check(a: Call) -> None:
         check(size >= 0, "grid", f"must not be negative, got {list(grid)}")
         check(extent >= 1, "window", f"must be positive, got {list(window)}")
     check.at_least("num_prefix_tokens", a.num_prefix_tokens, 0)
-    length = a.num_prefix_tokens + prod(grid)
-    got = a.x.shape[1]
-    check(got == length, "x", f"must have num_prefix_tokens + prod(grid) = {length} tokens, got {got}")
+    given = f"num_prefix_tokens {a.num_prefix_tokens} and grid {list(grid)}"
+    ok = a.x.shape[1] == a.num_prefix_tokens + prod(grid)
+    check(ok, "x", f"must have num_prefix_tokens + prod(grid) tokens with {given}, got {a.x.shape[1]}")
     if a.sizes is not None:
         check.tensor("sizes", a.sizes, tuple(a.x.shape[:2]), (torch.float32,))
     if a.budget is None:

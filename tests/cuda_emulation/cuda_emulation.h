@@ -25,13 +25,13 @@
 namespace cuda_emulation {
 
 // What a kernel may ask about the thread that runs it.
-struct Here {
+struct ThreadContext {
   dim3 thread, block, block_size, grid_size;
   unsigned cluster_rank, cluster_size;
   char* shared;           // this block's dynamic shared memory
   unsigned shared_bytes;  // its size
 };
-const Here& here();
+const ThreadContext& this_thread();
 
 struct Launch {
   const void* kernel;  // what set_shared_limit() knows it by
@@ -100,21 +100,21 @@ auto places(void (*)(Parameters...)) {
   return std::index_sequence_for<Parameters...>{};
 }
 template <auto kKernel>
-Kernel* remember() {
+Kernel* register_kernel() {
   static Kernel kernel{__PRETTY_FUNCTION__, [](void** p) { play(kKernel, p, places(kKernel)); }, first_kernel()};
   return first_kernel() = &kernel;
 }
 template <auto kKernel>
-inline Kernel* const remembered = remember<kKernel>();
+inline Kernel* const registration = register_kernel<kKernel>();
 
 template <auto kKernel>
-auto known() {
-  static_cast<void>(remembered<kKernel>);
+auto registered() {
+  static_cast<void>(registration<kKernel>);
   return kKernel;
 }
 
 inline unsigned linear_thread() {
-  const Here& h = here();
+  const ThreadContext& h = this_thread();
   return h.thread.x + h.block_size.x * (h.thread.y + h.block_size.y * h.thread.z);
 }
 inline unsigned lane() { return linear_thread() & 31; }
@@ -129,10 +129,10 @@ T shuffle(const char* what, unsigned mask, T value, unsigned from, bool inside) 
 
 }  // namespace cuda_emulation
 
-#define threadIdx (cuda_emulation::here().thread)
-#define blockIdx (cuda_emulation::here().block)
-#define blockDim (cuda_emulation::here().block_size)
-#define gridDim (cuda_emulation::here().grid_size)
+#define threadIdx (cuda_emulation::this_thread().thread)
+#define blockIdx (cuda_emulation::this_thread().block)
+#define blockDim (cuda_emulation::this_thread().block_size)
+#define gridDim (cuda_emulation::this_thread().grid_size)
 
 inline void __syncthreads() { cuda_emulation::block_barrier(); }
 inline void __syncwarp(unsigned mask = ~0u) { cuda_emulation::lanes("__syncwarp", mask, 0); }

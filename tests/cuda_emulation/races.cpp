@@ -16,11 +16,11 @@
 
 namespace cuda_emulation::races {
 
-__attribute__((tls_model("initial-exec"))) __thread Who* who = nullptr;
+__attribute__((tls_model("initial-exec"))) __thread ThreadState* running = nullptr;
 
 namespace {
 
-// Who shares an access: the later an enumerator, the more threads it stands for.
+// ThreadState shares an access: the later an enumerator, the more threads it stands for.
 enum class Reach : uint8_t { nobody, thread, warp, block, cluster, launch };
 
 // One access, or several that only the widest barrier of them all can order before another thread's.
@@ -76,18 +76,19 @@ Granule& granule_at(uintptr_t address) {
 
 Reach distance(uint32_t a, uint32_t b) {
   if (a == b) return Reach::thread;
-  const uint32_t block_a = a / who->block_size, block_b = b / who->block_size;
-  if (block_a == block_b) return a % who->block_size / 32 == b % who->block_size / 32 ? Reach::warp : Reach::block;
-  return block_a / who->cluster_size == block_b / who->cluster_size ? Reach::cluster : Reach::launch;
+  const uint32_t block_a = a / running->block_size, block_b = b / running->block_size;
+  if (block_a == block_b)
+    return a % running->block_size / 32 == b % running->block_size / 32 ? Reach::warp : Reach::block;
+  return block_a / running->cluster_size == block_b / running->cluster_size ? Reach::cluster : Reach::launch;
 }
 
 // Whether another block has said through a flag that `before` is over.
 bool handed_over(const Access& before) {
   if (before.reach > Reach::block) return false;  // accesses of several blocks
-  const uint32_t block = before.thread / who->block_size;
-  return std::any_of(who->acquired->begin(), who->acquired->end(), [&](const Acquired& a) {
+  const uint32_t block = before.thread / running->block_size;
+  return std::any_of(running->acquired->begin(), running->acquired->end(), [&](const Acquired& a) {
     return a.block == block && before.block_barriers < a.before &&
-           (a.thread == who->thread || who->block_barriers > a.after);
+           (a.thread == running->thread || running->block_barriers > a.after);
   });
 }
 
@@ -95,23 +96,23 @@ bool handed_over(const Access& before) {
 bool ordered(const Access& before) {
   if (before.reach == Reach::nobody) return true;
   if (before.pending) return false;
-  const Reach reach = std::max(before.reach, distance(before.thread, who->thread));
+  const Reach reach = std::max(before.reach, distance(before.thread, running->thread));
   if (reach == Reach::thread) return true;
   if (reach == Reach::launch) return handed_over(before);
-  if (who->cluster_waits > before.cluster_arrivals) return true;
+  if (running->cluster_waits > before.cluster_arrivals) return true;
   if (reach == Reach::cluster) return false;
-  if (who->block_barriers > before.block_barriers) return true;
-  return reach == Reach::warp && who->warp_barriers > before.warp_barriers;
+  if (running->block_barriers > before.block_barriers) return true;
+  return reach == Reach::warp && running->warp_barriers > before.warp_barriers;
 }
 
 Access mine(bool atomic, const void* code) {
   Access a;
   a.reach = Reach::thread;
   a.atomic = atomic;
-  a.thread = who->thread;
-  a.warp_barriers = who->warp_barriers;
-  a.block_barriers = who->block_barriers;
-  a.cluster_arrivals = who->cluster_arrivals;
+  a.thread = running->thread;
+  a.warp_barriers = running->warp_barriers;
+  a.block_barriers = running->block_barriers;
+  a.cluster_arrivals = running->cluster_arrivals;
   a.code = code;
   return a;
 }
@@ -136,17 +137,18 @@ std::string place(const void* code) {
 }
 
 [[noreturn]] void report(const char* what, const void* code, const Access& before, const char* did) {
-  const uint32_t here_block = who->thread / who->block_size, there_block = before.thread / who->block_size;
-  fail("a race: thread " + std::to_string(who->thread % who->block_size) + " of block " + std::to_string(here_block) +
-       " " + what + " at " + place(code) + " what thread " + std::to_string(before.thread % who->block_size) +
-       " of block " + std::to_string(there_block) + " " + did + " at " + place(before.code) +
-       ", with no barrier between them");
+  const uint32_t here_block = running->thread / running->block_size, there_block = before.thread / running->block_size;
+  fail("a race: thread " + std::to_string(running->thread % running->block_size) + " of block " +
+       std::to_string(here_block) + " " + what + " at " + place(code) + " what thread " +
+       std::to_string(before.thread % running->block_size) + " of block " + std::to_string(there_block) + " " + did +
+       " at " + place(before.code) + ", with no barrier between them");
 }
 
 void visit(Cell& cell, bool shared, Kind kind, const void* code) {
   if (kind == Kind::read) {
     if (shared && cell.write.reach == Reach::nobody)
-      fail("thread " + std::to_string(who->thread) + " reads shared memory that nobody has written, at " + place(code));
+      fail("thread " + std::to_string(running->thread) + " reads shared memory that nobody has written, at " +
+           place(code));
     if (!ordered(cell.write)) report("reads", code, cell.write, "writes");
     return join(cell.read, mine(false, code));
   }
@@ -202,12 +204,12 @@ void fresh(const void* memory, size_t bytes, bool shared) {
 
 void access(const void* memory, size_t bytes, Kind kind, const void* code) {
   const char* p = static_cast<const char*>(memory);
-  if (!who || (p >= who->stack && p < who->stack_end)) return;
+  if (!running || (p >= running->stack && p < running->stack_end)) return;
   each_cell(reinterpret_cast<uintptr_t>(p), bytes, [&](Cell& cell, bool shared) { visit(cell, shared, kind, code); });
 }
 
 void copy_starts(void* to, const void* from, unsigned bytes, unsigned size, const void* code) {
-  if (!who) return;
+  if (!running) return;
   if (bytes) access(from, bytes, Kind::read, code);
   each_cell(reinterpret_cast<uintptr_t>(to), size, [&](Cell& cell, bool shared) {
     visit(cell, shared, Kind::write, code);
@@ -216,22 +218,22 @@ void copy_starts(void* to, const void* from, unsigned bytes, unsigned size, cons
 }
 
 void copy_ends(void* to, unsigned size, const void* code) {
-  if (!who) return;
+  if (!running) return;
   each_cell(reinterpret_cast<uintptr_t>(to), size, [&](Cell& cell, bool) { cell.write = mine(false, code); });
 }
 
 void release(const int32_t* flag, const void* code) {
-  if (!who) return;
+  if (!running) return;
   access(flag, sizeof *flag, Kind::atomic, code);
-  releases[flag] = {who->thread / who->block_size, who->block_barriers};
+  releases[flag] = {running->thread / running->block_size, running->block_barriers};
 }
 
 void acquire(const int32_t* flag, const void* code) {
-  if (!who) return;
+  if (!running) return;
   access(flag, sizeof *flag, Kind::atomic, code);
   const auto found = releases.find(flag);
   if (found == releases.end()) return;  // set before the launch
-  who->acquired->push_back({found->second.block, found->second.barriers, who->thread, who->block_barriers});
+  running->acquired->push_back({found->second.block, found->second.barriers, running->thread, running->block_barriers});
 }
 
 }  // namespace cuda_emulation::races

@@ -24,7 +24,7 @@ struct Acquired {
 };
 
 // A thread of the launch, as far as order goes.
-struct Who {
+struct ThreadState {
   uint32_t thread = 0;      // of the whole launch
   uint32_t block_size = 1;  // threads of a block
   uint32_t cluster_size = 1;
@@ -36,7 +36,7 @@ struct Who {
 
 enum class Kind { read, write, atomic };
 
-extern __thread Who* who;  // the thread of the kernel that this host thread runs, null where none does
+extern __thread ThreadState* running;  // the thread of the kernel that this host thread runs, null where none does
 
 void begin_launch();                                        // what was accessed before is over
 void fresh(const void* memory, size_t bytes, bool shared);  // nobody has used it; `shared`: nor may read it unwritten

@@ -61,7 +61,7 @@ class SharedLimits {
 // Fiber stacks are kept for the next block: a test runs tens of thousands of threads.
 class Stacks {
  public:
-  char* take() {
+  char* acquire() {
     if (free_.empty()) {
       void* p = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
       if (p == MAP_FAILED) throw std::runtime_error("cuda_emulation: no memory for a stack");
@@ -71,7 +71,7 @@ class Stacks {
     free_.pop_back();
     return stack;
   }
-  void give(char* stack) {
+  void release(char* stack) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(stack, kStackBytes);  // frames that were never returned from
 #endif
@@ -142,11 +142,11 @@ struct Thread {
   Context context{};
   char* stack = nullptr;
   void* fake_stack = nullptr;  // AddressSanitizer's
-  Here here{};
+  ThreadContext kernel_context{};
   Block* block = nullptr;
   unsigned linear = 0;
   unsigned phase = 0;  // of the cluster's barrier: the one that it has arrived at
-  races::Who who;
+  races::ThreadState state;
   bool done = false;
   const char* waits_for = nullptr;
   std::deque<std::vector<Copy>> groups;  // committed copies, oldest first
@@ -250,7 +250,7 @@ void Launching::enter_fiber() {
 void Launching::switch_in(Thread* t) {
   self = t;
 #if defined(MUSTDROP_FIND_RACES)
-  races::who = &t->who;
+  races::running = &t->state;
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_, t->stack, kStackBytes);
@@ -259,7 +259,7 @@ void Launching::switch_in(Thread* t) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_, nullptr, nullptr);
 #endif
-  races::who = nullptr;
+  races::running = nullptr;
 }
 
 void Launching::switch_out() {
@@ -283,23 +283,23 @@ void Launching::start_thread(Block& block, unsigned linear, dim3 index, unsigned
   const dim3 d = launch_.block;
   t.block = &block;
   t.linear = linear;
-  t.stack = stacks.take();
-  t.here = {dim3(linear % d.x, linear / d.x % d.y, linear / (d.x * d.y)),
-            index,
-            d,
-            launch_.grid,
-            rank,
-            launch_.cluster,
-            block.shared,
-            static_cast<unsigned>(launch_.shared_bytes)};
+  t.stack = stacks.acquire();
+  t.kernel_context = {dim3(linear % d.x, linear / d.x % d.y, linear / (d.x * d.y)),
+                      index,
+                      d,
+                      launch_.grid,
+                      rank,
+                      launch_.cluster,
+                      block.shared,
+                      static_cast<unsigned>(launch_.shared_bytes)};
   const unsigned size = static_cast<unsigned>(block.threads.size());
   const unsigned linear_block = index.x + launch_.grid.x * (index.y + launch_.grid.y * index.z);
-  t.who.thread = linear_block * size + linear;
-  t.who.block_size = size;
-  t.who.cluster_size = launch_.cluster;
-  t.who.stack = t.stack;
-  t.who.stack_end = t.stack + kStackBytes;
-  t.who.acquired = &block.acquired;
+  t.state.thread = linear_block * size + linear;
+  t.state.block_size = size;
+  t.state.cluster_size = launch_.cluster;
+  t.state.stack = t.stack;
+  t.state.stack_end = t.stack + kStackBytes;
+  t.state.acquired = &block.acquired;
   make_context(t.context, t.stack, fiber_main);
   ready(&t);
 }
@@ -332,8 +332,8 @@ void Launching::start_cluster(unsigned first) {
 
 void Launching::finish(Thread* t) {
   if (!t->groups.empty() || !t->copies.empty()) error_ = "a thread left with copies that it has not waited for";
-  if (t->who.cluster_waits < t->block->wanted) error_ = "a block left while others may still use its shared memory";
-  stacks.give(t->stack);
+  if (t->state.cluster_waits < t->block->wanted) error_ = "a block left while others may still use its shared memory";
+  stacks.release(t->stack);
   t->stack = nullptr;
   --t->block->left;
   Cluster* cluster = t->block->cluster;
@@ -360,7 +360,7 @@ size_t Launching::choose() {
   const auto draw = [this] { return random_() % ready_.size(); };
   size_t best = draw();
   if (!unfair_ || random_() % 4 == 0) return best;
-  const auto speed = [this](size_t i) { return (ready_[i]->who.thread / 32 + 1) * 2654435761u ^ unfair_; };
+  const auto speed = [this](size_t i) { return (ready_[i]->state.thread / 32 + 1) * 2654435761u ^ unfair_; };
   for (int i = 0; i < 8; ++i)
     if (const size_t other = draw(); speed(other) > speed(best)) best = other;
   return best;
@@ -406,7 +406,7 @@ void Launching::run() {
   for (auto& [key, cluster] : running_)
     for (auto& block : cluster->blocks)
       for (Thread& t : block->threads)
-        if (t.stack) stacks.give(t.stack);
+        if (t.stack) stacks.release(t.stack);
   if (!error_.empty()) throw std::runtime_error("cuda_emulation: " + error_);
 }
 
@@ -420,7 +420,7 @@ void do_copy(const Copy& c) {
 
 // ---------------------------------------------------------------------------------------------- what kernels call
 
-const Here& here() { return current->self->here; }
+const ThreadContext& this_thread() { return current->self->kernel_context; }
 int capability() { return settings.capability; }
 int device() { return settings.capability - 80; }
 int multiprocessors() { return settings.multiprocessors; }
@@ -467,7 +467,7 @@ void block_barrier() {
   } else {
     current->suspend("__syncthreads");
   }
-  ++t->who.block_barriers;
+  ++t->state.block_barriers;
 }
 
 void cluster_arrive() {
@@ -475,7 +475,7 @@ void cluster_arrive() {
   const unsigned threads = static_cast<unsigned>(cluster.blocks.size() * cluster.blocks[0]->threads.size());
   if (cluster.left != threads) fail("a thread left before others reached the cluster's barrier");
   current->self->phase = cluster.phase + 1;
-  ++current->self->who.cluster_arrivals;
+  ++current->self->state.cluster_arrivals;
   if (++cluster.arrived < threads) return;
   cluster.arrived = 0;
   ++cluster.phase;
@@ -490,21 +490,21 @@ void cluster_wait() {
     current->suspend("the cluster's barrier");
   else
     pause();
-  ++t->who.cluster_waits;
+  ++t->state.cluster_waits;
 }
 
 char* cluster_shared(void* mine, unsigned rank) {
   const Block& block = *current->self->block;
   const ptrdiff_t offset = static_cast<char*>(mine) - block.shared;
   if (rank >= block.cluster->blocks.size()) fail("a rank outside the cluster");
-  if (offset < 0 || offset > static_cast<ptrdiff_t>(here().shared_bytes))
+  if (offset < 0 || offset > static_cast<ptrdiff_t>(this_thread().shared_bytes))
     fail("a cluster address outside shared memory");
   Block& other = *block.cluster->blocks[rank];
-  const races::Who& who = current->self->who;
+  const races::ThreadState& state = current->self->state;
   if (&other != &block) {
-    if (who.cluster_waits == 0) fail("another block's shared memory before the cluster's first barrier");
+    if (state.cluster_waits == 0) fail("another block's shared memory before the cluster's first barrier");
     if (other.left < other.threads.size()) fail("the shared memory of a block whose threads have left");
-    other.wanted = std::max(other.wanted, who.cluster_arrivals + 1);
+    other.wanted = std::max(other.wanted, state.cluster_arrivals + 1);
   }
   return other.shared + offset;
 }
@@ -532,7 +532,7 @@ void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes
     current->suspend(what);
   }
   std::memcpy(out, e->data.data(), 32 * bytes);
-  if (mask == ~0u && std::strcmp(what, "__syncwarp") == 0) ++t.who.warp_barriers;
+  if (mask == ~0u && std::strcmp(what, "__syncwarp") == 0) ++t.state.warp_barriers;
   if (--e->left == 0) open.erase(std::find_if(open.begin(), open.end(), [&](const auto& x) { return x.get() == e; }));
 }
 

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bad arguments: refused before any work, with a RuntimeError that names the op and the argument; nothing is changed.
 
-A table: for each op, each argument, each way of being wrong. The same table runs on the fakes, which is what
-torch.compile meets.
+A table: for each op, each argument, each way of being wrong. Every backend raises the message of the reference backend,
+word for word, and so do the fakes, which torch.compile calls.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,8 @@ import mustdrop_kernels
 from .cases import Watch
 from .sample_calls import sample, tensors_in
 from .schemas import OPS
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 Change = Callable[[dict], Any]
 
@@ -53,6 +56,17 @@ def expanded(t: torch.Tensor) -> torch.Tensor:
 
 
 INT, DOUBLE, HALF = cast(torch.int64), cast(torch.float64), cast(torch.float16)
+
+
+def dtypes_but(*served: torch.dtype) -> dict[str, Change]:
+    """A row for each other dtype that torch's stable ABI knows."""
+    floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.float8_e4m3fn]
+    floats += [torch.float8_e5m2fnuz, torch.float8_e4m3fnuz]
+    integers = [torch.int8, torch.int16, torch.int32, torch.int64]
+    integers += [torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64]
+    every = [*floats, *integers, torch.complex32, torch.complex64, torch.complex128]
+    return {str(dtype).removeprefix("torch."): cast(dtype) for dtype in every if dtype not in served}
+
 
 # op -> argument -> {what is wrong: the changed argument}; a tuple changes other arguments too, by name.
 QUERY = {
@@ -180,10 +194,10 @@ TABLE: dict[str, dict[str, dict[str, Change]]] = {
     },
     "cls_attention": {
         "q": {
+            "rank 1": shape(8),
             "rank 2": shape(2, 8),
             "rank 4": shape(2, 3, 1, 8),
-            "integers": INT,
-            "float64": DOUBLE,
+            **dtypes_but(torch.float32, torch.float16, torch.bfloat16),
             "last dimension with gaps": gaps,
         },
         "k": {
@@ -258,7 +272,7 @@ TABLE: dict[str, dict[str, dict[str, Change]]] = {
             "another batch": shape(3, 4),
             "last dimension with gaps": gaps,
         },
-        "counts": {"int64": INT, "rank 2": shape(2, 1), "another batch": shape(3)},
+        "counts": {**dtypes_but(torch.int32), "rank 2": shape(2, 1), "another batch": shape(3)},
     },
     "compact_kv_": {
         "keys": {
@@ -323,16 +337,27 @@ def broken_together(op: str, changes: dict[str, Any], device: str) -> dict[str, 
     return {**given, **{name: new(given[name]) if callable(new) else new for name, new in changes.items()}}
 
 
-def expect_refusal(call: Callable, op: str, argument: str, given: dict) -> None:
+def refusal(op: str, given: dict) -> str | None:
+    """The message of the reference backend, None where it accepts the call."""
+    try:
+        getattr(mustdrop_kernels, op)(**given, backend="reference")
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def expect_refusal(call: Callable, op: str, argument: str, given: dict, expected: str | None = None) -> None:
+    """``expected``: the reference backend's message, where it cannot be asked with the same tensors."""
     watch = Watch(*tensors_in(given)) if all(type(t) is torch.Tensor for t in tensors_in(given)) else None
-    with pytest.raises(RuntimeError) as refusal:
+    with pytest.raises(RuntimeError) as refused:
         call(**given)
-    message = str(refusal.value)
+    message = str(refused.value)
     assert message.startswith(f"mustdrop::{op}: {argument}"), message
     rest = message.removeprefix(f"mustdrop::{op}: {argument}")
     assert rest[0] in " [", f"must name {argument}: {message}"
     assert len(rest) > 10, f"must say what is wrong: {message}"
     assert watch is None or watch.nothing_changed()
+    assert message == (refusal(op, given) if expected is None else expected)
 
 
 def test_table_is_complete():
@@ -360,6 +385,23 @@ def test_refused_together(backend, op, argument, changes):
 
 
 @pytest.mark.parametrize("op", OPS)
+def test_the_same_argument_is_refused_first(backend, op):
+    """Two wrong arguments at once, every pair of rows: the reference backend's order of checks is everyone's."""
+    rows = [(argument, wrong) for argument, ways in TABLE[op].items() for wrong in ways]
+    for (first_name, first_wrong), (second_name, second_wrong) in itertools.combinations(rows, 2):
+        if first_name == second_name:
+            continue
+        given = broken(op, first_name, first_wrong, backend.device)
+        given[second_name] = TABLE[op][second_name][second_wrong](given.get(second_name))
+        expected = refusal(op, given)
+        if expected is None:  # two changes that agree with each other
+            continue
+        with pytest.raises(RuntimeError) as refused:
+            getattr(backend, op)(**given)
+        assert str(refused.value) == expected, (first_name, first_wrong, second_name, second_wrong)
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_refused_on_fakes(op, device):
     """The whole table on fake tensors, but for what only an address shows."""
     mode = FakeTensorMode()
@@ -376,8 +418,10 @@ def test_refused_on_fakes(op, device):
     ]
     rows += [(argument, broken_together(op, changes, device)) for o, argument, changes in TOGETHER if o == op]
     for argument, given in rows:
+        expected = refusal(op, given)
         with mode:
-            expect_refusal(getattr(mustdrop_kernels, op), op, argument, {k: fake(v) for k, v in given.items()})
+            fakes = {name: fake(v) for name, v in given.items()}
+            expect_refusal(getattr(mustdrop_kernels, op), op, argument, fakes, expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import inspect
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +24,12 @@ def test_schema(op):
     assert [r.name for r in registered.returns if r.name] == [
         r.name for r in torch._C.parse_schema(SCHEMAS[op]).returns if r.name
     ]
+
+
+def test_token_types_of_the_kernels():
+    header = Path(__file__).resolve().parents[2] / "csrc" / "common" / "token_types.h"
+    found = re.findall(r"\bk(\w+)Token = (\d+);", header.read_text())
+    assert {name.upper(): int(value) for name, value in found} == {t.name: t.value for t in mustdrop_kernels.TokenType}
 
 
 def test_there_are_no_other_ops():

@@ -58,7 +58,7 @@ def test_every_source_is_listed(build: dict[str, Any], project: Path) -> None:
     files = {str(path.relative_to(project)) for path in (project / "csrc").rglob("*") if path.is_file()}
     assert files - LEFT_OUT == {path for path in sources(build, "cuda") if path.startswith("csrc/")}
     for_gpus = {path for path in files if path.endswith((".cu", ".cuh"))} | {"csrc/common/launch.h"}
-    for_gpus |= {"csrc/attention_scores/cuda.h", "csrc/select/launch.h"}
+    for_gpus |= {"csrc/attention_scores/cuda.h"}
     assert files - LEFT_OUT - for_gpus == {path for path in sources(build, "cpu") if path.startswith("csrc/")}
 
 

@@ -161,6 +161,7 @@ def test_one_wheel_from_the_sdist_for_every_python(tmp_path: Path) -> None:
         names = archive.namelist()
     assert {f"mustdrop_kernels/lib/{name}" for name in LIB if name.endswith(".so")} <= set(names)
     assert "mustdrop_kernels/lib/kernels/common/device.cuh" in names
+    assert "mustdrop_kernels/lib/kernels/common/token_types.h" in names
     assert not [name for name in names if "_native" in name]
     install_and_run(wheel, tmp_path / "site")
 

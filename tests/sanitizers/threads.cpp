@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "common/stable.h"
+#include "common/token_types.h"
 
 namespace torch::stable {
 
@@ -30,7 +31,6 @@ void parallel_for(int64_t begin, int64_t end, int64_t, const std::function<void(
 namespace {
 
 using namespace mustdrop;
-using Tensors = std::vector<Tensor>;
 using Bytes = std::vector<std::vector<char>>;
 using Two = std::tuple<Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
@@ -71,7 +71,7 @@ Tensor ints(std::vector<int64_t> shape, const std::function<int32_t(int64_t)>& v
 Tensor types(int64_t batch, int64_t length) {  // some padding, pictures, a question
   return whole<uint8_t>({batch, length}, ScalarType::Byte, [=](int64_t i) {
     const int64_t j = i % length;
-    return j < 3 ? 0 : j < 20 ? 1 : j < length - 25 ? 2 : 3;
+    return j < 3 ? kPaddingToken : j < 20 ? kTextToken : j < length - 25 ? kVisionToken : kQueryToken;
   });
 }
 

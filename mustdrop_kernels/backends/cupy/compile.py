@@ -39,7 +39,7 @@ class Code:
 @cache
 def sources() -> dict[str, str]:
     """The kernels' files by the name under which they include each other."""
-    return {p.relative_to(HEADERS).as_posix(): p.read_text() for p in sorted(HEADERS.glob("*/*.cuh"))}
+    return {p.relative_to(HEADERS).as_posix(): p.read_text() for p in sorted(HEADERS.glob("*/*.*h"))}
 
 
 def architecture(capability: int) -> tuple[str, int]:
