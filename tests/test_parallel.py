@@ -7,12 +7,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_engines import row_lse
+from test_packed_plan import row_lse
 
 from mustdrop_kernels import ops, stages
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts
 from mustdrop_kernels.parallel import scores_over_ranks
+from mustdrop_kernels.plans import PackedPrompts
 
 RANKS, HQ, HK, D = 2, 8, 4, 16
 PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the picture, patches, text after it

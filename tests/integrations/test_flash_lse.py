@@ -14,10 +14,10 @@ from prompts import make_inputs
 from transformers import modeling_flash_attention_utils as flash
 
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PaddedPrompts
 from mustdrop_kernels.integrations.transformers import drop_tokens
 from mustdrop_kernels.integrations.transformers.flash_lse import asked_for_lse
 from mustdrop_kernels.ops import TokenType
+from mustdrop_kernels.plans import PaddedPrompts
 
 THRESHOLDS = dict(pruning_layers=(1, 3, 5), global_threshold=0.01, individual_threshold=0.02)
 BUDGETS = dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20))

@@ -11,9 +11,9 @@ from prompts import make_inputs
 from token_pool_engine import Allocator, Engine, Kv, Pools
 
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts
 from mustdrop_kernels.integrations.sglang import TokenTable
 from mustdrop_kernels.integrations.transformers import drop_tokens
+from mustdrop_kernels.plans import PackedPrompts
 
 COMMON = dict(merge=False, key_rate=0.0, pruning_layers=(1, 3, 5), evict_from=0)
 CONFIGS = {

@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mustdrop_kernels.engines import PackedPrompts
 from mustdrop_kernels.integrations.sglang import TokenTable
+from mustdrop_kernels.plans import PackedPrompts
 
 
 @dataclasses.dataclass

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...engines import PackedPrompts
+from ...plans import PackedPrompts
 
 
 class TokenTable:

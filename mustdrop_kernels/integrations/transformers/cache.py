@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .books import Books, Held, Mark, Shortened
+from .shortened_cache import Books, Held, Mark, Shortened
 
 
 class DropLayer(DynamicLayer):

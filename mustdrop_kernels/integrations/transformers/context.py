@@ -17,17 +17,17 @@ from ...config import MustDropConfig
 from ...report import Report, Stopwatch
 from . import generating
 from .attention import watched_config
-from .books import Lifetime, Shortened
 from .cache import DropCache
 from .compat import CACHE, features_of, hidden_of, with_hidden
 from .decode import Decode, check_mask, own_inputs
+from .eager import Uncompiled, modules_of
 from .families import Family, family_of
 from .patching import patch
 from .prefill import Prefill
 from .prompt import repeated
+from .rollback import UndoneForward
+from .shortened_cache import Lifetime, Shortened
 from .static_cache import DropStaticCache, books_of
-from .uncompiled import Uncompiled, modules_of
-from .undo import UndoneForward
 from .vision import VisionStage
 
 FirstStage = Callable[[Family, MustDropConfig, Stopwatch], VisionStage]

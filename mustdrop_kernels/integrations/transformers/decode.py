@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from .attention import causal_mask
-from .books import Held, Shortened
 from .cache import DropCache
 from .compat import CACHE
 from .families import Family
+from .shortened_cache import Held, Shortened
 from .static_cache import DropStaticCache
 
 

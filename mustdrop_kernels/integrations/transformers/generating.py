@@ -12,14 +12,14 @@ import torch
 from transformers.cache_utils import StaticCache
 from transformers.masking_utils import create_masks_for_generate
 
-from .books import Shortened
 from .cache import DropCache
 from .compat import CACHE, OLD_CACHE
 from .decode import Decode, needs_nothing
 from .families import Family
 from .patching import patch
+from .rollback import undone_on_error
+from .shortened_cache import Shortened
 from .static_cache import DropStaticCache, books_of
-from .undo import undone_on_error
 
 MASKS = "create_masks_for_generate"
 OLD_MASKS = "_prepare_4d_causal_attention_mask_with_cache_position"  # of some models in transformers 4

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 2, and stage 3 at its end: a prompt with images on its way through the language model.
 
-``engines.PaddedPrompts`` decides and keeps the books; what transformers needs to hear of it is here.
+``plans.PaddedPrompts`` decides and keeps the books; what transformers needs to hear of it is here.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor
 
 from ... import ops
 from ...config import MustDropConfig
-from ...engines import PaddedPrompts
 from ...ops import TokenType
 from ...parallel import mean_over_ranks
+from ...placeholders import EncodedImage
+from ...plans import PaddedPrompts
 from ...report import CacheReport, PromptReport, Stopwatch
 from ...stages import Pruned, Tokens
 from .attention import causal_mask
-from .books import Held
 from .cache import DropCache
-from .encode import EncodedImage
 from .families import Family
+from .image_reports import image_reports
 from .prompt import read_prompt
-from .record import image_reports
+from .shortened_cache import Held
 from .static_cache import DropStaticCache
 
 

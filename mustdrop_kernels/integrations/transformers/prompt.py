@@ -12,8 +12,8 @@ from torch import Tensor
 from ... import stages
 from ...config import MustDropConfig
 from ...ops import TokenType
+from ...placeholders import EncodedImage
 from ...stages import Tokens
-from .encode import EncodedImage
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from .books import Books, Held, Mark, Shortened
+from .shortened_cache import Books, Held, Mark, Shortened
 
 _STATES = len(inspect.signature(StaticLayer.lazy_initialization).parameters) - 1  # transformers 4: keys alone
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from ... import stages
 from ...config import MustDropConfig
 from ...parallel import mean_over_ranks
+from ...placeholders import EncodedImage, alone, key_tokens, merge_features, shared
 from ...report import Stopwatch
 from .attention import padding_mask, watched_config
 from .compat import features_of, hidden_of, with_features, with_hidden
-from .encode import EncodedImage, alone, key_tokens, merge_features, shared
 from .families import Family, Tower
 from .families.base import Arguments, refusal
 from .patching import patch

@@ -12,7 +12,7 @@ from vllm.forward_context import get_forward_context
 
 from . import settings, tower
 from .batch import Batch, Ledger
-from .pages import Paging, turning
+from .metadata import Paging, turning
 from .prefill import Prefill
 from .vision import Marks, split
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
 from ...config import MustDropConfig
-from ...engines import PackedPrompts
+from ...plans import PackedPrompts
 from .batch import Batch
-from .pages import Pages, Paging, Turner, cache_views
+from .metadata import Pages, Paging, Turner, cache_views
 from .vision import Marks
 
 

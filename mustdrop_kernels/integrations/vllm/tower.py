@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.distributed import get_tp_group
 
-from .keys import KeyLayer
+from .key_tokens import KeyLayer
 from .vision import VisionStage
 
 

@@ -17,7 +17,7 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.vllm.anyres import shown_patches
 from mustdrop_kernels.integrations.vllm.batch import Ledger
-from mustdrop_kernels.integrations.vllm.pages import Paging, cache_views
+from mustdrop_kernels.integrations.vllm.metadata import Paging, cache_views
 from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, place, split
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ... import ops, stages
-from ...config import MustDropConfig
+from . import ops, stages
+from .config import MustDropConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mustdrop_kernels import stages
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts, PaddedPrompts, Prompts
+from mustdrop_kernels.plans import PackedPrompts, PaddedPrompts, Prompts
 from mustdrop_kernels.stages import Tokens
 
 LAYERS, HQ, HK, D, SLOTS = 4, 4, 2, 8, 16

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops, envs
 
-from ...engines import without_leading
+from ...plans import without_leading
 
 READABLE = ("vec", "vec16")
 """Layouts of the CPU attention whose keys can be viewed as (blocks, slots, heads, D)."""

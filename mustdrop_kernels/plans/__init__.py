@@ -21,6 +21,6 @@ from __future__ import annotations
 
 from .packed import PackedPrompts, without_leading
 from .padded import PaddedPrompts
-from .prompts import Prompts
+from .plan import Prompts
 
 __all__ = ["PackedPrompts", "PaddedPrompts", "Prompts", "without_leading"]

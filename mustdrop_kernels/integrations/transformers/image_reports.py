@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ...ops import TokenType
+from ...placeholders import EncodedImage
 from ...report import ImageReport
 from ...stages import Tokens
-from .encode import EncodedImage
 
 
 def image_reports(

@@ -13,7 +13,7 @@ from .. import ops, stages
 from ..config import MustDropConfig
 from ..parallel import scores_over_ranks
 from ..stages import Pruned, Tokens
-from .prompts import Prompts
+from .plan import Prompts
 
 
 class PaddedPrompts(Prompts["Pruned | None"]):

@@ -8,7 +8,7 @@ import torch
 
 from mustdrop_kernels import ops
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts, without_leading
+from mustdrop_kernels.plans import PackedPrompts, without_leading
 
 LAYERS, HQ, HK, D = 5, 4, 2, 8
 CONFIGS = {

@@ -13,7 +13,7 @@ from .. import ops, stages
 from ..config import MustDropConfig
 from ..ops import TokenType
 from ..stages import Pruned, Tokens
-from .prompts import Prompts
+from .plan import Prompts
 
 
 class PackedPrompts(Prompts[Tensor]):

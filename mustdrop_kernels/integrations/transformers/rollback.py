@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from .books import Mark, Shortened
+from .shortened_cache import Mark, Shortened
 from .static_cache import books_of
 
 
