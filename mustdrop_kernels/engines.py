@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
-from .plans import PackedPrompts, PaddedPrompts, Prompts, without_leading
+from .plans import DropPlan as Prompts
+from .plans import PackedDropPlan as PackedPrompts
+from .plans import PaddedDropPlan as PaddedPrompts
+from .plans import skip_leading_blocks as without_leading
 
 __all__ = ["PackedPrompts", "PaddedPrompts", "Prompts", "without_leading"]

@@ -306,7 +306,7 @@ def _lengths_by_budget(tokens: Tokens, budget: int) -> tuple[int, ...]:
     )
 
 
-def leave_out(
+def drop_empty(
     tokens: Tokens,
     empty: Tensor,  # (B, L) bool
     lengths: tuple[int, ...],  # tokens of each sequence that are left

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PackedPrompts in a paged engine of a few lines, whose cache is also kept in a dictionary."""
+"""PackedDropPlan in a paged engine of a few lines, whose cache is also kept in a dictionary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 from mustdrop_kernels import ops
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.plans import PackedPrompts, without_leading
+from mustdrop_kernels.plans import PackedDropPlan, skip_leading_blocks
 
 LAYERS, HQ, HK, D = 5, 4, 2, 8
 CONFIGS = {
@@ -65,13 +65,13 @@ class Engine:
             self._write(layer, request, lost, past, live[request])
 
     def _write(self, layer, request, lost, begin, rows):
-        table = without_leading(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
+        table = skip_leading_blocks(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
         place = begin + torch.arange(len(rows))
         for cache, content in zip(self.caches[layer], self.content[layer], strict=True):
             cache[table[place // self.slots].long(), place % self.slots] = content[rows]
 
     def read(self, layer, request, lost, begin, count):
-        table = without_leading(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
+        table = skip_leading_blocks(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
         place = begin + torch.arange(count)
         return [cache[table[place // self.slots].long(), place % self.slots] for cache in self.caches[layer]]
 
@@ -115,15 +115,15 @@ def test_cache_holds_the_survivors(slots, layout, empty, name):
     generator = torch.Generator().manual_seed(7)
     engine, vision = Engine(slots, layout), placeholders()
     protected = vision & (torch.rand(len(vision), generator=generator) < 0.05)
-    plan = PackedPrompts(engine.new, MEMBERS, vision, config, key=protected)
+    plan = PackedDropPlan(engine.new, MEMBERS, vision, config, key=protected)
     if empty:
         gone = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
-        left = plan.leave_out(gone)
+        left = plan.drop_empty(gone)
         assert torch.equal(left, torch.nonzero(~gone)[:, 0])
     hidden = plan.rows.float()[:, None].clone()
     stage = 0
     for layer in range(LAYERS):
-        plan.enter()
+        plan.begin_layer()
         engine.write(layer, plan)
         if layer in config.pruning_layers:
             query = torch.randn(len(plan.rows), HQ, D, generator=generator)
@@ -137,7 +137,7 @@ def test_cache_holds_the_survivors(slots, layout, empty, name):
     assert plan.rows[protected[plan.rows]].tolist() == torch.nonzero(protected)[:, 0].tolist()
     assert any(plan.dropped) == (empty or bool(config.pruning_layers))
     written = [(keys.clone(), values.clone()) for keys, values in engine.caches]
-    plan.commit(*zip(*engine.caches, strict=True), engine.table)
+    plan.compact_caches(*zip(*engine.caches, strict=True), engine.table)
     check_pages(engine, plan)
     check_nothing_else_moved(engine, written)
 
@@ -168,7 +168,7 @@ def check_nothing_else_moved(engine, written):
 
 def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
     config = MustDropConfig(**CONFIGS["budgets"])
-    plan = PackedPrompts([sum(parts) for _, parts in BATCH], MEMBERS, placeholders(), config)
+    plan = PackedDropPlan([sum(parts) for _, parts in BATCH], MEMBERS, placeholders(), config)
     for _ in config.pruning_layers:
         plan.prune(torch.randn(len(plan.rows), HQ, D), torch.randn(len(plan.rows), HK, D), 1.0)
     assert [plan.dropped[i] for i in MEMBERS] == [25, 36, 0]
@@ -176,7 +176,7 @@ def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
 
 def test_table_without_leading_blocks():
     table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32)
-    assert without_leading(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]
+    assert skip_leading_blocks(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]
 
 
 def row_lse(plan, query, key, scale):  # (Hq, live)
@@ -196,8 +196,8 @@ def test_an_lse_that_the_attention_says_is_taken(name):
     query, key = (torch.randn(sum(engine.new), heads, D, generator=generator) for heads in (HQ, HK))
 
     def rows(lse):
-        plan = PackedPrompts(engine.new, MEMBERS, placeholders(), config)
-        plan.enter()
+        plan = PackedDropPlan(engine.new, MEMBERS, placeholders(), config)
+        plan.begin_layer()
         said = None if lse is None else lse(plan, query, key, 0.8)
         plan.prune(query, key, 0.8, lse=said)
         return plan.rows.tolist()

@@ -12,7 +12,7 @@ from test_packed_plan import row_lse
 from mustdrop_kernels import ops, stages
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.parallel import scores_over_ranks
-from mustdrop_kernels.plans import PackedPrompts
+from mustdrop_kernels.plans import PackedDropPlan
 
 RANKS, HQ, HK, D = 2, 8, 4, 16
 PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the picture, patches, text after it
@@ -49,7 +49,7 @@ def packed_rows(config, rank=None, *, said=False):
     generator = torch.Generator().manual_seed(1)
     vision = torch.tensor([flag for a, b, c in PACKED for flag in [False] * a + [True] * b + [False] * c])
     group = None if rank is None else dist.group.WORLD
-    plan = PackedPrompts([sum(parts) for parts in PACKED], [0, 2], vision, config, group=group)
+    plan = PackedDropPlan([sum(parts) for parts in PACKED], [0, 2], vision, config, group=group)
     for _ in config.pruning_layers:
         query = torch.randn(len(vision), HQ, D, generator=generator)[plan.rows]
         key = torch.randn(len(vision), HK, D, generator=generator)[plan.rows]

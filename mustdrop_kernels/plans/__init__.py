@@ -3,24 +3,24 @@
 
 Plan once per batch, run per layer, commit after prefill::
 
-    plan = PackedPrompts(new_tokens, members, placeholders, config)
+    plan = PackedDropPlan(new_tokens, members, placeholders, config)
     for index, layer in enumerate(layers):
-        plan.enter()
+        plan.begin_layer()
         hidden = layer(hidden, positions, metadata(plan.counts))
         if index in config.pruning_layers:
             chosen = plan.prune(query, key, scale)
             hidden, positions = plan.take(hidden, chosen), plan.take(positions, chosen)
-    plan.commit(keys, values, block_table)
+    plan.compact_caches(keys, values, block_table)
 
-``Prompts`` is the protocol; how the rows of a batch lie makes two classes of it: ``PackedPrompts``, with paged caches
-(vLLM), and ``PaddedPrompts``, with dense ones (transformers). No engine is imported here, and nothing outlives a batch:
+``DropPlan`` is the protocol; how the rows of a batch lie makes two classes of it: ``PackedDropPlan``, with paged caches
+(vLLM), and ``PaddedDropPlan``, with dense ones (transformers). No engine is imported here, and nothing outlives a batch:
 what a request has lost is the engine's to remember.
 """
 
 from __future__ import annotations
 
-from .packed import PackedPrompts, without_leading
-from .padded import PaddedPrompts
-from .plan import Prompts
+from .packed import PackedDropPlan, skip_leading_blocks
+from .padded import PaddedDropPlan
+from .plan import DropPlan
 
-__all__ = ["PackedPrompts", "PaddedPrompts", "Prompts", "without_leading"]
+__all__ = ["DropPlan", "PackedDropPlan", "PaddedDropPlan", "skip_leading_blocks"]

@@ -13,10 +13,10 @@ from .. import ops, stages
 from ..config import MustDropConfig
 from ..ops import TokenType
 from ..stages import Pruned, Tokens
-from .plan import Prompts
+from .plan import DropPlan
 
 
-class PackedPrompts(Prompts[Tensor]):
+class PackedDropPlan(DropPlan[Tensor]):
     """R requests in one packed batch, of which M, the members, begin with images and lose vision tokens.
 
     Rows of the other requests, decoding ones too, go through untouched. "Live" are the rows that are left. ``tokens``
@@ -59,13 +59,13 @@ class PackedPrompts(Prompts[Tensor]):
 
     # Before the layers.
 
-    def leave_out(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (left) int64
+    def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (left) int64
         """Takes placeholders away that stage 1 has emptied; returns which live rows go on. Waits for the device."""
         place, real = self._padded()
         gone = empty[place] & real
         lengths = zip(self.tokens.lengths, gone.sum(1).tolist(), strict=True)
         left = tuple(length - count for length, count in lengths)
-        return self._go_on(stages.leave_out(self.tokens, gone, left, backend=self.config.backend))
+        return self._go_on(stages.drop_empty(self.tokens, gone, left, backend=self.config.backend))
 
     # Layer by layer.
 
@@ -110,7 +110,7 @@ class PackedPrompts(Prompts[Tensor]):
 
     # After the layers.
 
-    def commit(
+    def compact_caches(
         self,
         keys: Sequence[Tensor],  # per layer (blocks, slots, Hk, D), any strides
         values: Sequence[Tensor],  # per layer (blocks, slots, Hk, D), any strides
@@ -128,7 +128,7 @@ class PackedPrompts(Prompts[Tensor]):
         backend, slots, counts = self.config.backend, keys[0].shape[1], self.tokens.counts
         keys, values = [keys[i] for i in moving], [values[i] for i in moving]
         table, lost, lengths = block_table[self._who], self.lost[self._who], self._whole[self._who].int()
-        keep = self._first_slots([self.held[i] for i in moving])
+        keep = self._first_slots([self.cached_tokens[i] for i in moving])
         ops.compact_paged_kv_(
             keys, values, table, keep, [counts] * len(moving), seq_lens=lengths, align_end=True, backend=backend
         )
@@ -139,7 +139,7 @@ class PackedPrompts(Prompts[Tensor]):
             place = torch.arange(self.tokens.length, device=table.device) + gap
             place = place.masked_fill(place >= counts[:, None] + gap, -1)
             ops.compact_paged_kv_(
-                keys, values, without_leading(table, lost // slots), [place], [counts], backend=backend
+                keys, values, skip_leading_blocks(table, lost // slots), [place], [counts], backend=backend
             )
 
     def _first_slots(self, held: Sequence[Tokens]) -> list[Tensor]:
@@ -191,7 +191,7 @@ def _packed(types: Tensor, place: Tensor, real: Tensor, rows: int) -> Tensor:  #
     return packed[:rows]
 
 
-def without_leading(table: Tensor, blocks: Tensor) -> Tensor:
+def skip_leading_blocks(table: Tensor, blocks: Tensor) -> Tensor:
     """(R, M) block tables without the first blocks[b] entries of row b; the last entries repeat."""
     column = torch.arange(table.shape[1], device=table.device) + blocks[:, None]
     return table.gather(1, column.clamp(max=table.shape[1] - 1))

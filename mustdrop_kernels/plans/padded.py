@@ -13,10 +13,10 @@ from .. import ops, stages
 from ..config import MustDropConfig
 from ..parallel import scores_over_ranks
 from ..stages import Pruned, Tokens
-from .plan import Prompts
+from .plan import DropPlan
 
 
-class PaddedPrompts(Prompts["Pruned | None"]):
+class PaddedDropPlan(DropPlan["Pruned | None"]):
     """B prompts as (B, L), padded on the left once tokens have gone. ``None`` for the rows that go on: all do."""
 
     def __init__(
@@ -28,40 +28,40 @@ class PaddedPrompts(Prompts["Pruned | None"]):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(tokens, config, voters=voters, group=group)
-        self.plain = tokens
+        self.prompt_tokens = tokens
         """The prompts as they came."""
-        self.past: Tensor | None = None
+        self.past_types: Tensor | None = None
         """(B, P) uint8: types of P cached tokens that stand before these in the layer that runs. None of them goes."""
 
     @property
-    def whole(self) -> bool:
+    def nothing_dropped(self) -> bool:
         """Nothing has gone yet, so the model can be left to itself."""
-        return self.tokens is self.plain
+        return self.tokens is self.prompt_tokens
 
-    def leave_out(self, empty: Tensor, lengths: tuple[int, ...]) -> Pruned | None:
+    def drop_empty(self, empty: Tensor, lengths: tuple[int, ...]) -> Pruned | None:
         """Takes placeholders away that stage 1 has emptied.
 
         Args:
             empty: (B, L) bool.
             lengths: tokens of each prompt that are left.
         """
-        return self._go_on(stages.leave_out(self.tokens, empty, lengths, backend=self.config.backend))
+        return self._go_on(stages.drop_empty(self.tokens, empty, lengths, backend=self.config.backend))
 
     @property
     def key_types(self) -> Tensor:  # (B, P + L) uint8
         """What the keys of the layer that runs are."""
-        return self.tokens.types if self.past is None else torch.cat([self.past, self.tokens.types], dim=1)
+        return self.tokens.types if self.past_types is None else torch.cat([self.past_types, self.tokens.types], dim=1)
 
     def _decide(  # (B, Hq, L, D), (B, Hk, P + L, D), (B, Hq, L)
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
     ) -> Pruned:
-        if self.past is not None:
+        if self.past_types is not None:
             rows, backend = (query, key, self.key_types, scale), self.config.backend
             if self._group is None:
                 scores = ops.text_vision_scores(*rows, lse=lse, backend=backend)
             else:
                 scores = scores_over_ranks(*rows, self._most_voters, self._group, lse=lse, backend=backend)
-            own = slice(self.past.shape[1], None)
+            own = slice(self.past_types.shape[1], None)
             total, peak = (score[:, own] for score in scores)
             return stages.select(ops.Scores(total, peak), self.tokens, self.config, self._stage)
         if self._group is not None:
@@ -82,14 +82,14 @@ class PaddedPrompts(Prompts["Pruned | None"]):
         return ops.gather_tokens(x, chosen.keep, chosen.counts, align_end=True, backend=self.config.backend)
 
     @property
-    def moving(self) -> list[int]:
+    def layers_to_compact(self) -> list[int]:
         """The layers whose caches stage 3 cuts."""
         first = self.config.first_evicted_layer
         if first is None:
             return []
-        return [i for i in range(first, self._before) if self.held[i] is not self.tokens]
+        return [i for i in range(first, self._before) if self.cached_tokens[i] is not self.tokens]
 
-    def commit(
+    def compact_caches(
         self,
         keys: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
         values: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
@@ -100,12 +100,12 @@ class PaddedPrompts(Prompts["Pruned | None"]):
 
         The views are the ends of the caches. With `to_front` they are their beginnings, unless rows are padded.
         """
-        layers = self.moving
+        layers = self.layers_to_compact
         if not layers:
             return []
-        held = [self.held[i] for i in layers]
+        held = [self.cached_tokens[i] for i in layers]
         align_end = self.tokens.padded or not to_front
         cut = stages.evict(keys, values, held, self.tokens, align_end=align_end, backend=self.config.backend)
         for i in layers:
-            self.held[i] = self.tokens
+            self.cached_tokens[i] = self.tokens
         return cut

@@ -19,7 +19,7 @@ Chosen = TypeVar("Chosen")
 """How a layout says which of its rows go on: what ``prune`` returns and ``take`` takes."""
 
 
-class Prompts(abc.ABC, Generic[Chosen]):
+class DropPlan(abc.ABC, Generic[Chosen]):
     """B prompts with images on their way through the layers; a class per layout says where their rows are.
 
     With budgets nothing waits for the device, nor is anything copied to it, once the plan is made. With thresholds
@@ -37,7 +37,7 @@ class Prompts(abc.ABC, Generic[Chosen]):
         self.config = config
         self.tokens = tokens
         """What is left of the prompts, and where it came from."""
-        self.held: list[Tokens] = []
+        self.cached_tokens: list[Tokens] = []
         """Per layer: the tokens whose keys and values its cache holds."""
         self._stage = 0  # pruning layers that have run
         self._before = 0  # layers that ran before the last of their drops
@@ -48,9 +48,9 @@ class Prompts(abc.ABC, Generic[Chosen]):
         """Nothing more will go."""
         return self._stage == len(self.config.pruning_layers)
 
-    def enter(self) -> None:
+    def begin_layer(self) -> None:
         """The next layer runs, and its cache will hold what is left."""
-        self.held.append(self.tokens)
+        self.cached_tokens.append(self.tokens)
 
     def prune(self, query: Tensor, key: Tensor, scale: float, *, lse: Tensor | None = None) -> Chosen:
         """Drops what the text of each prompt does not look at.
@@ -68,7 +68,7 @@ class Prompts(abc.ABC, Generic[Chosen]):
         lse = None if lse is None else lse.detach()
         pruned = self._decide(query.detach(), key.detach(), scale, lse)
         self._stage += 1
-        self._before = len(self.held)
+        self._before = len(self.cached_tokens)
         return self._go_on(pruned)
 
     @abc.abstractmethod

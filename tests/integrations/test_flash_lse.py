@@ -17,7 +17,7 @@ from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import drop_tokens
 from mustdrop_kernels.integrations.transformers.flash_lse import asked_for_lse
 from mustdrop_kernels.ops import TokenType
-from mustdrop_kernels.plans import PaddedPrompts
+from mustdrop_kernels.plans import PaddedDropPlan
 
 THRESHOLDS = dict(pruning_layers=(1, 3, 5), global_threshold=0.01, individual_threshold=0.02)
 BUDGETS = dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20))
@@ -27,13 +27,13 @@ NEW_TOKENS = 4
 @pytest.fixture
 def seen(monkeypatch):
     """Each decision's query, key (which stage 3 moves), scale, lse, real rows and types of the keys."""
-    found, prune = [], PaddedPrompts.prune
+    found, prune = [], PaddedDropPlan.prune
 
     def watched(self, query, key, scale, *, lse=None):
         found.append((query, key.clone(), scale, lse, self.tokens.types != TokenType.PADDING, self.key_types))
         return prune(self, query, key, scale, lse=lse)
 
-    monkeypatch.setattr(PaddedPrompts, "prune", watched)
+    monkeypatch.setattr(PaddedDropPlan, "prune", watched)
     return found
 
 

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from mustdrop_kernels.integrations.sglang import TokenTable
-from mustdrop_kernels.plans import PackedPrompts
+from mustdrop_kernels.plans import PackedDropPlan
 
 
 @dataclasses.dataclass
@@ -172,17 +172,17 @@ class Engine:
             for i, layer in enumerate(language.layers):
                 hidden, _ = self._layer(i, layer, hidden, positions, slots, requests, new, seq_lens)
             return language.norm(hidden), None
-        plan = PackedPrompts(new, members, image, self.config)
+        plan = PackedDropPlan(new, members, image, self.config)
         table = TokenTable(plan, requests, self.req_to_token, slots)
         for i, layer in enumerate(language.layers):
-            plan.enter()
+            plan.begin_layer()
             left = seq_lens - plan.lost
             hidden, (query, key) = self._layer(i, layer, hidden, positions, slots, requests, plan.counts, left)
             if i in self.config.pruning_layers:
                 chosen = plan.prune(query, key, layer.self_attn.scaling)
                 hidden, positions = plan.take(hidden, chosen), plan.take(positions, chosen)
-                slots = table.turn()
-        table.commit(self.allocator)
+                slots = table.update_rows()
+        table.free_dropped_slots(self.allocator)
         for member in members:
             requests[member].lost = plan.dropped[member]
         return language.norm(hidden), plan

@@ -9,30 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...plans import PackedPrompts
+from ...plans import PackedDropPlan
 
 
 class TokenTable:
     """The rows of ``ReqToTokenPool.req_to_token`` of one extend step, R requests long.
 
     The members of `plan` get their row's leading entries from here on: the slots of the tokens that are left. Slots of
-    tokens that are gone go back to the allocator in ``commit``, when no layer reads them any more::
+    tokens that are gone go back to the allocator in ``free_dropped_slots``, when no layer reads them any more::
 
         table = TokenTable(plan, batch.reqs, req_to_token_pool.req_to_token, batch.out_cache_loc)
         for index, layer in enumerate(layers):
-            plan.enter()
+            plan.begin_layer()
             hidden = layer(...)  # keys and values go to forward_batch.out_cache_loc
             if index in config.pruning_layers:
                 ... = plan.take(..., plan.prune(query, key, scale))
-                forward_batch.out_cache_loc = table.turn()
+                forward_batch.out_cache_loc = table.update_rows()
                 forward_batch.seq_lens = batch.seq_lens - plan.lost
-        table.commit(token_to_kv_pool_allocator)
+        table.free_dropped_slots(token_to_kv_pool_allocator)
         batch.seq_lens -= plan.lost
     """
 
     def __init__(
         self,
-        plan: PackedPrompts,
+        plan: PackedDropPlan,
         requests: Sequence[Any],  # R, each with SGLang's ``kv`` record: its row of the table and its lengths
         req_to_token: Tensor,  # (rows of the pool, context) int32
         out_cache_loc: Tensor,  # (rows of the batch) int64, the slot that each new token was given
@@ -52,10 +52,10 @@ class TokenTable:
                     f"{kv.kv_allocated_len} tokens are in this one; chunked_prefill_size must be at least as long"
                 )
 
-    def turn(self) -> Tensor:  # (live) int64
+    def update_rows(self) -> Tensor:  # (live) int64
         """After a drop: the layers that follow read the tokens that are left. Returns the slots of the live rows.
 
-        After ``plan.leave_out`` too, before the first layer.
+        After ``plan.drop_empty`` too, before the first layer.
         """
         slots = self._slots[self._plan.rows]
         pieces = slots.split(self._plan.counts)
@@ -64,7 +64,7 @@ class TokenTable:
             self._table[row, : self._plan.counts[member]] = pieces[member].to(self._table.dtype)
         return slots
 
-    def commit(self, allocator: Any) -> None:  # SGLang's TokenToKVPoolAllocator
+    def free_dropped_slots(self, allocator: Any) -> None:  # SGLang's TokenToKVPoolAllocator
         """After the layers: gives the slots of dropped tokens back, and makes the members' records that much shorter.
 
         SGLang frees what a record says is allocated and committed when the request ends, and appends new tokens there.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stage 2, and stage 3 at its end: a prompt with images on its way through the language model.
 
-``plans.PaddedPrompts`` decides and keeps the books; what transformers needs to hear of it is here.
+``plans.PaddedDropPlan`` decides and keeps the books; what transformers needs to hear of it is here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ...config import MustDropConfig
 from ...ops import TokenType
 from ...parallel import mean_over_ranks
 from ...placeholders import EncodedImage
-from ...plans import PaddedPrompts
+from ...plans import PaddedDropPlan
 from ...report import CacheReport, PromptReport, Stopwatch
 from ...stages import Pruned, Tokens
 from .attention import causal_mask
@@ -56,7 +56,7 @@ class Prefill:
         self.static = cache if isinstance(cache, DropStaticCache) else None
         own = mask if mask is None else mask[:, seen:]
         self.prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
-        self.plan = PaddedPrompts(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
+        self.plan = PaddedDropPlan(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
@@ -69,9 +69,9 @@ class Prefill:
             inputs = {**inputs, "attention_mask": None}  # each layer gets one of its own
         if self.prompt.left == self.prompt.tokens.lengths:
             return inputs
-        chosen = self.plan.leave_out(self.prompt.empty, self.prompt.left)
+        chosen = self.plan.drop_empty(self.prompt.empty, self.prompt.left)
         inputs = {**inputs, "inputs_embeds": self._go_on(inputs["inputs_embeds"], chosen)}
-        if not self.plan.whole:
+        if not self.plan.nothing_dropped:
             tokens = self.plan.tokens
             inputs["attention_mask"] = _alive(tokens) if self.past is None else None
             inputs["position_ids"] = self.family.position_ids(tokens.positions)
@@ -81,16 +81,16 @@ class Prefill:
 
     def layer_inputs(self, layer: int, inputs: dict[str, Any], hidden: Tensor) -> dict[str, Any]:
         """A decoder layer's inputs. While nothing is gone they are the model's own, untouched."""
-        self.plan.enter()
+        self.plan.begin_layer()
         past = None if self.past is None else self.past[layer]
         if past is not None:
-            self.plan.past = torch.where(past.real(), int(TokenType.TEXT), int(TokenType.PADDING)).to(torch.uint8)
-        if self.plan.whole and not self.shortened:
+            self.plan.past_types = torch.where(past.real(), int(TokenType.TEXT), int(TokenType.PADDING)).to(torch.uint8)
+        if self.plan.nothing_dropped and not self.shortened:
             return inputs
         if self.static is not None:
             self.static.show(layer, self._end(layer))
         inputs = {**inputs, "attention_mask": self._mask(past, hidden)}
-        if self.plan.whole:
+        if self.plan.nothing_dropped:
             return inputs
         # Flash attention would read positions with gaps as several packed sequences; no layer needs them.
         return {**inputs, "position_embeddings": self._rotary, "position_ids": None}
@@ -133,7 +133,7 @@ class Prefill:
         found = found if group is None else mean_over_ranks(found, group)
         rows, columns = (tokens.types == TokenType.VISION).nonzero(as_tuple=True)
         voters = torch.tensor(self.prompt.voters, device=found.device).clamp(min=1)
-        heat = found.new_full((len(voters), self.plan.plain.length), torch.nan)
+        heat = found.new_full((len(voters), self.plan.prompt_tokens.length), torch.nan)
         heat[rows, tokens.index[rows, columns]] = found[rows, columns] / voters[rows]
         return heat
 
@@ -155,31 +155,31 @@ class Prefill:
 
     def finish(self, cache: DropCache | DropStaticCache | None) -> PromptReport:
         """After the last layer: cuts the cache and says what was done. Waits for the device."""
-        plan, processed = self.plan, list(self.plan.held)
+        plan, processed = self.plan, list(self.plan.cached_tokens)
         before = [0] * len(processed) if self.past is None else [past.length for past in self.past]
         if self.static is not None:
             for i in range(len(processed)):
                 self.static.show(i, None)
-        if cache is not None and not plan.whole:
-            plain = plan.plain.length + (0 if self.past is None else cache.seen - processed[0].length)
+        if cache is not None and not plan.nothing_dropped:
+            plain = plan.prompt_tokens.length + (0 if self.past is None else cache.seen - processed[0].length)
             self._commit(cache)
             cache.shorten(plain, self._held(), renumbered=self.config.positions == "published")
         slot_bytes = 0 if cache is None else cache.slot_bytes
         return PromptReport(
-            length=plan.plain.length,
+            length=plan.prompt_tokens.length,
             text=self.prompt.text,
             images=image_reports(self.prompt.images, self.prompt.placeholders, self.after, self.heat or {}),
             layer_tokens=[sum(tokens.vision) for tokens in processed],
-            plain_cache=_cache_report([plan.plain] * len(processed), before, slot_bytes),
+            plain_cache=_cache_report([plan.prompt_tokens] * len(processed), before, slot_bytes),
             prefill_cache=_cache_report(processed, before, slot_bytes),
-            final_cache=_cache_report(plan.held, before, slot_bytes),
+            final_cache=_cache_report(plan.cached_tokens, before, slot_bytes),
             milliseconds=self.stopwatch.read(),
         )
 
     def _held(self) -> list[Held]:
         """What each layer's cache holds; layers that hold the same share it."""
-        pasts: Sequence[Held | None] = [None] * len(self.plan.held) if self.past is None else self.past
-        pairs = list(zip(pasts, self.plan.held, strict=True))
+        pasts: Sequence[Held | None] = [None] * len(self.plan.cached_tokens) if self.past is None else self.past
+        pairs = list(zip(pasts, self.plan.cached_tokens, strict=True))
         found: dict[tuple[int, int], Held] = {}
         for past, tokens in pairs:
             if (id(past), id(tokens)) not in found:
@@ -189,16 +189,16 @@ class Prefill:
 
     def _commit(self, cache: DropCache | DropStaticCache) -> None:
         """Stage 3."""
-        layers = self.plan.moving
+        layers = self.plan.layers_to_compact
         if not layers:
             return
         with self.stopwatch.measure("evict"):
             begins = [0 if self.past is None else self.past[i].length for i in layers]
             stored = [
-                [x[:, :, begin:] for x in cache.stored(i, begin + self.plan.held[i].length)]
+                [x[:, :, begin:] for x in cache.stored(i, begin + self.plan.cached_tokens[i].length)]
                 for i, begin in zip(layers, begins, strict=True)
             ]
-            cut = self.plan.commit(*zip(*stored, strict=True), to_front=self.static is not None)
+            cut = self.plan.compact_caches(*zip(*stored, strict=True), to_front=self.static is not None)
             for i, begin, (key, value) in zip(layers, begins, cut, strict=True):
                 cache.store(i, begin, key, value)
 

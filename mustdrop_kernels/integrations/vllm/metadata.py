@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from vllm import _custom_ops, envs
 
-from ...plans import without_leading
+from ...plans import skip_leading_blocks
 
 READABLE = ("vec", "vec16")
 """Layouts of the CPU attention whose keys can be viewed as (blocks, slots, heads, D)."""
@@ -63,7 +63,7 @@ class Paging:
         device, slots = plain.seq_lens.device, self.block_slots
         rows, length, gone = (torch.tensor(x, device=device) for x in (new, lengths, lost))
         begins = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
-        table = without_leading(plain.block_table[: len(new)], gone // slots)
+        table = skip_leading_blocks(plain.block_table[: len(new)], gone // slots)
         request = torch.repeat_interleave(rows)
         place = torch.arange(request.shape[0], device=device) + (length - rows - begins[:-1])[request]
         metadata = self._metadata(plain, begins.to(plain.query_start_loc.dtype), length.to(plain.seq_lens.dtype), table)

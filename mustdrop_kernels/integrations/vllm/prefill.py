@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from vllm.distributed import get_tp_group
 
 from ...config import MustDropConfig
-from ...plans import PackedPrompts
+from ...plans import PackedDropPlan
 from .batch import Batch
 from .metadata import Pages, Paging, Turner, cache_views
 from .vision import Marks
@@ -37,14 +37,14 @@ class Prefill:
         hidden: Tensor,  # (rows, C)
         positions: Tensor,  # (rows) int64
         pages: Turner,
-    ) -> tuple[Tensor, PackedPrompts]:
+    ) -> tuple[Tensor, PackedDropPlan]:
         """The final hidden states (rows, C), zero where a row was dropped, and what became of the prompts."""
         key = None if marks is None else marks.key
         ranks = get_tp_group()
         group = ranks.device_group if ranks.world_size > 1 else None
-        plan = PackedPrompts(batch.new, batch.beginning, placeholders, self._config, key=key, group=group)
+        plan = PackedDropPlan(batch.new, batch.beginning, placeholders, self._config, key=key, group=group)
         if marks is not None and self._config.merge:
-            rows = plan.leave_out(marks.empty)
+            rows = plan.drop_empty(marks.empty)
             hidden, positions = plan.take(hidden, rows), plan.take(positions, rows)
         self._looking = True
         try:
@@ -52,16 +52,16 @@ class Prefill:
         finally:
             self._looking, self._looked = False, None
         keys, values = zip(*(cache_views(layer.self_attn.attn.kv_cache) for layer in self._model.layers), strict=True)
-        plan.commit(keys, values, batch.metadata.block_table)
+        plan.compact_caches(keys, values, batch.metadata.block_table)
         return hidden.new_zeros(batch.rows, hidden.shape[1]).index_copy_(0, plan.rows, hidden), plan
 
     def _run_layers(
-        self, batch: Batch, plan: PackedPrompts, hidden: Tensor, positions: Tensor, pages: Turner
+        self, batch: Batch, plan: PackedDropPlan, hidden: Tensor, positions: Tensor, pages: Turner
     ) -> Tensor:
         residual: Tensor | None = None
         pages.to(self._pages(batch, plan))
         for index, layer in enumerate(self._model.layers):
-            plan.enter()
+            plan.begin_layer()
             hidden, residual = layer(positions, hidden, residual)
             if index in self._config.pruning_layers:
                 rows = plan.prune(*self._attended(layer.self_attn.attn), layer.self_attn.attn.impl.scale)
@@ -76,7 +76,7 @@ class Prefill:
         query, key = looked
         return query.unflatten(-1, (-1, attention.head_size)), key.unflatten(-1, (-1, attention.head_size))
 
-    def _pages(self, batch: Batch, plan: PackedPrompts) -> Pages:
+    def _pages(self, batch: Batch, plan: PackedDropPlan) -> Pages:
         """Until nothing more goes, what is left of a prompt stands at the front of its own blocks.
 
         After that it stands where it will stay, with the leading blocks empty.
