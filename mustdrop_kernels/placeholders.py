@@ -94,5 +94,5 @@ def key_tokens(
         values.append(value)
         candidates.append(alive & shown)
     padded, vision = (pad_sequence(column, batch_first=True) for column in (values, candidates))
-    keys = stages.select_keys(padded, vision, config)
+    keys = stages.select_key_tokens(padded, vision, config)
     return [row[: len(alive)] for row, (_, alive) in zip(keys, shares, strict=True)]

@@ -8,6 +8,7 @@ import torch
 
 from mustdrop_kernels import ops
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.plans import PackedDropPlan, skip_leading_blocks
 
 LAYERS, HQ, HK, D = 5, 4, 2, 8
@@ -90,11 +91,12 @@ def expected_rows(plan, config, stage, query, key, scale, protected):
             continue
         vision = placeholders()[rows]
         last = int(torch.nonzero(vision).max()) if vision.any() else len(rows)
-        types = torch.where(vision, 2, torch.where(torch.arange(len(rows)) > last, 3, 1)).to(torch.uint8)[None]
+        text = torch.where(torch.arange(len(rows)) > last, int(TokenType.QUERY), int(TokenType.TEXT))
+        types = torch.where(vision, int(TokenType.VISION), text).to(torch.uint8)[None]
         begin = sum(plan.counts[:request])
         own = slice(begin, begin + len(rows))
         q, k = (x[own].transpose(0, 1)[None] for x in (query, key))
-        if not (types == 3).any():
+        if not (types == TokenType.QUERY).any():
             kept.append(rows)
             continue
         if config.budgets is None:
@@ -115,7 +117,7 @@ def test_cache_holds_the_survivors(slots, layout, empty, name):
     generator = torch.Generator().manual_seed(7)
     engine, vision = Engine(slots, layout), placeholders()
     protected = vision & (torch.rand(len(vision), generator=generator) < 0.05)
-    plan = PackedDropPlan(engine.new, MEMBERS, vision, config, key=protected)
+    plan = PackedDropPlan(engine.new, MEMBERS, vision, config, is_key_token=protected)
     if empty:
         gone = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
         left = plan.drop_empty(gone)

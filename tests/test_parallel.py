@@ -11,9 +11,11 @@ from test_packed_plan import row_lse
 
 from mustdrop_kernels import ops, stages
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.parallel import scores_over_ranks
 from mustdrop_kernels.plans import PackedDropPlan
 
+PADDING, TEXT, VISION, QUERY = TokenType
 RANKS, HQ, HK, D = 2, 8, 4, 16
 PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the picture, patches, text after it
 CONFIGS = {
@@ -29,7 +31,8 @@ def dense():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, HQ, 50, D, generator=generator)
     key = torch.randn(2, HK, 50, D, generator=generator)
-    types = torch.tensor([[1] * 4 + [2] * 36 + [3] * 10, [0] * 11 + [2] * 30 + [1] * 6 + [3] * 3], dtype=torch.uint8)
+    rows = [[TEXT] * 4 + [VISION] * 36 + [QUERY] * 10, [PADDING] * 11 + [VISION] * 30 + [TEXT] * 6 + [QUERY] * 3]
+    types = torch.tensor(rows, dtype=torch.uint8)
     return query, key, types
 
 
@@ -64,13 +67,13 @@ def run_rank(rank, folder):
     torch.set_num_threads(1)
     query, key, types = dense()
     scores = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types, 0.4, 10)
-    nobody = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=2), 0.4, 0)
+    no_queries = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=VISION), 0.4, 0)
     rows = {name: packed_rows(MustDropConfig(**config), rank) for name, config in CONFIGS.items()}
     said = {name: packed_rows(MustDropConfig(**config), rank, said=True) for name, config in CONFIGS.items()}
     cls, patches, counts = tower()
     halves = shard(cls, 1, rank), shard(patches, 1, rank)
     keys = stages.key_tokens(*halves, 0.3, KEYS, counts=counts, group=dist.group.WORLD)
-    found = {"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows, "said": said, "keys": keys}
+    found = {"scores": tuple(scores), "no_queries": tuple(no_queries), "rows": rows, "said": said, "keys": keys}
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -99,9 +102,9 @@ def test_all_ranks_have_the_same_bits(found):
         assert torch.equal(a, b)
 
 
-def test_nobody_votes(found):
+def test_no_text_queries(found):
     for rank in found:
-        assert all(scores.count_nonzero() == 0 and scores.shape == (2, 50) for scores in rank["nobody"])
+        assert all(scores.count_nonzero() == 0 and scores.shape == (2, 50) for scores in rank["no_queries"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

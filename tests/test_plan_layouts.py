@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mustdrop_kernels import stages
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.plans import DropPlan, PackedDropPlan, PaddedDropPlan
 from mustdrop_kernels.stages import Tokens
 
@@ -41,7 +42,7 @@ def pad(packed):
 
 
 def packed_plan(config):
-    return PackedDropPlan(LENGTHS, [0, 1, 2], VISION, config, key=KEY)
+    return PackedDropPlan(LENGTHS, [0, 1, 2], VISION, config, is_key_token=KEY)
 
 
 def padded_plan(config):
@@ -56,10 +57,10 @@ def padded_plan(config):
         protected=key,
         counts=real.sum(1).int(),
         lengths=count(real),
-        vision=count(vision),
-        keys=count(key),
+        vision_token_counts=count(vision),
+        key_token_counts=count(key),
     )
-    return PaddedDropPlan(tokens, config, voters=count(types == 3))
+    return PaddedDropPlan(tokens, config, text_queries=count(types == TokenType.QUERY))
 
 
 def rows_left(plan: DropPlan):
@@ -97,15 +98,16 @@ def test_layouts_agree(name, merged):
         assert torch.equal(packed.rows, torch.tensor([*itertools.chain(*rows_left(padded))]))
     assert packed.final
     assert padded.final
-    assert hidden[..., 0][padded.tokens.types != 0].tolist() == [*itertools.chain(*rows_left(padded))]
+    assert hidden[..., 0][padded.tokens.types != TokenType.PADDING].tolist() == [*itertools.chain(*rows_left(padded))]
     assert sum(packed.counts) < len(VISION)
 
     packed.compact_caches(list(pages), [x.clone() for x in pages], table)
-    moving = padded.layers_to_compact
-    assert moving == list(range(config.pruning_layers[-1] + 1))
-    for i, (key, _) in zip(moving, padded.compact_caches(*([dense[i].clone() for i in moving] for _ in "kv")), strict=True):
+    layers = padded.layers_to_compact
+    assert layers == list(range(config.pruning_layers[-1] + 1))
+    cut = padded.compact_caches(*([dense[i].clone() for i in layers] for _ in "kv"))
+    for i, (key, _) in zip(layers, cut, strict=True):
         dense[i] = key
-    assert all(held is padded.tokens for held in padded.cached_tokens)
+    assert all(tokens is padded.tokens for tokens in padded.cached_tokens)
     for layer in range(LAYERS):
         for prompt, left in enumerate(rows_left(padded)):
             expected = content[layer][left]

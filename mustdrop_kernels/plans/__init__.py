@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MustDrop inside an inference engine: stages 2 and 3 of one batch; docs/engines.md is the page.
+"""Stages 2 and 3 of one batch inside an inference engine; described in docs/engines.md.
 
-Plan once per batch, run per layer, commit after prefill::
+Plan once per batch, run per layer, compact the caches after prefill::
 
     plan = PackedDropPlan(new_tokens, members, placeholders, config)
     for index, layer in enumerate(layers):
@@ -12,9 +12,9 @@ Plan once per batch, run per layer, commit after prefill::
             hidden, positions = plan.take(hidden, chosen), plan.take(positions, chosen)
     plan.compact_caches(keys, values, block_table)
 
-``DropPlan`` is the protocol; how the rows of a batch lie makes two classes of it: ``PackedDropPlan``, with paged caches
-(vLLM), and ``PaddedDropPlan``, with dense ones (transformers). No engine is imported here, and nothing outlives a batch:
-what a request has lost is the engine's to remember.
+``DropPlan`` is the protocol. ``PackedDropPlan`` implements it for packed batches with paged caches (vLLM),
+``PaddedDropPlan`` for padded batches with dense caches (transformers). No engine is imported here, and a plan ends with
+its batch: the engine stores how many tokens each request has lost.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches whose rows are packed, with paged caches: vLLM, SGLang."""
+"""Drop plan of packed batches with paged caches: vLLM, SGLang."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .plan import DropPlan
 
 
 class PackedDropPlan(DropPlan[Tensor]):
-    """R requests in one packed batch, of which M, the members, begin with images and lose vision tokens.
+    """R requests in one packed batch; M of them, the members, are prompts with images that lose vision tokens.
 
-    Rows of the other requests, decoding ones too, go through untouched. "Live" are the rows that are left. ``tokens``
-    are the members', as (M, L), and name a token by its row of the batch.
+    Rows of the other requests, decoding ones included, pass through unchanged. Live rows are the remaining ones.
+    ``tokens`` holds the members' tokens as (M, L); its index is the row of the batch.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class PackedDropPlan(DropPlan[Tensor]):
         placeholders: Tensor,  # (rows) bool, vision tokens
         config: MustDropConfig,
         *,
-        key: Tensor | None = None,  # (rows) bool, tokens that stage 1 protects
+        is_key_token: Tensor | None = None,  # (rows) bool, tokens that stage 1 protects
         group: dist.ProcessGroup | None = None,
     ) -> None:
         device = placeholders.device
@@ -38,73 +38,78 @@ class PackedDropPlan(DropPlan[Tensor]):
         self.counts = list(new)
         """Live rows of each request."""
         self.rows = torch.arange(sum(new), device=device)
-        """(live) int64, ascending: which rows of the batch they are."""
+        """(live) int64, ascending: the live rows of the batch."""
         self._new = list(new)
-        self._counts = self._whole = torch.tensor(self._new, device=device)  # (R), as `counts`
-        self._who = torch.tensor(self.members, device=device)  # (M)
+        self._counts = self._new_counts = torch.tensor(self._new, device=device)  # (R), as `counts`
+        self._members = torch.tensor(self.members, device=device)  # (M)
         place, real = self._padded()
-        tokens, voters = _read(place, real, placeholders, key, config.votes)
-        self._types = _packed(tokens.types, place, real, len(self.rows))
-        super().__init__(tokens, config, voters=voters, group=group)
+        tokens, text_queries = _read_tokens(place, real, placeholders, is_key_token, config)
+        self._types = _packed_types(tokens.types, place, real, len(self.rows))
+        super().__init__(tokens, config, text_queries=text_queries, group=group)
 
     @property
     def dropped(self) -> list[int]:
-        """Rows of each request that are gone."""
-        return [new - left for new, left in zip(self._new, self.counts, strict=True)]
+        """Number of dropped rows of each request."""
+        return [new - count for new, count in zip(self._new, self.counts, strict=True)]
 
     @property
     def lost(self) -> Tensor:
-        """(R) int64: ``dropped``, on the device."""
-        return self._whole - self._counts
+        """(R) int64: ``dropped`` on the device."""
+        return self._new_counts - self._counts
 
     # Before the layers.
 
-    def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (left) int64
-        """Takes placeholders away that stage 1 has emptied; returns which live rows go on. Waits for the device."""
+    def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (remaining) int64
+        """Drops the placeholders that stage 1 has emptied; synchronizes with the device.
+
+        Returns:
+            The remaining rows, as indices into the live rows.
+        """
         place, real = self._padded()
-        gone = empty[place] & real
-        lengths = zip(self.tokens.lengths, gone.sum(1).tolist(), strict=True)
-        left = tuple(length - count for length, count in lengths)
-        return self._go_on(stages.drop_empty(self.tokens, gone, left, backend=self.config.backend))
+        dropped = empty[place] & real
+        pairs = zip(self.tokens.lengths, dropped.sum(1).tolist(), strict=True)
+        lengths = tuple(length - count for length, count in pairs)
+        return self._keep(stages.drop_empty(self.tokens, dropped, lengths, backend=self.config.backend))
 
     # Layer by layer.
 
-    def _decide(  # (live, Hq, D), (live, Hk, D), (Hq, live)
+    def _score(  # (live, Hq, D), (live, Hk, D), (Hq, live)
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
-    ) -> Pruned:
+    ) -> ops.Scores:
         place, _ = self._padded()
         if self._group is not None:
-            rows = lse if lse is None else lse[:, place].transpose(0, 1)
-            return self._decide_over_ranks(query[place].transpose(1, 2), key[place].transpose(1, 2), scale, rows)
+            lse = None if lse is None else lse[:, place].transpose(0, 1)
+            query, key = (x[place].transpose(1, 2) for x in (query, key))
+            return self._text_scores(query, key, self.tokens.types, scale, lse)
         bounds = torch.cat([self._counts.new_zeros(1), self._counts.cumsum(0)]).int()
         longest = max(self.counts)
         packed = (query, key, self._types, bounds, bounds, longest, longest, scale)
         total, peak = ops.text_vision_scores_varlen(*packed, lse=lse, backend=self.config.backend)
-        return stages.select(ops.Scores(total[place], peak[place]), self.tokens, self.config, self._stage)
+        return ops.Scores(total[place], peak[place])
 
-    def take(self, x: Tensor, chosen: Tensor) -> Tensor:  # (live, ...), (left) int64 -> (left, ...)
-        """The rows of hidden states, residuals or positions that go on."""
+    def take(self, x: Tensor, chosen: Tensor) -> Tensor:  # (live, ...), (remaining) int64 -> (remaining, ...)
+        """The remaining rows of hidden states, residuals or positions."""
         count = torch.full((1,), len(chosen), dtype=torch.int32, device=x.device)
         return ops.gather_tokens(x[None], chosen[None], count, backend=self.config.backend)[0]
 
-    def _go_on(self, pruned: Pruned) -> Tensor:
-        """(left) int64, ascending: which live rows go on."""
+    def _keep(self, pruned: Pruned) -> Tensor:
+        """(remaining) int64, ascending: indices into the live rows."""
         place, _ = self._padded()
         pieces = list(torch.arange(len(self.rows), device=place.device).split(self.counts))
         for m, (request, count) in enumerate(zip(self.members, pruned.lengths, strict=True)):
             pieces[request] = place[m, pruned.keep[m, :count]]
             self.counts[request] = count
-        self._counts = self._counts.index_copy(0, self._who, pruned.counts.long())
+        self._counts = self._counts.index_copy(0, self._members, pruned.counts.long())
         self.tokens = self.tokens.take(pruned, backend=self.config.backend)
         chosen = torch.cat(pieces)
         self.rows, self._types = self.rows[chosen], self._types[chosen]
         return chosen
 
     def _padded(self) -> tuple[Tensor, Tensor]:
-        """The members' live rows as (M, L), where ``tokens`` has them, and which are real; the others are row 0."""
+        """The members' live rows in the layout (M, L) of ``tokens``, and a mask of real entries; padding is row 0."""
         longest = max(self.counts[request] for request in self.members)
         column = torch.arange(longest, device=self.rows.device) - longest
-        end, count = self._counts.cumsum(0)[self._who, None], self._counts[self._who, None]
+        end, count = self._counts.cumsum(0)[self._members, None], self._counts[self._members, None]
         real = column >= -count
         return (end + column).masked_fill(~real, 0), real
 
@@ -112,86 +117,86 @@ class PackedDropPlan(DropPlan[Tensor]):
 
     def compact_caches(
         self,
-        keys: Sequence[Tensor],  # per layer (blocks, slots, Hk, D), any strides
-        values: Sequence[Tensor],  # per layer (blocks, slots, Hk, D), any strides
+        keys: Sequence[Tensor],  # per layer (blocks, page_size, Hk, D), any strides
+        values: Sequence[Tensor],  # per layer (blocks, page_size, Hk, D), any strides
         block_table: Tensor,  # (R, max_blocks) int32
     ) -> None:
-        """Stage 3: what is left of each member, of every layer, to where the layers after the last drop have it.
+        """Stage 3: moves the remaining keys and values of each member to one place in all layers.
 
-        A layer that ran before the last drop holds its rows from the first slot of the prompt on; one that ran after it
-        from the first slot of block ``dropped // slots`` on, and so do all of them now. The blocks before are empty.
+        A layer that ran before the last drop holds its rows from the first slot of the prompt on. All layers hold them
+        from the first slot of block ``dropped // page_size`` on afterwards, as those that ran after the last drop do;
+        the blocks before it are empty.
         """
-        moving = range(self._before)
+        layers = range(self._layers_before_last_drop)
         dropped = [self.dropped[request] for request in self.members]
-        if not moving or not any(dropped):
+        if not layers or not any(dropped):
             return
-        backend, slots, counts = self.config.backend, keys[0].shape[1], self.tokens.counts
-        keys, values = [keys[i] for i in moving], [values[i] for i in moving]
-        table, lost, lengths = block_table[self._who], self.lost[self._who], self._whole[self._who].int()
-        keep = self._first_slots([self.cached_tokens[i] for i in moving])
+        backend, page_size, counts = self.config.backend, keys[0].shape[1], self.tokens.counts
+        keys, values = [keys[i] for i in layers], [values[i] for i in layers]
+        table, lost, lengths = (x[self._members] for x in (block_table, self.lost, self._new_counts.int()))
+        keep = self._first_slots([self.cached_tokens[i] for i in layers])
         ops.compact_paged_kv_(
-            keys, values, table, keep, [counts] * len(moving), seq_lens=lengths, align_end=True, backend=backend
+            keys, values, table, keep, [counts] * len(layers), seq_lens=lengths, align_end=True, backend=backend
         )
-        # They stand at the end of the prompt now. Where the drop is no whole number of blocks, they move on, to the
-        # first slot of the first block that they need.
-        if any(count % slots for count in dropped):
-            gap = (lost % slots)[:, None]
+        # The remaining entries are at the end of the prompt. Unless the drop is a whole number of blocks, a second pass
+        # moves them to the first slot of their first block.
+        if any(count % page_size for count in dropped):
+            gap = (lost % page_size)[:, None]
             place = torch.arange(self.tokens.length, device=table.device) + gap
             place = place.masked_fill(place >= counts[:, None] + gap, -1)
-            ops.compact_paged_kv_(
-                keys, values, skip_leading_blocks(table, lost // slots), [place], [counts], backend=backend
-            )
+            table = skip_leading_blocks(table, lost // page_size)
+            ops.compact_paged_kv_(keys, values, table, [place], [counts], backend=backend)
 
-    def _first_slots(self, held: Sequence[Tokens]) -> list[Tensor]:
-        """Per layer (M, L): the slot of each survivor, -1 past the counts, where caches hold `held` from slot 0 on."""
+    def _first_slots(self, cached: Sequence[Tokens]) -> list[Tensor]:
+        """Per layer (M, L): the slot of each survivor in a cache of `cached` from slot 0 on; -1 past the counts."""
         past = torch.arange(self.tokens.length, device=self.rows.device) >= self.tokens.counts[:, None]
-        found = stages.slots_of(held, self.tokens)
+        found = stages.slots_of(cached, self.tokens)
         first: dict[int, Tensor] = {}
-        for slots, tokens in zip(found, held, strict=True):
+        for slots, tokens in zip(found, cached, strict=True):
             if id(tokens) not in first:
                 first[id(tokens)] = (slots - tokens.length + tokens.counts[:, None]).masked_fill(past, -1)
-        return [first[id(tokens)] for tokens in held]
+        return [first[id(tokens)] for tokens in cached]
 
 
-def _read(
+def _read_tokens(
     place: Tensor,  # (M, L) int64, rows of the batch
     real: Tensor,  # (M, L) bool
     placeholders: Tensor,  # (rows) bool
-    key: Tensor | None,  # (rows) bool
-    votes: str,
+    is_key_token: Tensor | None,  # (rows) bool
+    config: MustDropConfig,
 ) -> tuple[Tokens, list[int]]:
-    """The members' tokens, and how many rows vote in each. Waits for the device once, to learn their numbers."""
+    """The members' tokens and numbers of text queries. Synchronizes with the device once, to read the counts."""
     vision = placeholders[place] & real
-    types = stages.token_types(vision, real, votes)
-    voter = types == TokenType.QUERY
-    # Where no text follows the images nobody says which tokens matter, so all stay.
-    protected = vision & ~voter.any(1, keepdim=True)
-    if key is not None:
-        protected |= vision & key[place]
-    flags = torch.stack([real, vision, protected, voter]).sum(2)
-    lengths, seen, keys, voters = flags.tolist()
+    types = stages.token_types(vision, real, config.votes)
+    text_query = types == TokenType.QUERY
+    # All vision tokens stay where no text follows the images, since there are no text queries to score them.
+    protected = vision & ~text_query.any(1, keepdim=True)
+    if is_key_token is not None:
+        protected |= vision & is_key_token[place]
+    flags = torch.stack([real, vision, protected, text_query]).sum(2)
+    lengths, vision_counts, key_counts, text_queries = flags.tolist()
     index = place.masked_fill(~real, -1)
     tokens = Tokens(
         types=types,
         index=index,
-        positions=index,  # the engine has its own
+        positions=index,  # unused: the engine has its own
         protected=protected,
         counts=flags[0].int(),
         lengths=tuple(lengths),
-        vision=tuple(seen),
-        keys=tuple(keys),
+        vision_token_counts=tuple(vision_counts),
+        key_token_counts=tuple(key_counts),
     )
-    return tokens, voters
+    return tokens, text_queries
 
 
-def _packed(types: Tensor, place: Tensor, real: Tensor, rows: int) -> Tensor:  # (M, L) each -> (rows) uint8
-    """The members' types at their rows; the other requests' rows are text, of which nobody votes."""
+def _packed_types(types: Tensor, place: Tensor, real: Tensor, rows: int) -> Tensor:  # (M, L) each -> (rows) uint8
+    """The members' types at their rows of the batch; rows of other requests are text that is no query."""
     packed = torch.full((rows + 1,), int(TokenType.TEXT), dtype=torch.uint8, device=types.device)
     packed[place.masked_fill(~real, rows)] = types  # the last row takes the padding
     return packed[:rows]
 
 
-def skip_leading_blocks(table: Tensor, blocks: Tensor) -> Tensor:
-    """(R, M) block tables without the first blocks[b] entries of row b; the last entries repeat."""
-    column = torch.arange(table.shape[1], device=table.device) + blocks[:, None]
-    return table.gather(1, column.clamp(max=table.shape[1] - 1))
+def skip_leading_blocks(block_table: Tensor, blocks: Tensor) -> Tensor:
+    """Block tables (R, max_blocks) without the first blocks[r] entries of row r; the last entry repeats at the end."""
+    column = torch.arange(block_table.shape[1], device=block_table.device) + blocks[:, None]
+    return block_table.gather(1, column.clamp(max=block_table.shape[1] - 1))

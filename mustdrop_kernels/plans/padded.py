@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches that are padded to one length, with a dense cache per layer: Hugging Face transformers."""
+"""Drop plan of batches that are padded to one length, with a dense cache per layer: Hugging Face transformers."""
 
 from __future__ import annotations
 
@@ -11,72 +11,63 @@ from torch import Tensor
 
 from .. import ops, stages
 from ..config import MustDropConfig
-from ..parallel import scores_over_ranks
 from ..stages import Pruned, Tokens
 from .plan import DropPlan
 
 
 class PaddedDropPlan(DropPlan["Pruned | None"]):
-    """B prompts as (B, L), padded on the left once tokens have gone. ``None`` for the rows that go on: all do."""
+    """B prompts as (B, L), padded on the left after drops. ``None`` as the remaining rows means all rows."""
 
     def __init__(
         self,
         tokens: Tokens,
         config: MustDropConfig,
         *,
-        voters: Sequence[int],
+        text_queries: Sequence[int],
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        super().__init__(tokens, config, voters=voters, group=group)
+        super().__init__(tokens, config, text_queries=text_queries, group=group)
         self.prompt_tokens = tokens
-        """The prompts as they came."""
+        """The tokens of the plain prompts."""
         self.past_types: Tensor | None = None
-        """(B, P) uint8: types of P cached tokens that stand before these in the layer that runs. None of them goes."""
+        """(B, P) uint8: types of P cached tokens before the prompts in the current layer. None of them is dropped."""
 
     @property
     def nothing_dropped(self) -> bool:
-        """Nothing has gone yet, so the model can be left to itself."""
+        """Whether the prompts are still whole, so that the model's own inputs are right."""
         return self.tokens is self.prompt_tokens
 
     def drop_empty(self, empty: Tensor, lengths: tuple[int, ...]) -> Pruned | None:
-        """Takes placeholders away that stage 1 has emptied.
+        """Drops the placeholders that stage 1 has emptied.
 
         Args:
             empty: (B, L) bool.
-            lengths: tokens of each prompt that are left.
+            lengths: number of remaining tokens of each prompt.
         """
-        return self._go_on(stages.drop_empty(self.tokens, empty, lengths, backend=self.config.backend))
+        return self._keep(stages.drop_empty(self.tokens, empty, lengths, backend=self.config.backend))
 
     @property
     def key_types(self) -> Tensor:  # (B, P + L) uint8
-        """What the keys of the layer that runs are."""
+        """Token types of the keys of the current layer."""
         return self.tokens.types if self.past_types is None else torch.cat([self.past_types, self.tokens.types], dim=1)
 
-    def _decide(  # (B, Hq, L, D), (B, Hk, P + L, D), (B, Hq, L)
+    def _score(  # (B, Hq, L, D), (B, Hk, P + L, D), (B, Hq, L)
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
-    ) -> Pruned:
-        if self.past_types is not None:
-            rows, backend = (query, key, self.key_types, scale), self.config.backend
-            if self._group is None:
-                scores = ops.text_vision_scores(*rows, lse=lse, backend=backend)
-            else:
-                scores = scores_over_ranks(*rows, self._most_voters, self._group, lse=lse, backend=backend)
-            own = slice(self.past_types.shape[1], None)
-            total, peak = (score[:, own] for score in scores)
-            return stages.select(ops.Scores(total, peak), self.tokens, self.config, self._stage)
-        if self._group is not None:
-            return self._decide_over_ranks(query, key, scale, lse)
-        return stages.prune(query, key, self.tokens, scale, self.config, self._stage, lse=lse)
+    ) -> ops.Scores:
+        types = self.key_types
+        scores = self._text_scores(query, key, types, scale, lse)
+        past = types.shape[1] - self.tokens.length
+        return ops.Scores(*(score[:, past:] for score in scores)) if past else scores
 
-    def _go_on(self, pruned: Pruned) -> Pruned | None:
+    def _keep(self, pruned: Pruned) -> Pruned | None:
         if pruned.lengths == self.tokens.lengths:
             return None
         renumber = self.config.positions == "published"
         self.tokens = self.tokens.take(pruned, renumber=renumber, backend=self.config.backend)
         return pruned
 
-    def take(self, x: Tensor, chosen: Pruned | None) -> Tensor:  # (B, L, ...) -> (B, left, ...)
-        """The rows of hidden states that go on."""
+    def take(self, x: Tensor, chosen: Pruned | None) -> Tensor:  # (B, L, ...) -> (B, remaining, ...)
+        """The remaining rows of hidden states."""
         if chosen is None:
             return x
         return ops.gather_tokens(x, chosen.keep, chosen.counts, align_end=True, backend=self.config.backend)
@@ -87,25 +78,25 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         first = self.config.first_evicted_layer
         if first is None:
             return []
-        return [i for i in range(first, self._before) if self.cached_tokens[i] is not self.tokens]
+        return [i for i in range(first, self._layers_before_last_drop) if self.cached_tokens[i] is not self.tokens]
 
     def compact_caches(
         self,
-        keys: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
-        values: Sequence[Tensor],  # per moving layer (B, Hk, L_i, D)
+        keys: Sequence[Tensor],  # per layer to compact (B, Hk, L_i, D)
+        values: Sequence[Tensor],  # per layer to compact (B, Hk, L_i, D)
         *,
         to_front: bool = False,
-    ) -> list[tuple[Tensor, Tensor]]:  # per moving layer (B, Hk, left, D), views of the same memory
-        """Stage 3: cuts the caches of the layers ``moving`` to what is left; ``held`` follows.
+    ) -> list[tuple[Tensor, Tensor]]:  # per layer to compact (B, Hk, remaining, D), views of the same memory
+        """Stage 3: cuts the caches of ``layers_to_compact`` in place to the remaining tokens, and ``cached_tokens``.
 
         The views are the ends of the caches. With `to_front` they are their beginnings, unless rows are padded.
         """
         layers = self.layers_to_compact
         if not layers:
             return []
-        held = [self.cached_tokens[i] for i in layers]
+        cached = [self.cached_tokens[i] for i in layers]
         align_end = self.tokens.padded or not to_front
-        cut = stages.evict(keys, values, held, self.tokens, align_end=align_end, backend=self.config.backend)
+        views = stages.evict(keys, values, cached, self.tokens, align_end=align_end, backend=self.config.backend)
         for i in layers:
             self.cached_tokens[i] = self.tokens
-        return cut
+        return views

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The protocol: what a batch of prompts goes through, however its rows lie."""
+"""The protocol of a drop plan, independent of the layout of the batch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Generic, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from .. import stages
+from .. import ops, stages
 from ..config import MustDropConfig
 from ..parallel import scores_over_ranks
 from ..stages import Pruned, Tokens
 
 Chosen = TypeVar("Chosen")
-"""How a layout says which of its rows go on: what ``prune`` returns and ``take`` takes."""
+"""The remaining rows in the form of a layout: returned by ``prune``, taken by ``take``."""
 
 
 class DropPlan(abc.ABC, Generic[Chosen]):
-    """B prompts with images on their way through the layers; a class per layout says where their rows are.
+    """B prompts with images on their way through the layers; each layout of the batch is a subclass.
 
-    With budgets nothing waits for the device, nor is anything copied to it, once the plan is made. With thresholds
-    ``prune`` waits once, for the lengths. All work goes to the current stream.
+    With budgets nothing synchronizes with the device or copies to it once the plan is made. With thresholds ``prune``
+    synchronizes once, to read the lengths. All work goes to the current stream.
     """
 
     def __init__(
@@ -31,66 +31,68 @@ class DropPlan(abc.ABC, Generic[Chosen]):
         tokens: Tokens,
         config: MustDropConfig,
         *,
-        voters: Sequence[int],  # text rows that vote in each prompt; no drop changes them
+        text_queries: Sequence[int],  # number of text query rows of each prompt; drops do not change it
         group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: this rank has all
     ) -> None:
         self.config = config
         self.tokens = tokens
-        """What is left of the prompts, and where it came from."""
+        """The remaining tokens of the prompts, and their places in the plain prompts."""
         self.cached_tokens: list[Tokens] = []
         """Per layer: the tokens whose keys and values its cache holds."""
         self._stage = 0  # pruning layers that have run
-        self._before = 0  # layers that ran before the last of their drops
-        self._group, self._most_voters = group, max(voters)
+        self._layers_before_last_drop = 0
+        self._group, self._max_text_queries = group, max(text_queries)
 
     @property
     def final(self) -> bool:
-        """Nothing more will go."""
+        """True after the last pruning layer: no more tokens are dropped."""
         return self._stage == len(self.config.pruning_layers)
 
     def begin_layer(self) -> None:
-        """The next layer runs, and its cache will hold what is left."""
+        """Records that the cache of the next layer will hold the remaining tokens."""
         self.cached_tokens.append(self.tokens)
 
     def prune(self, query: Tensor, key: Tensor, scale: float, *, lse: Tensor | None = None) -> Chosen:
-        """Drops what the text of each prompt does not look at.
+        """Drops the vision tokens that the text queries of each prompt attend to least.
 
         Args:
-            query: after RoPE, of the layer that runs, in the layout's shape; of this rank's heads.
-            key: the same of its keys.
+            query: queries of the current layer after RoPE, in the layout's shape; heads of this rank.
+            key: keys of the same layer and rank.
             scale: factor of the scores.
             lse: float32, natural logarithm of the sum of exponentials of each query row's scaled scores, heads before
-                rows, if the attention has said it; else it is computed.
+                rows; computed if None.
 
         Returns:
-            Which rows go on, for ``take``.
+            The remaining rows, for ``take``.
         """
-        lse = None if lse is None else lse.detach()
-        pruned = self._decide(query.detach(), key.detach(), scale, lse)
+        scores = self._score(query.detach(), key.detach(), scale, None if lse is None else lse.detach())
+        pruned = stages.select(scores, self.tokens, self.config, self._stage)
         self._stage += 1
-        self._before = len(self.cached_tokens)
-        return self._go_on(pruned)
+        self._layers_before_last_drop = len(self.cached_tokens)
+        return self._keep(pruned)
 
     @abc.abstractmethod
     def take(self, x: Tensor, chosen: Chosen) -> Tensor:
-        """The rows of hidden states, residuals or positions that go on."""
+        """The remaining rows of hidden states, residuals or positions."""
 
     @abc.abstractmethod
-    def _decide(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> Pruned:
-        """This stage's scores and selection."""
+    def _score(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> ops.Scores:
+        """Scores (B, L) of ``tokens``, averaged over the heads of all ranks."""
 
     @abc.abstractmethod
-    def _go_on(self, pruned: Pruned) -> Chosen:
-        """Moves on to the tokens that are left."""
+    def _keep(self, pruned: Pruned) -> Chosen:
+        """Replaces ``tokens`` by the remaining ones and returns their rows."""
 
-    def _decide_over_ranks(
+    def _text_scores(
         self,
-        query: Tensor,  # (B, Hq / ranks, L, D)
-        key: Tensor,  # (B, Hk / ranks, L, D)
+        query: Tensor,  # (B, Hq, L, D)
+        key: Tensor,  # (B, Hk, Lk, D)
+        key_types: Tensor,  # (B, Lk) uint8
         scale: float,
-        lse: Tensor | None,  # (B, Hq / ranks, L)
-    ) -> Pruned:
-        """The same decision on all ranks: they see the same scores."""
-        types, backend = self.tokens.types, self.config.backend
-        scores = scores_over_ranks(query, key, types, scale, self._most_voters, self._group, lse=lse, backend=backend)
-        return stages.select(scores, self.tokens, self.config, self._stage)
+        lse: Tensor | None,  # (B, Hq, L) float32
+    ) -> ops.Scores:  # (B, Lk) each
+        backend = self.config.backend
+        if self._group is None:
+            return ops.text_vision_scores(query, key, key_types, scale, lse=lse, backend=backend)
+        limit = self._max_text_queries
+        return scores_over_ranks(query, key, key_types, scale, limit, self._group, lse=lse, backend=backend)

@@ -56,7 +56,7 @@ class Prefill:
         self.static = cache if isinstance(cache, DropStaticCache) else None
         own = mask if mask is None else mask[:, seen:]
         self.prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
-        self.plan = PaddedDropPlan(self.prompt.tokens, config, voters=self.prompt.voters, group=family.ranks)
+        self.plan = PaddedDropPlan(self.prompt.tokens, config, text_queries=self.prompt.voters, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> what went on
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
         self._chosen: Pruned | None = None  # by the pruning layer that is running; None: all go on
@@ -169,7 +169,7 @@ class Prefill:
             length=plan.prompt_tokens.length,
             text=self.prompt.text,
             images=image_reports(self.prompt.images, self.prompt.placeholders, self.after, self.heat or {}),
-            layer_tokens=[sum(tokens.vision) for tokens in processed],
+            layer_tokens=[sum(tokens.vision_token_counts) for tokens in processed],
             plain_cache=_cache_report([plan.prompt_tokens] * len(processed), before, slot_bytes),
             prefill_cache=_cache_report(processed, before, slot_bytes),
             final_cache=_cache_report(plan.cached_tokens, before, slot_bytes),

@@ -68,8 +68,8 @@ def read_prompt(
         protected=protected,
         counts=counts[0].int(),
         lengths=lengths,
-        vision=slots,
-        keys=keys,
+        vision_token_counts=slots,
+        key_token_counts=keys,
     )
     text = [length - slot for length, slot in zip(lengths, slots, strict=True)]
     left = tuple(a + b for a, b in zip(text, vision, strict=True))

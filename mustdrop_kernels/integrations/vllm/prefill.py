@@ -42,7 +42,7 @@ class Prefill:
         key = None if marks is None else marks.key
         ranks = get_tp_group()
         group = ranks.device_group if ranks.world_size > 1 else None
-        plan = PackedDropPlan(batch.new, batch.beginning, placeholders, self._config, key=key, group=group)
+        plan = PackedDropPlan(batch.new, batch.beginning, placeholders, self._config, is_key_token=key, group=group)
         if marks is not None and self._config.merge:
             rows = plan.drop_empty(marks.empty)
             hidden, positions = plan.take(hidden, rows), plan.take(positions, rows)

@@ -104,7 +104,7 @@ def place(
     marks = torch.where(held, TOKEN, EMPTY)
     if config.key_rate > 0:
         importance = at_placeholders(torch.cat([tile.importance for tile in tiles if tile.importance is not None]))
-        marks = marks.masked_fill(stages.select_keys(importance[None], held[None], config)[0], KEY)
+        marks = marks.masked_fill(stages.select_key_tokens(importance[None], held[None], config)[0], KEY)
     if shown is not None and end is not None:
         placed = torch.where((shown < 0)[:, None], end.to(placed), placed)
         marks = marks.masked_fill(shown < 0, TOKEN)
