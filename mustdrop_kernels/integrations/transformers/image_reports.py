@@ -36,11 +36,11 @@ def image_reports(
                 modality=modality,
                 views=image.views,
                 token=token,
-                keys=image.key.cpu()[token],
+                keys=image.is_key_token.cpu()[token],
                 alive={layer: flags[own][token] for layer, flags in alive.items()},
                 kept={layer: int(flags[own].sum()) for layer, flags in alive.items()},
                 tokens=int(image.alive.sum()),
-                key_tokens=int(image.key.sum()),
+                key_tokens=int(image.is_key_token.sum()),
                 heat={layer: values[own][token] for layer, values in warmth.items()},
             )
             found.append((places[begin], report))

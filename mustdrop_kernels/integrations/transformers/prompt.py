@@ -51,7 +51,7 @@ def read_prompt(
     present = {modality: list(images[modality]) for modality in images}
     placeholders = torch.stack(list(places.values())).any(0)
     standing = _spread("alive", present, places)
-    protected = _spread("key", present, places)
+    protected = _spread("is_key_token", present, places)
     types = stages.token_types(placeholders, mask, config.votes)
 
     flags = (types != TokenType.PADDING, placeholders, standing, protected, types == TokenType.QUERY)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where tokens are in vLLM's paged cache on a CPU.
+"""Attention metadata of requests that have lost tokens, for vLLM's CPU attention.
 
-A request that has lost d tokens keeps the rest in blocks d // slots, d // slots + 1, ... of its table, from the first
-slot of the first of them on. So it reads and writes like any request of its shorter length, through the table without
-the blocks before: no attention kernel knows of it.
+A request that has lost d tokens keeps the others in blocks d // block_size, d // block_size + 1, ... of its table, from
+the first slot on. Through the table without the leading blocks it is an ordinary request of its shorter length, so
+attention kernels need no change.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from vllm import _custom_ops, envs
 from ...plans import skip_leading_blocks
 
 READABLE = ("vec", "vec16")
-"""Layouts of the CPU attention whose keys can be viewed as (blocks, slots, heads, D)."""
+"""Cache layouts of the CPU attention whose keys can be viewed as (blocks, block_size, heads, D)."""
 
 
-class Pages(NamedTuple):
-    """What a layer needs to know of a step."""
+class StepMetadata(NamedTuple):
+    """Inputs of a step's attention layers."""
 
     metadata: Any
-    slots: Tensor  # (rows) int64, where each row's key and value go
+    slot_mapping: Tensor  # (rows) int64, the slot of each row's key and value
 
 
-def cache_views(cache: Tensor) -> tuple[Tensor, Tensor]:  # (blocks, Hk, slots, 2 D)
-    """Keys and values as (blocks, slots, Hk, D). Keys are stored transposed, as (blocks, Hk, D, slots)."""
-    blocks, heads, slots, width = cache.shape
-    halves = cache.view(blocks, heads, 2, slots * width // 2)
-    keys = halves[:, :, 0].unflatten(-1, (width // 2, slots)).permute(0, 3, 1, 2)
-    values = halves[:, :, 1].unflatten(-1, (slots, width // 2)).permute(0, 2, 1, 3)
+def cache_views(cache: Tensor) -> tuple[Tensor, Tensor]:  # (blocks, Hk, block_size, 2 D)
+    """Keys and values as (blocks, block_size, Hk, D). Keys are stored transposed, as (blocks, Hk, D, block_size)."""
+    blocks, heads, block_size, width = cache.shape
+    halves = cache.view(blocks, heads, 2, block_size * width // 2)
+    keys = halves[:, :, 0].unflatten(-1, (width // 2, block_size)).permute(0, 3, 1, 2)
+    values = halves[:, :, 1].unflatten(-1, (block_size, width // 2)).permute(0, 2, 1, 3)
     return keys, values
 
 
-class Paging:
-    """Makes the attention metadata of steps in which requests hold fewer tokens than vLLM thinks."""
+class MetadataBuilder:
+    """Builds the attention metadata of steps whose requests hold fewer tokens than vLLM's own metadata says."""
 
     def __init__(self, attention: Any) -> None:  # any attention layer of the language model
         self.attention = attention
 
     def check(self) -> None:
-        """Refuses layouts of the cache that ``cache_views`` does not know."""
+        """Raises ``ValueError`` for cache layouts that ``cache_views`` cannot read."""
         if self.attention.isa not in READABLE:
             raise ValueError(
                 f"mustdrop: the CPU attention's {self.attention.isa!r} cache is not served, which vLLM takes for "
@@ -54,21 +54,27 @@ class Paging:
             )
 
     @property
-    def block_slots(self) -> int:
+    def block_size(self) -> int:
         """Slots of a block."""
         return self.attention.kv_cache.shape[2]
 
-    def lay_out(self, plain: Any, new: Sequence[int], lengths: Sequence[int], lost: Sequence[int]) -> Pages:
-        """Pages of a step with new[b] rows of request b, whose sequence is lengths[b] long after `lost` tokens went."""
-        device, slots = plain.seq_lens.device, self.block_slots
-        rows, length, gone = (torch.tensor(x, device=device) for x in (new, lengths, lost))
+    def build(
+        self,
+        plain: Any,  # vLLM's own metadata of the step
+        new: Sequence[int],  # rows of each request
+        lengths: Sequence[int],  # length of each sequence without its dropped tokens
+        skipped: Sequence[int],  # dropped tokens of each request whose leading blocks are skipped
+    ) -> StepMetadata:
+        """Metadata of the remaining rows and cached tokens of a step."""
+        device, block_size = plain.seq_lens.device, self.block_size
+        rows, length, lost = (torch.tensor(x, device=device) for x in (new, lengths, skipped))
         begins = torch.cat([rows.new_zeros(1), rows.cumsum(0)])
-        table = skip_leading_blocks(plain.block_table[: len(new)], gone // slots)
+        table = skip_leading_blocks(plain.block_table[: len(new)], lost // block_size)
         request = torch.repeat_interleave(rows)
         place = torch.arange(request.shape[0], device=device) + (length - rows - begins[:-1])[request]
         metadata = self._metadata(plain, begins.to(plain.query_start_loc.dtype), length.to(plain.seq_lens.dtype), table)
-        target = table[request, place // slots].long() * slots + place % slots
-        return Pages(dataclasses.replace(metadata, slot_mapping=target), target)
+        slot_mapping = table[request, place // block_size].long() * block_size + place % block_size
+        return StepMetadata(dataclasses.replace(metadata, slot_mapping=slot_mapping), slot_mapping)
 
     def _metadata(self, plain: Any, begins: Tensor, lengths: Tensor, table: Tensor) -> Any:
         layer = self.attention
@@ -99,25 +105,25 @@ class Paging:
         )
 
 
-class Turner:
-    """Turns the pages that the layers read from; puts vLLM's own back."""
+class MetadataSwap:
+    """Replaces the metadata of a forward context for the given layers."""
 
     def __init__(self, context: Any, layers: Sequence[str]) -> None:
         self._context, self._layers = context, layers
 
-    def to(self, pages: Pages) -> None:
-        """All layers read and write these from here on."""
+    def use(self, step: StepMetadata) -> None:
+        """Sets the metadata of all layers."""
         for name in self._layers:
-            self._context.attn_metadata[name] = pages.metadata
-            self._context.slot_mapping[name] = pages.slots
+            self._context.attn_metadata[name] = step.metadata
+            self._context.slot_mapping[name] = step.slot_mapping
 
 
 @contextlib.contextmanager
-def turning(context: Any, layers: Sequence[str]) -> Iterator[Turner]:
-    """Within it a step's pages can be turned."""
+def metadata_swap(context: Any, layers: Sequence[str]) -> Iterator[MetadataSwap]:
+    """A ``MetadataSwap`` whose changes end with the block."""
     plain = [(context.attn_metadata[name], context.slot_mapping[name]) for name in layers]
     try:
-        yield Turner(context, layers)
+        yield MetadataSwap(context, layers)
     finally:
-        for name, (metadata, slots) in zip(layers, plain, strict=True):
-            context.attn_metadata[name], context.slot_mapping[name] = metadata, slots
+        for name, (metadata, slot_mapping) in zip(layers, plain, strict=True):
+            context.attn_metadata[name], context.slot_mapping[name] = metadata, slot_mapping

@@ -108,8 +108,8 @@ def free_blocks(llm):
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
-def ledger(llm):
-    return llm.llm_engine.model_executor.driver_worker.worker.ledger
+def drop_record(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.drop_record
 
 
 class Transformers:

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, SLOTS, Ask, engine, free_blocks, ledger, sampling, scheduler
+from engines import ASKS, BUDGETS, SLOTS, Ask, drop_record, engine, free_blocks, sampling, scheduler
 
 from mustdrop_kernels.integrations.vllm.blocks import shares_blocks
 
@@ -101,7 +101,7 @@ def test_random_requests_and_aborts_leave_the_pool_as_it_was(small, preemptions,
     assert {request.has_encoder_inputs for request in preemptions} == {False, True}
     run(small, [ASKS[1]], [1])  # a step after which the worker has heard of all that ended
     assert free_blocks(small) == free
-    assert ledger(small).lost == {}
+    assert drop_record(small).dropped == {}
 
 
 def test_text_shares_blocks_and_pictures_do_not(small, transformers_of):

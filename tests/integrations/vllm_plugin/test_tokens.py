@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, PLANS, SLOTS, engine, free_blocks, generate, ledger, scheduler
+from engines import ASKS, BUDGETS, PLANS, SLOTS, drop_record, engine, free_blocks, generate, scheduler
 
 NEW = 20
 
@@ -26,7 +26,7 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
         for ask, (tokens, _) in zip(asks, expected, strict=True):
             assert generate(llm, [ask], NEW) == [tokens]
         assert generate(llm, asks[1:2], 1)  # a step after which the worker has heard of all that ended
-        assert set(ledger(llm).lost.values()) == set()
+        assert set(drop_record(llm).dropped.values()) == set()
     assert any(dropped > 0 for _, dropped in expected)
 
 
