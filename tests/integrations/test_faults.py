@@ -155,9 +155,9 @@ def conversation(sdpa, processor):
 
 
 def contents(cache) -> list:
-    held = [(entry.length, entry.counts.tolist()) for entry in cache.held]
+    tokens = [(entry.length, entry.counts.tolist()) for entry in cache.layer_tokens]
     layers = [(layer.keys.clone(), layer.values.clone(), layer.dropped) for layer in cache.layers]
-    return [held, cache.prompt_length, cache.renumbered, layers]
+    return [tokens, cache.prompt_length, cache.renumbered, layers]
 
 
 def same_contents(a: list, b: list) -> bool:

@@ -15,7 +15,7 @@ from transformers import modeling_flash_attention_utils as flash
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import drop_tokens
-from mustdrop_kernels.integrations.transformers.flash_lse import asked_for_lse
+from mustdrop_kernels.integrations.transformers.flash_lse import captured_lse
 from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.plans import PaddedDropPlan
 
@@ -108,8 +108,8 @@ def test_heat_maps_are_the_same(sdpa, one):
 
 def rows_of(mask, lse, *, of=torch.float32, times=1):
     query = torch.zeros(2, 4, 3, 8)
-    with asked_for_lse(query, mask) as rows:
-        function = rows.asking(lambda q: (q, lse))
+    with captured_lse(query, mask) as rows:
+        function = rows.wrap(lambda q: (q, lse))
         for _ in range(times):
             function(torch.zeros(1, dtype=of))
     return rows.read()
@@ -135,7 +135,7 @@ def test_other_threads_are_not_asked():
     with pytest.MonkeyPatch.context() as patched:
         dense = lambda q, return_attn_probs=False: return_attn_probs  # noqa: E731
         patched.setattr(flash, "lazy_import_flash_attention", lambda name: ((dense, dense, "more"), "process"))
-        with asked_for_lse(torch.zeros(1, 1, 1, 1), None):
+        with captured_lse(torch.zeros(1, 1, 1, 1), None):
             for run in (lambda target: target(), lambda target: _in_a_thread(target)):
                 run(lambda: functions.append(flash.lazy_import_flash_attention("flash_attention_2")))
     ((asked, _, more), process), ((plain, _, _), _) = functions

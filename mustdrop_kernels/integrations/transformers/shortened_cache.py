@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a cache whose layers hold fewer tokens than the prompt had: the same for every kind of cache."""
+"""State of a cache whose layers hold fewer tokens than the prompt had, common to all kinds of caches."""
 
 from __future__ import annotations
 
@@ -15,221 +15,222 @@ from ...ops import TokenType
 from ...stages import Tokens
 
 
-class Lifetime:
-    """Whether a ``drop_tokens`` context is open. Copies of a cache share it; outside of a process it is over."""
+class ContextLifetime:
+    """Whether a ``drop_tokens`` context is open. Copies of a cache share it; it is closed in a pickle."""
 
     def __init__(self, is_open: bool = True) -> None:
         self.open = is_open
-        self._watched: weakref.WeakSet[Books] = weakref.WeakSet()
+        self._states: weakref.WeakSet[CacheState] = weakref.WeakSet()
 
-    def watch(self, books: Books) -> None:
-        """Closes the books of a cache when the context ends."""
-        self._watched.add(books)
+    def register(self, state: CacheState) -> None:
+        """Registers the state of a cache, to be closed when the context ends."""
+        self._states.add(state)
 
     def end(self) -> None:
-        """From now on nobody makes masks for shortened caches."""
+        """Closes all registered states: without the context no masks are made for shortened caches."""
         self.open = False
-        for books in self._watched:
-            books.close()
+        for state in self._states:
+            state.close()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Lifetime:
+    def __deepcopy__(self, memo: dict[int, Any]) -> ContextLifetime:
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Lifetime, (False,)
+        return ContextLifetime, (False,)
 
 
 @dataclasses.dataclass(eq=False)
-class Held:
-    """The prompt tokens that some layers of the cache hold."""
+class LayerTokens:
+    """The prompt tokens that some layers of a cache hold."""
 
     length: int  # padding included
     counts: Tensor  # (B) real tokens of each sequence
     alive: Tensor | None  # (B, length) bool; None: no padding
 
     @classmethod
-    def of(cls, tokens: Tokens) -> Held:
-        """What is needed of `tokens` once the prompt is read."""
+    def of(cls, tokens: Tokens) -> LayerTokens:
+        """The part of `tokens` that is needed after the prompt."""
         alive = tokens.types != TokenType.PADDING if tokens.padded else None
         return cls(tokens.length, tokens.counts, alive)
 
-    def followed_by(self, other: Held) -> Held:
-        """These tokens and, behind them, others."""
+    def followed_by(self, other: LayerTokens) -> LayerTokens:
+        """These tokens followed by others."""
         alive = None
         if self.alive is not None or other.alive is not None:
             alive = torch.cat([self.real(), other.real()], dim=1)
-        return Held(self.length + other.length, self.counts + other.counts, alive)
+        return LayerTokens(self.length + other.length, self.counts + other.counts, alive)
 
     def real(self) -> Tensor:  # (B, length) bool
-        """Which are no padding."""
+        """False in padding."""
         if self.alive is not None:
             return self.alive
         return torch.ones(len(self.counts), self.length, dtype=torch.bool, device=self.counts.device)
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Does to the batch what was done to keys and values."""
+        """Applies a change of the rows of the batch, as to keys and values."""
         self.counts = change(self.counts)
         self.alive = None if self.alive is None else change(self.alive)
 
 
 @dataclasses.dataclass(frozen=True)
-class Mark:
-    """How far a cache was filled."""
+class Checkpoint:
+    """Fill level and state of a cache."""
 
     lengths: list[Any]  # slots per layer, int or () int64
-    held: list[Held]
+    layer_tokens: list[LayerTokens]
     prompt_length: int
     renumbered: bool
-    changes: int
+    row_changes: int
 
 
 @dataclasses.dataclass(eq=False)
-class Books:
-    """The books of one cache, which are closed when the context ends: then a shortened cache takes nothing more."""
+class CacheState:
+    """Tokens in the layers of one cache. Closed when the context ends: a shortened cache rejects updates then."""
 
     layers: list[Any]  # the cache's own list
-    lifetime: Lifetime = dataclasses.field(default_factory=Lifetime)
-    held: list[Held] = dataclasses.field(default_factory=list)
-    """Per layer, shared by layers that hold the same tokens; empty: nothing was dropped."""
+    lifetime: ContextLifetime = dataclasses.field(default_factory=ContextLifetime)
+    layer_tokens: list[LayerTokens] = dataclasses.field(default_factory=list)
+    """Per layer, shared by layers that hold the same tokens; empty if nothing was dropped."""
     prompt_length: int = 0
-    """Of the plain prompt, padding included."""
+    """Length of the plain prompt, padding included."""
     renumbered: bool = False
     """Positions count what a layer holds."""
-    changes: int = 0
-    """Of the batch's rows."""
+    row_changes: int = 0
+    """Number of changes of the batch's rows."""
 
-    def enter(self, lifetime: Lifetime) -> None:
-        """Belongs to this context from now on."""
+    def bind(self, lifetime: ContextLifetime) -> None:
+        """Binds the cache to a context."""
         if self.lifetime is not lifetime:
             self.lifetime = lifetime
             self._open()
-        lifetime.watch(self)
+        lifetime.register(self)
 
     def close(self) -> None:
-        """Without anybody who makes masks for it, a shortened cache refuses."""
-        if self.held:
+        """Makes a shortened cache reject updates."""
+        if self.layer_tokens:
             for layer in self.layers:
-                layer.update = _refused_update  # an attribute, so that it costs nothing while the context is open
+                layer.update = _rejected_update  # an attribute of the layer, so that open caches have no overhead
 
     def _open(self) -> None:
         for layer in self.layers:
             vars(layer).pop("update", None)
 
-    def forget(self) -> None:
-        """The cache is empty."""
-        self.held, self.prompt_length, self.renumbered = [], 0, False
+    def clear(self) -> None:
+        """Clears the state of an empty cache."""
+        self.layer_tokens, self.prompt_length, self.renumbered = [], 0, False
         self._open()
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Does to the batch what was done to keys and values."""
-        self.changes += 1
-        for entry in {id(entry): entry for entry in self.held}.values():
+        """Applies a change of the rows of the batch, as to keys and values."""
+        self.row_changes += 1
+        for entry in {id(entry): entry for entry in self.layer_tokens}.values():
             entry.change_rows(change)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         if self.lifetime.open:
-            self.lifetime.watch(self)
+            self.lifetime.register(self)
         else:
             self.close()
 
 
-def _refused_update(*args: Any, **kwargs: Any) -> None:
+def _rejected_update(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("this cache was shortened by drop_tokens; it can only be continued inside drop_tokens")
 
 
-class Shortened:
-    """What caches that lose tokens have in common; each of them adds how its layers keep keys and values."""
+class ShortenedCache:
+    """Base of caches that lose tokens; subclasses add the storage of keys and values."""
 
     layers: list[Any]
-    books: Books
-    own: dict[int, dict[str, Any]]
-    """Of the pass that runs: inputs of the layers that do not take what the model gives to all."""
+    state: CacheState
+    layer_inputs: dict[int, dict[str, Any]]
+    """By layer, in the current pass: inputs that replace those which the model passes to all layers."""
 
     @property
-    def held(self) -> list[Held]:
-        """The prompt tokens that each layer holds; empty: all of them."""
-        return self.books.held
+    def layer_tokens(self) -> list[LayerTokens]:
+        """The prompt tokens that each layer holds; empty if all hold the whole prompt."""
+        return self.state.layer_tokens
 
     @property
     def prompt_length(self) -> int:
-        """Of the plain prompt, padding included."""
-        return self.books.prompt_length
+        """Length of the plain prompt, padding included."""
+        return self.state.prompt_length
 
     @property
     def renumbered(self) -> bool:
         """Positions count what a layer holds."""
-        return self.books.renumbered
+        return self.state.renumbered
 
     @property
     def shortened(self) -> bool:
         """Whether tokens were dropped."""
-        return bool(self.books.held)
+        return bool(self.state.layer_tokens)
 
     @property
     def seen(self) -> int:
-        """Length of the plain sequence so far; a static cache waits for the device."""
+        """Length of the plain sequence so far; a static cache synchronizes with the device."""
         return int(self.get_seq_length())  # type: ignore[attr-defined]
 
     @property
     def generated(self) -> int:
-        """Tokens behind the prompt."""
+        """Number of tokens after the prompt."""
         return self.seen - self.prompt_length
 
     @property
     def slot_bytes(self) -> int:
-        """Keys and values of one position of one layer, of the whole batch."""
+        """Bytes of the keys and values of one position of one layer, for the whole batch."""
         layer = self.layers[0]
         return sum(x[:, :, 0].numel() * x.element_size() for x in (layer.keys, layer.values))
 
-    def past(self, mask: Tensor | None, batch: int, device: torch.device) -> list[Held]:
-        """What each layer holds by now, tokens behind the prompt too. `mask` (B, plain length or more): real tokens."""
+    def past_tokens(self, mask: Tensor | None, batch: int, device: torch.device) -> list[LayerTokens]:
+        """The tokens of each layer, those after the prompt included. `mask` (B, plain length or more): real tokens."""
         seen, begin = self.seen, self.prompt_length if self.shortened else 0
         alive = None if mask is None else mask[:, begin:seen].bool()
         whole = torch.full((batch,), seen - begin, dtype=torch.int32, device=device)
-        behind = Held(seen - begin, whole if alive is None else alive.sum(1, dtype=torch.int32), alive)
+        later = LayerTokens(seen - begin, whole if alive is None else alive.sum(1, dtype=torch.int32), alive)
         if not self.shortened:
-            return [behind] * len(self.layers)
-        entries = {id(entry): entry.followed_by(behind) for entry in self.held}
-        return [entries[id(entry)] for entry in self.held]
+            return [later] * len(self.layers)
+        entries = {id(entry): entry.followed_by(later) for entry in self.layer_tokens}
+        return [entries[id(entry)] for entry in self.layer_tokens]
 
-    def shorten(self, prompt_length: int, held: Sequence[Held], *, renumbered: bool) -> None:
-        """Declares what each layer holds of a prompt of this length."""
-        books = self.books
-        books.held, books.prompt_length, books.renumbered = list(held), prompt_length, renumbered
+    def set_layer_tokens(self, prompt_length: int, tokens: Sequence[LayerTokens], *, renumbered: bool) -> None:
+        """Sets the tokens of a prompt of this length that each layer holds."""
+        state = self.state
+        state.layer_tokens, state.prompt_length, state.renumbered = list(tokens), prompt_length, renumbered
 
     def stored(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:  # (B, Hk, length, D) each
-        """The keys and values of a layer: of so many slots, or of all that it has."""
+        """The keys and values of a layer, of its first `length` slots or of all."""
         entry = self.layers[layer]
         return entry.keys[:, :, :length], entry.values[:, :, :length]
 
     def reorder_cache(self, beam_idx: Any) -> None:
-        """Row i becomes what row beam_idx[i] was."""
+        """Replaces row i by row beam_idx[i]."""
         super().reorder_cache(beam_idx)  # type: ignore[misc]
-        self.books.change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
+        self.state.change_rows(lambda rows: rows.index_select(0, beam_idx.to(rows.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row `repeats` times."""
+        """Repeats each row `repeats` times."""
         super().batch_repeat_interleave(repeats)  # type: ignore[misc]
-        self.books.change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+        self.state.change_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
+        """Keeps these rows only."""
         super().batch_select_indices(indices)  # type: ignore[misc]
-        self.books.change_rows(lambda rows: rows[indices])
+        self.state.change_rows(lambda rows: rows[indices])
 
-    def mark(self) -> Mark:
-        """How far it is filled now."""
+    def checkpoint(self) -> Checkpoint:
+        """The current fill level and state."""
         raise NotImplementedError
 
-    def back_to(self, mark: Mark) -> None:
-        """Takes off what was appended since, after an error. Rows that beams have reordered stay where they are."""
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Removes what was appended since the checkpoint, after an error. Reordered rows are not restored."""
         raise NotImplementedError
 
-    def _marked(self, lengths: list[Any]) -> Mark:
-        books = self.books
-        return Mark(lengths, list(books.held), books.prompt_length, books.renumbered, books.changes)
+    def _make_checkpoint(self, lengths: list[Any]) -> Checkpoint:
+        state = self.state
+        return Checkpoint(lengths, list(state.layer_tokens), state.prompt_length, state.renumbered, state.row_changes)
 
-    def _restored(self, mark: Mark) -> None:
-        books = self.books
-        books.held, books.prompt_length, books.renumbered = list(mark.held), mark.prompt_length, mark.renumbered
+    def _restore_state(self, checkpoint: Checkpoint) -> None:
+        state = self.state
+        state.layer_tokens, state.prompt_length = list(checkpoint.layer_tokens), checkpoint.prompt_length
+        state.renumbered = checkpoint.renumbered

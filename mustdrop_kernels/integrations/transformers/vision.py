@@ -18,7 +18,7 @@ from ...config import MustDropConfig
 from ...parallel import mean_over_ranks
 from ...placeholders import EncodedImage, Share, find_key_tokens, merge_features, own_tokens, shared_tokens
 from ...report import Stopwatch
-from .attention import padding_mask, watched_config
+from .attention import hooked_config, padding_mask
 from .compat import features_of, hidden_of, with_features, with_hidden
 from .families import Family, Tower
 from .families.base import Arguments, refusal
@@ -73,7 +73,7 @@ class VisionStage:
             if config.merges_in_tower and tower.whole is None:
                 self._install_merge(stack, tower)
             if config.key_rate > 0:
-                patch(stack, tower.attention, "config", watched_config(tower.attention.config, self._record_importance))
+                patch(stack, tower.attention, "config", hooked_config(tower.attention.config, self._record_importance))
         if config.merges_in_tower:
             stack.callback(body.multi_modal_projector.register_forward_hook(self._repeat_features).remove)
 
