@@ -29,34 +29,33 @@ def drop_tokens(
     heat_maps: bool = False,
     vision_stage: FirstStage = VisionStage,
 ) -> Iterator[Report]:
-    """Within the context, prompts with images lose vision tokens as `config` says; the model is not changed for good.
+    """Drops vision tokens of prompts with images within the context, as `config` says, and restores the model after it.
 
-    ``model.generate(**inputs)`` and ``model(**inputs)`` are called as ever, on the processor's plain inputs. What
-    ``generate`` returns begins with the ``input_ids`` that were given, all placeholders included, so slicing by the
-    prompt's length and decoding work as without dropping. ``model(**inputs)`` returns logits of the tokens that are
-    left, padded on the left; the last one is the prompt's last token. Prompts without an image, and everything after
-    the context, run as if it had never been there.
+    ``model.generate(**inputs)`` and ``model(**inputs)`` are called as usual, with the processor's plain inputs. The
+    output of ``generate`` begins with the given ``input_ids``, all placeholders included, so slicing by the prompt's
+    length and decoding work as without dropping. ``model(**inputs)`` returns the logits of the remaining tokens, padded
+    on the left; the last one is the prompt's last token. Prompts without an image run unchanged.
 
-    The cache that ``generate(return_dict_in_generate=True)`` returns can be continued inside a context with more text,
-    by a whole turn as by one token. One prompt is read at a time: do not share the model between threads.
+    The cache that ``generate(return_dict_in_generate=True)`` returns can be continued inside a context, by one token or
+    by a whole turn. One prompt is read at a time: do not share the model between threads.
 
-    With ``cache_implementation="static"``, or a ``StaticCache`` as the cache, survivors move to the front of its
-    buffers, and decoding can be compiled into one graph. A prompt with images is read outside of compiled code: what
-    was compiled of the model, or all of it, runs uncompiled then.
+    With ``cache_implementation="static"``, or a ``StaticCache`` as the cache, the remaining tokens move to the front of
+    its buffers, and decoding can be compiled into one graph. Prompts with images run eagerly, compiled parts of the
+    model included.
 
     Args:
         model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``).
         config: by default ``MustDropConfig()``.
-        heat_maps: record what the text looks at in every layer, for pictures; costs time and memory.
-        vision_stage: makes stage 1, where another one than MustDrop's is to be compared with it.
+        heat_maps: record the attention of the text in every layer, for pictures; costs time and memory.
+        vision_stage: makes stage 1; another one than MustDrop's can be compared with it.
 
     Yields:
-        A report that fills up with each prompt.
+        A report, with an entry for each prompt that has been read.
 
     Raises:
-        TypeError: a model of another class.
-        ValueError: the config asks for what the model cannot do: layers that it does not have, merging in a vision
-            tower that needs all its patches, a language model with sliding windows.
+        TypeError: the model is of another class.
+        ValueError: the model does not support the config: it lacks pruning layers, its vision tower requires all
+            patches, its language model has sliding windows.
         RuntimeError: the model is in such a context already, or is called inside a compiled function.
     """
     config = MustDropConfig() if config is None else config
