@@ -73,10 +73,10 @@ def test_nothing_of_ours_runs_in_a_step(rows, config, cache):
         assert sum(first.values()) > 40  # the counting works
     for step in steps:
         # Layer 0, before the first pruning layer, holds more than the others; a static cache's has a mask of its own.
-        own = {"decode.own_inputs": 1} if config is BUDGET and cache and len(rows[0]) > 1 else {}
+        own = {"decode.replace_inputs": 1} if config is BUDGET and cache and len(rows[0]) > 1 else {}
         methods = {name.split(".")[1] for name in step.keys() - own.keys()}
         assert methods <= {"update", "get_seq_length", "get_mask_sizes"}, step  # of the cache's layers
-        assert step["decode.own_inputs"] == own.get("decode.own_inputs", 0)
+        assert step["decode.replace_inputs"] == own.get("decode.replace_inputs", 0)
 
 
 def test_layers_enter_nothing_of_ours():
