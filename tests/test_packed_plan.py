@@ -25,7 +25,7 @@ BATCH = [  # past tokens; text before the picture, patches, text after it
     (17, (1, 0, 0)),  # decodes
     (0, (9, 0, 0)),  # a prompt without a picture
     (0, (0, 41, 4)),
-    (0, (5, 20, 0)),  # nobody votes
+    (0, (5, 20, 0)),  # no text query
     (4, (3, 0, 0)),  # reads on
 ]
 MEMBERS = [0, 3, 4]
@@ -59,7 +59,7 @@ class Engine:
         self.content = torch.randn(rows, generator=torch.Generator().manual_seed(99))
 
     def write(self, layer, plan):
-        """The live rows of each request, where docs/engines.md says."""
+        """Writes the live rows of each request to the slots described in docs/engines.md."""
         live = plan.rows.split(plan.counts)
         for request, (past, _) in enumerate(BATCH):
             lost = plan.dropped[request] if plan.final else 0
@@ -119,9 +119,9 @@ def test_cache_holds_the_survivors(slots, layout, empty, name):
     protected = vision & (torch.rand(len(vision), generator=generator) < 0.05)
     plan = PackedDropPlan(engine.new, MEMBERS, vision, config, is_key_token=protected)
     if empty:
-        gone = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
-        left = plan.drop_empty(gone)
-        assert torch.equal(left, torch.nonzero(~gone)[:, 0])
+        empty_slots = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
+        remaining = plan.drop_empty(empty_slots)
+        assert torch.equal(remaining, torch.nonzero(~empty_slots)[:, 0])
     hidden = plan.rows.float()[:, None].clone()
     stage = 0
     for layer in range(LAYERS):
@@ -192,7 +192,7 @@ def row_lse(plan, query, key, scale):  # (Hq, live)
 
 
 @pytest.mark.parametrize("name", ["budgets", "thresholds"])
-def test_an_lse_that_the_attention_says_is_taken(name):
+def test_an_lse_of_the_attention_is_used(name):
     config, engine = MustDropConfig(**CONFIGS[name]), Engine(16, "NHD")
     generator = torch.Generator().manual_seed(3)
     query, key = (torch.randn(sum(engine.new), heads, D, generator=generator) for heads in (HQ, HK))
@@ -200,8 +200,8 @@ def test_an_lse_that_the_attention_says_is_taken(name):
     def rows(lse):
         plan = PackedDropPlan(engine.new, MEMBERS, placeholders(), config)
         plan.begin_layer()
-        said = None if lse is None else lse(plan, query, key, 0.8)
-        plan.prune(query, key, 0.8, lse=said)
+        given = None if lse is None else lse(plan, query, key, 0.8)
+        plan.prune(query, key, 0.8, lse=given)
         return plan.rows.tolist()
 
     assert rows(row_lse) == rows(None)

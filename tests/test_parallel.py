@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes that hold half of the heads each decide what one process that holds all of them does."""
+"""Two processes with half of the heads each drop the same tokens as one process with all heads."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def tower():
     return query, key, torch.tensor([37, 25, 37], dtype=torch.int32)
 
 
-def packed_rows(config, rank=None, *, said=False):
-    """The rows that are left after two pruning layers; `said`: each rank's attention says its rows' lse."""
+def packed_rows(config, rank=None, *, with_lse=False):
+    """The remaining rows after two pruning layers; `with_lse`: with the lse of each rank's rows."""
     generator = torch.Generator().manual_seed(1)
     vision = torch.tensor([flag for a, b, c in PACKED for flag in [False] * a + [True] * b + [False] * c])
     group = None if rank is None else dist.group.WORLD
@@ -58,7 +58,7 @@ def packed_rows(config, rank=None, *, said=False):
         key = torch.randn(len(vision), HK, D, generator=generator)[plan.rows]
         if rank is not None:
             query, key = shard(query, 1, rank), shard(key, 1, rank)
-        plan.prune(query, key, 0.7, lse=row_lse(plan, query, key, 0.7) if said else None)
+        plan.prune(query, key, 0.7, lse=row_lse(plan, query, key, 0.7) if with_lse else None)
     return plan.rows
 
 
@@ -69,11 +69,11 @@ def run_rank(rank, folder):
     scores = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types, 0.4, 10)
     no_queries = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=VISION), 0.4, 0)
     rows = {name: packed_rows(MustDropConfig(**config), rank) for name, config in CONFIGS.items()}
-    said = {name: packed_rows(MustDropConfig(**config), rank, said=True) for name, config in CONFIGS.items()}
+    with_lse = {name: packed_rows(MustDropConfig(**config), rank, with_lse=True) for name, config in CONFIGS.items()}
     cls, patches, counts = tower()
     halves = shard(cls, 1, rank), shard(patches, 1, rank)
     keys = stages.key_tokens(*halves, 0.3, KEYS, counts=counts, group=dist.group.WORLD)
-    found = {"scores": tuple(scores), "no_queries": tuple(no_queries), "rows": rows, "said": said, "keys": keys}
+    found = {"scores": tuple(scores), "no_queries": tuple(no_queries), "rows": rows, "with_lse": with_lse, "keys": keys}
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -92,7 +92,7 @@ def test_scores_are_those_of_all_heads(found):
     for rank in found:
         for scores, wanted in zip(rank["scores"], expected, strict=True):
             torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=1e-5)
-    # Half of the heads say something else.
+    # The scores of half of the heads differ.
     half = ops.text_vision_scores(shard(query, 1, 0), shard(key, 1, 0), types, 0.4)
     assert not torch.allclose(half.peak, expected.peak, atol=1e-3)
 
@@ -113,7 +113,7 @@ def test_packed_prompts_lose_the_same_tokens(found, name):
     assert len(expected) < sum(map(sum, PACKED))
     for rank in found:
         assert torch.equal(rank["rows"][name], expected)
-        assert torch.equal(rank["said"][name], expected)
+        assert torch.equal(rank["with_lse"][name], expected)
 
 
 def test_key_tokens_are_those_of_all_heads(found):

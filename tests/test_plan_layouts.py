@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def flags(value):
-    """What is a patch, packed; `value` says which of them."""
+    """Flags of patches in the packed batch, by `value` of their number."""
     return torch.cat([torch.tensor([False] * a + [value(i) for i in range(b)] + [False] * c) for a, b, c in PROMPTS])
 
 
@@ -178,7 +178,7 @@ class FromHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("planned", [run_packed, run_padded])
 def test_budgets_need_nothing_from_the_host(planned):
-    """No wait for the device, no copy to it, once the plan is made; with thresholds ``prune`` waits."""
+    """A plan does not synchronize with the device or copy to it; with thresholds ``prune`` synchronizes."""
     budgets, thresholds, go = (
         planned(MustDropConfig(**CONFIGS[name])) for name in ("budgets", "thresholds", "budgets")
     )

@@ -221,7 +221,7 @@ def selection(rows):
 
 @given(keeps())
 def test_tokens_after_two_selections(example):
-    """Places, positions and numbering follow the tokens; slots say where survivors stood."""
+    """Places, positions and numbering follow the tokens; slots are the former places of survivors."""
     width, lengths, first, second = example
     positions = (10 * torch.arange(width) + 3).repeat(len(lengths), 1)
     tokens = prompt(["." * (width - n) + "v" * n for n in lengths], positions=positions)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny LLaVA with random weights, its tokenizer and processor; nothing is downloaded.
 
-The vision tower keeps flat regions of a picture alike, so that stage 1 has something to merge, and the language model's
+The vision tower keeps flat regions uniform, so that stage 1 has something to merge, and the language model's
 attention is uneven, so that stage 2 has something to choose.
 """
 

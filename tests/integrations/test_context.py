@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drop_tokens leaves alone: plain results where nothing is dropped, and the model itself."""
+"""drop_tokens gives plain results if nothing is dropped, and restores the model."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An error anywhere in the middle leaves model, cache and registry as they were.
+"""An error anywhere during a pass leaves model, cache and registry unchanged.
 
 Errors are injected at the entry of every function of ours that a prompt goes through (found by tracing one), and in
 every module of the model.
@@ -32,7 +32,7 @@ CONFIGS = {
 
 
 class Injected(Exception):
-    """What no code of anybody's raises."""
+    """Raised by these tests only."""
 
 
 class Tracer:
@@ -52,7 +52,7 @@ class Tracer:
         return None
 
     def __enter__(self):
-        self.before = sys.gettrace()  # of whoever counts lines
+        self.before = sys.gettrace()  # a coverage tracer, for instance
         sys.settrace(self)
         return self
 
@@ -88,7 +88,7 @@ def test_an_error_in_any_function_of_ours(name, sdpa, processor, request):
                         generate(sdpa, inputs, **settings)
                 except Injected:
                     pass
-                except Exception as error:  # an error of ours that an injected one has led to says so
+                except Exception as error:  # an error of the package has the injected one as its cause
                     chain = [error, error.__cause__, error.__context__]
                     assert any(isinstance(link, Injected) for link in chain), function
                 else:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores take the normaliser that flash attention has computed, through transformers' own way to its functions."""
+"""Scores use the lse of flash attention, captured from transformers' own calls of its functions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_it_reaches_the_scores(version, prompt, settings, sdpa, processor, seen)
     check_lse(seen)
     layers = len(sdpa.model.language_model.layers)
     assert kernels.calls == layers * NEW_TOKENS
-    assert kernels.asked == (3 if kernels.flag else kernels.calls)  # nobody else asks
+    assert kernels.asked == (3 if kernels.flag else kernels.calls)  # no other layer requests it
     tokens, _ = MaskedReference(sdpa, MustDropConfig(**settings)).generate(inputs, NEW_TOKENS)
     assert torch.equal(output[:, -NEW_TOKENS:], tokens)
 
@@ -90,7 +90,7 @@ def test_heat_maps_are_the_same(sdpa, one):
     config, maps = MustDropConfig(**BUDGETS), []
     for asked in (False, True):
         with flash_kernels.installed(sdpa, "flash_attention_2") as kernels:
-            if not asked:  # a version without a way to ask
+            if not asked:  # a version without such a flag
                 kernels.flag = "nothing"
                 kernels.dense.__signature__ = kernels.dense.__signature__.replace(
                     parameters=list(kernels.dense.__signature__.parameters.values())[:-1]
@@ -125,7 +125,7 @@ def test_only_what_is_known_is_taken():
     assert rows_of(None, dense, of=torch.bfloat16) is None  # of queries that were rounded
     assert rows_of(None, dense.double()) is None
     assert rows_of(None, packed) is None  # several sequences in one row
-    assert rows_of(mask, torch.randn(2, 4, 3)) is None  # how versions before 2.6 said it
+    assert rows_of(mask, torch.randn(2, 4, 3)) is None  # the layout before 2.6
     assert rows_of(None, dense, times=2) is None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in a decode step: no function of ours inside the model, where the model can be left to itself."""
+"""Overhead of a decode step: no function of the package runs inside the model if the model can run unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 5
 
 
 class Calls:
-    """Counts our functions that are entered while a step's forward pass runs."""
+    """Counts calls of the package's functions during a step's forward pass."""
 
     def __init__(self, model):
         self.model, self.depth, self.passes = model, 0, 0
@@ -51,7 +51,7 @@ class Calls:
 
 
 def ours_per_pass(rows, config, **settings):
-    """Of the prompt's pass, then of each step."""
+    """Calls in the prompt's pass, then in each step."""
     model, inputs = model_of("llava"), inputs_of("llava", rows)
     with drop_tokens(model, config):
         generate(model, inputs, max_new_tokens=2, **settings)  # after another prompt

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The views of vLLM's cache hold what vLLM writes; stage 1's placeholders; bookkeeping."""
+"""Views of vLLM's cache, placeholders of stage 1, and the drop record."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ NO_KEYS = MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0)
 
 
 def merged_tile(patches):
-    """A tile of 2 x 4 patches whose most alike window of 2 x 2 has merged: the right one, to token 2."""
+    """A tile of 2 x 4 patches whose most similar window of 2 x 2 has merged: the right one, to token 2."""
     layer = torch.nn.Identity()
     stage = VisionStage([layer], (2, 4), NO_KEYS)
     (tile,) = stage.encode(lambda pixels: layer(pixels)[:, 1:], patches[None])
@@ -66,7 +66,7 @@ def merged_tile(patches):
 
 @pytest.fixture
 def patches():
-    """CLS and 2 x 4 patches, of which the right half is alike."""
+    """CLS and 2 x 4 patches; those of the right half are equal."""
     x = torch.eye(9, 16)
     x[[3, 4, 7, 8]] = 1.0
     return x
@@ -133,7 +133,7 @@ def test_features_that_were_given_are_all_there():
     assert contents.tolist() == [TOKEN] * 3
 
 
-def test_marks_go_to_their_rows():
+def test_flags_of_all_rows():
     rows = torch.tensor([False, True, True, False, True])
     flags = PlaceholderFlags.of(torch.tensor([KEY_TOKEN, EMPTY, TOKEN]), rows)
     assert flags.is_key_token.tolist() == [False, True, False, False, False]
