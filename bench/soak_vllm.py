@@ -54,7 +54,7 @@ class Soak:
             )
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
-        self.ledger = None if plain else self.core.model_executor.driver_worker.worker.ledger
+        self.drop_record = None if plain else self.core.model_executor.driver_worker.worker.drop_record
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free, self.sent = self.pool.get_num_free_blocks(), 0
         self._count_preemptions()
@@ -82,7 +82,8 @@ class Soak:
         while self.core.has_unfinished_requests():
             self.core.step()
         assert self.pool.get_num_free_blocks() == self.free, "blocks are lost"
-        assert self.ledger is None or not self.ledger.lost, f"the worker still keeps {self.ledger.lost}"
+        kept = None if self.drop_record is None else self.drop_record.dropped
+        assert not kept, f"the worker still keeps {kept}"
 
     def _draw(self) -> tuple[str, list[Any], SamplingParams]:
         rng, text = self.rng, draw_prompt(self.rng)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MustDropConfig: the method as data. Layers, thresholds, budgets and positions, checked when made."""
+"""MustDropConfig: layers, thresholds, budgets and positions of the method, validated at construction."""
 
 from __future__ import annotations
 
@@ -17,59 +17,60 @@ VOTES = ("after_image", "last")
 class MustDropConfig:
     """Settings of the three stages. The defaults are the published ones (preset "192").
 
-    Stage 1, in the vision tower: the patches of a window that look alike become one token, and the tokens that
-    the CLS token looks at most become key tokens, which no later stage drops.
+    Stage 1, in the vision tower: similar patches of a window merge into one token, and the tokens that the CLS token
+    attends to most become key tokens, which no later stage drops.
 
-    Stage 2, in the language model: after each layer of ``pruning_layers`` the vision tokens that the text does
-    not look at are dropped, either by two thresholds or down to a fixed number.
+    Stage 2, in the language model: after each layer of ``pruning_layers`` the vision tokens that the text attends to
+    least are dropped, either by two thresholds or down to a fixed number.
 
-    Stage 3, before decoding: the KV cache of earlier layers, written before the later drops, is cut to the
-    tokens that survived.
+    Stage 3, before decoding: the KV cache of earlier layers, written before the later drops, is cut to the surviving
+    tokens.
     """
 
     merge: bool = True
-    """Merge alike patches. Without it every patch stays a token of its own."""
+    """Merge similar patches. If False every patch is a token of its own."""
     merge_layer: int = 0
     """The vision layer, from 0, whose output is merged."""
     merge_at: str = "tower"
-    """Where patches merge: "tower", inside the vision tower, so that its later layers have less to do, or "features",
-    in what the vision side hands to the language model: for towers that need all their patches, and for videos, where
-    a window can reach over frames."""
+    """Place of merging: "tower", inside the vision tower, so that its later layers process fewer tokens, or "features",
+    the features for the language model: for towers that require all patches, and for videos, whose windows can span
+    frames."""
     window: tuple[int, ...] = (3, 3)
     """Height and width of a merge window in patches. With merge_at="features" three numbers are frames, height and
-    width of a window in a video; an image takes the last two."""
+    width of a window in a video; images use the last two."""
     merge_threshold: float = 0.8
     """A window merges if the mean cosine similarity of its patches is at least this."""
     merge_budget: int | None = None
-    """Merge exactly this many windows of each image, the most similar ones, instead of comparing with the threshold."""
+    """Merge exactly this many windows of each image, the most similar ones, instead of using the threshold."""
     merge_uniform: bool = False
-    """Every image of a batch merges as many windows as the image with the fewest (the published code does)."""
+    """Every image of a batch merges as many windows as the image with the fewest, as in the published code."""
     key_rate: float = 0.08
-    """The share of an image's tokens, counted after merging and rounded up, that become key tokens. 0: none."""
+    """Share of an image's tokens that become key tokens, of the number after merging, rounded up. 0: none."""
 
     pruning_layers: tuple[int, ...] = (2, 6, 10, 14)
-    """The language layers, from 0 and ascending, whose output is cut."""
+    """The language layers, from 0 and ascending, after which tokens are dropped."""
     global_threshold: float = 0.001
-    """A token is dropped only if its share of the attention that text pays to all vision tokens is below this ..."""
+    """A token is dropped only if its share of the attention of text to all vision tokens is below this ..."""
     individual_threshold: float = 0.001
-    """... and no single text token pays it this much attention."""
+    """... and no single text token attends to it this much."""
     budgets: tuple[int, ...] | None = None
-    """Keep this many vision tokens of a sequence after each pruning layer, all its images together, instead of
-    comparing with the thresholds. Key tokens stay even where they are more."""
+    """Keep this many vision tokens of a sequence after each pruning layer, all its images together, instead of using
+    the thresholds. Key tokens are kept even beyond the budget."""
     votes: str = "after_image"
-    """Whose attention counts: "after_image", all text after the sequence's last image, or "last", its last token."""
+    """The text queries, whose attention scores vision tokens: "after_image", all text after the sequence's last image,
+    or "last", its last token."""
 
     evict: bool = True
     """Cut the KV cache of earlier layers to the final survivors."""
     evict_from: int | None = None
-    """The first layer that is cut. By default the first pruning layer: layers before it keep every token."""
+    """The first layer whose cache is cut. By default the first pruning layer: layers before it keep every token."""
     positions: str = "original"
-    """"original": a token keeps the RoPE position it has in the plain prompt, a merged token that of its window's
-    first patch, and decoding goes on from the plain prompt's length. "published": positions are renumbered
-    0, 1, 2, ... after merging and after each cut, and at decode each layer counts on from its own cache length;
-    only for reproducing published figures, since queries and keys then disagree about where tokens stand."""
+    """"original": a token keeps its RoPE position in the plain prompt, a merged token that of its window's first patch,
+    and decoding continues from the plain prompt's length. "published": positions are renumbered 0, 1, 2, ... after
+    merging and after each drop, and in decoding each layer continues from its own cache length; only for reproducing
+    published figures, since positions of queries and keys then differ between layers."""
     backend: str | None = None
-    """The kernels' backend by name. By default what serves the tensors' device."""
+    """Name of the kernels' backend. By default the one registered for the tensors' device."""
 
     def __post_init__(self) -> None:
         for name in ("merge", "merge_uniform", "evict"):
@@ -116,7 +117,7 @@ class MustDropConfig:
         self._require(_is_integer(getattr(self, name), minimum), name, f"an integer of at least {minimum}")
 
     def _integers(self, name: str, minimum: int) -> None:
-        """Checks a tuple of integers; a list, as JSON has it, becomes a tuple."""
+        """Checks a tuple of integers; converts a list, as in JSON, to a tuple."""
         value = getattr(self, name)
         valid = isinstance(value, (list, tuple)) and all(_is_integer(item, minimum) for item in value)
         self._require(valid, name, f"a tuple of integers of at least {minimum}")
@@ -135,18 +136,18 @@ class MustDropConfig:
 
     @property
     def needs_vision_stage(self) -> bool:
-        """Whether stage 1 has work inside the vision tower: merging, or marking key tokens."""
+        """Whether stage 1 runs inside the vision tower, to merge patches or to select key tokens."""
         return self.merges_in_tower or self.key_rate > 0
 
     @property
     def first_evicted_layer(self) -> int | None:
-        """The first layer whose cache stage 3 cuts; None where there is nothing to cut."""
+        """The first layer whose cache stage 3 cuts; None if there is none."""
         if not self.evict or not self.pruning_layers:
             return None
         return self.pruning_layers[0] if self.evict_from is None else self.evict_from
 
     def for_depth(self, num_layers: int) -> MustDropConfig:
-        """This config without the pruning layers, and their budgets, that a model of `num_layers` does not have."""
+        """This config without the pruning layers, and their budgets, beyond the depth of a model of `num_layers`."""
         layers = tuple(layer for layer in self.pruning_layers if layer < num_layers)
         budgets = None if self.budgets is None else self.budgets[: len(layers)]
         return dataclasses.replace(self, pruning_layers=layers, budgets=budgets)
@@ -158,7 +159,11 @@ class MustDropConfig:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> MustDropConfig:
-        """A config from what `to_dict` made, or from part of it."""
+        """A config from the result of `to_dict`, or from part of it.
+
+        Raises:
+            ValueError: a field is unknown or invalid.
+        """
         unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"MustDropConfig: unknown field(s) {', '.join(unknown)}")
@@ -166,7 +171,11 @@ class MustDropConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MustDropConfig:
-        """A named config, with single fields changed: ``MustDropConfig.preset("64", positions="published")``."""
+        """A named config, with single fields changed: ``MustDropConfig.preset("64", positions="published")``.
+
+        Raises:
+            ValueError: the name is unknown or a field is invalid.
+        """
         if name not in _PRESETS:
             raise ValueError(f"MustDropConfig: no preset {name!r}; there are {', '.join(_PRESETS)}")
         return cls(**{**_PRESETS[name], **changes})

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The account of a prompt: floating point operations and KV bytes of a language model, with and without dropping.
+"""Floating point operations and KV bytes of a prompt in a language model, with and without dropping.
 
 A layer that holds n tokens, of width d, with an MLP of width m and k = kv_heads / heads:
 
 ==============  ==============================  ==========================================================
-counting        operations of a layer           who counts so
+counting        operations of a layer           used by
 ==============  ==============================  ==========================================================
 ``"exact"``     4 n d^2 (1 + k) + 4 n^2 d       every matrix product, 2 for a multiplication and an
                 + 6 n d m                       addition, three matrices in the MLP; n^2 d twice: all scores
@@ -13,7 +13,7 @@ counting        operations of a layer           who counts so
 ==============  ==============================  ==========================================================
 
 A layer that holds n tokens has 2 n kv_heads head_dim numbers in the KV cache. Nothing else is counted: neither the
-vision tower, nor the language head, nor what the dropping itself costs (`mustdrop bench ops` measures that).
+vision tower, nor the language head, nor the cost of dropping itself (`mustdrop bench ops` measures that).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COUNTINGS = ("exact", "fastv", "pdrop")
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """The sizes that count."""
+    """Sizes of a language model."""
 
     layers: int
     hidden: int
@@ -47,10 +47,10 @@ class LanguageModel:
 
         Args:
             config: has ``text_config``, or is one.
-            vision: vision tokens of a prompt; by default what one image of the config's vision tower has.
+            vision: vision tokens of a prompt; by default the patches of one image in the config's vision tower.
 
         Raises:
-            ValueError: `vision` is not given and the config has no tower to count the patches of.
+            ValueError: `vision` is not given and the config has no vision tower.
         """
         text = getattr(config, "text_config", config)
         tower = getattr(config, "vision_config", None)
@@ -65,7 +65,7 @@ class LanguageModel:
         )  # fmt: skip
 
     def layer_flops(self, tokens: int, counting: str = "exact") -> int:
-        """Operations of one layer that holds so many tokens; see the module's table."""
+        """Operations of one layer with this number of tokens; see the module's table."""
         n, d, m = tokens, self.hidden, self.intermediate
         if counting == "exact":
             return 4 * n * d * d * (self.heads + self.kv_heads) // self.heads + 4 * n * n * d + 6 * n * d * m
@@ -74,7 +74,7 @@ class LanguageModel:
         return 4 * n * d * d + 2 * n * n * d + (2 if counting == "fastv" else 3) * n * d * m
 
     def token_bytes(self, element_size: int) -> int:
-        """Keys and values of one token in one layer."""
+        """Bytes of the keys and values of one token in one layer."""
         return 2 * self.kv_heads * (self.hidden // self.heads) * element_size
 
 
@@ -89,11 +89,11 @@ def schedule(model: LanguageModel, config: MustDropConfig) -> tuple[list[int], l
     """Vision tokens that each layer processes, and those that its cache holds after stage 3.
 
     Raises:
-        ValueError: the config decides by thresholds, so how many stay depends on the picture.
+        ValueError: the config has thresholds, so the number of tokens depends on the picture.
     """
     config = config.for_depth(model.layers)
     if config.budgets is None or (config.merge and config.merge_budget is None):
-        raise ValueError("thresholds keep as many tokens as the picture asks for: take a preset with budgets")
+        raise ValueError("thresholds keep a number of tokens that depends on the picture: take a preset with budgets")
     saved = (config.merge_budget or 0) * (math.prod(config.window) - 1) if config.merge else 0
     if saved >= model.vision:
         raise ValueError(f"merge_budget {config.merge_budget}: the model has only {model.vision} vision tokens")
@@ -110,14 +110,14 @@ def schedule(model: LanguageModel, config: MustDropConfig) -> tuple[list[int], l
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """What a prompt costs, plainly and with dropping."""
+    """Cost of a prompt, plain and with dropping."""
 
     counting: str
     text: int
     processed: list[int]
     """Vision tokens that each layer processes."""
     held: list[int]
-    """Vision tokens in each layer's cache while it decodes."""
+    """Vision tokens in each layer's cache during decoding."""
     plain_flops: int
     flops: int
     plain_bytes: int
@@ -125,17 +125,17 @@ class Account:
 
     @property
     def mean_tokens(self) -> float:
-        """Vision tokens, on average over the layers: how papers name their settings."""
+        """Vision tokens, mean over the layers: the usual name of a setting in papers."""
         return sum(self.processed) / len(self.processed)
 
     @property
     def saved(self) -> float:
-        """The share of the operations that is gone."""
+        """Share of the operations that dropping saves."""
         return 1 - self.flops / self.plain_flops
 
     @property
     def saved_bytes(self) -> float:
-        """The share of the cache that is gone."""
+        """Share of the cache that dropping saves."""
         return 1 - self.bytes / self.plain_bytes
 
     def to_dict(self) -> dict[str, Any]:
@@ -160,8 +160,8 @@ def account(
     Args:
         model: sizes.
         processed: vision tokens of each layer.
-        held: of each layer's cache after stage 3; by default what it processed.
-        text: text tokens of the prompt, which all layers have. 0: vision alone, as some papers count.
+        held: vision tokens of each layer's cache after stage 3; by default those that it processed.
+        text: text tokens of the prompt, in all layers. 0: vision alone, as in some papers.
         counting: one of ``COUNTINGS``.
         element_size: bytes of a number in the cache.
 
@@ -188,7 +188,7 @@ def account(
 
 
 def headline() -> list[dict[str, Any]]:
-    """The published figure, 88.5% fewer operations, under every way of counting.
+    """The published figure, 88.5% fewer operations, by every way of counting.
 
     The abstract names neither the setting nor the counting. Rows: 64 of 576 and 320 of 2880 vision tokens in every
     layer, with and without 60 text tokens.

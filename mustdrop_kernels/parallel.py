@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Head means where the heads are shared out among ranks (tensor parallelism)."""
+"""Means over heads that are distributed over ranks (tensor parallelism)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import ops
 
 
 def mean_over_ranks(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The mean over the ranks' tensors, in place of this rank's: each holds equally many heads."""
+    """Averages the ranks' tensors in place; each rank holds the same number of heads."""
     dist.all_reduce(x, group=group)
     return x.div_(dist.get_world_size(group))
 
@@ -26,15 +26,15 @@ def scores_over_ranks(
     lse: Tensor | None = None,  # (B, Hq / ranks, Lq) float32
     backend: str | None = None,
 ) -> ops.Scores:
-    """``text_vision_scores`` of all heads, the same on every rank; each rank holds equally many heads.
+    """``text_vision_scores`` of all heads, equal on every rank; each rank holds the same number of heads.
 
-    The peak is a maximum over rows of a mean over heads, so no sum per head can give it: the ranks' maps are averaged,
-    by one all-reduce of B * max_query * Lk float32 numbers. For 64 voting rows of a prompt of 671 tokens those are
-    172 kB a layer that prunes.
+    The peak is a maximum over rows of a mean over heads, so the attention maps of the ranks are averaged first, by one
+    all-reduce of B * max_query * Lk float32 numbers: 172 kB per pruning layer for 64 text queries of a prompt of 671
+    tokens.
 
     Args:
         query, key, token_types, scale, lse, backend: as in ``text_vision_scores``.
-        max_query: at least the number of query rows of every sequence; rows past it are left out.
+        max_query: at least the number of text queries of every sequence; further ones are ignored.
         group: the ranks; default all.
     """
     attention = ops.text_vision_attention(query, key, token_types, scale, max_query, lse=lse, backend=backend)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three stages of MustDrop on tensors. An integration hands over what its engine has; no model code lives here.
+"""The three stages of MustDrop on tensors. Integrations pass what their engine has; there is no model code here.
 
 Stage 1: ``merge_vision_tokens`` after an early vision layer, ``key_tokens`` from the CLS attention of the last one.
-Stage 2: ``token_types`` and a ``Tokens`` for the prompt; after each pruning layer ``prune`` (``select`` if the
-scores are known), then ``Tokens.take``.
-Stage 3: ``evict`` cuts the KV cache of earlier layers to the tokens that survived.
+Stage 2: ``token_types`` and a ``Tokens`` for the prompt; after each pruning layer ``prune``, or ``select`` with scores
+of another layout, then ``Tokens.take``.
+Stage 3: ``evict`` cuts the KV cache of earlier layers to the surviving tokens.
 
-With fixed budgets nothing here waits for the device. With thresholds ``prune`` waits once, for the counts.
+With budgets nothing here synchronizes with the device. With thresholds ``select`` synchronizes once, for the counts.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def merge_vision_tokens(
     *,
     num_prefix_tokens: int = 1,
 ) -> ops.SpatialMerge:
-    """Merges the windows of alike patches. With ``config.merge_budget`` the length of the result is known beforehand.
+    """Merges windows of similar patches. With ``config.merge_budget`` the length of the result is known beforehand.
 
-    With published positions, where the order of the tokens is their position, merged windows come first.
+    With published positions the order of the tokens is their position, and merged windows come first.
     """
     return ops.spatial_merge(
         x,
@@ -57,14 +57,14 @@ def key_tokens(
     scale: float,
     config: MustDropConfig,
     *,
-    counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
+    counts: Tensor | None = None,  # (B) real tokens of S, prefix included; None: all
     num_prefix_tokens: int = 1,
-    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: these are all
+    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: no others
 ) -> Tensor:  # (B, S) bool
-    """The tokens that CLS looks at most: ceil(key_rate * N) of each image's N tokens, counted on the device.
+    """The tokens that CLS attends to most: ceil(key_rate * N) of each image's N tokens, counted on the device.
 
-    Of images that are one tile. The tiles of a larger one share its number: ``select_keys`` of what ``cls_attention``
-    gives for each of them.
+    For images of one tile. The tiles of a larger image share its number of key tokens: pass the ``cls_attention`` of
+    all of them to ``select_key_tokens``.
     """
     batch, _, length, _ = key.shape
     attention = cls_attention(
@@ -74,7 +74,7 @@ def key_tokens(
     vision = place >= num_prefix_tokens
     if counts is not None:
         vision = vision & (place < counts[:, None])
-    return select_keys(attention, vision, config)
+    return select_key_tokens(attention, vision, config)
 
 
 def cls_attention(
@@ -83,13 +83,13 @@ def cls_attention(
     scale: float,
     config: MustDropConfig,
     *,
-    counts: Tensor | None = None,  # (B) how many of S are real, prefix included; None: all
+    counts: Tensor | None = None,  # (B) real tokens of S, prefix included; None: all
     num_prefix_tokens: int = 1,
-    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: these are all
+    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: no others
 ) -> Tensor:  # (B, S) float32, zero for prefix and padding
-    """What the CLS token looks at, mean over heads: how key tokens are found where there is a CLS token.
+    """Attention of the CLS token, mean over heads: the importance of tokens in a tower with a CLS token.
 
-    With a group by one all-reduce of B * S float32 numbers.
+    With a group one all-reduce of B * S float32 numbers averages over the ranks.
     """
     found = ops.cls_attention(
         query.detach(), key.detach(), scale, counts=counts, num_prefix_tokens=num_prefix_tokens, backend=config.backend
@@ -106,12 +106,12 @@ def received_attention(
     scale: float,
     config: MustDropConfig,
     *,
-    counts: Tensor | None = None,  # (B) how many of S are real; None: all
+    counts: Tensor | None = None,  # (B) real tokens of S; None: all
 ) -> Tensor:  # (B, S) float32, zero for padding
-    """What a token gets of all tokens' attention, mean over tokens and heads: how key tokens are found without CLS.
+    """Attention that each token receives, mean over queries and heads: the importance of tokens without a CLS token.
 
-    r[j] = mean over i and heads of softmax_j(scale q_i . k_j). Every token takes the place of CLS in its turn, on the
-    same keys, so no attention matrix per head is built.
+    r[j] = mean over i and heads of softmax_j(scale q_i . k_j), by ``cls_attention`` with every token as the query in
+    turn, so that no attention matrix per head is built.
     """
     batch, _, length, _ = key.shape
     chunk = max(1, _ROWS // max(length, 1))
@@ -123,23 +123,23 @@ def received_attention(
             same = key[image].expand(len(rows), *key.shape[1:])
             count = real[image].expand(len(rows)).contiguous()
             attention = cls_attention(rows, same, scale, config, counts=count, num_prefix_tokens=0)
-            asking = torch.arange(begin, begin + len(rows), device=key.device) < count  # padding does not
-            received[image] += (attention * asking[:, None]).sum(0)
+            real_query = torch.arange(begin, begin + len(rows), device=key.device) < count
+            received[image] += (attention * real_query[:, None]).sum(0)
     return received / real[:, None].clamp(min=1)
 
 
-def select_keys(
+def select_key_tokens(
     importance: Tensor,  # (B, S) float32
     vision: Tensor,  # (B, S) bool, tokens of the image
     config: MustDropConfig,
 ) -> Tensor:  # (B, S) bool
-    """The most important ceil(key_rate * N) of each image's N tokens, counted on the device."""
+    """The ceil(key_rate * N) most important of each image's N tokens, counted on the device."""
     batch, length = vision.shape
     types = torch.where(vision, int(TokenType.VISION), int(TokenType.PADDING)).to(torch.uint8)
     budgets = (config.key_rate * vision.sum(1).double()).ceil().int()
     keep, _ = ops.select_topk(importance, types, length, budgets=budgets, backend=config.backend)
     kept = torch.zeros(batch, length + 1, dtype=torch.bool, device=vision.device)
-    kept.scatter_(1, torch.where(keep < 0, length, keep), True)  # the last column takes what is past the counts
+    kept.scatter_(1, torch.where(keep < 0, length, keep), True)  # the last column takes entries past the counts
     return kept[:, :length]
 
 
@@ -149,22 +149,22 @@ def select_keys(
 def token_types(
     vision: Tensor,  # (B, L) bool
     attention_mask: Tensor | None,  # (B, L), nonzero where there is a token; None: everywhere
-    votes: str,
+    text_queries: str,  # as ``MustDropConfig.votes``
 ) -> Tensor:  # (B, L) uint8
-    """What each position of a prompt is. Sequences without an image have no voters: nothing there can be dropped."""
+    """Token type of each position of a prompt. Sequences without an image have no text queries."""
     place = torch.arange(vision.shape[1], device=vision.device)
     real = torch.ones_like(vision) if attention_mask is None else attention_mask.bool()
     last_vision = torch.where(vision & real, place, -1).amax(1, keepdim=True)
-    voter = (place > last_vision) & (last_vision >= 0)
-    if votes == "last":
-        voter &= place == torch.where(real, place, -1).amax(1, keepdim=True)
-    types = torch.where(voter, int(TokenType.QUERY), int(TokenType.TEXT))
+    query = (place > last_vision) & (last_vision >= 0)
+    if text_queries == "last":
+        query &= place == torch.where(real, place, -1).amax(1, keepdim=True)
+    types = torch.where(query, int(TokenType.QUERY), int(TokenType.TEXT))
     types = types.masked_fill(vision, int(TokenType.VISION)).masked_fill(~real, int(TokenType.PADDING))
     return types.to(torch.uint8)
 
 
 class Pruned(NamedTuple):
-    """Which tokens go on after a pruning layer."""
+    """The tokens that remain after a pruning layer."""
 
     keep: Tensor  # (B, max(lengths)) int64, ascending, -1 past counts
     counts: Tensor  # (B) int32
@@ -173,9 +173,9 @@ class Pruned(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """The tokens of a batch at one point of the prefill: what they are and where they came from.
+    """The tokens of a batch at one point of the prefill: their types and their places in the plain prompt.
 
-    Sequences of different length are padded on the left, so that the last token of each stands last.
+    Sequences of different length are padded on the left, so that the last token of each is in the last column.
     """
 
     types: Tensor  # (B, L) uint8
@@ -184,8 +184,8 @@ class Tokens:
     protected: Tensor  # (B, L) bool, key tokens
     counts: Tensor  # (B) int32
     lengths: tuple[int, ...]  # counts on the host
-    vision: tuple[int, ...]  # vision tokens of each sequence
-    keys: tuple[int, ...]  # key tokens of each sequence
+    vision_token_counts: tuple[int, ...]
+    key_token_counts: tuple[int, ...]
 
     @property
     def length(self) -> int:
@@ -198,7 +198,7 @@ class Tokens:
         return min(self.lengths) < self.length
 
     def take(self, pruned: Pruned, *, renumber: bool = False, backend: str | None = None) -> Tokens:
-        """The tokens that go on, with their positions, or renumbered 0, 1, 2, ... in each sequence."""
+        """The remaining tokens, with their positions, or renumbered 0, 1, 2, ... in each sequence."""
 
         def gather(x: Tensor) -> Tensor:
             return ops.gather_tokens(x, pruned.keep, pruned.counts, align_end=True, backend=backend)
@@ -215,14 +215,16 @@ class Tokens:
             protected=gather(self.protected),
             counts=pruned.counts,
             lengths=pruned.lengths,
-            vision=tuple(vision - gone for vision, gone in zip(self.vision, dropped, strict=True)),
-            keys=self.keys,
+            vision_token_counts=tuple(
+                before - count for before, count in zip(self.vision_token_counts, dropped, strict=True)
+            ),
+            key_token_counts=self.key_token_counts,
         )
 
     def slots(self, survivors: Tokens) -> Tensor:  # (B, survivors.length) int64, ascending up to survivors.counts
-        """Where each survivor stands among these tokens."""
+        """Place of each survivor among these tokens."""
         index = survivors.index
-        if survivors.padded:  # the op wants the real entries first
+        if survivors.padded:  # the operator requires the real entries first
             shift = survivors.length - survivors.counts[:, None].long()
             place = torch.arange(survivors.length, device=index.device)
             index = index.gather(1, (place + shift).clamp(max=survivors.length - 1))
@@ -237,46 +239,23 @@ def prune(
     config: MustDropConfig,
     stage: int,
     *,
-    lse: Tensor | None = None,  # (B, Hq, L) float32, of the scaled scores' rows; None: to be computed
+    lse: Tensor | None = None,  # (B, Hq, L) float32, of the scaled scores' rows; None: computed
 ) -> Pruned:
-    """Decides which vision tokens go on after pruning layer number `stage`, from that layer's queries and keys.
+    """The vision tokens that remain after pruning layer number `stage`, from that layer's queries and keys.
 
-    By thresholds the new lengths depend on the data: one wait for the device. By budgets they are known: none.
-    The decision is discrete, so no gradient goes through it.
+    The selection is discrete, so it has no gradient.
     """
     query, key = query.detach(), key.detach()
-    if config.budgets is None:
-        selection = ops.dual_attention_select(
-            query,
-            key,
-            tokens.types,
-            scale,
-            config.global_threshold,
-            config.individual_threshold,
-            protected=tokens.protected,
-            lse=lse,
-            backend=config.backend,
-        )
-        lengths = tuple(selection.counts.tolist())
-        return Pruned(selection.keep[:, : max(lengths)], selection.counts, lengths)
-
-    lengths = _lengths_by_budget(tokens, config.budgets[stage])
-    selection = ops.topk_attention_select(
-        query,
-        key,
-        tokens.types,
-        scale,
-        config.budgets[stage],
-        protected=tokens.protected,
-        lse=lse,
-        capacity=max(lengths),
-        backend=config.backend,
-    )
-    return Pruned(selection.keep, selection.counts, lengths)
+    scores = ops.text_vision_scores(query, key, tokens.types, scale, lse=lse, backend=config.backend)
+    return select(scores, tokens, config, stage)
 
 
 def select(scores: ops.Scores, tokens: Tokens, config: MustDropConfig, stage: int) -> Pruned:  # scores: (B, L) each
-    """``prune`` from scores that are known: of packed rows, or of heads that several ranks share."""
+    """The vision tokens that remain after pruning layer number `stage`, from their scores.
+
+    With thresholds the new lengths depend on the data and one synchronization with the device reads them. With budgets
+    they are known.
+    """
     total, peak = scores
     if config.budgets is None:
         thresholds = (config.global_threshold, config.individual_threshold)
@@ -299,21 +278,19 @@ def select(scores: ops.Scores, tokens: Tokens, config: MustDropConfig, stage: in
 
 
 def _lengths_by_budget(tokens: Tokens, budget: int) -> tuple[int, ...]:
-    """Each sequence's tokens after a cut to a budget, known on the host."""
-    return tuple(
-        length - vision + min(vision, max(budget, keys))
-        for length, vision, keys in zip(tokens.lengths, tokens.vision, tokens.keys, strict=True)
-    )
+    """Length of each sequence after a cut to a budget, known on the host."""
+    rows = zip(tokens.lengths, tokens.vision_token_counts, tokens.key_token_counts, strict=True)
+    return tuple(length - vision + min(vision, max(budget, keys)) for length, vision, keys in rows)
 
 
-def leave_out(
+def drop_empty(
     tokens: Tokens,
     empty: Tensor,  # (B, L) bool
-    lengths: tuple[int, ...],  # tokens of each sequence that are left
+    lengths: tuple[int, ...],  # remaining tokens of each sequence
     *,
     backend: str | None = None,
 ) -> Pruned:
-    """Which tokens go on once those are gone whose placeholders stage 1 has emptied."""
+    """The tokens that remain without the placeholders that stage 1 has emptied."""
     types = tokens.types.masked_fill(empty, int(TokenType.PADDING))
     scores = torch.zeros_like(types, dtype=torch.float32)
     keep, counts = ops.select_topk(scores, types, types.shape[1], capacity=max(lengths), backend=backend)
@@ -323,29 +300,28 @@ def leave_out(
 # ---------------------------------------------------------------------------------------------- stage 3: decode
 
 
-def slots_of(held: Sequence[Tokens], survivors: Tokens) -> list[Tensor]:
+def slots_of(cached: Sequence[Tokens], survivors: Tokens) -> list[Tensor]:
     """``Tokens.slots`` per layer; layers that hold the same tokens share one tensor."""
-    slots = {id(tokens): tokens.slots(survivors) for tokens in held}
-    return [slots[id(tokens)] for tokens in held]
+    slots = {id(tokens): tokens.slots(survivors) for tokens in cached}
+    return [slots[id(tokens)] for tokens in cached]
 
 
 def evict(
     keys: Sequence[Tensor],  # per layer (B, Hk, L_i, D)
     values: Sequence[Tensor],  # per layer (B, Hk, L_i, D)
-    held: Sequence[Tokens],  # per layer: whose keys and values these are, left-padded to L_i
+    cached: Sequence[Tokens],  # per layer: the tokens of these keys and values, left-padded to L_i
     survivors: Tokens,
     *,
     align_end: bool = True,
     backend: str | None = None,
 ) -> list[tuple[Tensor, Tensor]]:  # per layer views (B, Hk, survivors.length, D) of the same memory
-    """Cuts the cache of each layer, in place, to the tokens that survived; all layers in one launch.
+    """Cuts the cache of each layer, in place, to the surviving tokens; all layers in one launch.
 
-    They stand at the end of the memory, the last token of each row last; with `align_end` False at its beginning, the
-    first of each row first.
+    They are moved to the end of the memory, or, with `align_end` False, to its beginning.
     """
-    keep = slots_of(held, survivors)
+    keep = slots_of(cached, survivors)
     with torch.no_grad():
-        ops.compact_kv_(keys, values, keep, [survivors.counts] * len(held), align_end=align_end, backend=backend)
+        ops.compact_kv_(keys, values, keep, [survivors.counts] * len(cached), align_end=align_end, backend=backend)
     width = survivors.length
     part = lambda x: x.narrow(2, x.shape[2] - width if align_end else 0, width)  # noqa: E731
     return [(part(key), part(value)) for key, value in zip(keys, values, strict=True)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MustDropConfig: checked when made, JSON both ways, presets that mean what they say."""
+"""MustDropConfig: validation, JSON both ways, presets with the tokens of their names."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes that hold half of the heads each decide what one process that holds all of them does."""
+"""Two processes with half of the heads each drop the same tokens as one process with all heads."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_engines import row_lse
+from test_packed_plan import row_lse
 
 from mustdrop_kernels import ops, stages
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts
+from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.parallel import scores_over_ranks
+from mustdrop_kernels.plans import PackedDropPlan
 
+PADDING, TEXT, VISION, QUERY = TokenType
 RANKS, HQ, HK, D = 2, 8, 4, 16
 PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the picture, patches, text after it
 CONFIGS = {
@@ -29,7 +31,8 @@ def dense():
     generator = torch.Generator().manual_seed(0)
     query = torch.randn(2, HQ, 50, D, generator=generator)
     key = torch.randn(2, HK, 50, D, generator=generator)
-    types = torch.tensor([[1] * 4 + [2] * 36 + [3] * 10, [0] * 11 + [2] * 30 + [1] * 6 + [3] * 3], dtype=torch.uint8)
+    rows = [[TEXT] * 4 + [VISION] * 36 + [QUERY] * 10, [PADDING] * 11 + [VISION] * 30 + [TEXT] * 6 + [QUERY] * 3]
+    types = torch.tensor(rows, dtype=torch.uint8)
     return query, key, types
 
 
@@ -44,18 +47,18 @@ def tower():
     return query, key, torch.tensor([37, 25, 37], dtype=torch.int32)
 
 
-def packed_rows(config, rank=None, *, said=False):
-    """The rows that are left after two pruning layers; `said`: each rank's attention says its rows' lse."""
+def packed_rows(config, rank=None, *, with_lse=False):
+    """The remaining rows after two pruning layers; `with_lse`: with the lse of each rank's rows."""
     generator = torch.Generator().manual_seed(1)
     vision = torch.tensor([flag for a, b, c in PACKED for flag in [False] * a + [True] * b + [False] * c])
     group = None if rank is None else dist.group.WORLD
-    plan = PackedPrompts([sum(parts) for parts in PACKED], [0, 2], vision, config, group=group)
+    plan = PackedDropPlan([sum(parts) for parts in PACKED], [0, 2], vision, config, group=group)
     for _ in config.pruning_layers:
         query = torch.randn(len(vision), HQ, D, generator=generator)[plan.rows]
         key = torch.randn(len(vision), HK, D, generator=generator)[plan.rows]
         if rank is not None:
             query, key = shard(query, 1, rank), shard(key, 1, rank)
-        plan.prune(query, key, 0.7, lse=row_lse(plan, query, key, 0.7) if said else None)
+        plan.prune(query, key, 0.7, lse=row_lse(plan, query, key, 0.7) if with_lse else None)
     return plan.rows
 
 
@@ -64,13 +67,13 @@ def run_rank(rank, folder):
     torch.set_num_threads(1)
     query, key, types = dense()
     scores = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types, 0.4, 10)
-    nobody = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=2), 0.4, 0)
+    no_queries = scores_over_ranks(shard(query, 1, rank), shard(key, 1, rank), types.clamp(max=VISION), 0.4, 0)
     rows = {name: packed_rows(MustDropConfig(**config), rank) for name, config in CONFIGS.items()}
-    said = {name: packed_rows(MustDropConfig(**config), rank, said=True) for name, config in CONFIGS.items()}
+    with_lse = {name: packed_rows(MustDropConfig(**config), rank, with_lse=True) for name, config in CONFIGS.items()}
     cls, patches, counts = tower()
     halves = shard(cls, 1, rank), shard(patches, 1, rank)
     keys = stages.key_tokens(*halves, 0.3, KEYS, counts=counts, group=dist.group.WORLD)
-    found = {"scores": tuple(scores), "nobody": tuple(nobody), "rows": rows, "said": said, "keys": keys}
+    found = {"scores": tuple(scores), "no_queries": tuple(no_queries), "rows": rows, "with_lse": with_lse, "keys": keys}
     torch.save(found, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
@@ -89,7 +92,7 @@ def test_scores_are_those_of_all_heads(found):
     for rank in found:
         for scores, wanted in zip(rank["scores"], expected, strict=True):
             torch.testing.assert_close(scores, wanted, atol=1e-6, rtol=1e-5)
-    # Half of the heads say something else.
+    # The scores of half of the heads differ.
     half = ops.text_vision_scores(shard(query, 1, 0), shard(key, 1, 0), types, 0.4)
     assert not torch.allclose(half.peak, expected.peak, atol=1e-3)
 
@@ -99,9 +102,9 @@ def test_all_ranks_have_the_same_bits(found):
         assert torch.equal(a, b)
 
 
-def test_nobody_votes(found):
+def test_no_text_queries(found):
     for rank in found:
-        assert all(scores.count_nonzero() == 0 and scores.shape == (2, 50) for scores in rank["nobody"])
+        assert all(scores.count_nonzero() == 0 and scores.shape == (2, 50) for scores in rank["no_queries"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -110,7 +113,7 @@ def test_packed_prompts_lose_the_same_tokens(found, name):
     assert len(expected) < sum(map(sum, PACKED))
     for rank in found:
         assert torch.equal(rank["rows"][name], expected)
-        assert torch.equal(rank["said"][name], expected)
+        assert torch.equal(rank["with_lse"][name], expected)
 
 
 def test_key_tokens_are_those_of_all_heads(found):

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 from mustdrop_kernels import stages
 from mustdrop_kernels.config import MustDropConfig
+from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.stages import Pruned, Tokens
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -105,11 +106,11 @@ def test_received_attention_is_the_mean_of_what_all_pay(rows, monkeypatch):
 # Stage 2
 
 
-def types_of(*rows, votes="after_image"):
-    """Rows of letters, v: vision, t: text, .: padding -> the types as letters, q: voter."""
+def types_of(*rows, text_queries="after_image"):
+    """Rows of letters, v: vision, t: text, .: padding -> the types as letters, q: text query."""
     vision = torch.tensor([[letter == "v" for letter in row] for row in rows])
     mask = torch.tensor([[letter != "." for letter in row] for row in rows])
-    types = stages.token_types(vision, mask, votes)
+    types = stages.token_types(vision, mask, text_queries)
     assert types.dtype == torch.uint8
     return ["".join(".tvq"[value] for value in row) for row in types.tolist()]
 
@@ -119,11 +120,12 @@ def test_token_types():
         "ttvvqq",
         "..tvqq",
         "tvtvvq",  # text between images has not seen the last one
-        "tttttt",  # no image: nobody votes
+        "tttttt",  # no image: no text query
         "ttvv..",
     ]
-    assert types_of("ttvvtt", "tvtt..", "..tttt", votes="last") == ["ttvvtq", "tvtq..", "..tttt"]
-    assert stages.token_types(torch.tensor([[True, False]]), None, "after_image").tolist() == [[2, 3]]
+    assert types_of("ttvvtt", "tvtt..", "..tttt", text_queries="last") == ["ttvvtq", "tvtq..", "..tttt"]
+    types = stages.token_types(torch.tensor([[True, False]]), None, "after_image")
+    assert types.tolist() == [[TokenType.VISION, TokenType.QUERY]]
 
 
 def prompt(types, keys=(), positions=None):
@@ -133,7 +135,7 @@ def prompt(types, keys=(), positions=None):
     protected = torch.zeros(values.shape, dtype=torch.bool)
     for row, column in keys:
         protected[row, column] = True
-    real = (values != 0).sum(1)
+    real = (values != TokenType.PADDING).sum(1)
     return Tokens(
         types=values,
         index=place,
@@ -141,8 +143,8 @@ def prompt(types, keys=(), positions=None):
         protected=protected,
         counts=real.int(),
         lengths=tuple(real.tolist()),
-        vision=tuple((values == 2).sum(1).tolist()),
-        keys=tuple(protected.sum(1).tolist()),
+        vision_token_counts=tuple((values == TokenType.VISION).sum(1).tolist()),
+        key_token_counts=tuple(protected.sum(1).tolist()),
     )
 
 
@@ -158,9 +160,9 @@ def test_prune_is_the_published_filter():
         tokens = prompt([letters])
         pruned = stages.prune(q, k, tokens, case["scale"], config, 0)
         left = tokens.take(pruned)
-        kept = left.index[left.types == 2] - begin
+        kept = left.index[left.types == TokenType.VISION] - begin
         assert kept.tolist() == tensors[f"{name}.kept"].tolist()
-        assert left.vision == (case["n_kept"],)
+        assert left.vision_token_counts == (case["n_kept"],)
         assert left.lengths == pruned.lengths == (case["total_seq"] - vision + case["n_kept"],)
 
 
@@ -174,7 +176,7 @@ def test_prune_counts_with_budgets_on_the_host():
     assert pruned.counts.tolist() == [5, 6, 6]
     assert pruned.keep.shape == (3, 6)
     left = tokens.take(pruned)
-    assert left.vision == (3, 2, 0)
+    assert left.vision_token_counts == (3, 2, 0)
     assert left.index[0].tolist() == [-1, 1, 2, 5, 6, 7]
     assert left.padded
     pruned = stages.prune(q[:, :, :6], k[:, :, :6], left, 0.5, config, 1)
@@ -219,7 +221,7 @@ def selection(rows):
 
 @given(keeps())
 def test_tokens_after_two_selections(example):
-    """Places, positions and numbering follow the tokens; slots say where survivors stood."""
+    """Places, positions and numbering follow the tokens; slots are the former places of survivors."""
     width, lengths, first, second = example
     positions = (10 * torch.arange(width) + 3).repeat(len(lengths), 1)
     tokens = prompt(["." * (width - n) + "v" * n for n in lengths], positions=positions)
@@ -235,10 +237,10 @@ def test_tokens_after_two_selections(example):
         assert twice.index[row].tolist() == [-1] * pad + chosen
         assert twice.positions[row, pad:].tolist() == [10 * place + 3 for place in chosen]
         assert renumbered.positions[row, pad:].tolist() == list(range(len(chosen)))
-        assert twice.types[row].tolist() == [0] * pad + [2] * len(chosen)
+        assert twice.types[row].tolist() == [TokenType.PADDING] * pad + [TokenType.VISION] * len(chosen)
         assert tokens.slots(twice)[row, : len(chosen)].tolist() == chosen
         assert once.slots(twice)[row, : len(chosen)].tolist() == local[row]
-    assert twice.lengths == twice.vision == tuple(len(chosen) for chosen in second)
+    assert twice.lengths == twice.vision_token_counts == tuple(len(chosen) for chosen in second)
     assert twice.padded == (min(twice.lengths) < twice.length)
 
 

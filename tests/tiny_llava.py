@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny LLaVA with random weights, its tokenizer and processor; nothing is downloaded.
 
-The vision tower keeps flat regions of a picture similar, so that stage 1 has something to merge, and the language
-model's attention is uneven, so that stage 2 has something to choose.
+The vision tower keeps flat regions uniform, so that stage 1 has something to merge, and the language model's
+attention is uneven, so that stage 2 has something to choose.
 """
 
 from __future__ import annotations

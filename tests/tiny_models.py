@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One tiny model of each family with random weights, and batches for it; nothing is downloaded, no processor is needed.
 
-Towers keep flat regions alike, so that stage 1 has something to merge, and the language models' attention is uneven, so
+Towers keep flat regions uniform, so that stage 1 has something to merge; language models have uneven attention, so
 that stage 2 has something to choose. Ids from 10 on are text; `IMAGE` and `VIDEO` are placeholders.
 """
 
@@ -39,7 +39,7 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_att
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """What a row of a batch shows: an image of so many tiles, a video, ..."""
+    """The picture of a row of a batch: an image of a number of tiles, a video, ..."""
 
     placeholders: list[int]  # ids that stand for it in the prompt
     inputs: dict[str, Tensor]  # of this picture alone, with a leading dimension of 1 or of its tiles
@@ -241,7 +241,7 @@ def _tiled(config: Any, number: int) -> Picture:
 
 
 def shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:
-    """What OneVision leaves of a picture that is larger than so many tiles."""
+    """The size to which OneVision shrinks a picture that is larger than a number of tiles."""
     aspect = getattr(config, "vision_aspect_ratio", None)
     if aspect is None:
         return rows, columns

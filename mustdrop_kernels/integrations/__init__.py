@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that can run MustDrop, a package each. Importing one imports its engine; importing this one imports none."""
+"""Integrations, a package per engine. Importing one imports its engine; importing this package imports none."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..placeholders import first_placeholders
+
 
 @dataclasses.dataclass(frozen=True)
 class ViewReport:
@@ -58,8 +60,7 @@ class ViewReport:
         """One frame of a video; tokens are named by their first patch in it."""
         token = self.token_of_patch[number]
         _, inverse = token.unique(return_inverse=True)
-        place = torch.arange(token.numel())
-        first = torch.full_like(place, token.numel()).scatter_reduce(0, inverse.flatten(), place, "amin")
+        first = first_placeholders(inverse.flatten(), token.numel())
         survived = {layer: alive[number] for layer, alive in self.survived.items()}
         heat = {layer: values[number] for layer, values in self.heat.items()}
         return ViewReport(first[inverse], self.key[number], survived, heat)

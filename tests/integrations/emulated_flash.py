@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An attention that takes what transformers hands to flash attention, for machines that have none.
+"""An attention with the interface that transformers expects of flash attention, for machines without it.
 
 Masks are (B, keys) or None, queries stand at the end of the keys, and positions with gaps in a batch of one mean
 several packed sequences, which a prompt never is.

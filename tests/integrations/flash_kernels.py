@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions that are called like flash-attention's, for transformers' own way to them on machines that have none.
+"""Functions with the signatures of flash-attention's, for transformers' own calls on machines without it.
 
-Each version is asked for the lse in its own manner, or says it unasked; see ``VERSIONS``.
+Each version returns the lse by a flag of its own, or always; see ``VERSIONS``.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import modeling_flash_attention_utils as flash
 
-ASKED_BY = {  # the argument that asks for it; None: always said
+ASKED_BY = {  # the argument that requests it; None: always returned
     "flash_attention_2": "return_attn_probs",
     "flash_attention_3": "return_attn_probs",
     "vllm-flash-attn3": "return_softmax_lse",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The method without shortening anything: the whole prompt goes through every layer, and dropped tokens are masked.
+"""Reference without shortening: the whole prompt passes through every layer, and dropped tokens are masked.
 
 Written apart from the package, in loops, with decisions of its own. Positions are the plain prompt's.
 """
@@ -81,7 +81,7 @@ class MaskedReference:
         """What stands at each position of the prompt: (B, L) each."""
         ids, mask = inputs["input_ids"][:, self.offset :], inputs["attention_mask"][:, self.offset :].bool()
         self.embeds = self.model.get_input_embeddings()(ids).clone()
-        self.present, self.key, self.voters = mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask)
+        self.present, self.key, self.text_queries = mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask)
         images = encode(self.model, self.config, inputs)
         placeholder = torch.zeros_like(mask)
         for token_id in {image.token_id for image in images}:
@@ -95,9 +95,9 @@ class MaskedReference:
         for row in range(len(ids)):
             if placeholder[row].any():
                 begin = int(placeholder[row].nonzero().max()) + 1
-                self.voters[row, begin:] = mask[row, begin:]
+                self.text_queries[row, begin:] = mask[row, begin:]
                 if self.config.votes == "last":
-                    self.voters[row, :-1] = False
+                    self.text_queries[row, :-1] = False
         self.vision = placeholder & self.present
 
     # Stages 2 and 3
@@ -114,7 +114,7 @@ class MaskedReference:
         if self.before:
             seen[:, : self.offset] = repeat(self.before[layer])
         mask = seen[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()[-query.shape[2] :]
-        mask = mask | torch.eye(length, dtype=torch.bool)[-query.shape[2] :]  # tokens that nobody sees: no NaN
+        mask = mask | torch.eye(length, dtype=torch.bool)[-query.shape[2] :]  # no NaN in rows without visible tokens
         key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
         weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, -math.inf).softmax(-1)
         if query.shape[2] > 1:
@@ -133,10 +133,10 @@ class MaskedReference:
     def _keep(self, layer: int, row: int, attention: Tensor) -> Tensor:
         alive = self.alive[layer][row]
         vision = alive & self.vision[row]
-        votes = attention[self.voters[row]][:, vision]
-        if not vision.any() or not len(votes):
+        queries = attention[self.text_queries[row]][:, vision]
+        if not vision.any() or not len(queries):
             return alive
-        total, peak, key = votes.sum(0), votes.amax(0), self.key[row][vision]
+        total, peak, key = queries.sum(0), queries.amax(0), self.key[row][vision]
         if self.config.budgets is None:
             share = self.config.global_threshold * total.sum()
             stays = (total >= share) | (peak >= self.config.individual_threshold) | key

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one process does, alone or as one of several under torchrun: ``python ranks.py FOLDER``.
+"""One process, alone or as a rank under torchrun: ``python ranks.py FOLDER``.
 
 FOLDER holds checkpoints and inputs, and gets what each rank found.
 """
@@ -21,7 +21,7 @@ from mustdrop_kernels.integrations.transformers import drop_tokens
 CONFIGS = {
     "thresholds": dict(pruning_layers=(1, 3, 5), global_threshold=0.01, individual_threshold=0.02),
     "budgets": dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20), key_rate=0.15),
-    "last token votes": dict(pruning_layers=(2,), budgets=(25,), votes="last", merge=False),
+    "last token as query": dict(pruning_layers=(2,), budgets=(25,), votes="last", merge=False),
 }
 TOWER_CAN_BE_SHARDED = int(transformers.__version__.split(".")[0]) >= 5
 SHARDED_TOWER = {  # no model's own plan does that
@@ -53,7 +53,7 @@ def load(folder, name="model", **settings):
 
 
 def refusal(model):
-    """What drop_tokens says to it."""
+    """The message of drop_tokens."""
     config = MustDropConfig(**CONFIGS["budgets"])
     with pytest.raises(ValueError, match="drop_tokens: ") as caught, drop_tokens(model, config):
         pass

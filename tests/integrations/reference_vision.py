@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 for each family, in loops, written apart from the package: what every placeholder of an image holds.
+"""Stage 1 for each family in loops, independent of the package: the content of every placeholder of an image.
 
 Where patches merge inside the tower, the tower is run here, layer by layer; elsewhere its features are the model's own.
 """
@@ -34,7 +34,7 @@ class Placeholder:
     """What one placeholder shows."""
 
     feature: Tensor  # (C)
-    owner: Any  # patches of one token have one owner; None: shares with nobody
+    owner: Any  # patches of one token have one owner; None: not shared
     importance: float | None  # None: no patch
 
 
@@ -61,7 +61,7 @@ def encode(model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> lis
 
 
 def _finish(placeholders: list[Placeholder], grids: list[Tensor], token_id: int, config: MustDropConfig) -> Reference:
-    """Merging behind the tower, and key tokens."""
+    """Merging after the tower, and key tokens."""
     features = torch.stack([place.feature for place in placeholders]).clone()
     importance = [place.importance for place in placeholders]
     first: dict[Any, int] = {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile: decoding in one graph without a break, and models that somebody has compiled himself."""
+"""torch.compile: decoding in one graph without a break, and models that the caller has compiled."""
 
 from __future__ import annotations
 

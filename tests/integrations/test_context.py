@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drop_tokens leaves alone: plain results where nothing is dropped, and the model itself."""
+"""drop_tokens gives plain results if nothing is dropped, and restores the model."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_model_is_left_as_it_was_after_an_exception(where, sdpa, padded, monkeyp
     module = {"vision": sdpa.model.vision_tower, "language": sdpa.model.language_model.layers[3].mlp}.get(where)
     handle = module.register_forward_hook(fail) if module is not None else None
     if where == "enter":
-        monkeypatch.setattr("mustdrop_kernels.integrations.transformers.context.watched_config", fail)
+        monkeypatch.setattr("mustdrop_kernels.integrations.transformers.hooks.hooked_config", fail)
     with pytest.raises(Broken), drop_tokens(sdpa, DROP):
         fail() if where == "caller" else generate(sdpa, padded)
     if handle is not None:

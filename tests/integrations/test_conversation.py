@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A conversation goes on over a shortened cache, or is refused; it is never silently wrong."""
+"""Conversations on a shortened cache continue correctly or are refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def first_turn(model, inputs):
 
 
 def feed(model, cache, ids, mask):
-    """Logits of `ids` behind what the cache holds; `mask` covers everything up to their end."""
+    """Logits of `ids` after the cached tokens; `mask` covers everything up to their end."""
     positions = (mask.long().cumsum(1) - 1)[:, -ids.shape[1] :]
     with torch.no_grad():
         return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
@@ -87,7 +87,7 @@ def test_generate_goes_on_from_the_cache(config, model, padded):
 
 
 def test_masked_new_tokens_are_not_seen(config, model, one):
-    """The caller's mask still counts behind the prompt: a turn padded on its left equals the turn."""
+    """The caller's mask applies after the prompt: a turn padded on its left equals the turn."""
     length = one["input_ids"].shape[1] + 3
     with drop_tokens(model, config):
         cache = first_turn(model, one).past_key_values

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An error anywhere in the middle leaves model, cache and registry as they were.
+"""An error anywhere during a pass leaves model, cache and registry unchanged.
 
 Errors are injected at the entry of every function of ours that a prompt goes through (found by tracing one), and in
 every module of the model.
@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 class Injected(Exception):
-    """What no code of anybody's raises."""
+    """Raised by these tests only."""
 
 
 class Tracer:
@@ -53,7 +53,7 @@ class Tracer:
         return None
 
     def __enter__(self):
-        self.before = sys.gettrace()  # of whoever counts lines
+        self.before = sys.gettrace()  # a coverage tracer, for instance
         sys.settrace(self)
         return self
 
@@ -89,7 +89,7 @@ def test_an_error_in_any_function_of_ours(name, sdpa, processor, request):
                         generate(sdpa, inputs, **settings)
                 except Injected:
                     pass
-                except Exception as error:  # an error of ours that an injected one has led to says so
+                except Exception as error:  # an error of the package has the injected one as its cause
                     chain = [error, error.__cause__, error.__context__]
                     assert any(isinstance(link, Injected) for link in chain), function
                 else:
@@ -156,9 +156,9 @@ def conversation(sdpa, processor):
 
 
 def contents(cache) -> list:
-    held = [(entry.length, entry.counts.tolist()) for entry in cache.held]
+    tokens = [(entry.length, entry.counts.tolist()) for entry in cache.layer_tokens]
     layers = [(layer.keys.clone(), layer.values.clone(), layer.dropped) for layer in cache.layers]
-    return [held, cache.prompt_length, cache.renumbered, layers]
+    return [tokens, cache.prompt_length, cache.renumbered, layers]
 
 
 def same_contents(a: list, b: list) -> bool:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores take the normaliser that flash attention has computed, through transformers' own way to its functions."""
+"""Scores use the lse of flash attention, captured from transformers' own calls of its functions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prompts import make_inputs
 from transformers import modeling_flash_attention_utils as flash
 
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PaddedPrompts
 from mustdrop_kernels.integrations.transformers import drop_tokens
-from mustdrop_kernels.integrations.transformers.flash_lse import asked_for_lse
+from mustdrop_kernels.integrations.transformers.flash_lse import captured_lse
 from mustdrop_kernels.ops import TokenType
+from mustdrop_kernels.plans import PaddedDropPlan
 
 THRESHOLDS = dict(pruning_layers=(1, 3, 5), global_threshold=0.01, individual_threshold=0.02)
 BUDGETS = dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20))
@@ -27,13 +27,13 @@ NEW_TOKENS = 4
 @pytest.fixture
 def seen(monkeypatch):
     """Each decision's query, key (which stage 3 moves), scale, lse, real rows and types of the keys."""
-    found, prune = [], PaddedPrompts.prune
+    found, prune = [], PaddedDropPlan.prune
 
     def watched(self, query, key, scale, *, lse=None):
         found.append((query, key.clone(), scale, lse, self.tokens.types != TokenType.PADDING, self.key_types))
         return prune(self, query, key, scale, lse=lse)
 
-    monkeypatch.setattr(PaddedPrompts, "prune", watched)
+    monkeypatch.setattr(PaddedDropPlan, "prune", watched)
     return found
 
 
@@ -64,7 +64,7 @@ def test_it_reaches_the_scores(version, prompt, settings, sdpa, processor, seen)
     check_lse(seen)
     layers = len(sdpa.model.language_model.layers)
     assert kernels.calls == layers * NEW_TOKENS
-    assert kernels.asked == (3 if kernels.flag else kernels.calls)  # nobody else asks
+    assert kernels.asked == (3 if kernels.flag else kernels.calls)  # no other layer requests it
     tokens, _ = MaskedReference(sdpa, MustDropConfig(**settings)).generate(inputs, NEW_TOKENS)
     assert torch.equal(output[:, -NEW_TOKENS:], tokens)
 
@@ -90,7 +90,7 @@ def test_heat_maps_are_the_same(sdpa, one):
     config, maps = MustDropConfig(**BUDGETS), []
     for asked in (False, True):
         with flash_kernels.installed(sdpa, "flash_attention_2") as kernels:
-            if not asked:  # a version without a way to ask
+            if not asked:  # a version without such a flag
                 kernels.flag = "nothing"
                 kernels.dense.__signature__ = kernels.dense.__signature__.replace(
                     parameters=list(kernels.dense.__signature__.parameters.values())[:-1]
@@ -108,8 +108,8 @@ def test_heat_maps_are_the_same(sdpa, one):
 
 def rows_of(mask, lse, *, of=torch.float32, times=1):
     query = torch.zeros(2, 4, 3, 8)
-    with asked_for_lse(query, mask) as rows:
-        function = rows.asking(lambda q: (q, lse))
+    with captured_lse(query, mask) as rows:
+        function = rows.wrap(lambda q: (q, lse))
         for _ in range(times):
             function(torch.zeros(1, dtype=of))
     return rows.read()
@@ -125,7 +125,7 @@ def test_only_what_is_known_is_taken():
     assert rows_of(None, dense, of=torch.bfloat16) is None  # of queries that were rounded
     assert rows_of(None, dense.double()) is None
     assert rows_of(None, packed) is None  # several sequences in one row
-    assert rows_of(mask, torch.randn(2, 4, 3)) is None  # how versions before 2.6 said it
+    assert rows_of(mask, torch.randn(2, 4, 3)) is None  # the layout before 2.6
     assert rows_of(None, dense, times=2) is None
 
 
@@ -135,7 +135,7 @@ def test_other_threads_are_not_asked():
     with pytest.MonkeyPatch.context() as patched:
         dense = lambda q, return_attn_probs=False: return_attn_probs  # noqa: E731
         patched.setattr(flash, "lazy_import_flash_attention", lambda name: ((dense, dense, "more"), "process"))
-        with asked_for_lse(torch.zeros(1, 1, 1, 1), None):
+        with captured_lse(torch.zeros(1, 1, 1, 1), None):
             for run in (lambda target: target(), lambda target: _in_a_thread(target)):
                 run(lambda: functions.append(flash.lazy_import_flash_attention("flash_attention_2")))
     ((asked, _, more), process), ((plain, _, _), _) = functions

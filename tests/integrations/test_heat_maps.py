@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Heat maps are the attention of a plain run, and what is drawn of a report."""
+"""Heat maps equal the attention of a plain run; drawings of a report."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways of generating, and ways in which a model may have been loaded."""
+"""Modes of generation, and models loaded in different ways."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_more_images_in_a_later_turn(name, kind):
         assert sum(lengths) < sum(report.last.plain_cache.lengths)
 
 
-# Assisted decoding: guesses do not vote, and what was not right is taken back.
+# Assisted decoding: candidate tokens are no text queries, and rejected ones are removed.
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -88,7 +88,7 @@ def test_assisted_generation_gives_the_same_tokens(assistant, name, config):
     model = model_of(name)
     inputs = inputs_of(name, [[3, ("picture", 1), 12]])
     inputs["input_ids"][:, -2:] = inputs["input_ids"][:, -10:-8]  # so that a lookup finds something, wrong as it is
-    never = {"eos_token_id": tiny_models.VOCABULARY + 1}  # transformers 4 asks for one
+    never = {"eos_token_id": tiny_models.VOCABULARY + 1}  # transformers 4 requires one
     expected, first = dropped(model, inputs, config, max_new_tokens=12, **never)
     if assistant == "prompt lookup":
         settings = {"prompt_lookup_num_tokens": 3}
@@ -149,7 +149,7 @@ def test_compiled_forward_gives_the_same_tokens():
     assert torch.equal(output.sequences, expected.sequences)
 
 
-# Nothing changes for those who did not ask.
+# Without drop_tokens nothing changes.
 
 
 def test_text_alone_gives_the_same_bits():

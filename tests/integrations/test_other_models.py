@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that no table names: LLaVA with other language models works, everything else is refused in words."""
+"""Models in no table: LLaVA with other language models works, every other model is refused with a message."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs in a decode step: no function of ours inside the model, where the model can be left to itself."""
+"""Overhead of a decode step: no function of the package runs inside the model if the model can run unchanged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 5
 
 
 class Calls:
-    """Counts our functions that are entered while a step's forward pass runs."""
+    """Counts calls of the package's functions during a step's forward pass."""
 
     def __init__(self, model):
         self.model, self.depth, self.passes = model, 0, 0
@@ -51,7 +51,7 @@ class Calls:
 
 
 def ours_per_pass(rows, config, **settings):
-    """Of the prompt's pass, then of each step."""
+    """Calls in the prompt's pass, then in each step."""
     model, inputs = model_of("llava"), inputs_of("llava", rows)
     with drop_tokens(model, config):
         generate(model, inputs, max_new_tokens=2, **settings)  # after another prompt
@@ -73,10 +73,10 @@ def test_nothing_of_ours_runs_in_a_step(rows, config, cache):
         assert sum(first.values()) > 40  # the counting works
     for step in steps:
         # Layer 0, before the first pruning layer, holds more than the others; a static cache's has a mask of its own.
-        own = {"decode.own_inputs": 1} if config is BUDGET and cache and len(rows[0]) > 1 else {}
+        own = {"decode.replace_inputs": 1} if config is BUDGET and cache and len(rows[0]) > 1 else {}
         methods = {name.split(".")[1] for name in step.keys() - own.keys()}
         assert methods <= {"update", "get_seq_length", "get_mask_sizes"}, step  # of the cache's layers
-        assert step["decode.own_inputs"] == own.get("decode.own_inputs", 0)
+        assert step["decode.replace_inputs"] == own.get("decode.replace_inputs", 0)
 
 
 def test_layers_enter_nothing_of_ours():

@@ -100,7 +100,7 @@ def test_cache(run, golden):
 def test_decode_positions(run, golden):
     tensors, _ = golden
     _, report, record, _ = run
-    # The model asks once per pass for positions that go unused; then each group of layers asks for its own.
+    # The model computes positions once per pass, which go unused; then each group of layers computes its own.
     steps = len(tensors["decode_position_ids"])
     single = [positions.item() for positions in record["positions"] if positions.shape[-1] == 1]
     assert len(single) == 3 * steps

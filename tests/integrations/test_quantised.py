@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights of fewer bits, by the libraries that people use: no hook of ours touches them."""
+"""Quantized weights, by common libraries: no hook of the package touches them."""
 
 from __future__ import annotations
 

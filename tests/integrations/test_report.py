@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report agrees with itself, with the cache, and has what a picture needs."""
+"""The report is consistent with itself and with the cache, and has all data of a picture."""
 
 from __future__ import annotations
 

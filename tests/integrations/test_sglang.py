@@ -11,9 +11,9 @@ from prompts import make_inputs
 from token_pool_engine import Allocator, Engine, Kv, Pools
 
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts
 from mustdrop_kernels.integrations.sglang import TokenTable
 from mustdrop_kernels.integrations.transformers import drop_tokens
+from mustdrop_kernels.plans import PackedDropPlan
 
 COMMON = dict(merge=False, key_rate=0.0, pruning_layers=(1, 3, 5), evict_from=0)
 CONFIGS = {
@@ -127,19 +127,19 @@ class Request:
 def test_rows_slots_and_records():
     """Only the member's row changes, in front; the slots of what went are free, once."""
     requests, vision, slots = batch()
-    plan = PackedPrompts([1, 8, 3], [1], vision, MustDropConfig(pruning_layers=(0,), budgets=(2,)))
+    plan = PackedDropPlan([1, 8, 3], [1], vision, MustDropConfig(pruning_layers=(0,), budgets=(2,)))
     table = torch.randint(1000, 2000, (9, 20), dtype=torch.int32)
     before, allocator = table.clone(), Allocator(0)
     tokens = TokenTable(plan, requests, table, slots)
-    plan.enter()
+    plan.begin_layer()
     plan.prune(torch.randn(12, 4, 8), torch.randn(12, 2, 8), 1.0)
-    live = tokens.turn()
+    live = tokens.update_rows()
     assert live.tolist() == slots[plan.rows].tolist()
     assert table[2, :5].tolist() == live[1:6].tolist()
     before[2, :5] = table[2, :5]
     assert torch.equal(table, before)
     assert len(allocator.free_pages) == 0  # not before the layers have run
-    tokens.commit(allocator)
+    tokens.free_dropped_slots(allocator)
     assert sorted(allocator.free_pages.tolist() + live.tolist()) == sorted(slots.tolist())
     assert [(r.kv.kv_allocated_len, r.kv.kv_committed_len) for r in requests] == [(12, 12), (5, 5), (3, 3)]
     assert plan.lost.tolist() == plan.dropped == [0, 3, 0]
@@ -155,7 +155,7 @@ def test_rows_slots_and_records():
 )
 def test_what_cannot_lose_tokens_is_refused(changes, sentence):
     requests, vision, slots = batch()
-    plan = PackedPrompts([1, 8, 3], [1], vision, MustDropConfig(pruning_layers=(0,), budgets=(2,)))
+    plan = PackedDropPlan([1, 8, 3], [1], vision, MustDropConfig(pruning_layers=(0,), budgets=(2,)))
     for name, value in changes.items():
         setattr(requests[1].kv, name, value)
     with pytest.raises(ValueError, match=sentence):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static caches: buffers that stay where they are, with the tokens of the cache that grows."""
+"""Static caches: buffers keep their addresses, and tokens equal those of a dynamic cache."""
 
 from __future__ import annotations
 

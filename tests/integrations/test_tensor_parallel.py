@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``tp_plan="auto"`` under torchrun: two processes with half of the heads each do what one does."""
+"""``tp_plan="auto"`` under torchrun: two processes with half of the heads each give the results of one."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An engine in a few lines with pages of one token: packed batches, and pools shaped as SGLang's.
 
-It runs the language model of a transformers LLaVA on its own: prompts and decoding rows in one step, a token table, an
-allocator whose slots are soon those that somebody gave back.
+It runs the language model of a transformers LLaVA: prompts and decoding rows in one step, a token table, an allocator
+that soon reuses freed slots.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from mustdrop_kernels.engines import PackedPrompts
 from mustdrop_kernels.integrations.sglang import TokenTable
+from mustdrop_kernels.plans import PackedDropPlan
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class Kv:
 
 
 class Allocator:
-    """``TokenToKVPoolAllocator``: slots 1 .. size; what is freed last is given last."""
+    """``TokenToKVPoolAllocator``: slots 1 .. size; slots freed last are allocated last."""
 
     def __init__(self, size):
         self.free_pages = torch.arange(1, size + 1)
@@ -70,7 +70,7 @@ class Buffers:
 
 @dataclasses.dataclass
 class Step:
-    """What attention needs to know of R requests, under SGLang's names for it."""
+    """Attention inputs of R requests, with SGLang's names."""
 
     req_pool_indices: torch.Tensor  # (R)
     seq_lens: torch.Tensor  # (R), with the rows of this step
@@ -83,7 +83,7 @@ class Step:
 
 
 class Pools:
-    """Everything that is SGLang's; a test may bring its own classes."""
+    """SGLang's objects; a test may replace the classes."""
 
     Kv = Kv
 
@@ -172,17 +172,17 @@ class Engine:
             for i, layer in enumerate(language.layers):
                 hidden, _ = self._layer(i, layer, hidden, positions, slots, requests, new, seq_lens)
             return language.norm(hidden), None
-        plan = PackedPrompts(new, members, image, self.config)
+        plan = PackedDropPlan(new, members, image, self.config)
         table = TokenTable(plan, requests, self.req_to_token, slots)
         for i, layer in enumerate(language.layers):
-            plan.enter()
+            plan.begin_layer()
             left = seq_lens - plan.lost
             hidden, (query, key) = self._layer(i, layer, hidden, positions, slots, requests, plan.counts, left)
             if i in self.config.pruning_layers:
                 chosen = plan.prune(query, key, layer.self_attn.scaling)
                 hidden, positions = plan.take(hidden, chosen), plan.take(positions, chosen)
-                slots = table.turn()
-        table.commit(self.allocator)
+                slots = table.update_rows()
+        table.free_dropped_slots(self.allocator)
         for member in members:
             requests[member].lost = plan.dropped[member]
         return language.norm(hidden), plan

@@ -103,7 +103,7 @@ def refuse(*args, **kwargs):
 for name in ("connect", "connect_ex", "sendto"):
     setattr(socket.socket, name, refuse)
 socket.create_connection = socket.getaddrinfo = refuse
-import mustdrop_kernels, mustdrop_kernels.engines, mustdrop_kernels.integrations.transformers
+import mustdrop_kernels, mustdrop_kernels.plans, mustdrop_kernels.integrations.transformers
 from mustdrop_kernels.cli import main
 sys.argv = ["mustdrop", *sys.argv[1:]]
 main()

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ...integrations.transformers.families.llava import Llava
-from ...integrations.transformers.vision import Carry, Run, Share, VisionStage
+from ...integrations.transformers.vision import Packing, TowerRun, VisionStage
+from ...placeholders import Share
 
 
 class OtherStage(VisionStage):
@@ -48,7 +49,7 @@ class OtherStage(VisionStage):
         placed = features.new_zeros(batch, token.shape[1], channels)
         return placed.scatter(1, slot[..., None].expand_as(features), features)
 
-    def shares(self, run: Run, lengths: Sequence[int], carry: Carry, device: torch.device) -> list[Share]:
+    def shares(self, run: TowerRun, lengths: Sequence[int], pack: Packing, device: torch.device) -> list[Share]:
         """Whose token each placeholder of each image shares, and which hold one."""
         slot, token = self.layout()
         alive = torch.zeros_like(token, dtype=torch.bool).scatter(1, slot, True)

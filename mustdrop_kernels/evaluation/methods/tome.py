@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...integrations.transformers.compat import hidden_of, with_hidden
+from ...placeholders import first_placeholders
 from .base import NOTHING, Method, Sizes
 from .schedules import Unreachable
 from .stage import OtherStage
@@ -102,7 +103,5 @@ class Merging(OtherStage):
     def layout(self) -> tuple[Tensor, Tensor]:
         """A token takes the place of its first patch."""
         assignment = self._assignment[:, 1:] - 1  # without CLS
-        patch = torch.arange(assignment.shape[1], device=assignment.device).expand_as(assignment)
-        slot = torch.full_like(assignment[:, : self._sizes.shape[1] - 1], assignment.shape[1])
-        slot = slot.scatter_reduce(1, assignment, patch, "amin")
+        slot = first_placeholders(assignment, self._sizes.shape[1] - 1)
         return slot, slot.gather(1, assignment)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The doors into attention: queries and keys after RoPE, and masks for layers of different length."""
+"""Access to attention: queries and keys after RoPE, and masks for layers of different length."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from torch import Tensor
 from transformers import AttentionInterface, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .flash_lse import asked_for_lse
+from .flash_lse import captured_lse
 
 NAME = "mustdrop"
 
 
-def watched_config(config: Any, look: Callable[[Tensor, Tensor, float], None] | None = None) -> Any:
-    """A copy of a config that sends an attention module through ``watched_attention``, and so to `look`."""
-    watched = copy.copy(config)
-    watched._attn_implementation = NAME
-    watched.plain_config, watched.look = config, look
-    return watched
+def hooked_config(config: Any, on_attention: Callable[[Tensor, Tensor, float], None] | None = None) -> Any:
+    """A copy of a config with ``hooked_attention``, which also passes queries, keys and scale to `on_attention`."""
+    hooked = copy.copy(config)
+    hooked._attn_implementation = NAME
+    hooked.plain_config, hooked.on_attention = config, on_attention
+    return hooked
 
 
-def watched_attention(
+def hooked_attention(
     module: Any,
     query: Tensor,  # (B, Hq, L, D) after RoPE
     key: Tensor,  # (B, Hk, L, D) after RoPE
     value: Tensor,  # (B, Hk, L, D)
     attention_mask: Any,
-    mustdrop: Any = None,  # the Prefill, if a prompt with images is being read
+    drop_step: Any = None,  # a DropStep, while a prompt with images is read
     **kwargs: Any,
 ) -> Any:
-    """The attention that the model was set to, and a look at its queries and keys."""
-    watched = module.config
+    """The model's own attention; its queries and keys are passed on."""
+    hooked = module.config
     with contextlib.ExitStack() as stack:
-        stack.callback(setattr, module, "config", watched)
-        module.config = watched.plain_config  # flash attention finds its kernel by the name that stands there
-        asks = mustdrop is not None and "flash" in str(module.config._attn_implementation)
-        rows = stack.enter_context(asked_for_lse(query, attention_mask)) if asks else None
+        stack.callback(setattr, module, "config", hooked)
+        module.config = hooked.plain_config  # flash attention finds its kernel by the name in the config
+        capture = drop_step is not None and "flash" in str(module.config._attn_implementation)
+        rows = stack.enter_context(captured_lse(query, attention_mask)) if capture else None
         output = _implementation(module)(module, query, key, value, attention_mask, **kwargs)
-    if watched.look is not None:
-        watched.look(query, key, kwargs["scaling"])
-    if mustdrop is not None:
-        mustdrop.attended(module.layer_idx, query, key, kwargs["scaling"], lse=None if rows is None else rows.read())
+    if hooked.on_attention is not None:
+        hooked.on_attention(query, key, kwargs["scaling"])
+    if drop_step is not None:
+        drop_step.on_attention(query, key, kwargs["scaling"], lse=None if rows is None else rows.read())
     return output
 
 
@@ -56,23 +56,23 @@ def _implementation(module: Any) -> Callable[..., Any]:
     name = module.config._attn_implementation
     if name in ALL_ATTENTION_FUNCTIONS:
         return ALL_ATTENTION_FUNCTIONS[name]
-    return sys.modules[type(module).__module__].eager_attention_forward  # each model brings its own
+    return sys.modules[type(module).__module__].eager_attention_forward  # each model has its own
 
 
-AttentionInterface.register(NAME, watched_attention)
+AttentionInterface.register(NAME, hooked_attention)
 
 
 class _Past:
-    """Says to transformers' mask function, in place of a cache, how many tokens stand before the new ones."""
+    """Number of tokens before the new ones, in place of a cache, for transformers' mask function."""
 
     def __init__(self, length: int | Tensor, size: int | None) -> None:
         self.length, self.size = length, size
-        self.is_compileable = size is not None  # then a mask is made even where all is seen, as for a static cache
+        self.is_compileable = size is not None  # a mask is made even if nothing is hidden, as for a static cache
 
     def get_query_offset(self, layer_idx: int = 0) -> int | Tensor:
         return self.length
 
-    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # what earlier versions of transformers 5 ask for
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # called by earlier versions of transformers 5
         return self.length
 
     def get_mask_sizes(self, query: int | Tensor, layer_idx: int = 0) -> tuple[int, int]:
@@ -93,9 +93,9 @@ def causal_mask(
     past: int | Tensor,
     size: int | None = None,
 ) -> Any:
-    """transformers' own causal mask, in the form that the model's attention takes, for `past` tokens before these.
+    """transformers' own causal mask for `past` tokens before the new ones, in the form that the attention requires.
 
-    With `size`, for buffers of so many slots whose first `past` ones are filled; `past` may be on the device then.
+    With `size` the mask covers buffers of so many slots, the first `past` of them filled; `past` may be a tensor then.
     """
     arguments: dict[str, Any] = {"config": config, "attention_mask": alive}
     arguments["cache" if "cache" in _MASK_ARGUMENTS else "past_key_values"] = _Past(past, size)
@@ -106,7 +106,7 @@ def causal_mask(
 
 
 def padding_mask(config: Any, real: Tensor, dtype: torch.dtype) -> Tensor:
-    """A vision layer's mask for (B, S) real tokens, in the form that its attention takes."""
+    """A vision layer's mask for (B, S) real tokens, in the form that its attention requires."""
     if "flash" in str(config._attn_implementation):
         return real.long()
     batch, length = real.shape

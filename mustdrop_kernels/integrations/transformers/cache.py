@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV cache that grows, and whose layers shrink, each by its own number of tokens, when tokens are dropped."""
+"""A dynamic KV cache from which tokens are dropped, a different number in each layer."""
 
 from __future__ import annotations
 
@@ -10,77 +10,77 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .books import Books, Held, Mark, Shortened
+from .shortened_cache import CacheState, Checkpoint, LayerTokens, ShortenedCache
 
 
 class DropLayer(DynamicLayer):
-    """A layer that counts dropped tokens as seen: generate() and RoPE go by the plain prompt's length."""
+    """A layer whose length includes dropped tokens: generate() and RoPE use the plain prompt's length."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.dropped = 0  # slots of the plain prompt that this layer does not hold
+        self.dropped = 0  # tokens of the plain prompt that this layer does not hold
 
     def get_seq_length(self) -> int:
         """Length of the plain sequence."""
         return super().get_seq_length() + self.dropped
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Length and offset for a mask, as a sliding layer has them; transformers 4 passes positions, 5 a length."""
+        """Length and offset for a mask, as of a sliding layer; transformers 4 passes positions, 5 a length."""
         new = query if isinstance(query, int) else query.shape[0]
         return super().get_seq_length() + new, self.dropped
 
     def crop(self, tokens: int) -> None:
-        """Takes the last -`tokens` away."""
+        """Removes the last -`tokens` tokens."""
         if tokens < 0 and self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[..., :tokens, :], self.values[..., :tokens, :]
 
 
-class DropCache(Shortened, DynamicCache):
-    """A ``DynamicCache`` until tokens of its prompt are dropped; then ``held`` says what each layer still has."""
+class DropCache(ShortenedCache, DynamicCache):
+    """A ``DynamicCache`` whose prompt can lose tokens; ``layer_tokens`` holds the remaining ones of each layer."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
         other = {type(layer).__name__ for layer in self.layers if type(layer) is not DynamicLayer}
         if other:
             raise ValueError(f"drop_tokens needs full attention in every layer, this model's cache has {other}")
-        self.books = Books(self.layers)
-        self.own = {}
+        self.state = CacheState(self.layers)
+        self.layer_inputs = {}
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the cache."""
         self.layers[:] = [DropLayer() for _ in self.layers]
-        self.books.forget()
+        self.state.clear()
 
-    def shorten(self, prompt_length: int, held: Sequence[Held], *, renumbered: bool) -> None:
-        """Declares what each layer holds of a prompt of this length."""
-        super().shorten(prompt_length, held, renumbered=renumbered)
-        for layer, entry in zip(self.layers, self.held, strict=True):
+    def set_layer_tokens(self, prompt_length: int, tokens: Sequence[LayerTokens], *, renumbered: bool) -> None:
+        """Sets the tokens of a prompt of this length that each layer holds."""
+        super().set_layer_tokens(prompt_length, tokens, renumbered=renumbered)
+        for layer, entry in zip(self.layers, self.layer_tokens, strict=True):
             layer.dropped = prompt_length - entry.length
 
     def store(self, layer: int, begin: int, keys: Tensor, values: Tensor) -> None:  # (B, Hk, L, D) each
-        """From slot `begin` on, a layer has these."""
+        """Replaces a layer's keys and values from slot `begin` on."""
         entry = self.layers[layer]
         if begin:
             keys = torch.cat([entry.keys[:, :, :begin], keys], dim=2)
             values = torch.cat([entry.values[:, :, :begin], values], dim=2)
         entry.keys, entry.values = keys, values
 
-    def mark(self) -> Mark:
-        """The slots that are filled now."""
-        return self._marked([layer.get_seq_length() - layer.dropped for layer in self.layers])
+    def checkpoint(self) -> Checkpoint:
+        """The number of filled slots of each layer, and the state."""
+        return self._make_checkpoint([layer.get_seq_length() - layer.dropped for layer in self.layers])
 
-    def back_to(self, mark: Mark) -> None:
-        """Takes off what was appended since, after an error. Rows that beams have reordered stay where they are."""
-        if not any(mark.lengths):
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Removes what was appended since the checkpoint, after an error. Reordered rows are not restored."""
+        if not any(checkpoint.lengths):
             self.reset()
-        elif self.books.changes == mark.changes:
-            for i, length in enumerate(mark.lengths):
+        elif self.state.row_changes == checkpoint.row_changes:
+            for i, length in enumerate(checkpoint.lengths):
                 self.store(i, 0, *self.stored(i, length))
-            self._restored(mark)
+            self._restore_state(checkpoint)
 
     def crop(self, tokens: int) -> None:
-        """Takes the last -`tokens` away, but for none of the prompt; a length instead, as transformers 4 passes it."""
+        """Removes the last -`tokens` tokens, none of a shortened prompt; transformers 4 passes the length to keep."""
         count = -tokens if tokens <= 0 else max(self.seen - tokens, 0)
         if self.shortened and count > self.generated:
             raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the supported versions of transformers do differently."""
+"""Differences between the supported versions of transformers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlavaModel
 
 OLD_CACHE = "past_key_values"
 CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else OLD_CACHE
-"""The keyword by which models take a cache; newer versions of transformers 5 renamed it, and still take the old one."""
+"""Models' keyword for the cache; newer versions of transformers 5 renamed it and still accept the old one."""
 
 
 def hidden_of(output: Any) -> Any:
@@ -25,9 +25,9 @@ def with_hidden(output: Any, hidden: Any) -> Any:
 
 
 def features_of(output: Any) -> list[Tensor]:
-    """The features that a ``get_..._features`` has found, in pieces (n, C) of any length."""
+    """The features that a ``get_..._features`` has returned, in pieces (n, C) of any length."""
     features = getattr(output, "pooler_output", output)  # transformers 4 returns the features themselves
-    if isinstance(features, tuple) and not isinstance(features[-1], Tensor):  # with the number of frames
+    if isinstance(features, tuple) and not isinstance(features[-1], Tensor):  # next to the number of frames
         features = features[0]
     return [piece.flatten(0, -2) for piece in features]
 

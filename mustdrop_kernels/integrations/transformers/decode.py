@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Going on after a prompt whose tokens were dropped: by one token, or by a whole next turn."""
+"""Passes on a shortened cache: one token, or a whole next turn."""
 
 from __future__ import annotations
 
@@ -10,44 +10,46 @@ import torch
 from torch import Tensor, nn
 
 from .attention import causal_mask
-from .books import Held, Shortened
 from .cache import DropCache
 from .compat import CACHE
 from .families import Family
+from .shortened_cache import LayerTokens, ShortenedCache
 from .static_cache import DropStaticCache
 
 
 class Decode:
     """One forward pass on a shortened cache. Layers that hold the same tokens share mask and rotary table.
 
-    The model builds one of each for all layers, from the plain prompt's length. It is given those that most layers
-    need; the others find theirs in the cache's ``own``.
+    The model itself builds one of each for all layers, from the plain prompt's length. Instead it gets those of most
+    layers; the other layers take theirs from the cache's ``layer_inputs``.
     """
 
     def __init__(
         self,
         family: Family,
-        cache: Shortened,
-        hidden: Tensor,  # (B, new, any): only its shape, type and device matter
+        cache: ShortenedCache,
+        hidden: Tensor,  # (B, new, any): used for shape, type and device only
         mask: Tensor | None,  # (B, plain length + new), nonzero where there is a token; None: everywhere
     ) -> None:
         self.family = family
         self.cache = cache
         self.hidden = hidden
-        self.behind = None if mask is None else mask[:, cache.prompt_length :].bool()
+        self.later = None if mask is None else mask[:, cache.prompt_length :].bool()
 
     def inputs(self) -> dict[str, Any]:
-        """What changes in the model's inputs; sets the cache's ``own``."""
-        held = self.cache.held
-        found = {id(entry): self._inputs_for(entry, held.index(entry)) for entry in held}
-        often = Counter(id(entry) for entry in held).most_common(1)[0][0]
-        model = dict(found[often])
+        """The changed inputs of the model; sets the cache's ``layer_inputs``."""
+        tokens = self.cache.layer_tokens
+        found = {id(entry): self._inputs_for(entry, tokens.index(entry)) for entry in tokens}
+        common = Counter(id(entry) for entry in tokens).most_common(1)[0][0]
+        model = dict(found[common])
         mask = model["attention_mask"]
-        if isinstance(mask, Tensor) and mask.dim() == 2:  # the model would make another of it
-            model["attention_mask"], often = None, 0
-        self.cache.own = {i: self._for_layer(found[id(entry)]) for i, entry in enumerate(held) if id(entry) != often}
+        if isinstance(mask, Tensor) and mask.dim() == 2:  # the model would convert it
+            model["attention_mask"], common = None, 0
+        self.cache.layer_inputs = {
+            i: self._for_layer(found[id(entry)]) for i, entry in enumerate(tokens) if id(entry) != common
+        }
         if isinstance(self.cache, DropStaticCache):
-            self.cache.declare_own()
+            self.cache.declare_layer_inputs()
         return model
 
     def _for_layer(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -56,42 +58,42 @@ class Decode:
             own["position_embeddings"] = self.family.rotary(self.hidden, inputs["position_ids"])
         return own
 
-    def _inputs_for(self, held: Held, layer: int) -> dict[str, Any]:
+    def _inputs_for(self, tokens: LayerTokens, layer: int) -> dict[str, Any]:
         config = self.family.language_model.config
-        begin, size = self._filled(held, layer)
-        inputs = {"attention_mask": causal_mask(config, self.hidden, self._alive(held, size), past=begin, size=size)}
+        begin, size = self._filled(tokens, layer)
+        inputs = {"attention_mask": causal_mask(config, self.hidden, self._alive(tokens, size), past=begin, size=size)}
         if self.cache.renumbered:
-            place = begin - held.length + torch.arange(self.hidden.shape[1], device=self.hidden.device)
-            inputs["position_ids"] = held.counts[:, None].long() + place
+            place = begin - tokens.length + torch.arange(self.hidden.shape[1], device=self.hidden.device)
+            inputs["position_ids"] = tokens.counts[:, None].long() + place
         return inputs
 
-    def _filled(self, held: Held, layer: int) -> tuple[Any, int | None]:
-        """The slot that is written next, and how many a static cache has."""
+    def _filled(self, tokens: LayerTokens, layer: int) -> tuple[Any, int | None]:
+        """The next slot to write, and the number of slots of a static cache."""
         if isinstance(self.cache, DropStaticCache):
             return self.cache.layers[layer].cumulative_length, self.cache.size
-        return held.length + self.cache.generated, None
+        return tokens.length + self.cache.generated, None
 
-    def _alive(self, held: Held, size: int | None) -> Tensor | None:  # (B, held.length + generated + new), or more
-        if held.alive is None and self.behind is None:
+    def _alive(self, tokens: LayerTokens, size: int | None) -> Tensor | None:  # (B, tokens + generated + new) or more
+        if tokens.alive is None and self.later is None:
             return None
-        if self.behind is not None:
-            behind = self.behind
+        if self.later is not None:
+            later = self.later
         else:
-            length = self.cache.generated + self.hidden.shape[1] if size is None else size - held.length
-            behind = self.hidden.new_ones(self.hidden.shape[0], length, dtype=torch.bool)
-        return torch.cat([held.real(), behind], dim=1)
+            length = self.cache.generated + self.hidden.shape[1] if size is None else size - tokens.length
+            later = self.hidden.new_ones(self.hidden.shape[0], length, dtype=torch.bool)
+        return torch.cat([tokens.real(), later], dim=1)
 
 
-def own_inputs(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-    """A hook in front of a layer that has inputs of its own. Simple enough to be compiled with the layer."""
-    return args, {**kwargs, **kwargs[CACHE].own[layer]}
+def replace_inputs(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+    """A pre-hook of a layer in ``layer_inputs``. Simple enough to be compiled with the layer."""
+    return args, {**kwargs, **kwargs[CACHE].layer_inputs[layer]}
 
 
-def check_mask(cache: Shortened, mask: Tensor | None, new: int) -> None:
-    """The caller's mask counts behind the prompt, and the cache knows the prompt's; so it must cover both.
+def check_mask(cache: ShortenedCache, mask: Tensor | None, new: int) -> None:
+    """Checks that the caller's mask covers the plain prompt, whose part is ignored, and all tokens after it.
 
     Raises:
-        ValueError: it does not.
+        ValueError: the mask has another shape.
     """
     length = cache.seen + new
     if mask is not None and (mask.dim() != 2 or mask.shape[1] != length):
@@ -100,18 +102,18 @@ def check_mask(cache: Shortened, mask: Tensor | None, new: int) -> None:
 
 
 def needs_nothing(cache: Any, family: Family, mask: Tensor | None) -> bool:
-    """Whether one more token sees exactly what its layers hold, so that the model can be left alone, without a mask.
+    """Whether one more token attends to everything in its layers, so that the model runs unchanged, without a mask.
 
-    To be sure of a mask takes a wait for the device, which transformers then need not do to the same end.
+    Checking a mask synchronizes with the device once, in place of transformers' own check.
     """
-    if not isinstance(cache, Shortened) or not cache.shortened:
+    if not isinstance(cache, ShortenedCache) or not cache.shortened:
         return True
     if not isinstance(cache, DropCache) or cache.renumbered:
         return False
-    if any(entry.alive is not None for entry in cache.held):
+    if any(entry.alive is not None for entry in cache.layer_tokens):
         return False
     name = str(family.language_model.config._attn_implementation)
-    if name != "sdpa" and "flash" not in name:  # others are given a mask even where there is nothing to hide
+    if name != "sdpa" and "flash" not in name:  # others need a mask even if nothing is hidden
         return False
     check_mask(cache, mask, 1)
     return mask is None or bool(mask[:, cache.prompt_length :].all())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attributes of objects, set for a while."""
+"""Temporary attributes of objects."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def patch(stack: contextlib.ExitStack, target: Any, name: str, value: Any) -> None:
-    """Sets an attribute of an object; the stack puts back what the object itself had, or nothing."""
+    """Sets an attribute of an object; the stack restores the object's own attribute, or deletes it."""
     own = vars(target)
     if name in own:
         stack.callback(setattr, target, name, own[name])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading a prompt: which positions are text, image or padding, and what stage 1 has left of the images."""
+"""Token types of a prompt, and the result of stage 1 at its placeholders."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor
 from ... import stages
 from ...config import MustDropConfig
 from ...ops import TokenType
+from ...placeholders import EncodedImage
 from ...stages import Tokens
-from .encode import EncodedImage
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A batch of prompts as the processor made it."""
+    """A batch of prompts, before anything is dropped."""
 
     tokens: Tokens  # every placeholder is a vision token
     placeholders: dict[str, Tensor]  # by modality, (B, L) bool
     images: dict[str, list[EncodedImage]]  # by modality, in the order of the placeholders
     text: list[int]  # text tokens of each sequence
-    voters: tuple[int, ...]  # of each sequence
-    empty: Tensor  # (B, L) bool, placeholders of patches that went into another's token
-    left: tuple[int, ...]  # tokens of each sequence without those
+    text_queries: tuple[int, ...]  # number of text queries of each sequence
+    empty: Tensor  # (B, L) bool, placeholders of patches that were merged into another's token
+    remaining: tuple[int, ...]  # tokens of each sequence without the empty placeholders
 
 
 def read_prompt(
@@ -37,10 +37,10 @@ def read_prompt(
     token_ids: Mapping[str, int],  # by modality
     config: MustDropConfig,
 ) -> Prompt:
-    """Waits for the device once, to learn the sequences' lengths.
+    """Token types and counts of a prompt. Synchronizes with the device once, to read the counts.
 
     Raises:
-        ValueError: the inputs do not fit together, or nothing says which tokens matter.
+        ValueError: `input_ids` are missing, the mask has another shape, or a sequence with images has no text query.
     """
     if input_ids is None:
         raise ValueError("drop_tokens finds the images by their placeholders: pass input_ids, not inputs_embeds")
@@ -50,14 +50,15 @@ def read_prompt(
     places = {modality: input_ids == token_ids[modality] for modality in images}
     present = {modality: list(images[modality]) for modality in images}
     placeholders = torch.stack(list(places.values())).any(0)
-    standing = _spread("alive", present, places)
-    protected = _spread("key", present, places)
+    alive = _spread("alive", present, places)
+    protected = _spread("is_key_token", present, places)
     types = stages.token_types(placeholders, mask, config.votes)
 
-    flags = (types != TokenType.PADDING, placeholders, standing, protected, types == TokenType.QUERY)
+    flags = (types != TokenType.PADDING, placeholders, alive, protected, types == TokenType.QUERY)
     counts = torch.stack([flag.sum(1) for flag in flags])
-    lengths, slots, vision, keys, voters = (tuple(row) for row in counts.tolist())
-    silent = [row for row, (slot, voter) in enumerate(zip(slots, voters, strict=True)) if slot and not voter]
+    lengths, slots, vision, key_counts, text_queries = (tuple(row) for row in counts.tolist())
+    pairs = zip(slots, text_queries, strict=True)
+    silent = [row for row, (slot, queries) in enumerate(pairs) if slot and not queries]
     if silent and config.pruning_layers:
         raise ValueError(f"no text follows the last image of sequence(s) {silent}: nothing says which tokens matter")
 
@@ -68,18 +69,19 @@ def read_prompt(
         protected=protected,
         counts=counts[0].int(),
         lengths=lengths,
-        vision=slots,
-        keys=keys,
+        vision_token_counts=slots,
+        key_token_counts=key_counts,
     )
     text = [length - slot for length, slot in zip(lengths, slots, strict=True)]
-    left = tuple(a + b for a, b in zip(text, vision, strict=True))
-    return Prompt(tokens, places, present, text, voters, placeholders & ~standing, left)
+    remaining = tuple(a + b for a, b in zip(text, vision, strict=True))
+    return Prompt(tokens, places, present, text, text_queries, placeholders & ~alive, remaining)
 
 
 def repeated(images: Sequence[EncodedImage], places: Tensor, features: int) -> list[EncodedImage]:
-    """The images in the order of their placeholders (B, L), where generate() has so many features of them.
+    """The images in the order of their placeholders (B, L), repeated to the given number of features.
 
-    It repeats a row for its beams, and all images of a row with it: A B A B for two beams. Waits for the device then.
+    generate() repeats a row for its beams, and all images of a row with it: A B A B for two beams. Synchronizes with
+    the device if images are repeated.
     """
     times = round(features / max(sum(image.length for image in images), 1))
     if times <= 1:
@@ -95,7 +97,7 @@ def repeated(images: Sequence[EncodedImage], places: Tensor, features: int) -> l
 
 
 def _spread(flag: str, images: Mapping[str, Sequence[EncodedImage]], places: Mapping[str, Tensor]) -> Tensor:
-    """A flag (N) of each image's placeholders, in order -> (B, L)."""
+    """The flags (N) of each image's placeholders, as (B, L)."""
     spread = []
     for modality, mask in places.items():
         flat = torch.cat([getattr(image, flag) for image in images[modality]]).to(mask.device)

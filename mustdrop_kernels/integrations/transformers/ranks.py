@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor parallelism: which processes share the attention heads of a model that was loaded with ``tp_plan``."""
+"""Tensor parallelism: the processes that share the attention heads of a model loaded with ``tp_plan``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch.distributed as dist
 
 
 def head_ranks(model: Any) -> dist.ProcessGroup | None:
-    """The ranks that share the language model's heads; None where this one has all of them.
+    """The ranks that share the language model's heads; None if this rank has all of them.
 
     Raises:
-        ValueError: ranks share out layers, or there are fewer heads than ranks.
+        ValueError: the model uses pipeline parallelism, or heads are not a multiple of the ranks.
     """
     mesh = getattr(model, "_device_mesh", None)
     if mesh is None:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A KV cache in buffers of a fixed size at fixed addresses, for compiled decoding, in which tokens are dropped too.
+"""A static KV cache, with buffers of fixed size and address for compiled decoding, from which tokens are dropped.
 
-Survivors move to the front of their layer's buffer, and decoding writes behind them. The buffers stay as they are.
+The remaining tokens move to the front of their layer's buffer, and decoding writes after them.
 """
 
 from __future__ import annotations
@@ -14,44 +14,44 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from .books import Books, Held, Mark, Shortened
+from .shortened_cache import CacheState, Checkpoint, LayerTokens, ShortenedCache
 
 _STATES = len(inspect.signature(StaticLayer.lazy_initialization).parameters) - 1  # transformers 4: keys alone
 
 
 class DropStaticLayer(StaticLayer):
-    """A layer that counts dropped tokens as seen, and knows itself where the next token is written."""
+    """A layer whose length includes dropped tokens, and which counts its filled slots itself."""
 
-    books: Books
-    keys: Any  # (B, Hk, size, D), once there is something
+    state: CacheState
+    keys: Any  # (B, Hk, size, D), once allocated
     values: Any
-    cumulative_length: Tensor  # () or (1,) int64: slots that are filled
-    dropped: Tensor  # the same shape: slots of the plain prompt that this layer does not hold
+    cumulative_length: Tensor  # () or (1,) int64: filled slots
+    dropped: Tensor  # the same shape: tokens of the plain prompt that this layer does not hold
     mode: str
-    """What attention gets to see: "whole", the buffers; "narrow", what is filled; "own", the buffers, with inputs of
-    its own. Compiled code must not be taken for another mode: this is read there, so it is guarded."""
+    """The keys and values that attention gets: "whole", the buffers; "narrow", the filled slots; "own", the buffers,
+    with the layer's own inputs. Compiled code reads it, and so recompiles for another mode."""
     end: int
-    """In mode "narrow": slots that are filled once the pass has written its own."""
+    """In mode "narrow": filled slots after the pass has written its own."""
 
     @classmethod
-    def of(cls, plain: StaticLayer, books: Books) -> DropStaticLayer:
-        """What was stored in `plain` so far, in the same buffers."""
+    def of(cls, plain: StaticLayer, state: CacheState) -> DropStaticLayer:
+        """A layer with the contents and the buffers of `plain`."""
         layer = cls(plain.max_cache_len)
         vars(layer).update(vars(plain))
-        if "cumulative_length" not in vars(plain):  # transformers 4 looks at the keys instead
+        if "cumulative_length" not in vars(plain):  # transformers 4 counts nonzero keys instead
             layer.cumulative_length = torch.as_tensor(plain.get_seq_length())
         layer.dropped = torch.zeros_like(layer.cumulative_length)
-        layer.books, layer.mode, layer.end = books, "whole", 0
+        layer.state, layer.mode, layer.end = state, "whole", 0
         return layer
 
     def lazy_initialization(self, *states: Tensor) -> None:
-        """Allocates the buffers, when it is known what for."""
+        """Allocates the buffers for the first keys and values."""
         super().lazy_initialization(*states)
         self.cumulative_length = self.cumulative_length.to(self.keys.device)
         self.dropped = self.dropped.to(self.keys.device)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes behind what is filled, wherever the model thinks that it is."""
+        """Writes after the filled slots, whatever cache positions the model passes."""
         if not self.is_initialized:
             self.lazy_initialization(*(key_states, value_states)[:_STATES])
         count = key_states.shape[-2]
@@ -64,21 +64,21 @@ class DropStaticLayer(StaticLayer):
         return self.keys, self.values
 
     def get_seq_length(self) -> Any:
-        """Length of the plain sequence, a tensor so that nobody waits for the device."""
+        """Length of the plain sequence, as a tensor, so that reading it does not synchronize with the device."""
         return self.cumulative_length + self.dropped if self.is_initialized else 0
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Empties the layer."""
         length = self.cumulative_length
         super().reset()
-        self.cumulative_length = length.zero_()  # the same tensor, which transformers 4 takes away
+        self.cumulative_length = length.zero_()  # the same tensor, which transformers 4 deletes
         self.dropped.zero_()
         self.mode = "whole"
-        self.books.forget()
+        self.state.clear()
 
 
-class DropStaticCache(Shortened, StaticCache):
-    """What is known of a caller's ``StaticCache``, or of generate()'s: it has the same layers, in the same list."""
+class DropStaticCache(ShortenedCache, StaticCache):
+    """A ``StaticCache`` of the caller or of generate(), with the same layers in the same list."""
 
     def __init__(self, given: StaticCache) -> None:
         if given.offloading:
@@ -87,68 +87,63 @@ class DropStaticCache(Shortened, StaticCache):
         other = {type(layer).__name__ for layer in self.layers if type(layer) not in (StaticLayer, DropStaticLayer)}
         if other:
             raise ValueError(f"drop_tokens needs full attention in every layer, this cache has {other}")
-        self.own = {}
+        self.layer_inputs = {}
         first = self.layers[0]
         if isinstance(first, DropStaticLayer):
-            self.books = first.books
+            self.state = first.state
         else:
-            self.books = Books(self.layers)
-            self.layers[:] = [DropStaticLayer.of(layer, self.books) for layer in self.layers]
+            self.state = CacheState(self.layers)
+            self.layers[:] = [DropStaticLayer.of(layer, self.state) for layer in self.layers]
 
     @property
     def size(self) -> int:
-        """Slots of a buffer."""
+        """Number of slots of a buffer."""
         return int(self.layers[0].max_cache_len)
 
-    def show(self, layer: int, end: int | None) -> None:
-        """What the next pass sees of a layer: the slots before `end`, or, with None, the whole buffer."""
+    def limit(self, layer: int, end: int | None) -> None:
+        """Limits attention of the next pass to a layer's slots before `end`; None: the whole buffer."""
         entry = self.layers[layer]
         entry.mode, entry.end = ("whole", 0) if end is None else ("narrow", end)
 
-    def declare_own(self) -> None:
-        """Says so in the layers which have inputs of their own."""
+    def declare_layer_inputs(self) -> None:
+        """Sets the mode of the layers in ``layer_inputs``."""
         for i, layer in enumerate(self.layers):
-            layer.mode = "own" if i in self.own else "whole"
+            layer.mode = "own" if i in self.layer_inputs else "whole"
 
-    def shorten(self, prompt_length: int, held: Sequence[Held], *, renumbered: bool) -> None:
-        """Declares what each layer holds of a prompt of this length."""
-        super().shorten(prompt_length, held, renumbered=renumbered)
-        for layer, entry in zip(self.layers, self.held, strict=True):
+    def set_layer_tokens(self, prompt_length: int, tokens: Sequence[LayerTokens], *, renumbered: bool) -> None:
+        """Sets the tokens of a prompt of this length that each layer holds."""
+        super().set_layer_tokens(prompt_length, tokens, renumbered=renumbered)
+        for layer, entry in zip(self.layers, self.layer_tokens, strict=True):
             layer.cumulative_length.fill_(entry.length)
             layer.dropped.fill_(prompt_length - entry.length)
 
     def store(self, layer: int, begin: int, keys: Tensor, values: Tensor) -> None:  # (B, Hk, L, D) each
-        """From slot `begin` on, a layer has these, which are views of its buffers further back or just there."""
+        """Replaces a layer's keys and values from slot `begin` on by views of its buffers at or after that slot."""
         for buffer, kept in zip(self.stored(layer, self.size), (keys, values), strict=True):
             front = buffer[:, :, begin : begin + kept.shape[2]]
             if front.data_ptr() != kept.data_ptr():
                 front.copy_(kept.clone())  # they may overlap
 
-    def mark(self) -> Mark:
-        """The slots that are filled now."""
-        return self._marked([layer.cumulative_length.clone() for layer in self.layers])
+    def checkpoint(self) -> Checkpoint:
+        """The number of filled slots of each layer, and the state."""
+        return self._make_checkpoint([layer.cumulative_length.clone() for layer in self.layers])
 
-    def back_to(self, mark: Mark) -> None:
-        """Takes off what was appended since, after an error. Rows that beams have reordered stay where they are."""
-        if not any(mark.lengths):
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Removes what was appended since the checkpoint, after an error. Reordered rows are not restored."""
+        if not any(checkpoint.lengths):
             self.reset()
-        elif self.books.changes == mark.changes:
-            self._restored(mark)
-            for i, (layer, length) in enumerate(zip(self.layers, mark.lengths, strict=True)):
+        elif self.state.row_changes == checkpoint.row_changes:
+            self._restore_state(checkpoint)
+            for i, (layer, length) in enumerate(zip(self.layers, checkpoint.lengths, strict=True)):
                 layer.cumulative_length.copy_(length)
-                layer.dropped.fill_(mark.prompt_length - mark.held[i].length if mark.held else 0)
-                self.show(i, None)
+                tokens = checkpoint.layer_tokens
+                layer.dropped.fill_(checkpoint.prompt_length - tokens[i].length if tokens else 0)
+                self.limit(i, None)
 
     def crop(self, tokens: int) -> None:
-        """Takes the last -`tokens` away, but for none of the prompt."""
+        """Removes the last -`tokens` tokens, none of a shortened prompt."""
         count = -tokens if tokens <= 0 else max(self.seen - tokens, 0)
         if self.shortened and count > self.generated:
             raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")
         for layer in self.layers:
             layer.cumulative_length.sub_(count)
-
-
-def books_of(cache: Any) -> Any:
-    """The cache itself; for a ``StaticCache`` whose layers have lost tokens what knows of them."""
-    ours = isinstance(cache, StaticCache) and isinstance(cache.layers[0], DropStaticLayer)
-    return DropStaticCache(cache) if ours and not isinstance(cache, DropStaticCache) else cache

@@ -7,10 +7,10 @@ switched on for one model by ``hf_overrides``, for every LLaVA by the environmen
     LLM(model, hf_overrides={"architectures": ["MustDropLlavaForConditionalGeneration"],
                              "mustdrop": {"merge": False, "key_rate": 0.0, "pruning_layers": [2], "budgets": [64]}})
 
-plugin.py registers; settings.py reads and checks what was asked for; engine.py sets the engine up; scheduler.py and
-blocks.py in the engine core; worker.py, model.py, dropping.py, tower.py, vision.py, anyres.py, keys.py, batch.py,
-prefill.py and pages.py where the model is. How many tokens a prompt lost travels with the step's output from there to
-the scheduler.
+plugin.py registers the models; settings.py reads and checks the settings; engine.py configures the engine; scheduler.py
+and blocks.py run in the engine core; worker.py, model.py, dropping.py, tower.py, vision.py, anyres.py, key_tokens.py,
+batch.py, prefill.py and metadata.py where the model is. The number of tokens that a prompt has lost travels
+from there to the scheduler with the step's output.
 """
 
 from .plugin import register

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which patch each placeholder of a LLaVA-NeXT image shows."""
+"""Patches shown by the placeholders of a LLaVA-NeXT image."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def shown_patches(
     patch_size: int,
     pinpoints: Sequence[Sequence[int]],
 ) -> Tensor:  # (placeholders) int64
-    """The patches of all tiles, numbered tile by tile; -1 where a row of the picture ends.
+    """The patches of all tiles, numbered tile by tile; -1 at the end of each row of the picture.
 
-    First the whole picture in small, then the grid of the others, row by row, without the bars that the processor
-    added to the picture to fill its tiles.
+    The overview tile comes first, then the grid of the others, row by row, without the bars that the processor added
+    to fill the tiles.
     """
     side = tile_size // patch_size
     patches = torch.arange(tiles * side * side)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose rows a step holds, and how many tokens each of those requests has lost."""
+"""Requests of a step, and the number of tokens that each of them has lost."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import torch
 from torch import Tensor
 
 
-class Ledger:
-    """Tokens that each running request has lost. One per worker; ranks that score alike hold the same."""
+class DropRecord:
+    """Number of dropped tokens of each running request. One per worker, equal on all ranks."""
 
     def __init__(self) -> None:
         self.requests: Callable[[], Sequence[str]] = lambda: ()
-        """The requests of the step that is running, in the order of its rows."""
-        self.lost: dict[str, int] = {}
-        self._news: dict[str, int] = {}
+        """The requests of the current step, in the order of its rows."""
+        self.dropped: dict[str, int] = {}
+        self._updates: dict[str, int] = {}
 
-    def record(self, request: str, tokens: int) -> None:
-        """A request's prompt has lost this many tokens."""
-        self.lost[request] = tokens
-        self._news[request] = tokens
+    def add(self, request: str, tokens: int) -> None:
+        """Records the number of tokens that the prompt of a request has lost."""
+        self.dropped[request] = tokens
+        self._updates[request] = tokens
 
-    def take_news(self) -> dict[str, int]:
-        """What was recorded since the last call."""
-        news, self._news = self._news, {}
-        return news
+    def pop_updates(self) -> dict[str, int]:
+        """The entries added since the last call."""
+        updates, self._updates = self._updates, {}
+        return updates
 
-    def forget(self, requests: Iterable[str]) -> None:
-        """These have ended."""
+    def remove(self, requests: Iterable[str]) -> None:
+        """Removes requests that have ended."""
         for request in requests:
-            self.lost.pop(request, None)
+            self.dropped.pop(request, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Batch:
     """One step: R requests and their new tokens, packed row by row."""
 
     requests: list[str]
-    metadata: Any  # the attention metadata that vLLM made
+    metadata: Any  # vLLM's attention metadata
     new: list[int]  # new tokens of each request
-    lengths: list[int]  # of each plain sequence, new tokens included
-    lost: list[int]  # tokens that it has lost in earlier steps
+    lengths: list[int]  # length of each plain sequence, new tokens included
+    dropped_before: list[int]  # tokens of each request that were dropped in earlier steps
     beginning: list[int]  # requests that begin in this step, with an image
 
     @property
@@ -54,14 +54,14 @@ class Batch:
         return sum(self.new)
 
     @classmethod
-    def of(cls, ledger: Ledger, metadata: Any, image: Tensor) -> Batch:  # image: (rows) bool, placeholders
-        """Reads a step. A request that begins, perhaps again after preemption, has lost nothing."""
+    def of(cls, record: DropRecord, metadata: Any, image: Tensor) -> Batch:  # image: (rows) bool, placeholders
+        """The batch of a step. Requests that begin, first or after preemption, are removed from the record."""
         begins = metadata.query_start_loc.tolist()
         new = [b - a for a, b in itertools.pairwise(begins)]
         lengths = metadata.seq_lens[: len(new)].tolist()
-        requests = list(ledger.requests())[: len(new)]
+        requests = list(record.requests())[: len(new)]
         fresh = [a == b for a, b in zip(new, lengths, strict=True)]
-        ledger.forget(request for request, first in zip(requests, fresh, strict=True) if first)
+        record.remove(request for request, first in zip(requests, fresh, strict=True) if first)
         holds = torch.zeros(image.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(image, 0, out=holds[1:])
         found = (holds[begins[1:]] - holds[begins[:-1]]).tolist()
@@ -70,6 +70,6 @@ class Batch:
             metadata=metadata,
             new=new,
             lengths=lengths,
-            lost=[ledger.lost.get(request, 0) for request in requests],
+            dropped_before=[record.dropped.get(request, 0) for request in requests],
             beginning=[i for i, (first, count) in enumerate(zip(fresh, found, strict=True)) if first and count > 0],
         )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done to blocks of requests: the one place that knows how vLLM's pool does it."""
+"""Operations on the blocks of requests; the only file that depends on internals of vLLM's block pool."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any
 
 
 def release_leading_blocks(kv_cache_manager: Any, request_id: str, tokens: int) -> int:
-    """Frees the leading blocks of a request that `tokens` dropped tokens have emptied; returns how many.
+    """Frees the leading blocks of a request that `tokens` dropped tokens have emptied; returns their number.
 
-    Their places in the request's list are taken by the null block, so that the blocks after them keep theirs: blocks
-    are counted by the plain sequence's length. The model never reads those places again.
+    The null block replaces them in the request's list, so that the indices of later blocks still follow the plain
+    sequence's length. The model does not read those entries again.
     """
     freed = 0
     for manager in kv_cache_manager.coordinator.single_type_managers:
@@ -23,7 +23,7 @@ def release_leading_blocks(kv_cache_manager: Any, request_id: str, tokens: int) 
 
 
 def keep_out_of_prefix_cache(kv_cache_manager: Any, private: Callable[[Any], bool]) -> None:
-    """From here on no request finds a block of these requests; they do not look for any with ``never_share``."""
+    """Keeps the blocks of private requests out of the prefix cache; ``never_share`` keeps them from reading it."""
     coordinator = kv_cache_manager.coordinator
     cache_blocks = coordinator.cache_blocks
 
@@ -35,11 +35,11 @@ def keep_out_of_prefix_cache(kv_cache_manager: Any, private: Callable[[Any], boo
 
 
 def never_share(request: Any) -> None:
-    """This request takes no block of another."""
+    """Keeps a request from reading blocks of another one."""
     request.skip_reading_prefix_cache = True
 
 
 def shares_blocks(kv_cache_manager: Any, request_id: str) -> bool:
-    """Whether a block of this request is somebody else's too."""
+    """Whether another request shares a block of this one."""
     managers = kv_cache_manager.coordinator.single_type_managers
     return any(block.ref_cnt > 1 for manager in managers for block in manager.req_to_blocks[request_id])

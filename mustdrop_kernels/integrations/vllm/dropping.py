@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all models share: another way through the language model's layers where a prompt with images begins."""
+"""Base class of the models: replaces the pass through the language model in steps where prompts with images begin."""
 
 from __future__ import annotations
 
@@ -11,37 +11,41 @@ from torch import Tensor
 from vllm.forward_context import get_forward_context
 
 from . import settings, tower
-from .batch import Batch, Ledger
-from .pages import Paging, turning
+from .batch import Batch, DropRecord
+from .metadata import MetadataBuilder, metadata_swap
 from .prefill import Prefill
-from .vision import Marks, split
+from .vision import PlaceholderFlags, split_contents
 
 
-class Dropping:
-    """Stands before one of vLLM's LLaVA models among a class's bases.
+class DropTokensMixin:
+    """Precedes one of vLLM's LLaVA models among the bases of a class.
 
-    Steps in which no token is dropped and none has been run through vLLM's own code.
+    vLLM's own code runs the steps in which no token is dropped and no request has lost any.
     """
 
     requires_raw_input_tokens = True  # the placeholders show where the images are
 
-    # What the model brings.
+    # Attributes of the model.
     config: Any
     language_model: Any
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.drop_config = settings.read(self.config)
-        self.ledger = Ledger()
+        self.drop_record = DropRecord()
         attention = self._attention_layers()
         self._names = [layer.layer_name for layer in attention]
-        self._paging = Paging(attention[0])
-        self._prefill = Prefill(self.language_model.model, self.drop_config, self._paging)
+        self._metadata = MetadataBuilder(attention[0])
+        self._prefill = Prefill(self.language_model.model, self.drop_config, self._metadata)
         self._vision = tower.build(self, vllm_config, prefix) if self.drop_config.needs_vision_stage else None
-        self._marks: Marks | None = None  # of the step that is about to run
+        self._flags: PlaceholderFlags | None = None  # of the next step
 
     def _attention_layers(self) -> list[Any]:
-        """One attention layer per decoder layer, all alike."""
+        """The attention layer of each decoder layer.
+
+        Raises:
+            ValueError: a layer is not full softmax attention as in Llama.
+        """
         layers = getattr(getattr(self.language_model, "model", None), "layers", None)
         found: list[Any] = [getattr(getattr(layer, "self_attn", None), "attn", None) for layer in layers or ()]
         if not found or any(layer is None for layer in found):
@@ -53,8 +57,8 @@ class Dropping:
         return found
 
     def check_cache(self) -> None:
-        """Refuses a cache that stage 3 cannot read; vLLM chooses it after the model is made."""
-        self._paging.check()
+        """Raises ``ValueError`` if stage 3 cannot read the cache, which vLLM chooses after the model is built."""
+        self._metadata.check()
 
     def embed_input_ids(
         self,
@@ -63,12 +67,12 @@ class Dropping:
         *,
         is_multimodal: Tensor | None = None,
     ) -> Tensor:
-        """Text and image embeddings; remembers, until the step runs, what stage 1 has made of the placeholders."""
-        self._marks = None
+        """Text and image embeddings; keeps the flags of the placeholders for the step's ``forward``."""
+        self._flags = None
         if self._vision is not None and multimodal_embeddings is not None and len(multimodal_embeddings):
             assert is_multimodal is not None
-            multimodal_embeddings, marks = split(multimodal_embeddings, self.config.text_config.hidden_size)
-            self._marks = Marks.spread(marks, is_multimodal.to(marks.device))
+            multimodal_embeddings, contents = split_contents(multimodal_embeddings, self.config.text_config.hidden_size)
+            self._flags = PlaceholderFlags.of(contents, is_multimodal.to(contents.device))
         model: Any = super()
         return model.embed_input_ids(input_ids, multimodal_embeddings, is_multimodal=is_multimodal)
 
@@ -80,35 +84,36 @@ class Dropping:
         inputs_embeds: Tensor | None = None,
         **kwargs: object,
     ) -> Any:
-        """Hidden states of all rows; those of dropped rows are zero, and nobody reads them."""
+        """Hidden states of all rows; those of dropped rows are zero and never read."""
         model: Any = super()
-        marks, self._marks = self._marks, None
+        flags, self._flags = self._flags, None
         context = get_forward_context()
-        metadata = self._metadata(context)
+        metadata = self._plain_metadata(context)
         if metadata is None or input_ids is None:
             return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         rows = metadata.num_actual_tokens
         placeholders = input_ids[:rows] == self.config.image_token_index
-        batch = Batch.of(self.ledger, metadata, placeholders)
-        if not batch.beginning and not any(batch.lost):
+        batch = Batch.of(self.drop_record, metadata, placeholders)
+        if not batch.beginning and not any(batch.dropped_before):
             return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        with turning(context, self._names) as pages:
+        with metadata_swap(context, self._names) as swap:
             if not batch.beginning:
-                left = [length - lost for length, lost in zip(batch.lengths, batch.lost, strict=True)]
-                pages.to(self._paging.lay_out(metadata, batch.new, left, batch.lost))
+                dropped = batch.dropped_before
+                lengths = [length - count for length, count in zip(batch.lengths, dropped, strict=True)]
+                swap.use(self._metadata.build(metadata, batch.new, lengths, dropped))
                 return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             if inputs_embeds is None:
                 inputs_embeds = self.language_model.embed_input_ids(input_ids)
             hidden = inputs_embeds[:rows]
             final, plan = self._prefill.run(
-                batch, placeholders, None if marks is None else marks.first(rows), hidden, positions[:rows], pages
+                batch, placeholders, None if flags is None else flags.first(rows), hidden, positions[:rows], swap
             )
         for i in plan.members:
-            self.ledger.record(batch.requests[i], plan.dropped[i])
+            self.drop_record.add(batch.requests[i], plan.dropped[i])
         padding = inputs_embeds.shape[0] - rows
         return final if padding == 0 else torch.nn.functional.pad(final, (0, 0, 0, padding))
 
-    def _metadata(self, context: Any) -> Any:
-        """The step's attention metadata; None while vLLM measures or warms up."""
+    def _plain_metadata(self, context: Any) -> Any:
+        """vLLM's attention metadata of the step; None in profiling and warm-up runs."""
         found = context.attn_metadata
         return found[self._names[0]] if found and self._names[0] in found else None

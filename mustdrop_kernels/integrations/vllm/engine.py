@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine that drops tokens needs: its scheduler, its worker, and settings under which it can work."""
+"""Engine configuration: scheduler, worker, and checks of the engine's settings."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _WORKER = "mustdrop_kernels.integrations.vllm.worker.MustDropCPUWorker"
 
 
 class MustDropEngineConfig(VerifyAndUpdateConfig):
-    """vLLM calls this once, in the process that makes the engine's configuration."""
+    """Called by vLLM once, in the process that creates the engine's configuration."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Refuses what cannot work, with a sentence, and sets the rest."""
+        """Sets scheduler and worker; raises ``ValueError`` for settings under which tokens cannot be dropped."""
         hf_config = vllm_config.model_config.hf_config
         if not hasattr(hf_config, settings.FIELD) and (fields := settings.from_environment()) is not None:
-            setattr(hf_config, settings.FIELD, fields)  # with which it goes to all processes
+            setattr(hf_config, settings.FIELD, fields)  # hf_config is sent to all processes
         settings.read(hf_config)
         for problem in _problems(vllm_config):
             raise ValueError(f"mustdrop: {problem}")
@@ -70,7 +70,7 @@ def _too_short(name: str, value: int, longest: int) -> str:
 
 
 def _set_up(vllm_config: Any) -> None:
-    # A step's drops must have reached the scheduler before it plans the next step.
+    # The scheduler requires the drops of a step before it plans the next one.
     vllm_config.scheduler_config.async_scheduling = False
     vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
     vllm_config.parallel_config.worker_cls = _WORKER

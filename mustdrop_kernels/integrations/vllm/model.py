@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models: vLLM's own LLaVA-1.5 and LLaVA-NeXT, dropping."""
+"""vLLM's LLaVA-1.5 and LLaVA-NeXT with dropped tokens."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from vllm.model_executor.models.llava_next import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from .anyres import shown_patches
-from .dropping import Dropping
-from .vision import place
+from .dropping import DropTokensMixin
+from .vision import place_tokens
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaMultiModalProcessor, info=LlavaProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class MustDropLlavaForConditionalGeneration(Dropping, LlavaForConditionalGeneration):
+class MustDropLlavaForConditionalGeneration(DropTokensMixin, LlavaForConditionalGeneration):
     """LLaVA-1.5: an image is one tile."""
 
     def embed_multimodal(self, **kwargs: object) -> Any:
@@ -37,16 +37,16 @@ class MustDropLlavaForConditionalGeneration(Dropping, LlavaForConditionalGenerat
             return super().embed_multimodal(**kwargs)
         embed = super().embed_multimodal
         tiles = self._vision.encode(lambda images: embed(**{**kwargs, "pixel_values": images}), pixels)
-        return [place([tile], self.drop_config) for tile in tiles]
+        return [place_tokens([tile], self.drop_config) for tile in tiles]
 
 
 @MULTIMODAL_REGISTRY.register_processor(
     LlavaNextMultiModalProcessor, info=LlavaNextProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
-class MustDropLlavaNextForConditionalGeneration(Dropping, LlavaNextForConditionalGeneration):
-    """LLaVA-NeXT: the tiles of an image merge each for itself, and share its key tokens.
+class MustDropLlavaNextForConditionalGeneration(DropTokensMixin, LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT: each tile of an image merges by itself, and all share its key tokens.
 
-    All other tokens can go later, ends of rows too.
+    All other tokens can be pruned later, ends of rows included.
     """
 
     def embed_multimodal(self, **kwargs: object) -> Any:
@@ -62,7 +62,7 @@ class MustDropLlavaNextForConditionalGeneration(Dropping, LlavaNextForConditiona
         vision, pinpoints = self.config.vision_config, self.config.image_grid_pinpoints
         shown = shown_patches(size, len(pixels), vision.image_size, vision.patch_size, pinpoints)
         tiles = self._vision.encode(self._features, pixels)
-        return place(tiles, self.drop_config, shown, self.image_newline)
+        return place_tokens(tiles, self.drop_config, shown, self.image_newline)
 
     def _features(self, pixels: Tensor) -> Tensor:  # (tiles, 3, H, W) -> (tiles, S, C)
         return self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixels))

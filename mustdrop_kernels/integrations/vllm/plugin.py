@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registration. Runs in every process of vLLM, perhaps more than once; touches no device and loads no model code."""
+"""Registration, in every process of vLLM and possibly repeated; touches no device and loads no model code."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ ARCHITECTURES = {
     "MustDropLlavaForConditionalGeneration": "LlavaForConditionalGeneration",
     "MustDropLlavaNextForConditionalGeneration": "LlavaNextForConditionalGeneration",
 }
-"""Ours, and vLLM's own of the same checkpoints, whose place they take where MUSTDROP_VLLM is set."""
+"""Architectures of this plug-in, and vLLM's own ones, which they replace if MUSTDROP_VLLM is set."""
 _MODELS = "mustdrop_kernels.integrations.vllm.model"
 
 
 def register() -> None:
-    """Tells vLLM of the models and of what has to be set up for them."""
+    """Registers the models and their engine configuration with vLLM."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduling: a prompt with an image is read in one step, into blocks of its own, and those that it emptied go back."""
+"""Scheduler: reads a prompt with images in one step, into private blocks, and frees the blocks that drops emptied."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from .blocks import keep_out_of_prefix_cache, never_share, release_leading_block
 
 logger = init_logger("vllm.mustdrop")
 
-_NOT_NOW: tuple[list[int], list[int]] = ([], [])  # nothing to load, nothing loaded twice
+_NO_LOADS: tuple[list[int], list[int]] = ([], [])  # external loads and their duplicates
 
 
 class MustDropScheduler(Scheduler):
-    """vLLM's scheduler with three rules more."""
+    """vLLM's scheduler with rules for prompts with images."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.released_blocks = 0
-        """Blocks that running requests have given back."""
+        """Number of blocks that running requests have freed."""
         keep_out_of_prefix_cache(self.kv_cache_manager, private=lambda request: request.has_encoder_inputs)
 
     def add_request(self, request: Any) -> None:
-        """What the blocks of a prompt with images hold depends on all of it, so it shares none, as text does."""
+        """Keeps blocks of prompts with images private, since their contents depend on the whole prompt."""
         if request.has_encoder_inputs:
             never_share(request)
         super().add_request(request)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
-        """Plans a step; the worker compacts the prompts with images that begin in it."""
+        """Plans a step; raises ``RuntimeError`` if blocks that the worker will compact are shared."""
         plan = super().schedule(*args, **kwargs)
         begin = [new.req_id for new in plan.scheduled_new_reqs] + list(plan.scheduled_cached_reqs.resumed_req_ids)
         for request_id in begin:
@@ -48,10 +48,10 @@ class MustDropScheduler(Scheduler):
         encoder_compute_budget: int,
         shift_computed_tokens: int = 0,
     ) -> Any:
-        """The whole prompt of a request with images, and nothing after it, or nothing in this step.
+        """Schedules the whole prompt of a request with images and nothing after it, or nothing in this step.
 
-        Nothing after it: a preempted request reads again what it had generated, and those tokens must neither vote nor
-        see image tokens that were gone when they were generated.
+        A preempted request reads its generated tokens again, in a later step: they must neither be text queries nor
+        attend to image tokens that were dropped before they were generated.
         """
         plan = super()._try_schedule_encoder_inputs
         if num_computed_tokens > 0:
@@ -59,16 +59,16 @@ class MustDropScheduler(Scheduler):
         if problem := _cannot_serve(request):
             logger.warning("mustdrop: request %s is refused: %s", request.request_id, problem)
             self.encoder_cache_mismatch_reqs.add(request.request_id)  # vLLM ends these with an error
-            return [], 0, encoder_compute_budget, *_NOT_NOW
+            return [], 0, encoder_compute_budget, *_NO_LOADS
         prompt = request.num_prompt_tokens
         if num_new_tokens >= prompt:
             planned = plan(request, 0, prompt, encoder_compute_budget, shift_computed_tokens)
             if planned[1] == prompt:
                 return planned
-        return [], 0, encoder_compute_budget, *_NOT_NOW
+        return [], 0, encoder_compute_budget, *_NO_LOADS
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
-        """Frees the blocks that the step's prompts have emptied, where their requests go on."""
+        """Frees the blocks that drops have emptied, for requests that are still running."""
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id, dropped in getattr(model_runner_output, "mustdrop_dropped", {}).items():
             request = self.requests.get(request_id)
@@ -78,7 +78,7 @@ class MustDropScheduler(Scheduler):
 
 
 def _cannot_serve(request: Any) -> str | None:
-    """What a request with images asks for that it cannot have."""
+    """The reason why a request with images cannot be served, or None."""
     sampling = request.sampling_params
     if sampling is not None and sampling.prompt_logprobs is not None:
         return "prompt_logprobs are not known of tokens that were dropped"

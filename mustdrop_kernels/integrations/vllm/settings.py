@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was asked for, in ``hf_overrides={"mustdrop": {...}}`` or by MUSTDROP_VLLM, and what of it cannot be done."""
+"""Settings in ``hf_overrides={"mustdrop": {...}}`` or MUSTDROP_VLLM, and their checks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ VARIABLE = "MUSTDROP_VLLM"
 
 
 def from_environment() -> dict[str, Any] | None:
-    """What ``hf_overrides`` would hold, None where the variable is not set.
+    """The value for ``hf_overrides`` from the environment variable, or None if it is not set.
 
     Raises:
-        ValueError: it holds neither a preset's name nor a JSON object.
+        ValueError: the variable holds neither a preset's name nor a JSON object.
     """
     text = os.environ.get(VARIABLE, "").strip()
     if not text:
@@ -33,10 +33,10 @@ def from_environment() -> dict[str, Any] | None:
 
 
 def read(hf_config: Any) -> MustDropConfig:
-    """What a model's configuration holds: fields of a ``MustDropConfig``, or ``{"preset": name}`` with fields changed.
+    """The config in a model's configuration: fields of ``MustDropConfig``, or ``{"preset": name}`` with fields changed.
 
     Raises:
-        ValueError: they are missing, are not valid, or ask for what this plug-in cannot do.
+        ValueError: fields are missing, invalid or not supported by this plug-in.
     """
     fields = getattr(hf_config, FIELD, None)
     if not isinstance(fields, dict):
@@ -52,7 +52,11 @@ def read(hf_config: Any) -> MustDropConfig:
 
 
 def parse(fields: dict[str, Any]) -> MustDropConfig:
-    """Fields, or ``{"preset": name}`` with fields changed -> a config that this plug-in can serve."""
+    """A config from fields, or from ``{"preset": name}`` with fields changed.
+
+    Raises:
+        ValueError: a field is invalid or not supported by this plug-in.
+    """
     fields = dict(fields)
     preset = fields.pop("preset", None)
     config = MustDropConfig.from_dict(fields) if preset is None else MustDropConfig.preset(preset, **fields)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 built into the CLIP tower of one of vLLM's LLaVA models."""
+"""Installation of stage 1 in the CLIP tower of vLLM's LLaVA models."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 
 from vllm.distributed import get_tp_group
 
-from .keys import KeyLayer
+from .key_tokens import KeyTokenLayer
 from .vision import VisionStage
 
 
 def build(model: Any, vllm_config: Any, prefix: str) -> VisionStage:
-    """Stage 1 needs a tower with one CLS token before the patches, and features without it.
+    """Stage 1 of a model whose tower has one CLS token before the patches and features without it.
 
     Raises:
-        ValueError: the tower is another.
+        ValueError: the model has another kind of tower or of features.
     """
     hf_config, config = model.config, model.drop_config
     vision, strategy = hf_config.vision_config, hf_config.vision_feature_select_strategy
@@ -31,8 +31,8 @@ def build(model: Any, vllm_config: Any, prefix: str) -> VisionStage:
     return VisionStage(running, (side, side), config, key_layer, ranks if ranks.world_size > 1 else None)
 
 
-def _add_key_layer(model: Any, vllm_config: Any, prefix: str) -> KeyLayer:
-    """The tower's last layer, which vLLM leaves out where the features are those of the layer before."""
+def _add_key_layer(model: Any, vllm_config: Any, prefix: str) -> KeyTokenLayer:
+    """Adds the tower's last layer, which vLLM does not load where the features are those of the layer before."""
     vision, layers = model.config.vision_config, model.vision_tower.vision_model.encoder.layers
     if len(layers) != vision.num_hidden_layers - 1:
         raise ValueError(
@@ -42,6 +42,6 @@ def _add_key_layer(model: Any, vllm_config: Any, prefix: str) -> KeyLayer:
     name = f"vision_tower.vision_model.encoder.layers.{len(layers)}"
     name = f"{prefix}.{name}" if prefix else name
     with model._mark_tower_model(vllm_config, "image"):
-        key_layer = KeyLayer(vision, vllm_config.quant_config, name, model.drop_config)
+        key_layer = KeyTokenLayer(vision, vllm_config.quant_config, name, model.drop_config)
     layers.append(key_layer)
     return key_layer

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Real engines around the tiny checkpoint, requests for them, and what transformers makes of the same requests."""
+"""Real engines around the tiny checkpoint, requests for them, and transformers' answers to the same requests."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PLANS = {
     "key tokens": {**BUDGETS, "key_rate": 0.2},
     "all stages": {"merge_budget": 7, "merge_layer": 1, "pruning_layers": [1, 4], "global_threshold": 0.01},
     "all by thresholds": {"preset": "64", "pruning_layers": [1, 3, 5]},
-    "last layer, last token votes": {**BUDGETS, "pruning_layers": [2, 7], "budgets": [50, 0], "votes": "last"},
+    "last layer, last token as query": {**BUDGETS, "pruning_layers": [2, 7], "budgets": [50, 0], "votes": "last"},
 }
 
 
@@ -65,7 +65,7 @@ ASKS = [
     Ask("USER: What is a car? ASSISTANT:"),
     Ask("USER: <image>\ncar? ASSISTANT: a", (1,)),
     Ask("USER: <image> and <image>\nWhat is in the images? ASSISTANT:", (2, 0)),
-    Ask("USER: <image>", (1,)),  # nobody votes
+    Ask("USER: <image>", (1,)),  # no text query
 ]
 
 
@@ -108,8 +108,8 @@ def free_blocks(llm):
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 
 
-def ledger(llm):
-    return llm.llm_engine.model_executor.driver_worker.worker.ledger
+def drop_record(llm):
+    return llm.llm_engine.model_executor.driver_worker.worker.drop_record
 
 
 class Transformers:

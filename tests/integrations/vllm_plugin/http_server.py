@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve`` as a user starts it, and clients that ask it over HTTP."""
+"""``vllm serve`` as a user starts it, and its clients over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATIENCE = 240  # seconds, on a machine that others use too
 SETTINGS = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-batched-tokens", "1024"]
 
 
-# What a prompt of the tests says around a question; the pictures come first.
+# Text of the tests' prompts around a question; the pictures come first.
 TEMPLATE = (
     "{% for message in messages %}USER: {% for part in message['content'] %}"
     "{% if part['type'] == 'image' %}{{ '<image>\\n' }}{% else %}{{ part['text'] }}{% endif %}"
@@ -89,7 +89,7 @@ class HttpServer:
         return self._together(send, asks)
 
     def streams(self, asks, tokens, leave_after=None):
-        """The pieces in which each request's tokens come, all at once; some clients hang up after so many."""
+        """The streamed pieces of each request, sent in parallel; some clients hang up after a number of pieces."""
         leave = leave_after or {}
 
         async def send(client, number, ask):
@@ -120,7 +120,7 @@ class HttpServer:
         return float(value)
 
     def is_idle(self, within=60):
-        """Nothing runs or waits, and no block is held, at the latest after so many seconds."""
+        """Nothing runs or waits, and no block is held, after this number of seconds at the latest."""
         gauges = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
         end = time.monotonic() + within
         while any(map(self.metric, gauges)):

@@ -94,7 +94,7 @@ class Server:
         return [joined(pieces) for pieces in self.streams(asks, tokens)]
 
     def pool_is_free(self):
-        """vLLM forgets its prefix cache only if nobody holds a block."""
+        """vLLM clears its prefix cache only if no request holds a block."""
         return self.run(self.engine.reset_prefix_cache())
 
     def kill_at_work(self, asks, tokens):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve`` with the plug-in, asked over HTTP, switched on by an argument and by the environment variable."""
+"""``vllm serve`` with the plug-in, over HTTP, enabled by an argument and by the environment variable."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def servers(checkpoint, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(transformers_of):
-    """What transformers says with the same plan, each request alone."""
+    """transformers' answers with the same plan, each request alone."""
     found = [transformers_of.generate(ask, BUDGETS, NEW)[0] for ask in ASKED]
     assert found[0] != transformers_of.generate(ASKED[0], {**BUDGETS, "budgets": [144] * 3}, NEW)[0]
     return found

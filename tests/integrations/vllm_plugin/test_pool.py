@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pools that are too small: more requests fit, preempted ones read again, aborted ones leave nothing behind."""
+"""Pools that are too small: more requests fit, preempted ones read again, aborted ones free everything."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, SLOTS, Ask, engine, free_blocks, ledger, sampling, scheduler
+from engines import ASKS, BUDGETS, SLOTS, Ask, drop_record, engine, free_blocks, sampling, scheduler
 
 from mustdrop_kernels.integrations.vllm.blocks import shares_blocks
 
@@ -70,7 +70,7 @@ def test_more_requests_fit_than_full_prompts_would(small, preemptions, transform
 
 
 def test_preempted_requests_read_again(small, preemptions, transformers_of):
-    """What they had generated neither votes nor sees tokens that were gone."""
+    """Their generated tokens are no text queries and do not attend to tokens that had been dropped."""
     free = free_blocks(small)
     asks = [*PICTURES, *PICTURES[:2]]
     done, _ = run(small, asks, [70] * 6)
@@ -101,7 +101,7 @@ def test_random_requests_and_aborts_leave_the_pool_as_it_was(small, preemptions,
     assert {request.has_encoder_inputs for request in preemptions} == {False, True}
     run(small, [ASKS[1]], [1])  # a step after which the worker has heard of all that ended
     assert free_blocks(small) == free
-    assert ledger(small).lost == {}
+    assert drop_record(small).dropped == {}
 
 
 def test_text_shares_blocks_and_pictures_do_not(small, transformers_of):
@@ -124,7 +124,7 @@ def test_text_shares_blocks_and_pictures_do_not(small, transformers_of):
 
 
 def test_shared_blocks_are_never_compacted(small, monkeypatch, transformers_of):
-    """Were a block of a picture somebody else's, the engine would stop before it touches it."""
+    """The engine stops before it would compact a shared block of a picture."""
     core, free = small.llm_engine, free_blocks(small)
     taken = []
 

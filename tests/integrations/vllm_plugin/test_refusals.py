@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cannot work is refused at start, with a sentence that names the setting."""
+"""Unsupported settings are refused at start, with a message that names the setting."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def test_answers_equal_transformers(method, document, small_model):
 
 
 def test_64_tokens_keep_the_answers(document):
-    """By what was held in the engine, not by what the plan says."""
+    """By the tokens that the engine held, not by those of the plan."""
     right, tokens, last = (
         {cell["method"]: sum(cell[name]) / len(cell[name]) for cell in document["cells"]}
         for name in ("right", "tokens", "last")

@@ -40,7 +40,7 @@ def servers(checkpoint):
 
 @pytest.fixture(scope="module")
 def answers(transformers_of):
-    """What transformers says to each of their requests; it refuses a prompt in which nobody votes."""
+    """transformers' answers to each request; it refuses a prompt without a text query."""
     return {
         "one rank": [(ask, transformers_of.generate(ask, BUDGETS, NEW)[0]) for ask in ASKS],
         "two ranks": [(ask, transformers_of.generate(ask, OVER_RANKS, NEW)[0]) for ask in ASKS[:4]],

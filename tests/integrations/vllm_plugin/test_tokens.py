@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, PLANS, SLOTS, engine, free_blocks, generate, ledger, scheduler
+from engines import ASKS, BUDGETS, PLANS, SLOTS, drop_record, engine, free_blocks, generate, scheduler
 
 NEW = 20
 
@@ -15,7 +15,7 @@ NEW = 20
 @pytest.mark.parametrize("name", PLANS)
 def test_tokens_equal_transformers(name, checkpoint, transformers_of):
     plan = PLANS[name]
-    asks = ASKS if plan.get("merge") is False else ASKS[:4]  # transformers refuses a prompt in which nobody votes
+    asks = ASKS if plan.get("merge") is False else ASKS[:4]  # transformers refuses a prompt without a text query
     expected = [transformers_of.generate(ask, plan, NEW) for ask in asks]
     with engine(checkpoint, plan) as llm:
         free = free_blocks(llm)
@@ -25,8 +25,8 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
         assert free_blocks(llm) == free
         for ask, (tokens, _) in zip(asks, expected, strict=True):
             assert generate(llm, [ask], NEW) == [tokens]
-        assert generate(llm, asks[1:2], 1)  # a step after which the worker has heard of all that ended
-        assert set(ledger(llm).lost.values()) == set()
+        assert generate(llm, asks[1:2], 1)  # after this step the worker knows of all ended requests
+        assert set(drop_record(llm).dropped.values()) == set()
     assert any(dropped > 0 for _, dropped in expected)
 
 

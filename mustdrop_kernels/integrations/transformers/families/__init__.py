@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The models that are served: one class per family, found by the name of the model's class.
+"""Supported models: one class per family, found by the name of the model's class.
 
-``register_family("MyModelForConditionalGeneration", MyFamily)`` adds one; CONTRIBUTING.md does it step by step.
+``register_family("MyModelForConditionalGeneration", MyFamily)`` adds one; docs/extending.md describes it step by step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FAMILIES: dict[str, type[Family]] = {
 
 
 def register_family(class_name: str, family: type[Family]) -> None:
-    """Serves models of the class of this name, and of its subclasses, with `family` from now on."""
+    """Registers `family` for models of the class of this name and of its subclasses."""
     _FAMILIES[class_name] = family
 
 
@@ -39,8 +39,8 @@ def family_of(model: Any) -> Family:
     """The family of a model.
 
     Raises:
-        TypeError: it has none.
-        ValueError: its language model cannot be served.
+        TypeError: no family is registered for the model.
+        ValueError: its language model is not supported.
     """
     for cls in type(model).__mro__:
         if cls.__name__ in _FAMILIES:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What drop_tokens asks about a model. A model of another kind is a subclass of ``Family``, in a file of its own."""
+"""Interface of a model to drop_tokens. Each kind of model is a subclass of ``Family``, in a file of its own."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from ....config import MustDropConfig
 from ..ranks import head_ranks
 
 Arguments = dict[str, Any]
-"""Of a ``get_..._features`` call, by name; those that were not given are left out."""
+"""Arguments of a ``get_..._features`` call by name, without those that are None."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """A vision tower: transformer layers over the patches of one tile after another."""
+    """A vision tower: transformer layers over the patches of each tile."""
 
     layers: Sequence[Any]
     attention: Any
-    """The attention module whose queries and keys name the key tokens."""
+    """The attention module whose queries and keys select the key tokens."""
     config: Any
     heads: int
-    """Of all ranks."""
+    """Number of heads, over all ranks."""
     prefix: int
     """Tokens before the patches: one CLS token, or none."""
     whole: str | None = None
-    """Why patches cannot merge inside it, as the end of a sentence; None: they can."""
+    """The reason why patches cannot merge inside the tower, as the end of a sentence; None: they can."""
 
 
 class Family:
     """A model: a vision tower, a projector, a language model.
 
     Placeholders are the positions of a prompt that the features of an image or a video take. An image or a video has N
-    of them, numbered from 0; its *views* say which of them form a grid, for merging (``merge_at="features"``) and for
-    pictures. What is said here of images holds for videos.
+    of them, numbered from 0; its *views* are grids of placeholders, for merging (``merge_at="features"``) and for
+    pictures. "Image" includes videos below.
     """
 
     modalities: ClassVar[tuple[str, ...]] = ("image",)
@@ -50,7 +50,7 @@ class Family:
         self.language_model: Any = self.body.language_model
         self.layers: Sequence[Any] = self.language_model.layers
         self.ranks = head_ranks(model)
-        """The ranks that share the language model's heads; None: this one has all."""
+        """The ranks that share the language model's heads; None: this rank has all."""
         _check_language_model(self.language_model.config)
 
     def token_id(self, modality: str) -> int:
@@ -60,24 +60,24 @@ class Family:
     # Stage 1
 
     def tower(self, modality: str) -> Tower | None:
-        """The tower that sees an image; None: stage 1 does not know it."""
+        """The tower of a modality; None: stage 1 does not support it."""
         return None
 
     def why_whole(self, modality: str, arguments: Arguments) -> str | None:
-        """Why the patches of these images cannot merge inside the tower, or None."""
+        """The reason why the patches of these images cannot merge inside the tower, or None."""
         tower = self.tower(modality)
         return "is not known" if tower is None else tower.whole
 
     def grid(self, modality: str, arguments: Arguments) -> tuple[int, int]:
-        """Height and width in patches of what the tower sees at once."""
+        """Height and width of a tile in patches."""
         raise NotImplementedError
 
     def tiles(self, modality: str, arguments: Arguments) -> int:
-        """How many of these grids there are, over all images."""
+        """Number of tiles of all images."""
         raise NotImplementedError
 
     def lead(self, modality: str, arguments: Arguments) -> int:
-        """Features of a tile that stand before those of its patches."""
+        """Number of features of a tile before those of its patches."""
         raise NotImplementedError
 
     def pack(
@@ -87,10 +87,10 @@ class Family:
         arguments: Arguments,
         gap: float,
     ) -> list[Tensor]:
-        """Carries numbers the way that the model carries the tower's outputs to the placeholders of each image.
+        """Packs numbers as the model packs the tower's outputs into the placeholders of each image.
 
         Returns:
-            (N) per image; `gap` at placeholders that are no patch, such as the ends of rows.
+            (N) per image; `gap` at placeholders without a patch, such as the ends of rows.
         """
         raise NotImplementedError
 
@@ -100,7 +100,7 @@ class Family:
         lengths: Sequence[int],  # N of each image
         arguments: Arguments,
     ) -> list[tuple[Tensor, ...]]:
-        """Per image its grids of placeholders, (H, W) or (T, H, W) int64, the finest last."""
+        """Grids of placeholders of each image, (H, W) or (T, H, W) int64, the finest last."""
         raise NotImplementedError
 
     # Positions
@@ -109,26 +109,26 @@ class Family:
     """A token has several positions (time, height, width)."""
 
     def read_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:  # embeds: (B, L, C)
-        """The language model's position_ids -> (B, L), or (B, L, axes)."""
+        """Converts the language model's position_ids to (B, L) or (B, L, axes)."""
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         return positions.expand(embeds.shape[:2]).contiguous()
 
     def position_ids(self, positions: Tensor) -> Tensor:
-        """What ``read_positions`` returned, as the language model takes it."""
+        """Converts the result of ``read_positions`` to the language model's position_ids."""
         return positions
 
     def rotary(self, hidden: Tensor, positions: Tensor) -> Any:
         """The language model's rotary table."""
         return self.language_model.rotary_emb(hidden, position_ids=self.position_ids(positions))
 
-    # Whether a config can be served
+    # Checks of a config
 
     def check(self, config: MustDropConfig) -> None:
-        """Refuses, in words, what this model cannot do.
+        """Checks that the model supports a config.
 
         Raises:
-            ValueError: with what to set instead.
+            ValueError: it does not; the message names the setting to change.
         """
         self._check_depth(config)
         towers = {modality: self.tower(modality) for modality in self.modalities}
@@ -147,7 +147,7 @@ class Family:
             raise ValueError("merging with positions='published' is what the published code does with LLaVA-1.5 alone")
 
     published: ClassVar[bool] = False
-    """The published code knows this model, and an image's placeholders are the patches of one tile."""
+    """Whether the published code supports this model; an image's placeholders are the patches of one tile then."""
 
     @property
     def vision_kind(self) -> str:
@@ -165,7 +165,7 @@ class Family:
 
 
 def refusal(reason: str) -> str:
-    """Why patches cannot merge in the tower, and what can be done."""
+    """Message for a model whose patches cannot merge inside the tower, with the alternatives."""
     return (
         f"patches cannot merge inside this model's vision tower, which {reason}; merge_at='features' merges what comes "
         "out of it, merge=False leaves merging out"
@@ -173,7 +173,7 @@ def refusal(reason: str) -> str:
 
 
 def _check_language_model(config: Any) -> None:
-    """Scores are those of full softmax attention."""
+    """Raises ``ValueError`` unless all layers are full softmax attention, which the scores assume."""
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     if kinds or window is not None:
@@ -190,12 +190,12 @@ def _check_language_model(config: Any) -> None:
 
 
 def bare(config: Any, name: str) -> int:
-    """A size of a vision config, which may be a pair of equal ones."""
+    """A size of a vision config, given as a number or as a pair of equal numbers."""
     size = getattr(config, name)
     return int(size if isinstance(size, int) else size[0])
 
 
 def square(tokens: int) -> tuple[int, int]:
-    """Height and width of a square of so many tokens."""
+    """Height and width of a square with this number of tokens."""
     side = math.isqrt(tokens)
     return side, side

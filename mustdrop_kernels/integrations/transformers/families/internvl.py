@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""InternVL: tiles whose patches are joined 2 x 2 behind the tower. A tile is an image of its own here."""
+"""InternVL: tiles whose patches are joined 2 x 2 after the tower. Each tile is an image here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .base import Arguments, Family, Tower, bare
 
 
 class InternVL(Family):
-    """``InternVLForConditionalGeneration``; frames of a video come as tiles, too."""
+    """``InternVLForConditionalGeneration``; frames of a video are tiles, too."""
 
     def tower(self, modality: str) -> Tower:
-        """Its layers take no mask, and joining patches needs all of them."""
+        """A tower without merging: its layers take no mask, and joining requires all patches."""
         tower = self.body.vision_tower
         layers = tower.encoder.layer
         return Tower(
@@ -33,15 +33,15 @@ class InternVL(Family):
         return pixels.shape[-2] // patch, pixels.shape[-1] // patch
 
     def tiles(self, modality: str, arguments: Arguments) -> int:
-        """Of all images."""
+        """Number of tiles of all images."""
         return int(arguments["pixel_values"].shape[0])
 
     def lead(self, modality: str, arguments: Arguments) -> int:
-        """The CLS token is cut off."""
+        """0: the CLS token is cut off."""
         return 0
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
-        """The mean of the patches that are joined."""
+        """The mean over the joined patches."""
         height, width = self.grid(modality, arguments)
         joined = torch.nn.functional.avg_pool2d(maps.view(-1, 1, height, width), self._joined)
         return list(joined.flatten(1))

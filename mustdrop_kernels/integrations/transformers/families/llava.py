@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-1.5: an image is one tile, and each of its patches one placeholder."""
+"""LLaVA-1.5: an image is one tile, and each patch has one placeholder."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ PREFIX = {"clip_vision_model": 1, "siglip_vision_model": 0}
 
 
 def pixels_of(arguments: Arguments) -> Tensor:
-    """(images, 3, height, width), or (videos, frames, 3, height, width); their name differs by model and version."""
+    """(images, 3, height, width), or (videos, frames, 3, height, width), by the argument's name in this model."""
     names = ("pixel_values", "pixel_values_images", "pixel_values_videos")
     return next(arguments[name] for name in names if name in arguments)
 
 
 class Llava(Family):
-    """``LlavaForConditionalGeneration``, and what all have in common whose tower is CLIP or SigLIP."""
+    """``LlavaForConditionalGeneration``, and the base of all models whose tower is CLIP or SigLIP."""
 
     published = True
 
     def tower(self, modality: str) -> Tower | None:
-        """A tower in which stage 1 knows its way: CLIP and SigLIP."""
+        """The tower, if it is CLIP or SigLIP."""
         return self._tower(self.body.vision_tower, modality)
 
     def _tower(self, module: Any, modality: str) -> Tower | None:
         prefix = PREFIX.get(module.config.model_type)
         if prefix is None or self.cut(modality, {}) > prefix:
             return None
-        layers = getattr(module, "vision_model", module).encoder.layers  # transformers 5 took `vision_model` away
+        layers = getattr(module, "vision_model", module).encoder.layers  # transformers 5 removed `vision_model`
         return Tower(layers, layers[-1].self_attn, module.config, module.config.num_attention_heads, prefix)
 
     def cut(self, modality: str, arguments: Arguments) -> int:
-        """Tokens that the model cuts off in front of the features."""
+        """Number of tokens that the model cuts off before the features."""
         strategy = arguments.get("vision_feature_select_strategy") or self.model.config.vision_feature_select_strategy
         return int(strategy == "default")
 
     def why_whole(self, modality: str, arguments: Arguments) -> str | None:
-        """Why the patches of these images cannot merge inside the tower, or None."""
+        """The reason why the patches of these images cannot merge inside the tower, or None."""
         if self.tower(modality) is None:
             strategy = getattr(self.model.config, "vision_feature_select_strategy", None)
             return (
@@ -54,7 +54,7 @@ class Llava(Family):
         return None
 
     def lead(self, modality: str, arguments: Arguments) -> int:
-        """The CLS token, where it is not cut off."""
+        """1 for a CLS token that is not cut off, else 0."""
         tower = self.tower(modality)
         return 0 if tower is None else tower.prefix - self.cut(modality, arguments)
 
@@ -64,7 +64,7 @@ class Llava(Family):
         return pixels.shape[-2] // patch, pixels.shape[-1] // patch
 
     def tiles(self, modality: str, arguments: Arguments) -> int:
-        """Images, or frames of videos."""
+        """Number of images, or of frames of videos."""
         return pixels_of(arguments).shape[:-3].numel()
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
@@ -84,7 +84,7 @@ class Llava(Family):
         return layers
 
     def check(self, config: MustDropConfig) -> None:
-        """Merging comes before the features are taken."""
+        """Also checks that merging comes before the features are taken."""
         super().check(config)
         if config.merges_in_tower:
             for tower in filter(None, map(self.tower, self.modalities)):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-NeXT and its kin: tiles of any resolution, whose margins are cut off and whose rows end with a newline token.
+"""LLaVA-NeXT and related models: tiles of any resolution with cropped margins and a newline token after each row.
 
-Where a patch lands in the prompt is not worked out here: its number goes through the model's own packing.
+The place of a patch in the prompt is found by passing its number through the model's own packing.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from .llava import Llava, pixels_of
 
 
 class LlavaNext(Llava):
-    """``LlavaNextForConditionalGeneration``: an overview tile, then the tiles as one picture, without its margins."""
+    """``LlavaNextForConditionalGeneration``: an overview tile, then the tiles as one picture without margins."""
 
     published = False
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
-        """Through the model's own ``pack_image_features``."""
+        """By the model's own ``pack_image_features``."""
         tiles = torch.split(maps[..., None], self._tiles(arguments))
         newline = maps.new_full((1,), gap)
         packed, _ = self.body.pack_image_features(
@@ -36,7 +36,7 @@ class LlavaNext(Llava):
         return {"vision_feature_select_strategy": strategy}
 
     def _tiles(self, arguments: Arguments) -> list[int]:
-        """Tiles of each image, the overview among them; the model's own count."""
+        """Number of tiles of each image, the overview included, by the model's own function."""
         config, count = self.model.config, sys.modules[type(self.body).__module__].image_size_to_num_patches
         size = config.vision_config.image_size
         return [
@@ -45,11 +45,11 @@ class LlavaNext(Llava):
         ]
 
     def tiles(self, modality: str, arguments: Arguments) -> int:
-        """Of all pictures."""
+        """Number of tiles of all pictures."""
         return sum(self._tiles(arguments))
 
     def views(self, modality: str, lengths: Sequence[int], arguments: Arguments) -> list[tuple[Tensor, ...]]:
-        """The overview; the picture, row by row, without the newlines. Their numbers are traced on the host."""
+        """The overview, and the picture without newlines. Placeholders are found by packing numbers on the host."""
         height, width = self.grid(modality, arguments)
         lead = self.lead(modality, arguments)
         marks = torch.zeros(self.tiles(modality, arguments), lead + height * width)
@@ -61,22 +61,22 @@ class LlavaNext(Llava):
             if len(fine) > 1:
                 fine = fine.view(-1, int(ends[0]) + 1)[:, :-1]
                 views.append((overview, fine))
-            else:  # a picture of one tile; one newline ends it
+            else:  # a picture of one tile, with one newline at the end
                 views.append((overview,))
         return views
 
 
 class LlavaNextVideo(LlavaNext):
-    """``LlavaNextVideoForConditionalGeneration``: also videos, whose frames are pooled behind the tower."""
+    """``LlavaNextVideoForConditionalGeneration``: also videos, whose frames are pooled after the tower."""
 
     modalities = ("image", "video")
 
     def why_whole(self, modality: str, arguments: Arguments) -> str | None:
-        """Pooling needs all patches of a frame."""
+        """Videos cannot merge in the tower, since pooling requires all patches of a frame."""
         return _POOLED if modality == "video" else super().why_whole(modality, arguments)
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
-        """The mean of the patches that are pooled, frame after frame."""
+        """The mean over the pooled patches, frame by frame."""
         if modality != "video":
             return super().pack(modality, maps, arguments, gap)
         height, width = self.grid(modality, arguments)
@@ -87,7 +87,7 @@ class LlavaNextVideo(LlavaNext):
         return nn.functional.avg_pool2d(maps[:, None], self.model.config.spatial_pool_stride)[:, 0]
 
     def tiles(self, modality: str, arguments: Arguments) -> int:
-        """Tiles of pictures, or frames of videos."""
+        """Number of tiles of pictures, or of frames of videos."""
         return Llava.tiles(self, modality, arguments) if modality == "video" else super().tiles(modality, arguments)
 
     def views(self, modality: str, lengths: Sequence[int], arguments: Arguments) -> list[tuple[Tensor, ...]]:
@@ -107,14 +107,14 @@ _POOLED = "hands the frames of a video to a pooling that needs all patches"
 
 
 class LlavaOnevision(LlavaNextVideo):
-    """``LlavaOnevisionForConditionalGeneration``: SigLIP, pictures that may be shrunk behind it, pooled videos."""
+    """``LlavaOnevisionForConditionalGeneration``: SigLIP, pictures that may be shrunk after it, pooled videos."""
 
     def _packing(self, arguments: Arguments) -> dict[str, Any]:
         ratio = arguments.get("vision_aspect_ratio") or self.model.config.vision_aspect_ratio
         return {"vision_aspect_ratio": ratio}
 
     def _tiles(self, arguments: Arguments) -> list[int]:
-        """Several images in a prompt have one tile each."""
+        """One tile for each of several images in a prompt."""
         tiles = super()._tiles(arguments)
         counts = arguments.get("batch_num_images")
         if counts is None:
@@ -123,7 +123,7 @@ class LlavaOnevision(LlavaNextVideo):
         return [many if single else 1 for many, single in zip(tiles, alone, strict=True)]
 
     def why_whole(self, modality: str, arguments: Arguments) -> str | None:
-        """A picture that is shrunk behind the tower needs all its patches."""
+        """Pictures that are shrunk after the tower cannot merge in it, since that requires all patches."""
         if modality == "image" and "image_sizes" in arguments:
             height, width = self.grid(modality, arguments)
             marks = torch.ones(self.tiles(modality, arguments), height * width)
@@ -134,7 +134,7 @@ class LlavaOnevision(LlavaNextVideo):
         return super().why_whole(modality, arguments)
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
-        """A video ends with one newline token."""
+        """Adds the newline token at the end of a video."""
         packed = super().pack(modality, maps, arguments, gap)
         if modality != "video":
             return packed

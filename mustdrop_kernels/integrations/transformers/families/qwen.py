@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen2.5-VL: images and videos of any size, 2 x 2 patches to a placeholder, three positions for each token."""
+"""Qwen2.5-VL: images and videos of any size, 2 x 2 patches per placeholder, three positions per token."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Qwen2_5VL(Family):
     multi_axis = True
 
     def tower(self, modality: str) -> Tower:
-        """Key tokens come from the last layer whose patches see all others."""
+        """Key tokens are selected by the last layer with full attention between patches."""
         visual = self.body.visual
         last = max(visual.config.fullatt_block_indexes)
         return Tower(
@@ -47,11 +47,11 @@ class Qwen2_5VL(Family):
         return 1
 
     def lead(self, modality: str, arguments: Arguments) -> int:
-        """None."""
+        """0."""
         return 0
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
-        """The mean of the patches of each placeholder; the tower has them window by window."""
+        """The mean over the patches of each placeholder, which the tower orders by windows."""
         grid, visual = arguments[f"{modality}_grid_thw"], self.body.visual
         tokens = maps.reshape(-1, visual.spatial_merge_unit).mean(1)
         tokens = tokens[torch.argsort(self._window_order(grid).to(maps.device))]
@@ -79,11 +79,11 @@ class Qwen2_5VL(Family):
         return views
 
     def read_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:
-        """(3, B, L), with the text's own before them or not, or (B, L) -> (B, L, 3)."""
+        """Converts (3, B, L), optionally preceded by text positions, or (B, L) to (B, L, 3)."""
         if positions is None or positions.dim() == 2:
             positions = super().read_positions(positions, embeds)[None]
         return positions[-3:].expand(3, *embeds.shape[:2]).permute(1, 2, 0).contiguous()
 
     def position_ids(self, positions: Tensor) -> Tensor:
-        """(B, L, 3) -> (3, B, L)."""
+        """Converts (B, L, 3) to (3, B, L)."""
         return positions.permute(2, 0, 1)

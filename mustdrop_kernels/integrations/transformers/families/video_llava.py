@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Video-LLaVA: one tower for images, one for the frames of videos, whose CLS tokens are features too."""
+"""Video-LLaVA: one tower for images, one for frames of videos, with CLS tokens among their features."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class VideoLlava(Llava):
         return self._tower(self.body.video_tower if modality == "video" else self.body.image_tower, modality)
 
     def cut(self, modality: str, arguments: Arguments) -> int:
-        """A frame keeps its CLS token."""
+        """0 for frames, which keep their CLS token."""
         return 0 if modality == "video" else super().cut(modality, arguments)
 
     def pack(self, modality: str, maps: Tensor, arguments: Arguments, gap: float) -> list[Tensor]:
-        """The frames of a video, one behind the other."""
+        """The frames of a video in one sequence."""
         if modality != "video":
             return super().pack(modality, maps, arguments, gap)
         videos = arguments["pixel_values_videos"].shape[0]

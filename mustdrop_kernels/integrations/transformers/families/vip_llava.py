@@ -20,5 +20,5 @@ class VipLlava(Llava):
         return layers
 
     def cut(self, modality: str, arguments: Arguments) -> int:
-        """CLS."""
+        """1: the CLS token."""
         return 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What somebody has compiled runs as it was written while a prompt is read: its shapes are read from the data."""
+"""Eager execution of compiled functions while a prompt is read, since its shapes depend on the data."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 
-class Uncompiled:
-    """A switch over everything that ``torch.compile`` has made, in this thread."""
+class EagerSwitch:
+    """A switch for everything compiled by ``torch.compile``, in this thread."""
 
     def __init__(self) -> None:
         self._stance: Any = None
 
     def set(self, on: bool) -> None:
-        """On: compiled functions run uncompiled. Where nothing can have been compiled yet, nothing is loaded."""
+        """Runs compiled functions eagerly if `on`. Loads nothing of torch.compile that is not loaded yet."""
         if on and self._stance is None and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
@@ -25,8 +25,8 @@ class Uncompiled:
             stance.__exit__(None, None, None)
 
 
-def modules_of(model: Any) -> list[Any]:
-    """The model, and what ``torch.compile(model)`` made around it."""
+def wrapped_modules(model: Any) -> list[Any]:
+    """The wrappers of ``torch.compile(model)``, outermost first, and the model inside."""
     found = [model]
     while hasattr(found[-1], "_orig_mod"):
         found.append(found[-1]._orig_mod)

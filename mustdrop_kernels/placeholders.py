@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stage 1 behind the tower: whose token each placeholder of an image shares, and which are key tokens."""
+"""Placeholders of an image after stage 1: the token that each one shares, and the key tokens."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from ... import ops, stages
-from ...config import MustDropConfig
+from . import ops, stages
+from .config import MustDropConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedImage:
-    """What stage 1 made of an image or a video with N placeholders, which are numbered from 0."""
+    """Result of stage 1 for an image or a video with N placeholders, which are numbered from 0."""
 
     modality: str
     views: tuple[Tensor, ...]  # grids of placeholders, (H, W) or (T, H, W) int64, on the host; the finest last
-    token: Tensor  # (N) int64, the placeholder whose token stands for this one
+    token: Tensor  # (N) int64, the placeholder that holds the token of this one
     alive: Tensor  # (N) bool, placeholders that hold a token
-    key: Tensor  # (N) bool, placeholders that hold a key token
+    is_key_token: Tensor  # (N) bool, placeholders that hold a key token
 
     @property
     def length(self) -> int:
@@ -30,21 +30,32 @@ class EncodedImage:
         return self.token.shape[0]
 
 
-def alone(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token and alive of placeholders that share nothing."""
+Share = tuple[Tensor, Tensor]
+"""Token (N) int64 and alive (N) bool of an image, as in ``EncodedImage``."""
+
+
+def first_placeholders(assignment: Tensor, tokens: int) -> Tensor:  # (..., N) int64 -> (..., tokens) int64
+    """First of N placeholders that is assigned to each token, 0 .. tokens - 1; N where a token has none."""
+    length = assignment.shape[-1]
+    first = assignment.new_full((*assignment.shape[:-1], tokens), length)
+    place = torch.arange(length, device=assignment.device).expand_as(assignment)
+    return first.scatter_reduce(-1, assignment, place, "amin")
+
+
+def own_tokens(length: int, device: torch.device) -> Share:
+    """Placeholders with a token each."""
     return torch.arange(length, device=device), torch.ones(length, dtype=torch.bool, device=device)
 
 
-def shared(numbers: Tensor, highest: int) -> tuple[Tensor, Tensor]:
-    """Token and alive where placeholders of the same number (N), 1 .. highest, share a token; 0 shares with nobody.
+def shared_tokens(numbers: Tensor, highest: int) -> Share:
+    """Placeholders (N) that share a token where their numbers, 1 .. highest, are equal; 0 is shared with none.
 
     The first placeholder of a number holds the token.
     """
     length = numbers.shape[0]
     place = torch.arange(length, device=numbers.device)
     number = torch.where(numbers > 0, numbers, highest + 1 + place).long()
-    first = place.new_full((highest + 1 + length,), length).scatter_reduce(0, number, place, "amin")
-    token = first[number]
+    token = first_placeholders(number, highest + 1 + length)[number]
     return token, token == place
 
 
@@ -53,8 +64,8 @@ def merge_features(
     views: Sequence[Tensor],  # (H, W) or (T, H, W) int64, placeholders
     config: MustDropConfig,
 ) -> tuple[Tensor, Tensor]:  # (N, C) features, (N) int64 token
-    """Merges the windows of alike features of each view; a merged feature stands at its first placeholder."""
-    token, _ = alone(features.shape[0], features.device)
+    """Merges the windows of similar features of each view; the first placeholder of a window holds the token."""
+    token, _ = own_tokens(features.shape[0], features.device)
     for view in views:
         window = config.window[-view.dim() :] if view.dim() <= len(config.window) else (1, *config.window)
         places = view.flatten().to(features.device)
@@ -68,22 +79,21 @@ def merge_features(
             backend=config.backend,
         )
         assignment = merged.assignment[0]  # (n) token of each placeholder of the view
-        order = torch.arange(len(places), device=places.device)
-        first = torch.full_like(order, len(places)).scatter_reduce(0, assignment, order, "amin")
+        first = first_placeholders(assignment, len(places))
         token = token.index_copy(0, places, places[first[assignment]])
         features = features.index_copy(0, places, merged.tokens[0][assignment].to(features))
     return features, token
 
 
-def key_tokens(
+def find_key_tokens(
     importance: Sequence[Tensor],  # per image (N) float32
-    shares: Sequence[tuple[Tensor, Tensor]],  # per image (N) token, (N) alive
+    shares: Sequence[Share],  # per image
     views: Sequence[Sequence[Tensor]],  # per image
     config: MustDropConfig,
 ) -> list[Tensor]:  # per image (N) bool
-    """The most important tokens of each image; what is in no view, such as the ends of rows, is none.
+    """The most important tokens of each image; placeholders in no view, such as the ends of rows, are excluded.
 
-    A token that was merged behind the tower is as important as the mean of its members.
+    The importance of a token that was merged behind the tower is the mean over its members.
     """
     values, candidates = [], []
     for value, (token, alive), grids in zip(importance, shares, views, strict=True):
@@ -94,5 +104,5 @@ def key_tokens(
         values.append(value)
         candidates.append(alive & shown)
     padded, vision = (pad_sequence(column, batch_first=True) for column in (values, candidates))
-    keys = stages.select_keys(padded, vision, config)
-    return [row[: len(alive)] for row, (_, alive) in zip(keys, shares, strict=True)]
+    selected = stages.select_key_tokens(padded, vision, config)
+    return [row[: len(alive)] for row, (_, alive) in zip(selected, shares, strict=True)]

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mustdrop_kernels import stages
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts, PaddedPrompts, Prompts
+from mustdrop_kernels.ops import TokenType
+from mustdrop_kernels.plans import DropPlan, PackedDropPlan, PaddedDropPlan
 from mustdrop_kernels.stages import Tokens
 
 LAYERS, HQ, HK, D, SLOTS = 4, 4, 2, 8, 16
@@ -25,7 +26,7 @@ CONFIGS = {
 
 
 def flags(value):
-    """What is a patch, packed; `value` says which of them."""
+    """Flags of patches in the packed batch, by `value` of their number."""
     return torch.cat([torch.tensor([False] * a + [value(i) for i in range(b)] + [False] * c) for a, b, c in PROMPTS])
 
 
@@ -41,7 +42,7 @@ def pad(packed):
 
 
 def packed_plan(config):
-    return PackedPrompts(LENGTHS, [0, 1, 2], VISION, config, key=KEY)
+    return PackedDropPlan(LENGTHS, [0, 1, 2], VISION, config, is_key_token=KEY)
 
 
 def padded_plan(config):
@@ -56,13 +57,13 @@ def padded_plan(config):
         protected=key,
         counts=real.sum(1).int(),
         lengths=count(real),
-        vision=count(vision),
-        keys=count(key),
+        vision_token_counts=count(vision),
+        key_token_counts=count(key),
     )
-    return PaddedPrompts(tokens, config, voters=count(types == 3))
+    return PaddedDropPlan(tokens, config, text_queries=count(types == TokenType.QUERY))
 
 
-def rows_left(plan: Prompts):
+def rows_left(plan: DropPlan):
     """By prompt, from what the layouts share."""
     return [row[row >= 0].tolist() for row in plan.tokens.index]
 
@@ -78,13 +79,13 @@ def test_layouts_agree(name, merged):
     table = torch.randperm(12).view(3, 4).int()
     dense = []
     if merged:
-        packed.leave_out(EMPTY)
+        packed.drop_empty(EMPTY)
         empty = pad(EMPTY)
-        padded.leave_out(empty, tuple(n - int(e.sum()) for n, e in zip(LENGTHS, empty, strict=True)))
+        padded.drop_empty(empty, tuple(n - int(e.sum()) for n, e in zip(LENGTHS, empty, strict=True)))
     hidden = padded.tokens.index.float()[..., None]
     for layer in range(LAYERS):
         for plan in (packed, padded):
-            plan.enter()
+            plan.begin_layer()
         write(pages[layer], table, packed, content[layer])
         dense.append(content[layer][padded.tokens.index.clamp(min=0)].transpose(1, 2).contiguous())
         if layer in config.pruning_layers:
@@ -97,15 +98,16 @@ def test_layouts_agree(name, merged):
         assert torch.equal(packed.rows, torch.tensor([*itertools.chain(*rows_left(padded))]))
     assert packed.final
     assert padded.final
-    assert hidden[..., 0][padded.tokens.types != 0].tolist() == [*itertools.chain(*rows_left(padded))]
+    assert hidden[..., 0][padded.tokens.types != TokenType.PADDING].tolist() == [*itertools.chain(*rows_left(padded))]
     assert sum(packed.counts) < len(VISION)
 
-    packed.commit(list(pages), [x.clone() for x in pages], table)
-    moving = padded.moving
-    assert moving == list(range(config.pruning_layers[-1] + 1))
-    for i, (key, _) in zip(moving, padded.commit(*([dense[i].clone() for i in moving] for _ in "kv")), strict=True):
+    packed.compact_caches(list(pages), [x.clone() for x in pages], table)
+    layers = padded.layers_to_compact
+    assert layers == list(range(config.pruning_layers[-1] + 1))
+    cut = padded.compact_caches(*([dense[i].clone() for i in layers] for _ in "kv"))
+    for i, (key, _) in zip(layers, cut, strict=True):
         dense[i] = key
-    assert all(held is padded.tokens for held in padded.held)
+    assert all(tokens is padded.tokens for tokens in padded.cached_tokens)
     for layer in range(LAYERS):
         for prompt, left in enumerate(rows_left(padded)):
             expected = content[layer][left]
@@ -131,10 +133,10 @@ def read(pages, table, plan, prompt):
 # With budgets a step can be captured.
 
 
-def run(plan: Prompts, rows):
+def run(plan: DropPlan, rows):
     """Layers, and the drops after them; `rows()` is the shape of the batch."""
     for layer in range(LAYERS):
-        plan.enter()
+        plan.begin_layer()
         if layer in plan.config.pruning_layers:
             chosen = plan.prune(torch.randn(*rows(HQ)), torch.randn(*rows(HK)), 0.8)
             plan.take(torch.randn(*rows(HQ)), chosen)
@@ -146,7 +148,7 @@ def run_packed(config):
 
     def go():
         run(plan, lambda heads: (sum(plan.counts), heads, D))
-        plan.commit(pages[:LAYERS], pages[LAYERS:], table)
+        plan.compact_caches(pages[:LAYERS], pages[LAYERS:], table)
 
     return go
 
@@ -156,8 +158,8 @@ def run_padded(config):
 
     def go():
         run(plan, lambda heads: (len(LENGTHS), heads, plan.tokens.length, D))
-        caches = [torch.randn(len(LENGTHS), HK, plan.held[i].length, D) for i in plan.moving]
-        plan.commit(caches, [x.clone() for x in caches])
+        caches = [torch.randn(len(LENGTHS), HK, plan.cached_tokens[i].length, D) for i in plan.layers_to_compact]
+        plan.compact_caches(caches, [x.clone() for x in caches])
 
     return go
 
@@ -176,7 +178,7 @@ class FromHost(TorchDispatchMode):
 
 @pytest.mark.parametrize("planned", [run_packed, run_padded])
 def test_budgets_need_nothing_from_the_host(planned):
-    """No wait for the device, no copy to it, once the plan is made; with thresholds ``prune`` waits."""
+    """A plan does not synchronize with the device or copy to it; with thresholds ``prune`` synchronizes."""
     budgets, thresholds, go = (
         planned(MustDropConfig(**CONFIGS[name])) for name in ("budgets", "thresholds", "budgets")
     )

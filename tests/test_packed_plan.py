@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PackedPrompts in a paged engine of a few lines, whose cache is also kept in a dictionary."""
+"""PackedDropPlan in a paged engine of a few lines, whose cache is also kept in a dictionary."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 from mustdrop_kernels import ops
 from mustdrop_kernels.config import MustDropConfig
-from mustdrop_kernels.engines import PackedPrompts, without_leading
+from mustdrop_kernels.ops import TokenType
+from mustdrop_kernels.plans import PackedDropPlan, skip_leading_blocks
 
 LAYERS, HQ, HK, D = 5, 4, 2, 8
 CONFIGS = {
@@ -24,7 +25,7 @@ BATCH = [  # past tokens; text before the picture, patches, text after it
     (17, (1, 0, 0)),  # decodes
     (0, (9, 0, 0)),  # a prompt without a picture
     (0, (0, 41, 4)),
-    (0, (5, 20, 0)),  # nobody votes
+    (0, (5, 20, 0)),  # no text query
     (4, (3, 0, 0)),  # reads on
 ]
 MEMBERS = [0, 3, 4]
@@ -58,20 +59,20 @@ class Engine:
         self.content = torch.randn(rows, generator=torch.Generator().manual_seed(99))
 
     def write(self, layer, plan):
-        """The live rows of each request, where docs/engines.md says."""
+        """Writes the live rows of each request to the slots described in docs/engines.md."""
         live = plan.rows.split(plan.counts)
         for request, (past, _) in enumerate(BATCH):
             lost = plan.dropped[request] if plan.final else 0
             self._write(layer, request, lost, past, live[request])
 
     def _write(self, layer, request, lost, begin, rows):
-        table = without_leading(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
+        table = skip_leading_blocks(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
         place = begin + torch.arange(len(rows))
         for cache, content in zip(self.caches[layer], self.content[layer], strict=True):
             cache[table[place // self.slots].long(), place % self.slots] = content[rows]
 
     def read(self, layer, request, lost, begin, count):
-        table = without_leading(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
+        table = skip_leading_blocks(self.table, torch.full((len(BATCH),), lost // self.slots))[request]
         place = begin + torch.arange(count)
         return [cache[table[place // self.slots].long(), place % self.slots] for cache in self.caches[layer]]
 
@@ -90,11 +91,12 @@ def expected_rows(plan, config, stage, query, key, scale, protected):
             continue
         vision = placeholders()[rows]
         last = int(torch.nonzero(vision).max()) if vision.any() else len(rows)
-        types = torch.where(vision, 2, torch.where(torch.arange(len(rows)) > last, 3, 1)).to(torch.uint8)[None]
+        text = torch.where(torch.arange(len(rows)) > last, int(TokenType.QUERY), int(TokenType.TEXT))
+        types = torch.where(vision, int(TokenType.VISION), text).to(torch.uint8)[None]
         begin = sum(plan.counts[:request])
         own = slice(begin, begin + len(rows))
         q, k = (x[own].transpose(0, 1)[None] for x in (query, key))
-        if not (types == 3).any():
+        if not (types == TokenType.QUERY).any():
             kept.append(rows)
             continue
         if config.budgets is None:
@@ -115,15 +117,15 @@ def test_cache_holds_the_survivors(slots, layout, empty, name):
     generator = torch.Generator().manual_seed(7)
     engine, vision = Engine(slots, layout), placeholders()
     protected = vision & (torch.rand(len(vision), generator=generator) < 0.05)
-    plan = PackedPrompts(engine.new, MEMBERS, vision, config, key=protected)
+    plan = PackedDropPlan(engine.new, MEMBERS, vision, config, is_key_token=protected)
     if empty:
-        gone = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
-        left = plan.leave_out(gone)
-        assert torch.equal(left, torch.nonzero(~gone)[:, 0])
+        empty_slots = vision & ~protected & (torch.rand(len(vision), generator=generator) < 0.3)
+        remaining = plan.drop_empty(empty_slots)
+        assert torch.equal(remaining, torch.nonzero(~empty_slots)[:, 0])
     hidden = plan.rows.float()[:, None].clone()
     stage = 0
     for layer in range(LAYERS):
-        plan.enter()
+        plan.begin_layer()
         engine.write(layer, plan)
         if layer in config.pruning_layers:
             query = torch.randn(len(plan.rows), HQ, D, generator=generator)
@@ -137,7 +139,7 @@ def test_cache_holds_the_survivors(slots, layout, empty, name):
     assert plan.rows[protected[plan.rows]].tolist() == torch.nonzero(protected)[:, 0].tolist()
     assert any(plan.dropped) == (empty or bool(config.pruning_layers))
     written = [(keys.clone(), values.clone()) for keys, values in engine.caches]
-    plan.commit(*zip(*engine.caches, strict=True), engine.table)
+    plan.compact_caches(*zip(*engine.caches, strict=True), engine.table)
     check_pages(engine, plan)
     check_nothing_else_moved(engine, written)
 
@@ -168,7 +170,7 @@ def check_nothing_else_moved(engine, written):
 
 def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
     config = MustDropConfig(**CONFIGS["budgets"])
-    plan = PackedPrompts([sum(parts) for _, parts in BATCH], MEMBERS, placeholders(), config)
+    plan = PackedDropPlan([sum(parts) for _, parts in BATCH], MEMBERS, placeholders(), config)
     for _ in config.pruning_layers:
         plan.prune(torch.randn(len(plan.rows), HQ, D), torch.randn(len(plan.rows), HK, D), 1.0)
     assert [plan.dropped[i] for i in MEMBERS] == [25, 36, 0]
@@ -176,7 +178,7 @@ def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
 
 def test_table_without_leading_blocks():
     table = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]], dtype=torch.int32)
-    assert without_leading(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]
+    assert skip_leading_blocks(table, torch.tensor([0, 3])).tolist() == [[1, 2, 3, 4], [8, 8, 8, 8]]
 
 
 def row_lse(plan, query, key, scale):  # (Hq, live)
@@ -190,16 +192,16 @@ def row_lse(plan, query, key, scale):  # (Hq, live)
 
 
 @pytest.mark.parametrize("name", ["budgets", "thresholds"])
-def test_an_lse_that_the_attention_says_is_taken(name):
+def test_an_lse_of_the_attention_is_used(name):
     config, engine = MustDropConfig(**CONFIGS[name]), Engine(16, "NHD")
     generator = torch.Generator().manual_seed(3)
     query, key = (torch.randn(sum(engine.new), heads, D, generator=generator) for heads in (HQ, HK))
 
     def rows(lse):
-        plan = PackedPrompts(engine.new, MEMBERS, placeholders(), config)
-        plan.enter()
-        said = None if lse is None else lse(plan, query, key, 0.8)
-        plan.prune(query, key, 0.8, lse=said)
+        plan = PackedDropPlan(engine.new, MEMBERS, placeholders(), config)
+        plan.begin_layer()
+        given = None if lse is None else lse(plan, query, key, 0.8)
+        plan.prune(query, key, 0.8, lse=given)
         return plan.rows.tolist()
 
     assert rows(row_lse) == rows(None)

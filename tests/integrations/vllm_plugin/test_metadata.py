@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The views of vLLM's cache hold what vLLM writes; stage 1's placeholders; bookkeeping."""
+"""Views of vLLM's cache, placeholders of stage 1, and the drop record."""
 
 from __future__ import annotations
 
@@ -16,9 +16,17 @@ from vllm.model_executor.models.llava_next import LlavaNextForConditionalGenerat
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.vllm.anyres import shown_patches
-from mustdrop_kernels.integrations.vllm.batch import Ledger
-from mustdrop_kernels.integrations.vllm.pages import Paging, cache_views
-from mustdrop_kernels.integrations.vllm.vision import EMPTY, KEY, TOKEN, Marks, VisionStage, place, split
+from mustdrop_kernels.integrations.vllm.batch import DropRecord
+from mustdrop_kernels.integrations.vllm.metadata import MetadataBuilder, cache_views
+from mustdrop_kernels.integrations.vllm.vision import (
+    EMPTY,
+    KEY_TOKEN,
+    TOKEN,
+    PlaceholderFlags,
+    VisionStage,
+    place_tokens,
+    split_contents,
+)
 
 
 @pytest.mark.parametrize(("isa", "size", "dtype"), [("vec", 32, torch.float32), ("vec16", 80, torch.bfloat16)])
@@ -39,16 +47,16 @@ def test_views_hold_what_vllm_writes(isa, size, dtype):
 
 
 def test_other_layouts_are_refused():
-    Paging(types.SimpleNamespace(isa="vec")).check()
+    MetadataBuilder(types.SimpleNamespace(isa="vec")).check()
     with pytest.raises(ValueError, match="mustdrop: the CPU attention's 'amx' cache is not served"):
-        Paging(types.SimpleNamespace(isa="amx")).check()
+        MetadataBuilder(types.SimpleNamespace(isa="amx")).check()
 
 
 NO_KEYS = MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0)
 
 
 def merged_tile(patches):
-    """A tile of 2 x 4 patches whose most alike window of 2 x 2 has merged: the right one, to token 2."""
+    """A tile of 2 x 4 patches whose most similar window of 2 x 2 has merged: the right one, to token 2."""
     layer = torch.nn.Identity()
     stage = VisionStage([layer], (2, 4), NO_KEYS)
     (tile,) = stage.encode(lambda pixels: layer(pixels)[:, 1:], patches[None])
@@ -58,15 +66,15 @@ def merged_tile(patches):
 
 @pytest.fixture
 def patches():
-    """CLS and 2 x 4 patches, of which the right half is alike."""
+    """CLS and 2 x 4 patches; those of the right half are equal."""
     x = torch.eye(9, 16)
     x[[3, 4, 7, 8]] = 1.0
     return x
 
 
 def test_merged_tokens_stand_at_their_first_patch(patches):
-    features, marks = split([place([merged_tile(patches)], NO_KEYS)], 16)
-    assert marks.tolist() == [TOKEN, TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, EMPTY, EMPTY]
+    features, contents = split_contents([place_tokens([merged_tile(patches)], NO_KEYS)], 16)
+    assert contents.tolist() == [TOKEN, TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, EMPTY, EMPTY]
     assert torch.equal(features[0][[0, 1, 4, 5]], patches[[1, 2, 5, 6]])
     assert torch.equal(features[0][2], torch.ones(16))
     assert features[0][[3, 6, 7]].count_nonzero() == 0
@@ -78,12 +86,13 @@ SHOWN = torch.tensor([5, 6, 7, -1, 13, 14, 15, -1])
 
 def test_merged_tokens_stand_at_the_first_patch_that_is_shown(patches):
     tile, end = merged_tile(patches), torch.full((16,), 5.0)
-    features, marks = split([place([tile, tile._replace(features=2 * tile.features)], NO_KEYS, SHOWN, end)], 16)
-    assert marks.tolist() == [TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, TOKEN, EMPTY, TOKEN]
+    tiles = [tile, tile._replace(features=2 * tile.features)]
+    features, contents = split_contents([place_tokens(tiles, NO_KEYS, SHOWN, end)], 16)
+    assert contents.tolist() == [TOKEN, TOKEN, EMPTY, TOKEN, TOKEN, TOKEN, EMPTY, TOKEN]
     assert torch.equal(features[0][:2], torch.stack([patches[6], torch.ones(16)]))
     assert torch.equal(features[0][4:6], torch.stack([2 * patches[6], torch.full((16,), 2.0)]))
     assert torch.equal(features[0][[3, 7]], torch.full((2, 16), 5.0))
-    left_out = place([tile], NO_KEYS, torch.tensor([0, 1, 4, 5, -1]), end)  # a window that nothing shows
+    left_out = place_tokens([tile], NO_KEYS, torch.tensor([0, 1, 4, 5, -1]), end)  # a window that nothing shows
     assert left_out[:, 16].tolist() == [TOKEN] * 5
 
 
@@ -96,9 +105,9 @@ def test_key_tokens_are_the_images(patches, rate, key):
     tile, config = merged_tile(patches), MustDropConfig(window=(2, 2), key_rate=rate)
     sky = tile._replace(importance=torch.tensor([0.9, 0.9, 0.2, 0.9, 0.1]))  # tokens 2 and 4 of each are shown
     text = tile._replace(importance=torch.tensor([0.9, 0.9, 0.3, 0.9, 0.4]))
-    _, marks = split([place([sky, text], config, SHOWN, torch.zeros(16))], 16)
-    assert (marks == KEY).nonzero()[:, 0].tolist() == key
-    assert (marks == EMPTY).nonzero()[:, 0].tolist() == [2, 6]
+    _, contents = split_contents([place_tokens([sky, text], config, SHOWN, torch.zeros(16))], 16)
+    assert (contents == KEY_TOKEN).nonzero()[:, 0].tolist() == key
+    assert (contents == EMPTY).nonzero()[:, 0].tolist() == [2, 6]
 
 
 def test_anyres_pictures_are_shown_as_vllm_shows_them():
@@ -119,23 +128,23 @@ def test_anyres_pictures_are_shown_as_vllm_shows_them():
 
 
 def test_features_that_were_given_are_all_there():
-    features, marks = split([torch.ones(3, 4)], 4)
+    features, contents = split_contents([torch.ones(3, 4)], 4)
     assert features[0].shape == (3, 4)
-    assert marks.tolist() == [TOKEN] * 3
+    assert contents.tolist() == [TOKEN] * 3
 
 
-def test_marks_go_to_their_rows():
+def test_flags_of_all_rows():
     rows = torch.tensor([False, True, True, False, True])
-    marks = Marks.spread(torch.tensor([KEY, EMPTY, TOKEN]), rows)
-    assert marks.key.tolist() == [False, True, False, False, False]
-    assert marks.empty.tolist() == [False, False, True, False, False]
+    flags = PlaceholderFlags.of(torch.tensor([KEY_TOKEN, EMPTY, TOKEN]), rows)
+    assert flags.is_key_token.tolist() == [False, True, False, False, False]
+    assert flags.empty.tolist() == [False, False, True, False, False]
 
 
-def test_ledger_tells_news_once():
-    ledger = Ledger()
-    ledger.record("a", 5)
-    assert ledger.take_news() == {"a": 5}
-    assert ledger.take_news() == {}
-    assert ledger.lost == {"a": 5}
-    ledger.forget(["a", "b"])
-    assert ledger.lost == {}
+def test_updates_are_popped_once():
+    record = DropRecord()
+    record.add("a", 5)
+    assert record.pop_updates() == {"a": 5}
+    assert record.pop_updates() == {}
+    assert record.dropped == {"a": 5}
+    record.remove(["a", "b"])
+    assert record.dropped == {}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The account of operations and KV bytes, beside what torch counts and what was published."""
+"""Operations and KV bytes against torch's counter and published figures."""
 
 from __future__ import annotations
 
