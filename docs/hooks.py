@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What MkDocs has no syntax for: tables that `mustdrop bench ops` prints, and formulas.
+"""Hooks of MkDocs: the operators' pages, tables that `mustdrop bench ops` prints, and formulas.
 
 A line `<!-- mustdrop bench ... -->` becomes what the command prints. A block "```math" and inline $`...`$, which GitHub
 shows as formulas too, become MathML, so that a browser needs no script for them.
@@ -14,11 +14,21 @@ from typing import Any
 from latex2mathml.converter import convert
 from typer.testing import CliRunner
 
+from mustdrop_kernels import ops
 from mustdrop_kernels.cli.app import app
 
 COMMAND = re.compile(r"^<!-- mustdrop (bench [^\n]*) -->$", flags=re.MULTILINE)
 FORMULA = re.compile(r"^```math\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
 INLINE = re.compile(r"\$`([^`\n]+)`\$")
+
+
+def on_config(config: Any) -> Any:
+    """List the operators' pages in the navigation."""
+    pages: list[Any] = ["ops/index.md", *({op: f"ops/{op}.md"} for op in ops.OPS)]
+    for section in config.nav:
+        if "Operators" in section:
+            section["Operators"] = pages
+    return config
 
 
 def printed(words: str) -> str:

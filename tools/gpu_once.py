@@ -25,6 +25,7 @@ import torch
 
 import mustdrop_kernels as mustdrop
 from mustdrop_kernels import TokenType, backends
+from mustdrop_kernels.ops.samples import sample
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cuda"
@@ -49,6 +50,14 @@ def attention(dtype: torch.dtype, heads: tuple[int, int], rows: int, length: int
 def numbers(values: list[int]) -> torch.Tensor:
     """Lengths, as the operators take them."""
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+
+def samples() -> None:
+    """The sample call of every operator that has a backend on the device."""
+    for op in backends.OPS:
+        if backends.serving(op, DEVICE):
+            for dtype in FLOATS:
+                getattr(mustdrop, op)(**sample(op, DEVICE, dtype))
 
 
 def scores() -> None:
@@ -156,7 +165,7 @@ def planted_race() -> None:
     planted("mustdrop_planted_race")
 
 
-OPERATORS: dict[str, Callable[[], None]] = {f.__name__: f for f in (scores, merging, selecting, moving)}
+OPERATORS: dict[str, Callable[[], None]] = {f.__name__: f for f in (samples, scores, merging, selecting, moving)}
 PARTS = {**OPERATORS, "planted_write": planted_write, "planted_race": planted_race}
 
 

@@ -59,7 +59,8 @@ def _served() -> str:
     return "".join(path.read_text() for path in building.launchers())
 
 
-def _why_not(op: str, device_type: str) -> str | None:
+def why_not(op: str, device_type: str) -> str | None:
+    """Why the emulation does not serve an operator, None where it does."""
     if device_type != "cpu":
         return "it plays a GPU on CPU tensors"
     if reason := building.why_not():
@@ -69,4 +70,4 @@ def _why_not(op: str, device_type: str) -> str | None:
 
 def emulated() -> backends.Backend:
     """The backend, for whoever wants to register it."""
-    return backends.Backend(NAME, _implementation, _why_not, "CUDA kernels emulated on the host")
+    return backends.Backend(NAME, _implementation, why_not, "CUDA kernels emulated on the host")

@@ -67,10 +67,6 @@ def _implementation(op: str) -> backends.Implementation:
     return getattr(torch.ops.mustdrop_nvrtc_emulated, op)
 
 
-def _why_not(op: str, device_type: str) -> str | None:
-    return "it plays a GPU on CPU tensors" if device_type != "cpu" else building.why_not()
-
-
 def emulated() -> backends.Backend:
     """The backend, for whoever wants to register it."""
-    return backends.Backend(NAME, _implementation, _why_not, "the launchers of cupy, emulated on the host")
+    return backends.Backend(NAME, _implementation, backend.why_not, "the launchers of cupy, emulated on the host")

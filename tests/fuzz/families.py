@@ -7,7 +7,8 @@ from ops.schemas import OPS
 
 from . import merging, moving, scoring, selecting
 from .family import Family
+from .sampled import sampled
 
-_ALL = (*merging.FAMILIES, *scoring.FAMILIES, *selecting.FAMILIES, *moving.FAMILIES)
+_OWN = {family.op: family for family in (*merging.FAMILIES, *scoring.FAMILIES, *selecting.FAMILIES, *moving.FAMILIES)}
 
-FAMILIES: dict[str, Family] = {op: next(family for family in _ALL if family.op == op) for op in OPS}
+FAMILIES: dict[str, Family] = {op: _OWN.get(op) or sampled(op) for op in OPS}

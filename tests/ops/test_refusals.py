@@ -7,6 +7,7 @@ word for word, and so do the fakes, which torch.compile calls.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -309,6 +310,10 @@ TABLE: dict[str, dict[str, dict[str, Change]]] = {
         "seq_lens": {"int64": INT, "rank 2": shape(2, 1), "another batch": shape(3), "missing": value(None)},
     },
 }
+
+# An op whose rows are not above has them in its own test file, as REFUSALS.
+for op in set(OPS) - set(TABLE):
+    TABLE[op] = importlib.import_module(f".test_{op}", __package__).REFUSALS
 
 # Arguments that are wrong together: the changes, and the argument that is named.
 TOGETHER = [

@@ -27,7 +27,17 @@ def why_not(op: str, device_type: str) -> str | None:
     if find_spec("cupy") is None:
         major = torch.version.cuda.split(".")[0]
         return f"cupy is not installed (for the CUDA of this torch: pip install cupy-cuda{major}x)"
-    return None
+    return _why_no_launcher(op)
+
+
+def _why_no_launcher(op: str) -> str | None:
+    """Why the library of the launchers has none for an operator, None where it has one. Loads the library."""
+    if not _load.nvrtc.loaded:
+        _load.nvrtc.load()
+    if _load.nvrtc.problem is not None:
+        return _load.nvrtc.problem
+    has = torch._C._dispatch_has_kernel_for_dispatch_key(f"mustdrop_nvrtc::{op}", "CUDA")
+    return None if has else "there is no CUDA launcher for it"
 
 
 def implementation(op: str) -> Callable[..., object]:

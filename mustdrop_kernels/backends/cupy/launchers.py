@@ -121,7 +121,8 @@ def connect_once(make_machine: Callable[[], Machine]) -> None:
         if _connected is not None:
             return
         machine = make_machine()
-        _load.nvrtc.load()
+        if not _load.nvrtc.loaded:
+            _load.nvrtc.load()
         if _load.nvrtc.problem is not None:
             raise RuntimeError(_load.nvrtc.problem)
         _connected = connect(ctypes.CDLL(str(_load.nvrtc.path)), machine)

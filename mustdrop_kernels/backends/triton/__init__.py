@@ -39,7 +39,7 @@ def version() -> tuple[int, int] | None:
 
 
 @lru_cache(None)
-def _defined(op: str) -> bool:
+def defined(op: str) -> bool:
     """Whether there is a function for an operator, without importing Triton."""
     file = Path(__file__).with_name(f"{CONTRACTS[op].family}.py")
     return file.is_file() and f"\ndef {op}(" in file.read_text()
@@ -47,7 +47,7 @@ def _defined(op: str) -> bool:
 
 def why_not(op: str, device_type: str) -> str | None:
     """Why Triton does not serve an operator on a device, None where it does. Touches no device."""
-    if not _defined(op):
+    if not defined(op):
         return "there is no Triton kernel for it"
     if device_type == "cpu" and not interpreted():
         return "it serves CUDA tensors (and CPU tensors where TRITON_INTERPRET=1 is set)"

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import implementation
+from ...ops.contract import CONTRACTS
+from ...ops.samples import sample
+from . import defined, implementation
 
 HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 FLOATS = (HALF, BRAIN, SINGLE)
@@ -142,7 +144,13 @@ def _scorings() -> Iterator[Call]:
     yield partial(_scores, (32, 32), 3000, 3000, 128, HALF, False)
 
 
+def _samples() -> Iterator[Call]:
+    for op in CONTRACTS:
+        if defined(op):
+            yield partial(implementation(op), **sample(op, dtype=HALF))
+
+
 def calls() -> list[Call]:
-    """Operator calls; ``crosscompile`` writes down what they launch."""
+    """Operator calls; ``crosscompile`` records what they launch."""
     attention = [partial(_cls, *form) for form in product((64, 80), FLOATS, (False, True))]
-    return [*_gathers(), *_selections(), *_compactions(), *attention, *_merges(), *_scorings()]
+    return [*_samples(), *_gathers(), *_selections(), *_compactions(), *attention, *_merges(), *_scorings()]
