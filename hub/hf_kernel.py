@@ -149,6 +149,18 @@ def export(folder: Path) -> Path:
     return variant
 
 
+def listed(folder: Path, patterns: str) -> str:
+    """The lines of a list of sources, its patterns replaced by the files of the project that match."""
+    found: dict[str, None] = {}
+    for pattern in re.findall(r'"(.+)"', patterns):
+        paths = sorted(path.relative_to(folder).as_posix() for path in folder.glob(pattern.removeprefix("!")))
+        if pattern.startswith("!"):
+            found = {path: None for path in found if path not in paths}
+        else:
+            found |= dict.fromkeys(paths)
+    return "".join(f'  "{path}",\n' for path in found)
+
+
 def project(folder: Path) -> Path:
     """Lay out a project for kernel-builder, which makes CMakeLists.txt and `_ops.py` in it; returns its folder."""
     if folder.exists():
@@ -161,6 +173,9 @@ def project(folder: Path) -> Path:
             path = folder / "levels" / level / kernel
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(LEVEL.format(target=target, kernel=kernel.as_posix()))
+    build = folder / "build.toml"
+    lists = re.compile(r"^src = \[\n(.*?)^\]", re.MULTILINE | re.DOTALL)
+    build.write_text(lists.sub(lambda found: f"src = [\n{listed(folder, found[1])}]", build.read_text()))
     ops = "from . import _ops  # of kernel-builder\n\n"
     copy_package(
         folder / "torch-ext" / PYTHON_NAME, ops + 'NAMESPACE = _ops.add_op_namespace_prefix("").removesuffix("::")'

@@ -59,8 +59,13 @@ PYTHON_ELSEWHERE = {"install.md": "make test-hf-kernel"}
 CPP = ("cmake -S examples/libtorch", "cmake --build build/libtorch", "build/libtorch/merge")
 
 
+# Files and changes of files, in docs/extending.md: tests/packaging/test_extending.py.
+FILES = re.compile(r"^(````?)\w+ title=.*?^\1$", flags=re.DOTALL | re.MULTILINE)
+
+
 def blocks(page: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
+    text = FILES.sub("", (DOCS / page).read_text())
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -102,7 +107,8 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_every_block_is_of_a_language_that_is_run() -> None:
-    found = {match for page in PAGES for match in re.findall(r"^```(\w*)\n", (DOCS / page).read_text(), re.MULTILINE)}
+    texts = [FILES.sub("", (DOCS / page).read_text()) for page in PAGES]
+    found = {match for text in texts for match in re.findall(r"^```(\w*)\n", text, re.MULTILINE)}
     assert found <= {"python", "bash", "text", "json", "math"} | {""}  # "" ends a block; the site builds formulas
 
 
@@ -248,5 +254,5 @@ def test_every_message_is_on_the_page() -> None:
 
 def test_links_lead_somewhere() -> None:
     for page in PAGES:
-        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", (DOCS / page).read_text()):
+        for target in re.findall(r"\]\(((?!http)[^)#]+)\)", FILES.sub("", (DOCS / page).read_text())):
             assert ((DOCS / page).parent / target).exists(), f"{page}: {target}"

@@ -15,6 +15,7 @@ import torch
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
 from mustdrop_kernels.ops import registry
+from mustdrop_kernels.ops.samples import sample
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -237,3 +238,94 @@ def test_conformance_suite_runs_on_a_third_party(tmp_path):
     unknown = pytest_on("mine,typo")
     assert unknown.returncode != 0
     assert "typo" in unknown.stdout + unknown.stderr
+
+
+# ------------------------------------------------------------------------------------------- one backend an operator
+
+
+class Registered:
+    """A stand-in for torch.library.Library that records what is registered."""
+
+    def __init__(self) -> None:
+        self.impls: dict[str, object] = {}
+
+    def impl(self, op: str, implementation: object) -> None:
+        self.impls[op] = implementation
+
+
+def test_a_backend_without_an_operator_serves_the_others(monkeypatch):
+    """The next backend of the order serves what the first one lacks, and only that."""
+    first = backends.Backend("first", lambda op: "first", lambda op, _: "no kernel" if op == "gather_tokens" else None)
+    second = backends.Backend("second", lambda op: "second", lambda op, _: None)
+    monkeypatch.setattr(registry, "_registered", {"first": first, "second": second})
+    monkeypatch.setattr(registry, "_serving", {})
+    monkeypatch.setattr(registry, "ORDER", {"cpu": ("first", "second"), "cuda": ("first", "second")})
+    library = Registered()
+    for op in backends.OPS:
+        registry._serve(library, op, "cpu", None)
+    served = {op: backends.serving(op, "cpu") for op in backends.OPS}
+    assert served == {op: "second" if op == "gather_tokens" else "first" for op in backends.OPS}
+    assert library.impls == served
+
+
+def test_an_operator_that_no_backend_has_takes_nothing_from_the_others(monkeypatch):
+    """As a new operator before its CUDA kernel: the library goes on serving, and nothing is put over its kernels."""
+    compiled = backends.Backend(
+        "compiled",
+        lambda op: "compiled",
+        lambda op, _: "no kernel" if op == "gather_tokens" else None,
+        in_dispatcher=True,
+    )
+    monkeypatch.setattr(registry, "_registered", {"compiled": compiled})
+    monkeypatch.setattr(registry, "_serving", {})
+    monkeypatch.setattr(registry, "ORDER", {"cuda": ("compiled",)})
+    library = Registered()
+    for op in backends.OPS:
+        registry._serve(library, op, "cuda", None)
+    assert library.impls == {}
+    assert backends.serving("gather_tokens", "cuda") is None
+    assert {backends.serving(op, "cuda") for op in backends.OPS if op != "gather_tokens"} == {"compiled"}
+
+
+def test_an_explicit_choice_refuses_only_what_it_lacks(monkeypatch):
+    partial = backends.Backend("partial", lambda op: "partial", lambda op, _: "absent" if op == "select_topk" else None)
+    monkeypatch.setattr(registry, "_registered", {"partial": partial})
+    monkeypatch.setattr(registry, "_serving", {})
+    library = Registered()
+    for op in ("select_topk", "gather_tokens"):
+        registry._serve(library, op, "cpu", "partial")
+    assert library.impls["gather_tokens"] == "partial"
+    with pytest.raises(
+        backends.BackendError, match=r"MUSTDROP_BACKEND=partial does not serve select_topk on cpu: absent"
+    ):
+        library.impls["select_topk"]()
+
+
+@pytest.mark.parametrize(
+    ("op", "part"), [("dual_attention_select", "select_dual"), ("topk_attention_select", "select_topk")]
+)
+def test_a_backend_with_the_parts_has_the_composite(op, part, monkeypatch):
+    """A third party's scores and selection are its fused form; a refusal is in the fused form's name."""
+    reference, calls = backends.get("reference"), []
+
+    def implementation(name):
+        def call(*args, **kwargs):
+            calls.append(name)
+            return reference.implementation(name)(*args, **kwargs)
+
+        return call
+
+    parts = backends.Backend(
+        "parts", implementation, lambda name, _: None if name in ("text_vision_scores", part) else "not written yet"
+    )
+    monkeypatch.setattr(registry, "_registered", {**registry._registered, "parts": parts})
+    assert parts.composes(op)
+    assert not backends.get("cpu").composes(op), "it has a kernel of its own"
+    found = getattr(mk, op)(**sample(op), backend="parts")
+    assert calls == ["text_vision_scores", part]
+    for one, other in zip(found, getattr(mk, op)(**sample(op), backend="cpu"), strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(RuntimeError, match=f"^mustdrop::{op}: drop_multiple must be at least 1"):
+        getattr(mk, op)(**{**sample(op), "drop_multiple": 0}, backend="parts")
+    without = backends.Backend("without", implementation, lambda name, _: None if name == part else "not written yet")
+    assert without.why_not(op, "cpu") == "not written yet"

@@ -178,8 +178,8 @@ def test_without_gradients(backend, op, mode):
         with mode():
             getattr(backend, op)(**sample(op, backend.device))
         return
-    name = next(n for n, t in given.items() if isinstance(t, torch.Tensor) and t.is_floating_point())
-    given[name].requires_grad_()
+    for t in tensors_in(given):
+        t.requires_grad_(t.is_floating_point())
     with mode():
         inside = getattr(backend, op)(**given)
         again = getattr(backend, op)(**sample(op, backend.device))

@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops.token_types import TokenType
+
 
 def softmax(
     scores: Tensor,  # [..., L]
@@ -32,11 +34,11 @@ def _head_mean(
     group = q.shape[1] // max(k.shape[1], 1)
     scores = scale * q.float() @ k.float().repeat_interleave(group, 1).transpose(-1, -2)  # [B, Hq, R, L]
     column = torch.arange(k.shape[2], device=k.device)
-    visible = (token_types != 0)[:, None] & (column <= position[..., None])  # [B, R, L]
+    visible = (token_types != TokenType.PADDING)[:, None] & (column <= position[..., None])  # [B, R, L]
     probability = softmax(scores, visible[:, None], lse).sum(1) / max(q.shape[1], 1)
     inside = (position >= 0) & (position < k.shape[2])
-    query = inside & (_take(token_types, position.clamp(0, max(k.shape[2] - 1, 0))) == 3)  # [B, R]
-    shown = query[..., None] & (token_types == 2)[:, None]
+    query = inside & (_take(token_types, position.clamp(0, max(k.shape[2] - 1, 0))) == TokenType.QUERY)  # [B, R]
+    shown = query[..., None] & (token_types == TokenType.VISION)[:, None]
     return probability.masked_fill(~shown, 0.0), query
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...ops.token_types import TokenType
 from .order import indices_of, rank_descending
 
 
@@ -19,7 +20,9 @@ def _keep(
     """The positions that stay once the number that goes is rounded down to a multiple."""
     spared = dropped.sum(-1, keepdim=True) % drop_multiple
     dropped = dropped & (rank_descending(score, dropped) >= spared)
-    return indices_of((token_types != 0) & ~dropped, token_types.shape[1] if capacity is None else capacity)
+    return indices_of(
+        (token_types != TokenType.PADDING) & ~dropped, token_types.shape[1] if capacity is None else capacity
+    )
 
 
 def select_dual(
@@ -37,7 +40,7 @@ def select_dual(
     total, peak = total.float(), peak.float()
     limit = torch.tensor(global_threshold, dtype=torch.float32).item() * total.sum(-1, keepdim=True)
     dropped = (total < limit) & (peak < torch.tensor(individual_threshold, dtype=torch.float32).item())
-    dropped &= token_types == 2
+    dropped &= token_types == TokenType.VISION
     if protected is not None:
         dropped &= ~protected
     return _keep(dropped, total, token_types, capacity, drop_multiple)
@@ -55,7 +58,7 @@ def select_topk(
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.select_topk``."""
     scores = scores.float()
-    vision = token_types == 2
+    vision = token_types == TokenType.VISION
     safe = vision & protected if protected is not None else torch.zeros_like(vision)
     budget = k if budgets is None else budgets[:, None].long().clamp(min=0)
     open_places = budget - safe.sum(-1, keepdim=True)
