@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every operator's signature, on one page. The signatures are a public contract: a change may add an
-// operator or a keyword with a default, and nothing else (tests/ops/test_schemas.py holds them).
+// Schemas of all operators: a public contract. A change may only add an operator, or a keyword with a default
+// (tests/ops/test_schemas.py).
 #include "common/stable.h"
 
 STABLE_TORCH_LIBRARY(MUSTDROP_NAMESPACE, m) {

@@ -21,7 +21,7 @@ inline void check_packed_query(const char* op,
   if (lse) check_tensor(op, "lse", *lse, {q.size(1), q.size(0)}, ScalarType::Float, q, true);
 }
 
-// `op`: the operator that messages name; operators with further arguments check these first.
+// `op`: the operator that messages name. Fused operators check these arguments first.
 inline void check_text_vision_scores(const char* op,
                                      const Tensor& q,              // [B, Hq, Lq, D]
                                      const Tensor& k,              // [B, Hk, Lk, D]

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How much the CLS token looks at each token: out[j] = sum over h of softmax_j(scale q[h] k[h, j]) / H over the first
+// Attention of the CLS token to each token: out[j] = sum over h of softmax_j(scale q[h] k[h, j]) / H over the first
 // `counts` tokens, zero for the prefix and the padding.
 //
-// A block has some heads of one image (split): it reads their keys once, keeps one head's scores, and adds the heads up.
-// A key is read by as many lanes as it has 16-byte pieces, so that a warp's loads are contiguous. Then the blocks of a
-// cluster read each other's sums in a fixed order, each for its own tokens; without clusters, or where the tokens do not
+// A block processes some heads of one image (split): it reads their keys once, holds one head's scores, and sums over
+// the heads. As many lanes read a key as it has 16-byte pieces, so a warp's loads are contiguous. Then the blocks of a
+// cluster read each other's sums in a fixed order, each for its own tokens; without clusters, or if the tokens do not
 // fit into shared memory, the sums go through a workspace to cls_finish_kernel.
 #pragma once
 
@@ -14,23 +14,23 @@ namespace mustdrop {
 
 constexpr int kClsThreads = 512;
 constexpr int kClsCluster = 8;
-constexpr int kClsKeys = 5;  // that a group of lanes has under way; two rounds are 640 keys of 128 bytes
+constexpr int kClsKeys = 5;  // loads in flight of a group of lanes; two rounds are 640 keys of 128 bytes
 
 struct ClsParameters {
   const void* q;          // [B, H, D]
   const void* k;          // [B, H, S, D]
   const int32_t* counts;  // [B] or null
   float* out;             // [B, S]
-  float* partials;        // [B, splits, S], workspace; null: the blocks of a cluster meet in the kernel
-  float* scores;          // [B, splits, S], workspace; null: in shared memory, and so are the sums
+  float* partials;        // [B, splits, S], workspace; null: the blocks of a cluster are summed in the kernel
+  float* scores;          // [B, splits, S], workspace; null: scores and sums are in shared memory
   int64_t q_batch, q_head, k_batch, k_head, k_row, count_stride;  // in elements
   int32_t batch, heads, span, dim, prefix, splits;
-  int32_t pieces, lanes,
-      groups;  // of a key: its loads, and the lanes that share them; keys that a block reads at a time
+  int32_t pieces, lanes;         // loads of a key, and the lanes that share them
+  int32_t groups;                // keys that a block reads together
   float scale_log2, head_share;  // scale * log2(e), 1 / H
 };
 
-// [2, warps] of scratch, the query, then the scores and the sums where they fit.
+// [2, warps] of scratch, the query, then the scores and the sums if they fit.
 __host__ __device__ inline int64_t cls_shared_bytes(int64_t dim, int64_t span) {
   return (2 * kClsThreads / static_cast<int64_t>(kWarp) + ceil_div(dim, 8) * 8 + 2 * span) *
          static_cast<int64_t>(sizeof(float));
@@ -40,7 +40,7 @@ __device__ __forceinline__ int32_t cls_count(const ClsParameters& p, int32_t b) 
   return p.counts ? static_cast<int32_t>(clamp_to(p.counts[b * p.count_stride], 0, p.span)) : p.span;
 }
 
-// scores[j] = q k[j] in log2 for the first `count` keys; the largest of those that this thread wrote.
+// scores[j] = q k[j] in log2 for the first `count` keys; returns the largest that this thread wrote.
 template <class T, int V>
 __device__ __forceinline__ float cls_scores(const ClsParameters& p,
                                             const T* k,      // [S, D], one head's
@@ -81,7 +81,7 @@ __device__ __forceinline__ float cls_scores(const ClsParameters& p,
   return largest;
 }
 
-__device__ __forceinline__ float cls_largest(float value, float* scratch) {  // [warps]; over the block, NaN left out
+__device__ __forceinline__ float cls_largest(float value, float* scratch) {  // [warps]; over the block, ignoring NaN
 #pragma unroll
   for (int delta = 16; delta > 0; delta /= 2) value = fmaxf(value, __shfl_xor_sync(kFullMask, value, delta));
   if (lane_id() == 0) scratch[warp_id()] = value;
@@ -108,10 +108,10 @@ __global__ void __launch_bounds__(kClsThreads, 2) cls_kernel(const __grid_consta
     for (int32_t d = threadIdx.x; d < p.dim; d += kClsThreads) query[d] = to_float(q[d]);
     __syncthreads();
     const T* k = static_cast<const T*>(p.k) + b * p.k_batch + head * p.k_head;
-    // Finite, so that infinities are not subtracted.
+    // Finite: infinities must not be subtracted.
     const float largest = fmaxf(
         fminf(cls_largest(cls_scores<T, V>(p, k, query, count, scores), scratch), 3.402823466e+38f), -3.402823466e+38f);
-    float sum = 0.0f;  // the barrier in cls_largest has made the scores visible
+    float sum = 0.0f;  // the barrier in cls_largest made the scores visible
     for (int32_t j = threadIdx.x; j < count; j += kClsThreads) {
       scores[j] = fast_exp2(scores[j] - largest);
       sum += scores[j];
@@ -129,7 +129,7 @@ __global__ void __launch_bounds__(kClsThreads, 2) cls_kernel(const __grid_consta
        j += static_cast<int32_t>(cluster_size()) * kClsThreads) {
     float total = 0.0f;
     if (j >= p.prefix && j < count) {
-      float parts[kClsCluster];  // all under way at once
+      float parts[kClsCluster];  // loads in flight together
 #pragma unroll
       for (unsigned rank = 0; rank < kClsCluster; ++rank)
         parts[rank] = rank < cluster_size() ? cluster_shared(sums, rank)[j] : 0.0f;
@@ -138,10 +138,10 @@ __global__ void __launch_bounds__(kClsThreads, 2) cls_kernel(const __grid_consta
     }
     p.out[int64_t(b) * p.span + j] = total;
   }
-  cluster_barrier();  // nobody leaves while its shared memory is read
+  cluster_barrier();  // blocks must not exit while their shared memory is read
 }
 
-// Adds what the blocks of cls_kernel have left in the workspace.
+// Adds the partial sums of the blocks of cls_kernel.
 __global__ void __launch_bounds__(kClsThreads) cls_finish_kernel(const __grid_constant__ ClsParameters p) {
   const int32_t parts = (p.span + kClsThreads - 1) / kClsThreads, b = blockIdx.x / parts;
   const int32_t j = blockIdx.x % parts * kClsThreads + static_cast<int32_t>(threadIdx.x);

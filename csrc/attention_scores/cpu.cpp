@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// text_vision_scores in its layouts and text_vision_attention on the CPU: checks, and where each sequence is.
+// text_vision_scores in its layouts and text_vision_attention on the CPU: checks, allocation, layout of each sequence.
 #include "attention_scores/cpu.h"
 
 #include <algorithm>
@@ -15,7 +15,7 @@ constexpr int64_t kNoLimit = INT64_MAX;
 
 // ---------------------------------------------------------------------------------------------- layouts
 
-// The fields that do not depend on the layout; dimensions of q and k (k_row: of keys) are given by number.
+// Sets the fields that do not depend on the layout. Dimensions of q and k are given by index.
 ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Tensor& k, int64_t k_heads,
                       int64_t k_rows, double scale, const OptionalTensor& lse) {
   const int64_t last = q.dim() - 1;
@@ -34,7 +34,7 @@ ScoreInputs inputs_of(const Tensor& q, int64_t q_heads, int64_t q_rows, const Te
   return inputs;
 }
 
-// Sequence b of dense tensors; results are filled in by the caller.
+// Sequence b of dense tensors; the caller sets the results.
 ScoreSequence dense_sequence(const Tensor& q, const Tensor& k, const Tensor& token_types, const OptionalTensor& lse,
                              int64_t b) {
   ScoreSequence sequence{};
@@ -46,7 +46,7 @@ ScoreSequence dense_sequence(const Tensor& q, const Tensor& k, const Tensor& tok
   return sequence;
 }
 
-// Where a sequence is in a packed tensor, clamped to it and to the longest allowed.
+// A sequence's range in a packed tensor, clamped to the tensor and to the longest length.
 struct Span {
   int64_t begin, length;
 };
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,           
   Tensor total = new_zeros(q, {k.size(0)}, ScalarType::Float), peak = new_zeros(q, {k.size(0)}, ScalarType::Float);
   const int64_t lse_row = lse ? lse->stride(1) : 0;
   std::vector<ScoreSequence> sequences;
-  int64_t taken = 0;  // results up to here belong to earlier sequences
+  int64_t taken = 0;  // results before it belong to earlier sequences
   for (int64_t b = 0; b + 1 < cu_seqlens_q.size(0); ++b) {
     const Span rows = span_of(data<int32_t>(cu_seqlens_q), b, q.size(0), max_seqlen_q);
     const Span keys = span_of(data<int32_t>(cu_seqlens_k), b, k.size(0), max_seqlen_k);

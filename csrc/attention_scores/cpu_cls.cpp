@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// cls_attention on the CPU: checks and launch.
+// cls_attention on the CPU: checks, allocation, threads.
 #include <algorithm>
 
 #include "attention_scores/checks.h"
@@ -10,8 +10,8 @@
 namespace mustdrop {
 namespace {
 
-constexpr int64_t kGrainBytes = 64 << 10;      // least of k that a thread reads
-constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at
+constexpr int64_t kGrainBytes = 64 << 10;      // least bytes of k that a thread reads
+constexpr int64_t kWorkspaceFloats = 1 << 20;  // target size
 
 Tensor cls_attention(const Tensor& q,  // [B, H, D]
                      const Tensor& k,  // [B, H, S, D]

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scores on the CPU, compiled per instruction set: see cpu_kernel.h for the data and common/cpu.h for the rules.
+// The scores on the CPU, compiled per instruction set (common/cpu.h).
 //
-// Products: the query rows of a key head are packed once, transposed, into tiles [dim, width * kLanes]; a block of kKeys keys
-// is multiplied with a tile by broadcasting one key element at a time, so that keys need no transposition and sums stay in
-// registers. Where a vector would stand nearly empty (few lanes), keys are read once, with dot products. Where the machine
-// multiplies pairs or tiles of bfloat16 (cpu_pairs.h, cpu_tiles.h), bfloat16 keys are read as they are. Exponentials are taken against the maximum
-// of their chunk, so that each score is computed once: when all chunks are known, a factor per chunk and lane turns them into
-// probabilities.
+// Products: the query rows of a key head are packed once, transposed, into tiles [dim, width * kLanes]; a block of
+// kKeys keys is multiplied with a tile by broadcasting one key element at a time, so keys need no transposition and
+// sums stay in registers. Few lanes would leave a vector nearly empty: then keys are read once, with dot products.
+// Levels that multiply pairs or tiles of bfloat16 (cpu_pairs.h, cpu_tiles.h) read bfloat16 keys without conversion.
+// Exponentials are relative to the maximum of their chunk, so each score is computed once: after all chunks, a factor
+// per chunk and lane turns them into probabilities.
 #include "attention_scores/cpu_kernel.h"
 
 #include "attention_scores/cpu_pairs.h"
@@ -16,7 +16,7 @@
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
 
-// The register block: kKeys * kWidth sums, kWidth query vectors and a broadcast key have to fit into the register file.
+// The register block: kKeys * kWidth sums, kWidth query vectors and a broadcast key must fit into the register file.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kKeys = 8, kWidth = 3;  // of 32
 #elif defined(__AVX2__)
@@ -26,7 +26,7 @@ constexpr int kKeys = 4, kWidth = 2;
 #endif
 static_assert(kChunk % kKeys == 0 && kLaneStep % kLanes == 0 && kWidth * kLanes <= kMaxTile, "blocks must tile chunks");
 
-constexpr int64_t kFewLanes = 3;  // up to here dot products are faster; a fourth costs as much as a full vector
+constexpr int64_t kFewLanes = 3;  // up to it dot products are faster; a fourth lane costs as much as a full vector
 
 constexpr float kHuge = 3.402823466e38f;
 
@@ -66,7 +66,7 @@ void convert_row(const T* from, int64_t stride, int64_t n, float* to) {
   for (; i < n; ++i) to[i] = to_float(from[i * stride]);
 }
 
-// One chunk's keys in float32; zeros up to the next multiple of kKeys.
+// Converts one chunk's keys to float32, with zeros up to the next multiple of kKeys.
 template <class T>
 void convert_keys(const ScoreParameters& p, const T* k,
                   const int64_t* offset,  // [count]
@@ -83,7 +83,8 @@ const T* query_row(const ScoreParameters& p, int64_t head, int64_t lane) {
   return static_cast<const T*>(p.q) + query_head * p.q_head + p.row_offset[lane % p.rows];
 }
 
-// One key head's scaled query rows: [lanes, dim] where they are few, else [dim, width * kLanes] per tile, zeros past the lanes.
+// Packs one key head's scaled query rows: [lanes, dim] if the lanes are few, else [dim, width * kLanes] per tile with
+// zeros past the lanes.
 template <class T>
 void pack_rows(const ScoreParameters& p, int64_t head, float* query) {
   if (p.lanes <= kFewLanes && p.k_dim == 1) {
@@ -161,7 +162,7 @@ void multiply_tile(const float* keys,  // [kChunk, dim]
   }
 }
 
-// The same for few lanes, straight from k; zeros past the lanes.
+// multiply_tile for few lanes, from k without conversion; zeros past the lanes.
 template <class T>
 void dot_keys(const ScoreParameters& p, const T* k,
               const int64_t* offset,  // [count]
@@ -242,7 +243,7 @@ void score_tiles(const ScoreParameters& p, int64_t head, const Chunk& chunk, flo
 
 // ---------------------------------------------------------------------------------------------- without lse
 
-// -inf where a row does not see a key.
+// Sets scores to -inf where a row does not see a key.
 template <int W>
 void hide(float* scores,            // [count, W * kLanes]
           const int32_t* position,  // [count] of the keys
@@ -256,7 +257,7 @@ void hide(float* scores,            // [count, W * kLanes]
     }
 }
 
-// Weights (of a vision chunk), maximum and sum of exponentials of one chunk and one tile.
+// Computes weights (of a vision chunk), maximum and sum of exponentials of one chunk and one tile.
 template <int W>
 void weigh_tile(const float* scores,  // [count, W * kLanes]
                 int64_t count, int64_t lane_stride,
@@ -267,7 +268,7 @@ void weigh_tile(const float* scores,  // [count, W * kLanes]
   for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3
     for (int w = 0; w < W; ++w) maximum[w] = larger(maximum[w], load(scores + (i * W + w) * kLanes));
-  // Finite, so that neither a row of -inf nor one with +inf subtracts infinities.
+  // Finite: neither a row of -inf nor one with +inf may subtract infinities.
   for (int w = 0; w < W; ++w) maximum[w] = maximum[w] > splat(kHuge) ? splat(kHuge) : maximum[w];
   for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3
@@ -293,8 +294,8 @@ void score_chunk(const ScoreParameters& p, int64_t local_head, int64_t c, float*
   });
 }
 
-// Turns a lane vector's maxima into what its weights have to be multiplied with to be probabilities.
-void normalise_lanes(const ScoreParameters& p, int64_t local_head, int64_t lane) {
+// Replaces a lane vector's maxima by the factors that turn its weights into probabilities.
+void normalize_lanes(const ScoreParameters& p, int64_t local_head, int64_t lane) {
   const int64_t chunks = p.vision_chunks + p.text_chunks;
   float* stats = p.stats + local_head * chunks * 2 * p.lane_stride + lane;
   VecFloat maximum = splat(-kHuge), sum{};
@@ -321,7 +322,7 @@ void add_heads(const ScoreParameters& p, int64_t count,
   for (int64_t i = 0; i < count; ++i)
     for (int64_t g = 0; g < p.group; ++g)
       for (int64_t v = 0; v < vectors; ++v) {
-        // The last vector of a head's rows runs into the next head's: past the rows anything may stand until the end.
+        // The last vector of a head's rows overlaps the next head's; values past the rows are never used.
         const int64_t lane = g * p.rows + v * kLanes;
         VecFloat w = load(weights + i * p.lane_stride + lane);
         if (factor) w *= load(factor + lane);
@@ -330,7 +331,7 @@ void add_heads(const ScoreParameters& p, int64_t count,
       }
 }
 
-// The results of one vision chunk: rows that do not see a key count as zero.
+// Writes the results of one vision chunk; rows that do not see a key count as zero.
 void finish_chunk(const ScoreParameters& p, const Chunk& chunk, float* mean) {  // [kChunk, row_stride]
   const int64_t vectors = vectors_of(p.rows);
   for (int64_t i = 0; i < chunk.count; ++i) {
@@ -361,7 +362,7 @@ void clear(float* values, int64_t n) { memset(values, 0, n * sizeof *values); }
 // ---------------------------------------------------------------------------------------------- with lse
 
 template <int W>
-void weigh_tile_normalised(const float* scores,  // [count, W * kLanes]
+void weigh_tile_normalized(const float* scores,  // [count, W * kLanes]
                            int64_t count, int64_t lane_stride,
                            const float* lse,  // [W * kLanes]
                            float* weights) {  // [count, lane_stride]
@@ -369,7 +370,7 @@ void weigh_tile_normalised(const float* scores,  // [count, W * kLanes]
   VecInt live[W];
   for (int w = 0; w < W; ++w) {
     minus[w] = load(lse + w * kLanes);
-    live[w] = minus[w] != splat(-__builtin_inff());  // a row that sees nothing
+    live[w] = minus[w] != splat(-__builtin_inff());  // else the row sees no key
   }
   for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3
@@ -398,12 +399,12 @@ void score_chunks(const ScoreTask& task, int64_t begin, int64_t end) {
     score_chunk(*task.parameters, item / chunks, item % chunks, task.scratch);
 }
 
-void normalise(const ScoreTask& task, int64_t begin, int64_t end) {
+void normalize(const ScoreTask& task, int64_t begin, int64_t end) {
   const ScoreParameters& p = *task.parameters;
   const int64_t groups = p.lane_stride / kLaneStep;
   for (int64_t item = begin; item < end; ++item) {
     const int64_t lane = item % groups * kLaneStep;
-    for (int64_t i = lane; i < lane + kLaneStep && i < p.lanes; i += kLanes) normalise_lanes(p, item / groups, i);
+    for (int64_t i = lane; i < lane + kLaneStep && i < p.lanes; i += kLanes) normalize_lanes(p, item / groups, i);
   }
 }
 
@@ -421,7 +422,7 @@ void average_heads(const ScoreTask& task, int64_t begin, int64_t end) {
   }
 }
 
-void score_normalised(const ScoreTask& task, int64_t begin, int64_t end) {
+void score_normalized(const ScoreTask& task, int64_t begin, int64_t end) {
   const ScoreParameters& p = *task.parameters;
   float* weights = task.scratch + kChunk * (p.dim + kMaxTile);
   for (int64_t c = begin; c < end; ++c) {
@@ -431,7 +432,7 @@ void score_normalised(const ScoreTask& task, int64_t begin, int64_t end) {
     for (int64_t head = 0; head < p.kv_heads; ++head) {
       const float* lse = p.lane_lse + head * p.lane_stride;
       score_tiles(p, head, chunk, task.scratch, [&](int64_t lane, auto width, float* scores) {
-        weigh_tile_normalised<decltype(width)::value>(scores, chunk.count, p.lane_stride, lse + lane, weights + lane);
+        weigh_tile_normalized<decltype(width)::value>(scores, chunk.count, p.lane_stride, lse + lane, weights + lane);
       });
       add_heads(p, chunk.count, weights, nullptr, mean);
     }

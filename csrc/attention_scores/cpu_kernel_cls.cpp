@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// cls_attention on the CPU, compiled per instruction set: one query row a head, so it is a matter of reading k once.
+// cls_attention on the CPU, compiled per instruction set. With one query row per head it is bound by reading k once.
 #include "attention_scores/cpu_kernel_cls.h"
 
 #include "common/cpu_dot.h"
@@ -9,7 +9,7 @@ namespace {
 
 constexpr float kHuge = 3.402823466e38f;
 
-// The softmax of `n` scores in place. A row of -inf gives zeros.
+// Softmax of `n` scores in place. A row of -inf gives zeros.
 void softmax(float* scores, int64_t n) {
   VecFloat maxima = splat(-kHuge), sums{};
   int64_t i = 0;
@@ -17,7 +17,7 @@ void softmax(float* scores, int64_t n) {
   float maximum = -kHuge;
   for (int lane = 0; lane < kLanes; ++lane) maximum = maxima[lane] > maximum ? maxima[lane] : maximum;
   for (; i < n; ++i) maximum = scores[i] > maximum ? scores[i] : maximum;
-  // Finite, so that neither a row of -inf nor one with +inf subtracts infinities.
+  // Finite: neither a row of -inf nor one with +inf may subtract infinities.
   maximum = maximum > kHuge ? kHuge : maximum;
 
   for (i = 0; i + kLanes <= n; i += kLanes) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels of cls_attention work on: cpu_cls.cpp fills it in, cpu_kernel_cls.cpp computes.
+// Parameters of the CPU kernels of cls_attention, set by cpu_cls.cpp.
 #pragma once
 
 #include <cstdint>
@@ -13,14 +13,14 @@ struct ClsParameters {
   const void* k;                                    // [B, heads, span, dim]
   int64_t q_batch, q_head, k_batch, k_head, k_row;  // strides in elements
   int64_t heads, span, dim;
-  int64_t prefix;         // first columns of the result that stay zero
+  int64_t prefix;         // leading columns of the result that stay zero
   const int32_t* counts;  // [B], null: span
   int64_t count_stride;
   float scale;
   Element element;
   int64_t first;         // sequence of the first item
   float* probabilities;  // [sequences of this round, heads, span]
-  float* out;            // [B, span], zero at first
+  float* out;            // [B, span], initially zero
 };
 
 struct ClsTask {
@@ -28,7 +28,7 @@ struct ClsTask {
   float* scratch;  // this thread's, [dim]
 };
 
-// How many columns of sequence b there are.
+// Number of columns of sequence b.
 inline int64_t cls_columns(const ClsParameters& p, int64_t b) {
   const int64_t count = p.counts ? p.counts[b * p.count_stride] : p.span;
   return count < 0 ? 0 : count > p.span ? p.span : count;

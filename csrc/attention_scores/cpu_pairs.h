@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of bfloat16 keys and query rows on machines that multiply pairs of bfloat16 and add in float32 (AVX512-BF16).
+// Products of bfloat16 keys and query rows with AVX512-BF16, which multiplies pairs of bfloat16 and adds in float32.
 //
-// Products are exact and sums float32; numbers below 1.2e-38 count as zero, as that instruction has it.
+// Products are exact and sums float32; the instruction flushes numbers below 1.2e-38 to zero.
 #pragma once
 
 #include "common/cpu_math.h"
@@ -14,7 +14,7 @@ namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 template <int K, int W>
 __attribute__((target("avx512bf16"))) void multiply_pairs(
     const bfloat16* k,
-    const int64_t* offset,  // [count] where a key [dim] is in k
+    const int64_t* offset,  // [count] offset of a key [dim] in k
     int64_t count,
     const float* query,  // [dim / 2, W * kLanes] pairs of bfloat16
     int64_t dim, float scale,

@@ -15,15 +15,15 @@ using cpu::kLaneStep;
 using cpu::ScoreParameters;
 using cpu::ScoreTask;
 
-constexpr int64_t kWorkspaceFloats = 1 << 20;  // aimed at: 4 MiB, about what two cores' level-2 caches hold
+constexpr int64_t kWorkspaceFloats = 1 << 20;  // target size: 4 MiB, about two cores' L2 caches
 constexpr int64_t kMaxRows = 128;              // of a job
-constexpr int64_t kMaxLanes = 1024;            // of a job, so that a chunk's weights stay in the cache
-constexpr int64_t kGrain = 1 << 18;            // least multiplications of a thread
+constexpr int64_t kMaxLanes = 1024;            // of a job: a chunk's weights stay in the cache
+constexpr int64_t kGrain = 1 << 18;            // least multiplications per thread
 
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t chunks_of(int64_t keys) { return (keys + kChunk - 1) / kChunk; }
 
-// The voting rows of one sequence and the keys that the last of them sees.
+// The query rows of one sequence and the keys that the last of them sees.
 struct Contents {
   std::vector<int64_t> row_offset, lse_offset;
   std::vector<int32_t> row_position;
@@ -59,7 +59,7 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   return contents;
 }
 
-// A job and what its pointers point to.
+// The parameters of a job and the memory that they point to.
 struct Job {
   ScoreParameters parameters;
   const ScoreSequence* sequence;
@@ -67,7 +67,7 @@ struct Job {
   std::vector<int32_t> row_position, lane_position;
 };
 
-// Sizes of a job's workspace in floats, in the order in which they are laid out.
+// Sizes of a job's workspace in floats, in memory order.
 struct Sizes {
   int64_t query, lane_lse, stats, weights, mean;
 
@@ -91,7 +91,7 @@ void place(ScoreParameters& p, float* workspace) {
   p.mean = p.weights + sizes.weights;
 }
 
-// Rows of a job: as many as the workspace holds for one key head, and no fewer than fill a vector.
+// Rows of a job: as many as the workspace holds for one key head, but enough to fill a vector.
 int64_t rows_of_job(int64_t rows, int64_t group, int64_t vision) {
   int64_t most = std::min(kMaxRows, std::max<int64_t>(1, kMaxLanes / group));
   while (most * group > kLaneStep && most > 1 && vision * (group + 1) * most > kWorkspaceFloats) most /= 2;
@@ -144,7 +144,7 @@ Job plan_job(const ScoreInputs& inputs, const ScoreSequence& sequence, std::shar
   return job;
 }
 
-// Jobs of different sequences that are computed together; one job where its heads need several rounds.
+// Jobs of different sequences that are computed together; a single job if its heads need several rounds.
 class Batch {
  public:
   explicit Batch(const Tensor& like) : like_(like) {}
@@ -170,7 +170,7 @@ class Batch {
         [](const ScoreParameters& p) { return 4 * p.dim * p.lanes; });
     if (first.lse) {
       phase(
-          cpu::score_normalised, [](const ScoreParameters& p) { return p.vision_chunks; },
+          cpu::score_normalized, [](const ScoreParameters& p) { return p.vision_chunks; },
           [](const ScoreParameters& p) { return p.kv_heads * kChunk * p.dim * p.lane_stride; });
     } else {
       for (int64_t head = 0, block = first.block_heads; head < first.kv_heads; head += block) {
@@ -182,7 +182,7 @@ class Batch {
             cpu::score_chunks, [&](const ScoreParameters& p) { return p.block_heads * chunks(p); },
             [](const ScoreParameters& p) { return kChunk * (p.dim + 16) * p.lane_stride; });
         phase(
-            cpu::normalise, [](const ScoreParameters& p) { return p.block_heads * (p.lane_stride / kLaneStep); },
+            cpu::normalize, [](const ScoreParameters& p) { return p.block_heads * (p.lane_stride / kLaneStep); },
             [&](const ScoreParameters& p) { return 64 * chunks(p) * kLaneStep; });
         phase(
             cpu::average_heads, [](const ScoreParameters& p) { return p.vision_chunks; },
@@ -212,7 +212,7 @@ class Batch {
     }
   }
 
-  // Runs one kernel on the items of all jobs.
+  // Runs one kernel over the items of all jobs.
   template <class Items, class Cost>
   void phase(void (*kernel)(const ScoreTask&, int64_t, int64_t), const Items& items_of, const Cost& cost_of) {
     int64_t items = 0, cost = 0;

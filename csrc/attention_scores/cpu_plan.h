@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// From sequences in any layout to the jobs of cpu_kernel.h: which rows vote, which keys they see, and in what order the
-// threads compute it. Nothing here depends on the number of threads, so neither do the results.
+// Plans the jobs of cpu_kernel.h for sequences in any layout: query rows, the keys that they see, and the order of
+// computation. Nothing depends on the number of threads, so neither do the results.
 #pragma once
 
 #include <cstdint>
@@ -11,36 +11,36 @@
 
 namespace mustdrop {
 
-// What all sequences of a call share. Strides in elements.
+// Inputs that all sequences of a call share. Strides in elements.
 struct ScoreInputs {
   const void* q;
   const void* k;
-  const float* lse;  // null: made from the keys
+  const float* lse;  // null: computed from the keys
   cpu::Element element;
   int64_t heads, kv_heads, dim;
   int64_t q_head, q_row;
   int64_t k_head, k_row, k_dim;
   int64_t lse_head, lse_row;
   float scale;
-  // Paged keys: position p is in block table[p / slots], at p % slots with stride k_row. No pages: slots = 0.
+  // Paged keys: position p is in block table[p / slots], slot p % slots with stride k_row. Not paged: slots = 0.
   int64_t blocks = 0, slots = 0, k_block = 0;
 };
 
 struct ScoreSequence {
-  int64_t rows, length;      // row i stands at position length - rows + i
-  int64_t q_begin, k_begin;  // where its first row and key are
+  int64_t rows, length;      // row i has position length - rows + i
+  int64_t q_begin, k_begin;  // offsets of its first row and key
   int64_t lse_begin;
-  const int32_t* table;  // [ceil(length / slots)], null without pages
+  const int32_t* table;  // [ceil(length / slots)], null if not paged
   const uint8_t* types;  // [length]
-  float* total;          // [length], null where the map is wanted
+  float* total;          // [length], null for text_vision_attention
   float* peak;
-  float* map;  // [max_rows, map_stride], null where the scores are wanted
+  float* map;  // [max_rows, map_stride], null for the scores
   int64_t map_stride;
-  int64_t max_rows;  // query rows past it are left out
-  bool overwrites;   // an earlier sequence of the call has the same places in the results: the last one counts
+  int64_t max_rows;  // query rows past it are ignored
+  bool overwrites;   // an earlier sequence of the call has the same results, which this one replaces
 };
 
-// Adds to the results, which are zero at first. `like` says where workspaces are allocated.
+// Adds to the results, which are initially zero. Allocates workspaces on the device of `like`.
 void run_scores(const ScoreInputs& inputs, const std::vector<ScoreSequence>& sequences, const Tensor& like);
 
 }  // namespace mustdrop

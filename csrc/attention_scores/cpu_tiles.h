@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of bfloat16 keys and query rows in AMX's tile registers: what cpu_pairs.h computes, 16 keys x 16 lanes and 32
-// elements of head_dim an instruction. The packed query is already laid out as the right factor's tile.
+// Products of bfloat16 keys and query rows in AMX tile registers: the products of cpu_pairs.h, with 16 keys x 16 lanes
+// and 32 elements of head_dim per instruction. The packed query already has the layout of the right factor's tile.
 #pragma once
 
 #include "attention_scores/cpu_kernel.h"
@@ -11,7 +11,7 @@ namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 
 #if defined(__AVX512F__)
 
-// 16 keys from `first` on as rows at equal distances: in k where they stand so, else copied. Keys past count: the first one.
+// 16 keys from `first` on as equidistant rows: in k if they are, else copied. Keys past count repeat the first one.
 struct KeyTile {
   const bfloat16* rows;
   int64_t step;  // elements
@@ -33,7 +33,7 @@ inline KeyTile key_tile(const bfloat16* k,
 // scores = scale * keys . query for one chunk and one tile of lanes; dim is a multiple of kTileDim.
 template <int W>
 MUSTDROP_AMX_FUNCTION void multiply_tiles(const bfloat16* k,
-                                          const int64_t* offset,  // [count] where a key [dim] is in k
+                                          const int64_t* offset,  // [count] offset of a key [dim] in k
                                           int64_t count,
                                           const float* query,  // [dim / 2, W * kLanes] pairs of bfloat16
                                           int64_t dim, float scale,

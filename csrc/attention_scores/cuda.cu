@@ -10,9 +10,9 @@ namespace mustdrop {
 namespace {
 
 constexpr int64_t kNoLimit = INT_MAX;
-constexpr int kNormaliserParts = 8;            // of the keys; every user of a row's normaliser reads all of its parts
-constexpr int64_t kMostPartials = 64ll << 20;  // bytes of workspace for the sums of blocks that share a tile
-constexpr int64_t kMostParts = 64ll << 20;     // bytes of workspace for normalisers, unless one part exceeds it
+constexpr int kNormalizerParts = 8;            // of the keys; each use of a row's normalizer reads all of its parts
+constexpr int64_t kMostPartials = 64ll << 20;  // bytes of workspace for partial sums
+constexpr int64_t kMostParts = 64ll << 20;     // bytes of workspace for normalizers, unless one part exceeds it
 
 int32_t narrow(int64_t value) {
   if (value > INT_MAX) throw std::runtime_error("mustdrop: a tensor is too large for the attention scores");
@@ -21,7 +21,7 @@ int32_t narrow(int64_t value) {
 
 // ---------------------------------------------------------------------------------------------- layouts
 
-// The fields that do not depend on the layout; dimensions of q and k (k_rows: of keys) are given by number.
+// Sets the fields that do not depend on the layout. Dimensions of q and k are given by index.
 ScoreParameters describe(const Tensor& q, int64_t q_heads, int64_t q_rows, const Tensor& k, int64_t k_heads,
                          int64_t k_rows, const Tensor& token_types, double scale, const OptionalTensor& lse) {
   const int64_t last = k.dim() - 1, dim = q.size(q.dim() - 1);
@@ -56,14 +56,14 @@ ScoreParameters describe_dense(const Tensor& q, const Tensor& k, const Tensor& t
 
 // ---------------------------------------------------------------------------------------------- launches
 
-// Whether tiles of 128 keys are taken: they read each row half as often, and leave enough for every multiprocessor.
+// Whether tiles of 128 keys are used: they halve the reads of each row; there must be enough for every multiprocessor.
 bool takes_wide_tiles(const ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
   const int64_t tiles = int64_t(p.batch) * ceil_div(keys, kTileKeys<2>);
   return static_cast<int64_t>(sizeof(ScoreShared<2>)) <= facts.shared_bytes &&
          tiles * std::min(kScoreCluster, p.heads) >= facts.multiprocessors;
 }
 
-// How the work is spread over blocks; depends on shapes and on the device alone.
+// Distributes the work over blocks; depends on shapes and the device alone.
 template <class T, int M>
 void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
   p.tiles = narrow(ceil_div(keys, kTileKeys<M>));
@@ -78,7 +78,7 @@ void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
 
   const int64_t heads = int64_t(p.batch) * p.heads, longest = std::max<int64_t>(ceil_div(p.max_keys, kTileKeys<M>), 1);
   const int64_t part_bytes = heads * p.row_capacity * static_cast<int64_t>(sizeof(RowPart));
-  const int64_t most = std::min<int64_t>(kNormaliserParts, kMostParts / std::max<int64_t>(part_bytes, 1));
+  const int64_t most = std::min<int64_t>(kNormalizerParts, kMostParts / std::max<int64_t>(part_bytes, 1));
   const int64_t parts = clamp_to(slots / heads, 1, clamp_to(most, 1, longest));
   p.part_tiles = narrow(ceil_div(longest, parts));
   p.part_count = narrow(ceil_div(longest, p.part_tiles));
@@ -97,8 +97,8 @@ void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, i
   if (uses_partials) p.partials = workspace.allocate<float>(partials);
 
   if (makes_parts)
-    device.launch({dim3(blocks(heads * p.part_count)), kScoreThreads, sizeof(NormaliserShared<M>)},
-                  MUSTDROP_KERNEL(normaliser_kernel<T, M>), p);
+    device.launch({dim3(blocks(heads * p.part_count)), kScoreThreads, sizeof(NormalizerShared<M>)},
+                  MUSTDROP_KERNEL(normalizer_kernel<T, M>), p);
   device.launch({dim3(blocks(tiles * p.splits)), kScoreThreads, sizeof(ScoreShared<M>),
                  uses_partials ? 1u : static_cast<unsigned>(p.splits)},
                 MUSTDROP_KERNEL(score_kernel<T, M>), p);
@@ -107,9 +107,9 @@ void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, i
                   p);
 }
 
-// Everything in `p` but the plan and the workspaces is set; there is at least one sequence and head.
+// `p` is set but for the plan and the workspaces; there is at least one sequence and head.
 void launch_scores(const Device& device, const Tensor& like, ScoreParameters p) {
-  const int64_t keys = p.cu_k ? p.max_keys : p.keys;  // that a sequence may have places for
+  const int64_t keys = p.cu_k ? p.max_keys : p.keys;  // the most keys of a sequence
   if (keys == 0) return;
   p.row_capacity = std::min({p.max_rows_q, p.rows, p.max_rows});
   with_float_type(like.scalar_type(), [&](auto* type) {
@@ -121,7 +121,7 @@ void launch_scores(const Device& device, const Tensor& like, ScoreParameters p) 
   });
 }
 
-// total and peak of this shape. `whole`: the kernel writes every place.
+// total and peak of this shape. `whole`: the kernel writes every element.
 Scores run_scores(const Device& device, const Tensor& like, ScoreParameters p, std::vector<int64_t> shape, bool whole) {
   const bool runs = p.batch > 0 && p.heads > 0;
   const auto allocate = whole && runs ? new_empty : new_zeros;
@@ -166,7 +166,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,           
   p.rows = narrow(q.size(0)), p.max_rows_q = narrow(std::min(max_seqlen_q, q.size(0)));
   p.keys = narrow(k.size(0)), p.max_keys = narrow(std::min(max_seqlen_k, k.size(0)));
   p.cu_q = data<int32_t>(cu_seqlens_q), p.cu_k = data<int32_t>(cu_seqlens_k);
-  const Scores scores = run_scores(device, q, p, {k.size(0)}, false);  // there may be gaps between the sequences
+  const Scores scores = run_scores(device, q, p, {k.size(0)}, false);  // gaps between the sequences stay zero
   return {scores.total, scores.peak};
 }
 
@@ -222,8 +222,7 @@ void launch_cls(const Device& device, const Tensor& q, ClsParameters p) {
   const int64_t bytes = cls_shared_bytes(p.dim, p.span);
   const bool held = bytes <= facts.shared_bytes;
   const int64_t count = int64_t(p.batch) * p.splits * p.span;
-  const bool uses_partials =
-      !(cluster && held);  // what other blocks have is read from their shared memory, or from here
+  const bool uses_partials = !(cluster && held);  // without clusters blocks exchange sums here
   Workspace workspace(q, uses_partials ? Workspace::size(count * 4) * (held ? 1 : 2) : 0);
   if (uses_partials) p.partials = workspace.allocate<float>(count);
   if (!held) p.scores = workspace.allocate<float>(count);

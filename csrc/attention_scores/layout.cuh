@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the sequences of a call are: dense, packed and paged tensors look the same to the kernels behind `sequence_at` and
-// `key_offset`. Everything that only the device knows is clamped here to what the tensors hold.
+// Sequences of dense, packed and paged tensors behind one interface, `sequence_at` and `key_offset`. Values that only
+// the device holds (lengths, block numbers) are clamped here to the extents of the tensors.
 #pragma once
 
 #include "common/device.cuh"
@@ -8,7 +8,7 @@
 
 namespace mustdrop {
 
-// What one part of the keys contributes to the normaliser of one row and head, in units of log2.
+// Contribution of one part of the keys to the normalizer of one row and head, in units of log2.
 struct alignas(8) RowPart {
   float maximum, sum;  // sum of 2^(x - maximum)
 };
@@ -17,17 +17,17 @@ struct alignas(8) RowPart {
 struct ScoreParameters {
   const void* q;               // [B, Hq, Lq, D], packed [total_q, Hq, D]
   const void* k;               // [B, Hk, Lk, D], packed [total_k, Hk, D], paged [blocks, slots, Hk, D]
-  const float* lse;            // [B, Hq, Lq], packed [Hq, total_q]; null: made from the keys
+  const float* lse;            // [B, Hq, Lq], packed [Hq, total_q]; null: computed from the keys
   const uint8_t* token_types;  // [B, Lk], packed [total_k]
   const int32_t* cu_q;         // [B+1]; null: dense
   const int32_t* cu_k;         // [B+1]; null: dense or paged
   const int32_t* seq_lens;     // [B]; null: not paged
   const int32_t* table;        // [B, max_blocks]; null: not paged
-  float* total;                // [B, Lk], packed [total_k]; null where the map is wanted
+  float* total;                // [B, Lk], packed [total_k]; null for text_vision_attention
   float* peak;                 // as total
-  float* map;                  // [B, max_rows, Lk]; null where the scores are wanted
+  float* map;                  // [B, max_rows, Lk]; null for the scores
   RowPart* parts;              // [B, Hq, row_capacity, part_count], workspace; null where lse is given
-  float* partials;             // [B, tiles, splits, row_capacity, tile keys], workspace; null: heads meet in the kernel
+  float* partials;  // [B, tiles, splits, row_capacity, tile keys], workspace; null: the heads are summed in the kernel
 
   int64_t q_batch, q_head, q_row;
   int64_t k_batch, k_head, k_row, k_dim;  // k_row: of a slot where keys are paged
@@ -36,26 +36,26 @@ struct ScoreParameters {
   int64_t type_batch, table_batch;
   int32_t batch, heads, kv_heads, dim;
   int32_t rows, keys;            // dense: Lq and Lk; packed: total_q and total_k; paged: total_q and max_len
-  int32_t max_rows_q, max_keys;  // the longest sequence there may be
+  int32_t max_rows_q, max_keys;  // upper bounds of a sequence's rows and keys
   int32_t blocks, slots, max_blocks;
-  int32_t max_rows;      // query rows past it are left out
+  int32_t max_rows;      // query rows past it are ignored
   int32_t row_capacity;  // query rows of a sequence in a workspace
   int32_t tiles;         // key tiles of a sequence
   int32_t splits;        // blocks that share the heads of a tile
-  int32_t part_count;    // parts of the keys in the normaliser
+  int32_t part_count;    // parts of the keys in the normalizer
   int32_t part_tiles;    // key tiles of a part
   float scale_log2;      // scale * log2(e)
   float head_share;      // 1 / Hq
-  bool vector;           // every row of q and k is a number of aligned 16-byte pieces
+  bool vector;           // each row of q and k consists of aligned 16-byte pieces
 };
 
 struct Sequence {
-  int64_t q, k, lse, out;  // offsets of its first row, key, normaliser and result, in elements
+  int64_t q, k, lse, out;  // offsets of its first row, key, normalizer and result, in elements
   const uint8_t* types;    // [length]
   const int32_t* table;    // [max_blocks] or null
-  int32_t first;           // position of its first row; negative where there are more rows than keys
+  int32_t first;           // position of its first row; negative if there are more rows than keys
   int32_t length;          // keys
-  int32_t places;          // results that belong to it
+  int32_t places;          // results of its own, padding included
 };
 
 struct Span {
@@ -98,7 +98,7 @@ __device__ __forceinline__ Sequence sequence_at(const ScoreParameters& p, int32_
   return s;
 }
 
-// Where the key of a position is, in elements of k; -1 where there is none.
+// Offset of a position's key in elements of k; -1 if there is none.
 __device__ __forceinline__ int64_t key_offset(const ScoreParameters& p, const Sequence& s, int32_t position) {
   if (position >= s.length) return -1;
   if (!s.table) return s.k + position * p.k_row;

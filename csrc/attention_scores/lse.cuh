@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// The normaliser of each query row and head: log sum over keys j <= t, type != 0, of exp(scale q[t] k[j]).
+// The normalizer of each query row and head: log of the sum over keys j <= t that are no padding of exp(scale q[t]
+// k[j]).
 //
-// A block has one head and one part of the keys (split-K). Each thread keeps a maximum and a sum for the keys and rows that
-// it has; they meet once at the end, in a fixed order. The maximum follows only when it is exceeded by 8 (in log2), so
-// that the sum is seldom rescaled and stays far from overflow. Parts are put together where they are used (row_scale).
+// A block processes one head and one part of the keys (split-K). Each thread keeps a maximum and a sum for its keys and
+// rows; these are reduced once at the end, in a fixed order. The maximum is updated only when exceeded by 8 (in log2),
+// so the sum is rarely rescaled and stays far from overflow. row_scale merges the parts where they are used.
 #pragma once
 
 #include "attention_scores/tile.cuh"
@@ -14,10 +15,10 @@ constexpr float kLargest = 3.402823466e+38f;
 constexpr float kSlack = 8.0f;
 
 template <int M>
-struct NormaliserShared {
+struct NormalizerShared {
   TileShared<M> tile;
   RowTile rows;
-  RowPart parts[4][kTileRows];  // of the warps that share rows
+  RowPart parts[4][kTileRows];  // of the four warps that share rows
 };
 
 __device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
@@ -25,10 +26,10 @@ __device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
   return {maximum, a.sum * fast_exp2(a.maximum - maximum) + b.sum * fast_exp2(b.maximum - maximum)};
 }
 
-// Takes x0, x1 (in log2) where they are visible.
+// Adds two scores where they are visible.
 __device__ __forceinline__ void add_scores(RowPart& part, float s0, float s1, bool seen0, bool seen1, float scale) {
   const float x0 = seen0 ? s0 * scale : -kLargest, x1 = seen1 ? s1 * scale : -kLargest;
-  const float top = fminf(fmaxf(x0, x1), kLargest);  // finite, so that infinities are not subtracted
+  const float top = fminf(fmaxf(x0, x1), kLargest);  // finite: infinities must not be subtracted
   if (top > part.maximum + kSlack) {
     part.sum *= fast_exp2(part.maximum - top);
     part.maximum = top;
@@ -37,7 +38,7 @@ __device__ __forceinline__ void add_scores(RowPart& part, float s0, float s1, bo
               (seen1 ? fast_exp2(fmaf(s1, scale, -part.maximum)) : 0.0f);
 }
 
-// What this thread's two keys of a block of 16 are.
+// This thread's two keys of a block of 16.
 struct LaneKeys {
   int32_t position[2];
   bool there[2];
@@ -57,9 +58,9 @@ __device__ __forceinline__ LaneKeys lane_keys(const ScoreParameters& p, const Se
 
 template <class T, int M>
 __global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
-    normaliser_kernel(const __grid_constant__ ScoreParameters p) {
+    normalizer_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
-  NormaliserShared<M>& shared = *reinterpret_cast<NormaliserShared<M>*>(memory);
+  NormalizerShared<M>& shared = *reinterpret_cast<NormalizerShared<M>*>(memory);
   const int32_t part = blockIdx.x % p.part_count, head = blockIdx.x / p.part_count % p.heads;
   const int32_t b = blockIdx.x / p.part_count / p.heads;
   const Sequence s = sequence_at(p, b);
@@ -138,12 +139,12 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
   }
 }
 
-// What turns a score s of one row and head into its share of the head mean: 2^(s scale_log2 - minus) * factor.
+// Maps a score s of one row and head to its share of the head mean: 2^(s scale_log2 - minus) * factor.
 struct alignas(8) RowScale {
   float minus, factor;
 };
 
-// A row that sees nothing has minus = +infinity, and its weights are to be taken as zero.
+// A row that sees no key has minus = +infinity; its weights count as zero.
 __device__ __forceinline__ RowScale row_scale(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t head,
                                               int32_t row, int32_t position) {
   if (p.lse) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which rows are query rows: their number is known on the device alone, so every block finds them itself, a tile at a time.
+// Finds the query rows of a sequence, a tile at a time. Only the device knows their number, so every block searches.
 //
-// A thread looks at 64 consecutive positions, four loads of 16 bytes, and keeps a bit for each; a scan over the block puts
-// the bits in order.
+// A thread reads 64 consecutive positions with four loads of 16 bytes and keeps a bit for each; a scan over the block
+// orders them.
 #pragma once
 
 #include "attention_scores/layout.cuh"
@@ -10,7 +10,7 @@
 namespace mustdrop {
 
 constexpr int kTileRows = 128;      // query rows of a tile
-constexpr int kScoreThreads = 256;  // of every block in this folder but those of cls.cuh
+constexpr int kScoreThreads = 256;  // of every block but those of cls.cuh
 constexpr int kScanned = 64;        // positions of a thread
 
 // A block's query rows, in shared memory.
@@ -20,14 +20,14 @@ struct RowTile {
   int32_t next;
 };
 
-// Bit i: byte i of `word` is a query.
+// Bit i is set if byte i of `word` is kQueryToken.
 __device__ __forceinline__ uint32_t query_bits(uint32_t word) {
-  const uint32_t other = word ^ (kQueryToken * 0x01010101u);  // zero where it is one
+  const uint32_t other = word ^ (kQueryToken * 0x01010101u);  // zero bytes are queries
   const uint32_t zero = ~(((other & 0x7f7f7f7fu) + 0x7f7f7f7fu) | other | 0x7f7f7f7fu);
   return ((zero >> 7) * 0x01020408u) >> 24 & 0xfu;
 }
 
-// Which of the 16 positions from `position` on, where the address is a multiple of 16, are queries in [begin, end).
+// Mask of the queries in [begin, end) among the 16 positions from `position` on, whose address is a multiple of 16.
 __device__ __forceinline__ uint32_t query_mask16(const uint8_t* types, int64_t position, int32_t begin, int32_t end) {
   uint32_t mask = 0;
   if (position >= begin && position + 16 <= end) {
@@ -40,8 +40,8 @@ __device__ __forceinline__ uint32_t query_mask16(const uint8_t* types, int64_t p
   return mask;
 }
 
-// Finds the next query rows from position `next` on, at most `limit` of them, and moves `next` behind them; their number.
-// By the whole block, with the same arguments; ends with a barrier.
+// Finds up to `limit` query rows from position `next` on, advances `next` past them and returns their number. Called by
+// the whole block with equal arguments; ends with a barrier.
 __device__ __forceinline__ int32_t next_rows(const ScoreParameters& p, const Sequence& s, int32_t& next, int32_t limit,
                                              RowTile& tile) {
   for (int i = threadIdx.x; i < kTileRows; i += kScoreThreads) tile.position[i] = -1;

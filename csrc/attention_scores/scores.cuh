@@ -1,33 +1,32 @@
 // SPDX-License-Identifier: Apache-2.0
-// How much the query rows look at each vision token, head mean before row maximum:
+// Attention of the query rows to each vision token, head mean before row maximum:
 //   mean[t, j] = sum over h of exp(scale q[h, t] k[h, j] - lse[h, t]) / H,  zero where j > t
 //   total[j] = sum over t of mean[t, j],  peak[j] = max over t of mean[t, j];  or the map mean itself
 //
-// A block has one tile of keys and some of the heads (split); its threads keep the sum over those heads of their keys and
-// rows in registers. Then the blocks of a cluster read each other's sums in a fixed order, each for its own keys; where
-// there are no clusters the sums go through a workspace to score_finish_kernel. Query rows come in tiles, with a running
-// sum and maximum. The query heads of a group find their slabs of keys in shared memory where a head has at most two.
+// A block processes one tile of keys and some of the heads (split); its threads accumulate the sum over these heads in
+// registers. Then the blocks of a cluster read each other's sums in a fixed order, each for its own keys; without
+// clusters the sums go through a workspace to score_finish_kernel. Query rows are processed in tiles, with a running
+// sum and maximum. The query heads of a group reuse the slabs of keys in shared memory if a head has at most two.
 #pragma once
 
 #include "attention_scores/lse.cuh"
 
 namespace mustdrop {
 
-constexpr int kHeldHeads = 8;     // heads whose row scales are in shared memory at a time
-constexpr int kScoreCluster = 8;  // blocks that share a tile at most: what every device with clusters takes
+constexpr int kHeldHeads = 8;     // heads whose row scales are in shared memory together
+constexpr int kScoreCluster = 8;  // blocks that share a tile at most: the portable cluster size
 
 template <int M>
 struct ScoreShared {
   TileShared<M> tile;
   RowTile rows;
   alignas(16) RowScale scale[kHeldHeads][kTileRows];  // read two rows at a time
-  uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that see nothing
-  float total[kScoreThreads], peak[kScoreThreads];    // of a thread's own rows and key
+  uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that see no key
+  float total[kScoreThreads], peak[kScoreThreads];    // of a thread's rows and key
   int64_t key_offset[kTileKeys<M>];                   // -1: no vision token
   uint32_t vision[kTileKeys<M> / kWarp];              // a bit a key
-  uint32_t
-      taken[kTileKeys<M> / kWarp]
-           [kScoreThreads / kWarp];  // a bit a key, from each warp: a later sequence has the same place in the results
+  // A bit a key, from each warp: a later sequence writes the same result.
+  uint32_t taken[kTileKeys<M> / kWarp][kScoreThreads / kWarp];
 };
 
 struct KeyTile {
@@ -35,8 +34,8 @@ struct KeyTile {
   int32_t lowest, highest;  // positions of its first and last vision token; lowest > highest: there is none
 };
 
-// Which of the 32 keys from `first` on of sequence b are keys of a later sequence too, as far as this warp's share of those
-// goes.
+// Mask of the keys among the 32 from `first` on of sequence b that a later sequence overwrites; of this warp's share of
+// the later sequences.
 __device__ __forceinline__ uint32_t taken_later(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t first) {
   uint32_t taken = 0;
   for (int32_t other = b + 1 + static_cast<int32_t>(threadIdx.x); other < p.batch; other += kScoreThreads) {
@@ -50,7 +49,7 @@ __device__ __forceinline__ uint32_t taken_later(const ScoreParameters& p, const 
   return taken;
 }
 
-// By the whole block, with a barrier.
+// Called by the whole block; contains a barrier.
 template <int M>
 __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t tile,
                                                  ScoreShared<M>& shared) {
@@ -61,7 +60,7 @@ __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const
     const int32_t position = first + static_cast<int32_t>(threadIdx.x);
     const int64_t offset = key_offset(p, s, position);
     const bool vision = offset >= 0 && s.types[position] == kVisionToken;
-    shared.key_offset[threadIdx.x] = vision ? offset : -1;  // no other key is read
+    shared.key_offset[threadIdx.x] = vision ? offset : -1;  // other keys are not read
     const uint32_t bits = __ballot_sync(kFullMask, vision);
     if (lane_id() == 0) shared.vision[warp_id()] = bits;
   }
@@ -84,10 +83,10 @@ __device__ __forceinline__ KeyTile describe_tile(const ScoreParameters& p, const
 
 // ---------------------------------------------------------------------------------------------- results
 
-// A thread has one of the keys that are its block's in the cluster, and every so-and-so-many-th row.
+// A thread's part of the results: one key of its block's share in the cluster, and every `lanes`-th row from `lane` on.
 template <int M>
 struct Column {
-  int32_t keys, key, lane, lanes;  // keys of the block; key in the tile; which of the rows' residues, of how many
+  int32_t keys, key, lane, lanes;  // keys of the block; key in the tile; first row; row step
 
   __device__ __forceinline__ Column()
       : keys(kTileKeys<M> / static_cast<int32_t>(cluster_size())),
@@ -96,7 +95,7 @@ struct Column {
         lanes(kScoreThreads / keys) {}
 };
 
-// Adds a tile of rows to the results, sum_at(row, key) being the sum over all heads.
+// Adds a tile of rows to the results; sum_at(row, key) returns the sum over all heads.
 template <int M, class SumAt>
 __device__ __forceinline__ void add_rows(const ScoreParameters& p, int32_t b, const KeyTile& tile, const Rows& rows,
                                          ScoreShared<M>& shared, const SumAt& sum_at) {
@@ -113,7 +112,7 @@ __device__ __forceinline__ void add_rows(const ScoreParameters& p, int32_t b, co
   shared.peak[threadIdx.x] = peak;
 }
 
-// Writes total and peak. By the whole block.
+// Writes total and peak. Called by the whole block.
 template <int M>
 __device__ __forceinline__ void write_columns(const ScoreParameters& p, const Sequence& s, const KeyTile& tile,
                                               ScoreShared<M>& shared) {
@@ -124,7 +123,7 @@ __device__ __forceinline__ void write_columns(const ScoreParameters& p, const Se
   if (column.lane > 0 || position >= s.places) return;
   if (p.cu_k)
     for (const uint32_t taken : shared.taken[column.key / 32])
-      if (taken >> column.key % 32 & 1) return;  // the last sequence counts
+      if (taken >> column.key % 32 & 1) return;  // the last sequence wins
   float total = shared.total[threadIdx.x], peak = shared.peak[threadIdx.x];
   for (int32_t other = 1; other < column.lanes; ++other) {
     total += shared.total[threadIdx.x + other * column.keys];
@@ -136,7 +135,7 @@ __device__ __forceinline__ void write_columns(const ScoreParameters& p, const Se
 
 // ---------------------------------------------------------------------------------------------- heads
 
-// The row scales of the heads [begin, end), at most kHeldHeads. By the whole block, between barriers.
+// Computes the row scales of the heads [begin, end), at most kHeldHeads. Called by the whole block, between barriers.
 template <int M>
 __device__ __forceinline__ void hold_scales(const ScoreParameters& p, const Sequence& s, int32_t b, const Rows& rows,
                                             int32_t begin, int32_t end, ScoreShared<M>& shared) {
@@ -150,7 +149,7 @@ __device__ __forceinline__ void hold_scales(const ScoreParameters& p, const Sequ
   }
 }
 
-// sums += the weights of one head. `masked`: some row does not see some key, or sees nothing at all.
+// sums += the weights of one head. `masked`: some row does not see some key, or sees none.
 template <int M>
 __device__ __forceinline__ void add_weights(const ScoreParameters& p, const KeyTile& tile,
                                             const RowScale* scale,    // [kTileRows]
@@ -175,9 +174,9 @@ __device__ __forceinline__ void add_weights(const ScoreParameters& p, const KeyT
   }
 }
 
-// Walks through the slabs of one query head after the other.
+// Iterates over the slabs of successive query heads.
 struct HeadCursor {
-  int32_t head, slab, key_head, in_group;  // in_group: of the query heads of key_head
+  int32_t head, slab, key_head, in_group;  // in_group: index among the query heads of key_head
 
   __device__ HeadCursor(int32_t head, int32_t group)
       : head(head), slab(0), key_head(head / group), in_group(head % group) {}
@@ -190,7 +189,8 @@ struct HeadCursor {
   }
 };
 
-// The sums over the heads [begin, end) for one tile of keys and one of rows. By the whole block; ends with a barrier.
+// Computes the sums over the heads [begin, end) for one tile of keys and one of rows. Called by the whole block; ends
+// with a barrier.
 template <class T, int M>
 __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const KeyTile& tile,
                                           const Rows& rows, int32_t begin, int32_t end, ScoreShared<M>& shared,
@@ -200,7 +200,7 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
   const int groups = warp_groups(rows.count);
   const int32_t* position = shared.rows.position;  // [kTileRows]
   const bool hidden = tile.highest > position[0];
-  // Slabs of keys that stay are side by side for one head, and for the next in the other half of the ring.
+  // Resident slabs of keys occupy alternating halves of the ring for successive key heads.
   const auto key_slot = [&](const HeadCursor& at, int slot) {
     return resident ? at.key_head % 2 * slabs + at.slab : slot;
   };
@@ -236,7 +236,7 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
   run_units((end - begin) * slabs, stage, use);
 }
 
-// The sums, from registers to [kTileRows, kScorePitch<M>].
+// Copies the sums from registers to [kTileRows, kScorePitch<M>] in shared memory.
 template <int M>
 __device__ __forceinline__ void exchange_sums(const TileScores<M>& sums, int groups, float* exchange) {
 #pragma unroll
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
 
   Rows rows(s);
   while (tile.lowest <= tile.highest && rows.advance(p, s, shared.rows)) {
-    if (shared.rows.position[rows.count - 1] < tile.lowest) {  // none of these rows sees any of these keys
+    if (shared.rows.position[rows.count - 1] < tile.lowest) {  // no row sees any of the keys
       __syncthreads();
       continue;
     }
@@ -286,7 +286,7 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
       }
     } else {
       add_rows(p, b, tile, rows, shared, [&](int32_t row, int32_t key) {
-        float parts[kScoreCluster];  // all under way at once
+        float parts[kScoreCluster];  // loads in flight together
 #pragma unroll
         for (unsigned rank = 0; rank < kScoreCluster; ++rank)
           parts[rank] = rank < cluster_size() ? cluster_shared(exchange, rank)[row * kScorePitch<M> + key] : 0.0f;
@@ -301,7 +301,7 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
   if (!p.partials) write_columns(p, s, tile, shared);
 }
 
-// Adds what the blocks of score_kernel that share a tile have left in the workspace.
+// Adds the partial sums of the blocks of score_kernel that share a tile.
 template <int M>
 __global__ void __launch_bounds__(kScoreThreads, 2) score_finish_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);

@@ -1,31 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// The CPU kernels are compiled once per instruction set (levels) and chosen when they are called.
+// Levels: the CPU kernels are compiled once per instruction set; calls dispatch at run time.
 //
-// A kernel file `cpu_kernel.cpp` is compiled several times, each time with MUSTDROP_CPU_LEVEL set to the name of a
-// namespace: `baseline` (what the target architecture guarantees), and on x86-64 also `avx2` and `avx512`. Such a file
-// - holds its code in namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL and nothing that the linker could share between levels:
-//   no std:: containers or algorithms, no torch headers, only functions of its own (tests/packaging checks the symbols);
-// - computes a range of independent work items; the threads are the business of the calling cpu.cpp.
+// A file `cpu_kernel*.cpp` is compiled once per level, with MUSTDROP_CPU_LEVEL set to the name of a namespace:
+// `baseline` (the instructions that the architecture guarantees), and on x86-64 also `avx2` and `avx512`. Such a file
+// - holds its code in namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL and nothing that the linker could share between
+//   levels: no std:: containers or algorithms, no torch headers (tests/packaging checks the symbols);
+// - computes a range of independent work items; cpu.cpp distributes them to threads.
 #pragma once
 
 #include <cstdint>
 
 namespace mustdrop::cpu {
 
-// avx512_bf16 is avx512 on a machine that also multiplies pairs of bfloat16, amx_bf16 on one that multiplies tiles of them:
-// the same kernels, which may ask for it.
+// avx512_bf16 and amx_bf16 run the kernels of avx512, which then may multiply pairs, or tiles, of bfloat16.
 enum class Level { baseline, avx2, avx512, avx512_bf16, amx_bf16 };
 
-// The level in use: the best up to avx512_bf16 that this machine has, or the one that MUSTDROP_CPU_CAPABILITY names
-// ("baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"; read once; a level that the machine lacks is refused by an
-// exception at the first call). amx_bf16 has to be named, since it has only run on its plain twin.
+// The level in use: the best of this machine up to avx512_bf16, or the value of MUSTDROP_CPU_CAPABILITY ("baseline",
+// "avx2", "avx512", "avx512_bf16", "amx_bf16"), read once. Throws at the first call if the machine lacks that level.
+// amx_bf16 is never the default: it has only been tested in plain C++ (cpu_amx.h).
 Level level();
 
 enum class Element : int32_t { f32, f16, bf16 };
 
 }  // namespace mustdrop::cpu
 
-// Declares the kernel's levels and mustdrop::cpu::NAME(args, begin, end), which calls the one in use.
+// Declares a kernel at each level, and mustdrop::cpu::NAME(args, begin, end), which calls the level in use.
 #if defined(__x86_64__)
 #define MUSTDROP_CPU_KERNEL(NAME, ARGS)                            \
   namespace mustdrop::cpu {                                        \

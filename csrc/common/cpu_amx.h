@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// AMX's tile registers, each 16 rows of 64 bytes. A tile's number has to be a literal.
+// AMX tile registers, 16 rows of 64 bytes each. A tile's number must be a literal.
 //
-// With MUSTDROP_AMX_PLAIN they are plain C++ with the arithmetic of Intel's Software Developer's Manual, so that tests run
-// on machines without AMX.
+// With MUSTDROP_AMX_PLAIN they are plain C++ with the arithmetic of Intel's Software Developer's Manual, for tests on
+// machines without AMX.
 #pragma once
 
 #include <cstdint>
@@ -35,7 +35,7 @@ inline void store(int tile, void* to, int64_t step) {
   for (int row = 0; row < kRows; ++row) memcpy(static_cast<unsigned char*>(to) + row * step, tiles[tile][row], kBytes);
 }
 
-// Numbers below the smallest normal one count as zero, as inputs and as results.
+// Flushes subnormal numbers to zero, inputs and results.
 inline float flushed(float value) { return __builtin_fabsf(value) < 1.17549435e-38f ? 0.0f * value : value; }
 
 inline float bfloat16_at(const unsigned char* from) {
@@ -47,7 +47,8 @@ inline float bfloat16_at(const unsigned char* from) {
   return flushed(value);
 }
 
-// sum[m][n] += left[m][2k] * right[k][2n] + left[m][2k + 1] * right[k][2n + 1] over k; even and odd products have a sum each.
+// sum[m][n] += left[m][2k] * right[k][2n] + left[m][2k + 1] * right[k][2n + 1] over k; even and odd products are summed
+// separately.
 inline void multiply(int sum, int left, int right) {
   for (int m = 0; m < kRows; ++m)
     for (int n = 0; n < kPairs; ++n) {
@@ -79,7 +80,7 @@ inline void multiply(int sum, int left, int right) {
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 
-// Palette 1: eight tiles, all of the full size.
+// Palette 1: eight tiles of full size.
 struct AmxTiles {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[8] = {64, 64, 64, 64, 64, 64, 64, 64}, reserved_bytes[8] = {};

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Dot products of one float32 vector with rows of any float type: for work that is bound by reading the rows.
+// Dot products of one float32 vector with rows of any float type, for work that is bound by reading the rows.
 #pragma once
 
 #include "common/cpu_math.h"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which instruction set the CPU kernels use on this machine.
+// Selects the level of the CPU kernels on this machine.
 #include <algorithm>
 #include <cstdlib>
 #include <iterator>
@@ -19,13 +19,13 @@ namespace {
 
 constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx_bf16"};  // by Level
 
-// Whether the machine has AMX's tiles and its product of bfloat16, and the kernel lets this process use them.
+// Whether the machine has AMX tiles and AMX-BF16, and the operating system lets this process use them.
 bool has_amx() {
 #if defined(MUSTDROP_AMX_PLAIN)
   return true;
 #elif defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;   // of leaf 7's edx
-  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; the state that holds the tiles
+  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; the tile state
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile) &&
          syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
@@ -34,7 +34,7 @@ bool has_amx() {
 #endif
 }
 
-// The best that is chosen unasked.
+// The best level that is chosen by default.
 Level best_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -71,7 +71,7 @@ Level level() {
 
 }  // namespace mustdrop::cpu
 
-// For `mustdrop doctor`: the level's name, or why there is none.
+// For `mustdrop doctor`: the level's name, or the error.
 extern "C" __attribute__((visibility("default"))) const char* mustdrop_cpu_capability() {
   static const std::string text = [] {
     try {

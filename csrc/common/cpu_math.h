@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Vectors of the level's width, and the exponential function on them.
 //
-// Written with the compilers' vector types (GCC, Clang): the same source for AVX-512, AVX2, SSE2 and NEON. Intrinsics stand
-// only where no vector expression compiles to the instruction, beside a plain twin.
+// Written with vector extensions (GCC, Clang): one source for AVX-512, AVX2, SSE2 and NEON. Intrinsics, with a plain
+// alternative, only where no vector expression compiles to the instruction.
 #pragma once
 
 #include <cstdint>
@@ -67,8 +67,8 @@ inline VecFloat load_part(const T* from, int64_t n) {
 
 inline void store(float* to, VecFloat v) { memcpy(to, &v, sizeof v); }
 
-// Writes to memory without a detour through the caches, which would first read what is overwritten; `at` is a multiple of a
-// vector's size. Other threads may read it after end_streams().
+// Non-temporal store: bypasses the caches, which would first read the line. `at` is aligned to a vector. Other threads
+// may read it after end_streams().
 inline void stream(char* at, VecFloat v) {
 #if defined(__AVX512F__)
   _mm512_stream_ps(reinterpret_cast<float*>(at), reinterpret_cast<__m512>(v));
@@ -87,7 +87,7 @@ inline void end_streams() {
 #endif
 }
 
-// The bytes that can be streamed to `to`: whole vectors, if it is aligned.
+// Bytes that can be streamed to `to`: whole vectors if it is aligned, else 0.
 inline int64_t streamable(const void* to, int64_t bytes) {
   constexpr int64_t kStep = sizeof(VecFloat);
   return reinterpret_cast<uintptr_t>(to) % kStep == 0 ? bytes / kStep * kStep : 0;
@@ -106,10 +106,10 @@ inline void stream_zeros(void* to, int64_t bytes) {
   if (whole < bytes) memset(static_cast<char*>(to) + whole, 0, bytes - whole);
 }
 
-// The larger one; where b is NaN, a.
+// Maximum; a where b is NaN.
 inline VecFloat larger(VecFloat a, VecFloat b) { return b > a ? b : a; }
 
-// The larger one, NaN where either is.
+// Maximum, NaN where either is NaN.
 inline VecFloat larger_or_nan(VecFloat a, VecFloat b) { return (b > a) | (b != b) ? b : a; }
 
 typedef float VecFour __attribute__((vector_size(16)));
@@ -121,7 +121,7 @@ inline Half add_halves(Vector v) {
   return half[0] + half[1];
 }
 
-// The sum of all lanes, in an order that depends on the level alone.
+// Sum of all lanes, in an order that depends only on the level.
 inline float sum_of(VecFloat v) {
 #if defined(__AVX512F__)
   typedef float VecEight __attribute__((vector_size(32)));
@@ -134,12 +134,10 @@ inline float sum_of(VecFloat v) {
   return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
-// e^x, off by 1.01 units in the last place at most; 0 below -86.9, where the result would not be a normal number;
-// infinity above 88.73; NaN stays.
+// e^x, within 1.01 ulp; 0 below -86.9, where the result would be subnormal; infinity above 88.73; NaN for NaN.
 inline VecFloat exp_of(VecFloat x) {
   const VecFloat low = splat(-86.9f), high = splat(88.8f);
-  const VecFloat shift =
-      splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, which is then in the low bits
+  const VecFloat shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   const VecFloat capped = x > high ? high : x;
   const VecFloat shifted = capped * 1.44269504f + shift;
   const VecFloat n = shifted - shift;

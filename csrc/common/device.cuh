@@ -190,7 +190,8 @@ __device__ __forceinline__ void wait_published(const int32_t* flag) {
 }
 
 // Loads four 8x8 matrices of 16-bit elements from shared memory (ldmatrix.x4): lane 8 m + r passes the address of row r
-// (16 bytes) of matrix m; word m of a lane receives row lane / 4, columns 2 (lane % 4) and 2 (lane % 4) + 1 of matrix m.
+// (16 bytes) of matrix m; word m of a lane receives row lane / 4, columns 2 (lane % 4) and 2 (lane % 4) + 1 of matrix
+// m.
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], const char* row) {
   const uint32_t from = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What cuLaunchKernelEx takes, laid out as in cuda.h (tests/backends/test_cupy.py compares the two).
+// Arguments of cuLaunchKernelEx, with the layout of cuda.h (checked by tests/backends/test_cupy.py).
 #pragma once
 
 namespace mustdrop {
@@ -16,6 +16,6 @@ struct DriverConfig {  // CUlaunchConfig
   unsigned attribute_count;
 };
 constexpr unsigned kClusterDimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-constexpr int kInvalidContext = 201;       // CUDA_ERROR_INVALID_CONTEXT: a thread that has not used the device yet
+constexpr int kInvalidContext = 201;       // CUDA_ERROR_INVALID_CONTEXT: a thread without a context on the device
 
 }  // namespace mustdrop

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // float16 and bfloat16 as storage, converted to float32 and back (round to nearest, ties to even).
 //
-// Free of std:: and torch so that every CPU level can compile its own copy; the conversions are plain integer code where
-// the level has no instruction, and vectorise.
+// Without std:: and torch, so each CPU level compiles its own copy. The conversions are plain integer code, which
+// vectorizes, where the level has no instruction.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// Calls visit with a value of the C++ type of the elements, for its type alone.
+// Calls visit with a value of the C++ type of the elements; only its type matters.
 template <class Visit>
 inline void with_element(Element element, const Visit& visit) {
   switch (element) {

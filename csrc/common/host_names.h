@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA's names for a host compiler that reads kernels without compiling them (MUSTDROP_LAUNCHERS_ONLY): it needs their
-// parameters, sizes and names. Everything is declared and nothing defined; a kernel that were called would not link.
+// CUDA's names for a host compiler that needs only the parameters, sizes and names of kernels
+// (MUSTDROP_LAUNCHERS_ONLY). Declarations without definitions: a call of a kernel would not link.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What both host readings of the kernels need of CUDA: its qualifiers and its vector types. host_names.h declares the rest
-// for a compiler that makes the launchers alone, the emulation of the tests defines it.
+// CUDA's qualifiers and vector types for a host compiler. host_names.h declares the remaining names for builds of the
+// launchers alone; the emulation of the tests defines them.
 #pragma once
 
 #define __device__

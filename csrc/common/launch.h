@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// How the CUDA operators reach the device: guard, current stream, device facts, one launch function.
+// Device access of the CUDA operators: device guard, current stream, device properties, kernel launches.
 //
-// The same launchers are compiled three times: by nvcc, with kernels that another compiler makes (MUSTDROP_LAUNCHERS_ONLY,
-// launch_nvrtc.h), and by the tests for the host (MUSTDROP_CUDA_EMULATED): there a launch runs the emulation.
+// The launchers are compiled in three ways: by nvcc; for kernels that NVRTC compiles (MUSTDROP_LAUNCHERS_ONLY,
+// launch_nvrtc.h); and for the host emulation of the tests (MUSTDROP_CUDA_EMULATED).
 #pragma once
 
 #include <array>
@@ -24,16 +24,16 @@ struct Grid {
   dim3 blocks;
   unsigned threads;         // of a block
   size_t shared_bytes = 0;  // dynamic shared memory of a block
-  unsigned cluster = 1;     // consecutive blocks along x that work together; needs has_clusters()
+  unsigned cluster = 1;     // consecutive blocks along x of a cluster; needs has_clusters()
 };
 
 struct DeviceFacts {
   int capability;       // times ten: 80, 90, ...
-  int multiprocessors;  // on the whole device
-  int shared_bytes;     // that a block may ask for
+  int multiprocessors;  // of the device
+  int shared_bytes;     // the most of a block
 };
 
-constexpr int kKnownDevices = 64;  // what is remembered per device is remembered for so many
+constexpr int kKnownDevices = 64;  // devices with cached properties
 
 }  // namespace mustdrop
 
@@ -45,9 +45,9 @@ namespace mustdrop {
 
 #if !defined(MUSTDROP_LAUNCHERS_ONLY)
 
-// The dynamic shared memory that a kernel may be launched with is an attribute of the kernel on a device, not of a launch.
-// Two threads that each set it to the size of their own launch undo each other's, so it is set once, to the most that the
-// device has.
+// The limit on a kernel's dynamic shared memory is an attribute of the kernel on a device, not of a launch. Threads
+// that set it to the size of their own launch would overwrite each other's limit, so it is set once, to the device's
+// maximum.
 class SharedMemoryLimit {
  public:
   template <class Raise>
@@ -65,7 +65,7 @@ class SharedMemoryLimit {
 template <auto kKernel>
 inline SharedMemoryLimit shared_memory_limit;
 
-// A kernel as Device::launch takes it: MUSTDROP_KERNEL(score_kernel<T, M>).
+// A kernel for Device::launch: MUSTDROP_KERNEL(score_kernel<T, M>).
 template <class... Parameters>
 struct Kernel {
   void (*function)(Parameters...);
@@ -112,14 +112,14 @@ inline void check_cuda(cudaError_t error, const char* what) {
 template <int>
 __global__ void architecture_probe() {}
 
-// The device runs PTX of an older architecture where it has no code of its own, so the code's architecture counts.
+// Without code of its own the device runs the PTX of an older architecture; then that architecture decides.
 inline int architecture_of_code() {
   cudaFuncAttributes attributes;
   check_cuda(cudaFuncGetAttributes(&attributes, architecture_probe<0>), "cudaFuncGetAttributes");
   return attributes.ptxVersion;
 }
 
-inline DeviceFacts ask_device(int index) {
+inline DeviceFacts read_device_facts(int index) {
   const auto attribute = [index](cudaDeviceAttr which) {
     int value = 0;
     check_cuda(cudaDeviceGetAttribute(&value, which, index), "cudaDeviceGetAttribute");
@@ -130,7 +130,7 @@ inline DeviceFacts ask_device(int index) {
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin)};
 }
 
-// Makes the tensor's device the current one while it lives, and launches on that device's current stream.
+// Makes the tensor's device current during its lifetime and launches on that device's current stream.
 class Device {
  public:
   explicit Device(const Tensor& like) : index_(like.get_device_index()), guard_(index_) {
@@ -140,11 +140,11 @@ class Device {
   }
 
   DeviceFacts facts() const {
-    static std::array<std::once_flag, kKnownDevices> asked;
-    static std::array<DeviceFacts, kKnownDevices> known;
-    if (index_ >= kKnownDevices) return ask_device(index_);
-    std::call_once(asked[index_], [this] { known[index_] = ask_device(index_); });
-    return known[index_];
+    static std::array<std::once_flag, kKnownDevices> once;
+    static std::array<DeviceFacts, kKnownDevices> facts;
+    if (index_ >= kKnownDevices) return read_device_facts(index_);
+    std::call_once(once[index_], [this] { facts[index_] = read_device_facts(index_); });
+    return facts[index_];
   }
 
   template <class... Parameters, class... Arguments>
@@ -186,7 +186,7 @@ inline unsigned blocks(int64_t count) {
   return static_cast<unsigned>(count);
 }
 
-// Calls f with a null pointer to the element type that is computed with: with_float_type(type, [&](auto* p) {...}).
+// Calls f with a null pointer to the element type: with_float_type(type, [&](auto* p) {...}).
 template <class F>
 void with_float_type(ScalarType type, const F& f) {
   if (type == ScalarType::Float) {
@@ -198,7 +198,7 @@ void with_float_type(ScalarType type, const F& f) {
   }
 }
 
-// One allocation that a launcher divides among the intermediate results of its kernels, 16-byte aligned each.
+// One allocation for the intermediate results of a launcher's kernels, each 16-byte aligned.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t bytes) : bytes_(bytes), memory_(new_empty(like, {bytes}, ScalarType::Byte)) {}
@@ -217,7 +217,7 @@ class Workspace {
   Tensor memory_;
 };
 
-// Whether every address that the pointer and these strides (in elements) give is a multiple of 16 bytes.
+// Whether every row begins and ends at a multiple of 16 bytes.
 inline bool aligned16(const Tensor& t, int64_t last_size) {
   const int64_t size = t.element_size();
   if (reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 || last_size * size % 16) return false;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Launches of kernels that somebody else compiles (MUSTDROP_LAUNCHERS_ONLY): the backend `cupy` hands in functions that find
-// a kernel by its name and launch it. No header and no library of CUDA is needed to build this.
+// Launches of kernels that NVRTC compiles (MUSTDROP_LAUNCHERS_ONLY): the backend `cupy` sets functions that find a
+// kernel by its name and launch it. Builds without CUDA's headers and libraries.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -11,7 +11,7 @@
 
 namespace mustdrop {
 
-// What Python hands in. Functions that return text return null where all is well, else what is wrong.
+// Functions set by Python. Those that return text return null, or an error message.
 struct LaunchHooks {
   const char* (*facts)(int device, int* facts);  // capability, multiprocessors, shared_bytes
   const char* (*find)(int device, const char* signature, void** function);
@@ -25,11 +25,12 @@ inline LaunchHooks& launch_hooks() {
   return hooks;
 }
 
-inline void check_hook(const char* problem) {
+// Throws unless `problem` is null.
+inline void throw_problem(const char* problem) {
   if (problem) throw std::runtime_error(std::string("mustdrop: ") + problem);
 }
 
-// A kernel by name, and where it is on each device. All of them are in one list.
+// A kernel's name and its function on each device. All kernels are in one linked list.
 struct KernelName {
   const char* signature;  // ends in "... = score_kernel<float, 1>]"
   std::array<std::atomic<void*>, kKnownDevices> functions{};
@@ -45,7 +46,7 @@ struct KernelName {
     const bool known = device >= 0 && device < kKnownDevices;
     void* function = known ? functions[device].load(std::memory_order_acquire) : nullptr;
     if (function) return function;
-    check_hook(launch_hooks().find(device, signature, &function));
+    throw_problem(launch_hooks().find(device, signature, &function));
     if (known) functions[device].store(function, std::memory_order_release);
     return function;
   }
@@ -68,21 +69,21 @@ NamedKernel<Parameters...> named_kernel(void (*)(Parameters...)) {
 }
 #define MUSTDROP_KERNEL(...) ::mustdrop::named_kernel<__VA_ARGS__>(static_cast<decltype(&__VA_ARGS__)>(nullptr))
 
-// Makes the tensor's device the current one while it lives, and launches on that device's current stream.
+// Makes the tensor's device current during its lifetime and launches on that device's current stream.
 class Device {
  public:
   explicit Device(const Tensor& like) : index_(like.get_device_index()) {
-    if (index_ >= 0) guard_.emplace(index_);  // tests hand in tensors of the CPU
-    if (!launch_hooks().launch) throw std::runtime_error("mustdrop: nobody has connected the launchers");
+    if (index_ >= 0) guard_.emplace(index_);  // tests use CPU tensors
+    if (!launch_hooks().launch) throw std::runtime_error("mustdrop: the launchers are not connected");
     if (launch_hooks().current_stream(index_, &stream_)) throw std::runtime_error("mustdrop: torch has no stream");
   }
 
   DeviceFacts facts() const {
-    static std::array<std::once_flag, kKnownDevices> asked;
-    static std::array<DeviceFacts, kKnownDevices> known;
-    if (index_ < 0 || index_ >= kKnownDevices) return ask();
-    std::call_once(asked[index_], [this] { known[index_] = ask(); });
-    return known[index_];
+    static std::array<std::once_flag, kKnownDevices> once;
+    static std::array<DeviceFacts, kKnownDevices> facts;
+    if (index_ < 0 || index_ >= kKnownDevices) return read_facts();
+    std::call_once(once[index_], [this] { facts[index_] = read_facts(); });
+    return facts[index_];
   }
 
   template <class... Parameters>
@@ -98,7 +99,7 @@ class Device {
                               grid.cluster > 1 ? 1u : 0u};
     int error = launch_hooks().launch(&config, function, pointers, nullptr);
     if (error == kInvalidContext) {
-      check_hook(launch_hooks().make_current(index_));
+      throw_problem(launch_hooks().make_current(index_));
       error = launch_hooks().launch(&config, function, pointers, nullptr);
     }
     if (error)
@@ -107,9 +108,9 @@ class Device {
   }
 
  private:
-  DeviceFacts ask() const {
+  DeviceFacts read_facts() const {
     int facts[3];
-    check_hook(launch_hooks().facts(index_, facts));
+    throw_problem(launch_hooks().facts(index_, facts));
     return {facts[0], facts[1], facts[2]};
   }
 

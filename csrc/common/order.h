@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The one order of all selections as unsigned integers: a key rises with its score, -0.0 and +0.0 have the same one, NaN
-// has 0, below everything. Free of std:: and torch so that every CPU level can compile its own copy.
+// The order of all selections as unsigned keys: increasing with the score, equal for -0.0 and +0.0, 0 (lowest) for NaN.
+// Without std:: and torch, so each CPU level compiles its own copy.
 #pragma once
 
 #include "common/float_types.h"
@@ -9,13 +9,13 @@ namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 
 inline uint32_t order_key(float score) {
   const uint32_t bits = float_to_bits(score + 0.0f);                                            // -0.0 becomes +0.0
-  const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;  // a negative: every bit
+  const uint32_t flip = static_cast<uint32_t>(static_cast<int32_t>(bits) >> 31) | 0x80000000u;  // negative: all bits
   return score != score ? 0u : bits ^ flip;
 }
 
 inline uint32_t order_key(bfloat16 score) { return order_key(to_float(score)); }
 
-// From the bits as they are: subnormal numbers, which are frequent in float16, convert slowly.
+// Computed from the bits: subnormal numbers, frequent in float16, convert slowly.
 inline uint32_t order_key(half score) {
   const uint32_t bits = score.bits, size = bits & 0x7fffu;
   const uint32_t key = bits & 0x8000u ? 0x8000u - size : 0x8000u + size;

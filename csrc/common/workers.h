@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Spreading independent items of work over torch's threads.
+// Distributes independent work items over torch's threads.
 #pragma once
 
 #include <algorithm>
@@ -11,14 +11,13 @@
 
 namespace mustdrop {
 
-// How many threads are worth starting for `items` pieces of work of `cost` bytes each, where a thread should have at
-// least `grain` bytes to do.
+// Number of threads for `items` work items of `cost` bytes each, with at least `grain` bytes per thread.
 inline int64_t worker_count(int64_t items, int64_t cost, int64_t grain) {
   const int64_t items_each = std::max<int64_t>(1, grain / std::max<int64_t>(1, cost));
   return std::clamp<int64_t>(items / items_each, 1, torch::stable::get_num_threads());
 }
 
-// Calls work(worker) once for each worker, each on a thread of its own where torch has as many. `work` must not throw.
+// Calls work(worker) once for each worker, in parallel. `work` must not throw.
 template <class Work>
 void run_workers(int64_t workers, const Work& work) {
   if (workers == 1) return work(0);
@@ -27,9 +26,9 @@ void run_workers(int64_t workers, const Work& work) {
   });
 }
 
-// Calls work(worker, begin, end) for ranges that cover [0, items). A worker goes through a part of its own, the same in every
-// call of this size, so that what it has touched is in its caches; whoever is done helps the others. So items may differ in
-// cost; what an item computes must not depend on its worker. `work` must not throw.
+// Calls work(worker, begin, end) for ranges that cover [0, items). Each worker begins with a part of its own, the same
+// in every call of this size, which its caches may hold; then it steals from the others, so items may differ in cost.
+// Results must not depend on the worker. `work` must not throw.
 template <class Work>
 void share_items(int64_t items, int64_t workers, const Work& work) {
   if (workers == 1) return work(0, 0, items);

@@ -7,7 +7,7 @@
 
 namespace mustdrop {
 
-// What a dense and a paged cache differ in.
+// Differences between dense and paged caches.
 struct CacheLayout {
   const char* names[4];  // of the dimensions
   int64_t shared;        // leading dimensions in which all layers agree

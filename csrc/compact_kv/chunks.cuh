@@ -1,31 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
-// The moves of kernel.cuh for a few long streams: cut into chunks of consecutive moves, a block makes one of them.
+// The moves of kernel.cuh for few long streams: a block executes one chunk of consecutive moves.
 //
-// Why it is race-free. A store of chunk c can only overwrite sources of chunks <= c (kernel.cuh). So a block reads all
-// sources of its chunk, says so in a flag, waits for the flags of those chunks before it whose sources lie where its
-// targets are, and only then stores. keep ascends, so the sources of a chunk lie between its first and its last one, as
-// its targets do. Where little was dropped these are the chunk just before, or some before that if more than a chunk was
-// dropped in front; where every second position goes, one or two that are half as far along; where nothing was dropped
-// so far, none.
+// Race freedom: a store of chunk c can only overwrite sources of chunks <= c (kernel.cuh). So a block reads all sources
+// of its chunk, publishes a flag, waits for the flags of the preceding chunks whose sources its targets overlap, and
+// then stores. keep ascends, so the sources of a chunk lie between its first and its last source, and so do its
+// targets. The chunks to wait for are few: the preceding one or some before it if little is dropped, one or two at half
+// the distance if every second position is dropped, none if nothing is dropped so far.
 //
-// Why it never hangs. Blocks start in any order and not all at once, so a block takes its number from a counter: whoever
-// has a lower one is running. A number stands for (chunk, stream), lower chunks first, and is only waited for by higher
-// ones; between taking it and setting the flag no block waits. A `keep` that does not ascend makes blocks wait for other
-// flags, but never for one that nobody sets.
+// Deadlock freedom: blocks start in any order and not all at once, so a block takes its number from a counter, and
+// blocks with lower numbers are running. A number stands for (chunk, stream), lower chunks first; only higher numbers
+// wait for it, and no block waits between taking its number and publishing its flag. If `keep` does not ascend, blocks
+// wait for other flags, but only for flags that are published.
 //
-// Pieces go to shared memory as they are read: a thread that holds one there has received it, so no load is under way
-// any more when the flag is set, and the registers are free for other blocks of the multiprocessor.
+// Pieces are stored in shared memory as they are read: then their loads are complete before the flag is published, and
+// the registers are free for other blocks of the multiprocessor.
 #pragma once
 
 #include "compact_kv/kernel.cuh"
 
 namespace mustdrop {
 
-constexpr int kCompactTiles = 2;  // of kCompactUnroll pieces for each thread
+constexpr int kCompactTiles = 2;  // of kCompactUnroll pieces per thread
 
 struct CompactChunks {
   int32_t* ticket;  // [1], zero before the launch
-  int32_t* read;    // [streams, chunks], zero before the launch; not zero: the sources of the chunk have been read
+  int32_t* read;    // [streams, chunks], zero before the launch; nonzero once the sources of the chunk have been read
   int64_t batch, streams, chunks;
   int32_t moves;  // of a chunk
 };
@@ -41,16 +40,16 @@ __host__ __device__ constexpr int64_t compact_chunk_bytes(int32_t moves) {
   return kCompactTicketBytes + moves * int64_t(sizeof(CompactMove)) +
          kCompactTiles * kCompactUnroll * kCompactThreads * int64_t(sizeof(Piece));
 }
-static_assert(compact_chunk_bytes<uint4>(compact_chunk_moves(1)) <= 99 << 10, "what every device has for a block");
+static_assert(compact_chunk_bytes<uint4>(compact_chunk_moves(1)) <= 99 << 10, "the limit of a block on every device");
 
-// The block's number. Every thread of the block takes part.
+// The block's number. Called by the whole block.
 __device__ __forceinline__ int compact_ticket(int32_t* counter, int32_t* shared) {
   if (threadIdx.x == 0) *shared = atomicAdd(counter, 1);
   __syncthreads();
   return *shared;
 }
 
-// Waits for the chunks before this one whose sources this one overwrites; every thread for other ones.
+// Waits for the preceding chunks whose sources this one overwrites; each thread for different chunks.
 __device__ __forceinline__ void compact_wait(const CompactStream& s, bool align_end, const CompactChunks& c,
                                              const int32_t* read,  // [chunks]
                                              int64_t chunk) {
@@ -60,9 +59,9 @@ __device__ __forceinline__ void compact_wait(const CompactStream& s, bool align_
   const int64_t begin = chunk * c.moves, end = begin + c.moves < s.n ? begin + c.moves : s.n;
   const int64_t first = target(begin), last = target(end - 1);
   for (int64_t other = chunk - 1 - threadIdx.x; other >= 0; other -= kCompactThreads) {
-    if (comes_before(source((other + 1) * c.moves - 1), first)) break;  // and so do those before it
+    if (comes_before(source((other + 1) * c.moves - 1), first)) break;  // as do those before it
     const int64_t other_first = source(other * c.moves);
-    // Entries of -1 past the kept ones come first with align_end, and say nothing about the sources after them.
+    // With align_end the entries of -1 past the kept ones come first; they do not bound the sources after them.
     if (other_first < 0 || !comes_before(last, other_first)) wait_published(read + other);
   }
 }
@@ -100,11 +99,11 @@ __global__ void __launch_bounds__(kCompactThreads)
     for (int u = 0; u < kCompactUnroll; ++u)
       pieces[(tile * kCompactUnroll + u) * kCompactThreads + threadIdx.x] = held[u];
   }
-  __syncthreads();  // all of the chunk's sources have been read
+  __syncthreads();  // the chunk's sources have been read
   int32_t* read = c.read + stream * c.chunks;
   if (threadIdx.x == 0) publish(read + chunk);
   compact_wait(s, p.align_end, c, read, chunk);
-  __syncthreads();  // what one thread has waited for is so for all
+  __syncthreads();  // each thread's waits hold for the whole block
 #pragma unroll 1
   for (int tile = 0; tile < kCompactTiles; ++tile) {
 #pragma unroll

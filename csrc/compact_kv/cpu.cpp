@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// compact_kv_ and compact_paged_kv_ on the CPU: all layers in one call, cut into streams (stream.h) for the threads.
+// compact_kv_ and compact_paged_kv_ on the CPU: the threads share the streams (stream.h) of all layers.
 #include "common/workers.h"
 #include "compact_kv/checks.h"
 #include "compact_kv/stream.h"
@@ -8,7 +8,7 @@ namespace mustdrop {
 namespace {
 
 constexpr int64_t kGrainBytes = 128 << 10;  // least work of a thread
-constexpr int64_t kStreamsPerThread = 4;    // so that the last streams do not leave threads idle
+constexpr int64_t kStreamsPerThread = 4;    // for balance at the end
 
 // --- From tensors to streams ------------------------------------------------------------------------------------
 
@@ -35,9 +35,9 @@ KeepSet describe_keep(const Tensor& keep, const Tensor& counts) {
 // The keys or the values of one layer. Strides are in bytes.
 struct Cache {
   char* data;
-  int64_t batch_stride;  // 0 where the block table tells the sequences apart
+  int64_t batch_stride;  // 0 with a block table
   int64_t batch, heads;
-  int64_t groups;         // of heads; a stream takes the heads of one group
+  int64_t groups;         // of heads; a stream moves the heads of one group
   PositionLayout layout;  // with all heads
   SlotMap map;            // without a table
   const KeepSet* set;
@@ -46,7 +46,7 @@ struct Cache {
   int64_t bytes() const { return batch * heads * set->capacity * layout.dims * layout.run; }
 };
 
-// The dimensions of a cache that hold one position: heads, then head_dim.
+// Layout of one position of a cache: heads, then head_dim.
 PositionLayout describe_position(const Tensor& cache, int64_t heads_dim) {
   const int64_t element = static_cast<int64_t>(cache.element_size()), dims = cache.size(3);
   const bool dense = cache.stride(3) == 1 || dims <= 1;
@@ -54,8 +54,8 @@ PositionLayout describe_position(const Tensor& cache, int64_t heads_dim) {
           dense ? dims * element : element};
 }
 
-// How many groups to cut the heads into: single heads where each has its own memory or its own set; where a position's
-// heads lie side by side, as many as the threads need.
+// Number of groups of heads: single heads if each has its own memory or its own set; else, with a position's heads side
+// by side, as many as the threads need.
 int64_t head_groups(const Cache& cache, int64_t caches) {
   if (cache.set->per_head || cache.layout.head_stride > cache.map.slot_stride) return cache.heads;
   const int64_t wanted = torch::stable::get_num_threads() * kStreamsPerThread;
@@ -80,7 +80,7 @@ Stream make_stream(const CompactParameters& p, const Cache& cache, const int32_t
   stream.data = cache.data + b * cache.batch_stride + head * cache.layout.head_stride;
   stream.layout = cache.layout;
   stream.layout.heads = end - head;
-  if (stream.layout.dims == 1 && cache.layout.head_stride == cache.layout.run) {  // heads side by side: one piece
+  if (stream.layout.dims == 1 && cache.layout.head_stride == cache.layout.run) {  // contiguous heads: one piece
     stream.layout.run *= stream.layout.heads;
     stream.layout.heads = 1;
   }
@@ -95,7 +95,7 @@ Stream make_stream(const CompactParameters& p, const Cache& cache, const int32_t
 }
 
 void run(const CompactParameters& p) {
-  std::vector<int64_t> first{0};  // the first stream of each cache, and the end
+  std::vector<int64_t> first{0};  // first stream of each cache, and the end
   int64_t bytes = 0;
   for (const Cache& cache : p.caches) {
     first.push_back(first.back() + cache.streams());

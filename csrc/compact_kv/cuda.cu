@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// compact_kv_ and compact_paged_kv_ on CUDA: checks, the table of layers, one launch of one of two kernels.
+// compact_kv_ and compact_paged_kv_ on CUDA: checks, parameters of all layers, one launch of one of two kernels.
 #include "common/launch.h"
 #include "compact_kv/checks.h"
 #include "compact_kv/chunks.cuh"
@@ -7,22 +7,22 @@
 namespace mustdrop {
 namespace {
 
-// Layers in a kernel's parameters: 4 KiB of them is what every driver takes, 32 KiB what CUDA 12.1 and newer take.
+// Layers in a kernel's parameters: every driver accepts 4 KiB, CUDA 12.1 and newer accept 32 KiB.
 constexpr int kFewLayers = 20;
 constexpr int kManyLayers = 160;
 static_assert(sizeof(CompactParameters<kFewLayers>) + sizeof(CompactChunks) <= 4096,
               "the older limit on kernel parameters");
 static_assert(sizeof(CompactParameters<kManyLayers>) <= 32764, "the limit on kernel parameters");
 
-constexpr int64_t kLeastRun = 64;     // bytes of a row that are worth a block of their own
-constexpr int64_t kLeastChunks = 32;  // of a stream that is cut into chunks: below, zeroing the flags costs too much
+constexpr int64_t kLeastRun = 64;     // least bytes of a row per block
+constexpr int64_t kLeastChunks = 32;  // fewest chunks of a stream: below, zeroing the flags costs too much
 
 struct Plan {
   std::vector<CompactLayer> layers;
   CompactPages pages{};
   int64_t batch = 0, heads = 0, row_bytes = 0;
   int64_t capacity = 0;  // the largest K
-  int piece = 16;        // bytes moved by one access
+  int piece = 16;        // bytes per access
   bool align_end = false;
 
   void fit_piece(int64_t value) {
@@ -37,7 +37,7 @@ CompactCache describe_cache(const Tensor& t, int64_t head_dim, Plan& plan) {
                      t.size(3) * size};
   if (t.size(3) > 1 && t.stride(3) != 1) {
     cache.element_stride = t.stride(3) * size;
-    plan.fit_piece(size);  // elements with gaps: a piece holds no more than one
+    plan.fit_piece(size);  // elements with gaps: a piece holds at most one
     plan.fit_piece(cache.element_stride);
   }
   for (const int64_t value : {cache.outer_stride, cache.head_stride, cache.slot_stride, cache.row_bytes,
@@ -85,7 +85,7 @@ int64_t streams_of(const Plan& plan, size_t layers) {
   return static_cast<int64_t>(2 * layers) * plan.batch * plan.heads;
 }
 
-// As many columns side by side as a row has.
+// The power of two of columns that covers a row, up to the threads of a block.
 int32_t columns_of(int64_t pieces) {
   int32_t columns = 1;
   while (columns < kCompactThreads && columns < pieces) columns *= 2;
@@ -97,7 +97,7 @@ void launch_compact(const Device& device, const Plan& plan, size_t first) {
   const size_t layers = std::min<size_t>(kLayers, plan.layers.size() - first);
   CompactParameters<kLayers> p = parameters<kLayers>(plan, first, layers);
 
-  // Fewer columns, but runs of kLeastRun bytes still, where there are too few streams for the device.
+  // Too few streams for the device: fewer columns per block, down to runs of kLeastRun bytes.
   const int64_t pieces = ceil_div(plan.row_bytes, sizeof(Piece)), streams = streams_of(plan, layers);
   p.columns = columns_of(pieces);
   while (streams * ceil_div(pieces, p.columns) < 4 * device.facts().multiprocessors &&
@@ -109,13 +109,13 @@ void launch_compact(const Device& device, const Plan& plan, size_t first) {
   device.launch(grid, MUSTDROP_KERNEL(compact_kernel<Piece, kLayers>), p);
 }
 
-// Whether a block for each stream, be it split into runs as short as they may be, would leave half of the device idle.
+// Whether one block per stream, split into the shortest runs, would leave half of the device idle.
 bool leaves_idle(const Device& device, const Plan& plan) {
   const int64_t runs = streams_of(plan, plan.layers.size()) * ceil_div(plan.row_bytes, kLeastRun);
   return plan.layers.size() <= kFewLayers && 2 * runs <= device.facts().multiprocessors;
 }
 
-// A block for each chunk of moves. Returns false, and does nothing, where streams are too short for that.
+// Launches a block per chunk of moves. Returns false, without a launch, if the streams are too short.
 template <class Piece>
 bool launch_chunks(const Device& device, const Plan& plan, const Tensor& like) {
   const int64_t pieces = ceil_div(plan.row_bytes, sizeof(Piece));

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// In place, for every layer, cache (keys, values), sequence b and head h: slot to(i) takes what slot keep[i] held, i < n,
-// n = clamp(counts, 0, K); to(i) = i, or end - n + i with align_end. A move that leaves the tensors is skipped.
+// In-place compaction. For every layer, cache (keys, values), sequence b and head h: slot to(i) = slot keep[i], i < n,
+// n = clamp(counts, 0, K); to(i) = i, or end - n + i with align_end. Moves from or to outside the tensors are skipped.
 //
-// Why it is race-free. keep ascends, so keep[i] >= i, and slot i is the source of moves m <= i alone: written in order, a
-// store of tile t can only overwrite sources of tiles <= t. So one barrier between the loads of a tile and its stores is
-// enough, and later tiles may be loaded at any time: tiles t and t + 1 share a barrier, and t + 2 is loaded while they are
-// stored. With align_end all of it is mirrored and the moves are made last to first. 16-byte columns of a row are independent
-// of each other: few heads are split by columns over several blocks, which then never wait for one another, however long the
-// sequence is. A `keep` that does not ascend breaks the order, so that what ends up in the slots is unspecified; nothing
-// outside the tensors is touched then either, since each move is checked by itself.
+// Race freedom: keep ascends, so keep[i] >= i, and slot i is the source only of moves m <= i. With stores in order, a
+// store of tile t can only overwrite sources of tiles <= t. So one barrier between the loads and the stores of a tile
+// suffices, and later tiles may be loaded at any time: tiles t and t + 1 share a barrier, and t + 2 is loaded while
+// they are stored. align_end mirrors this and makes the moves last to first. The 16-byte columns of a row are
+// independent: few heads are split by columns over several blocks, which never wait for each other. If `keep` does not
+// ascend, the contents of the slots are unspecified; each move is checked by itself, so nothing outside the tensors is
+// accessed.
 //
-// A block owns one stream: (layer, cache, b, h, a range of columns). Each thread keeps to one column. A few long streams are
-// moved by the kernel of chunks.cuh.
+// A block processes one stream: (layer, cache, b, h, a range of columns); each thread processes one column. The kernel
+// of chunks.cuh is for few long streams.
 #pragma once
 
 #include "common/device.cuh"
@@ -19,8 +19,8 @@
 namespace mustdrop {
 
 constexpr int kCompactThreads = 256;
-constexpr int kCompactChunk = 1024;  // moves that are looked up together
-constexpr int kCompactUnroll = 4;    // pieces that a thread has under way, twice
+constexpr int kCompactChunk = 1024;  // moves whose offsets are computed together
+constexpr int kCompactUnroll = 4;    // pieces in flight per thread, twice
 
 struct CompactCache {
   char* base;            // [B, Hk, L, row bytes], or [blocks, slots, Hk, row bytes]
@@ -36,7 +36,7 @@ struct CompactKeep {
   const int64_t* keep;                                                                 // [B, K] or [B, Hk, K]
   const int32_t* counts;                                                               // [B] or [B, Hk]
   int64_t capacity;                                                                    // K
-  int64_t keep_batch_stride, keep_head_stride, count_batch_stride, count_head_stride;  // 0 where heads share a set
+  int64_t keep_batch_stride, keep_head_stride, count_batch_stride, count_head_stride;  // 0 if heads share a set
 };
 
 struct CompactLayer {
@@ -48,21 +48,21 @@ struct CompactLayer {
 
 struct CompactPages {
   const int32_t* block_table;  // [B, max_blocks]; null for dense caches
-  const int32_t* seq_lens;     // [B], where align_end ends; null without
+  const int32_t* seq_lens;     // [B], end of align_end; null without
   int64_t table_stride, seq_stride, max_blocks, slots, blocks;
 };
 
 template <int kLayers>
 struct CompactParameters {
   CompactPages pages;
-  int64_t heads;    // the most that a layer has
+  int64_t heads;    // maximum over the layers
   int32_t columns;  // threads side by side, a power of two
   int32_t splits;   // ranges of columns
   bool align_end;
   CompactLayer layers[kLayers];
 };
 
-// Byte offsets within one head's cache; from < 0: nothing to do.
+// Byte offsets within one head's cache; from < 0: no move.
 struct CompactMove {
   int64_t from, to;
 };
@@ -72,7 +72,7 @@ struct CompactStream {
   int64_t b, n, extent, end;
 };
 
-// Byte offset of a position, -1 where it is in no block of the table.
+// Byte offset of a position, -1 if the table has no block for it.
 __device__ __forceinline__ int64_t compact_offset(const CompactPages& pages, const CompactCache& cache, int64_t b,
                                                   int64_t position) {
   if (!pages.block_table) return position * cache.slot_stride;
@@ -81,7 +81,7 @@ __device__ __forceinline__ int64_t compact_offset(const CompactPages& pages, con
   return block * cache.outer_stride + position % pages.slots * cache.slot_stride;
 }
 
-// The entry of keep that a step is about, and the position that it goes to.
+// The entry of keep for a step, and the target position of an entry.
 __device__ __forceinline__ int64_t compact_entry(const CompactStream& s, bool align_end, int64_t step) {
   return align_end ? s.n - 1 - step : step;
 }
@@ -98,7 +98,7 @@ __device__ __forceinline__ CompactMove compact_move(const CompactPages& pages, c
   return from < 0 || to < 0 ? CompactMove{-1, -1} : CompactMove{from, to};
 }
 
-// A thread's part of a chunk of moves: rows first, first + step, ...
+// A thread's rows of a chunk of moves: first, first + step, ...
 struct CompactRows {
   int first, step, moves;
   bool active;
@@ -118,7 +118,7 @@ __device__ __forceinline__ CompactStream compact_stream(const CompactParameters<
   return s;
 }
 
-// Where this thread's column of a range of columns is at offset 0, and its rows but for `moves`.
+// Address of this thread's column at offset 0; sets `rows` but for `moves`.
 template <class Piece, int kLayers>
 __device__ __forceinline__ char* compact_column(const CompactParameters<kLayers>& p, const CompactCache& cache,
                                                 int64_t b, int64_t h, int64_t split, CompactRows& rows) {
@@ -155,7 +155,7 @@ __device__ __forceinline__ void compact_store(const Piece (&held)[kCompactUnroll
   }
 }
 
-// Makes up to kCompactChunk moves that have been looked up. Every thread of the block takes part.
+// Executes up to kCompactChunk moves. Called by the whole block.
 template <class Piece>
 __device__ __forceinline__ void compact_chunk(const CompactMove* moves, char* column, const CompactRows& rows) {
   Piece even[kCompactUnroll] = {}, odd[kCompactUnroll] = {};
@@ -163,7 +163,7 @@ __device__ __forceinline__ void compact_chunk(const CompactMove* moves, char* co
   compact_load(even, moves, column, rows, 0);
   for (int tile = 0; tile < tiles; tile += 2) {
     compact_load(odd, moves, column, rows, tile + 1);
-    __syncthreads();  // all loads of `tile` and `tile + 1` are done
+    __syncthreads();  // the loads of `tile` and `tile + 1` are complete
     compact_store(even, moves, column, rows, tile);
     compact_load(even, moves, column, rows, tile + 2);
     compact_store(odd, moves, column, rows, tile + 1);
@@ -186,7 +186,7 @@ __global__ void __launch_bounds__(kCompactThreads)
 
   for (int64_t begin = 0; begin < s.n; begin += kCompactChunk) {
     rows.moves = static_cast<int>(s.n - begin < kCompactChunk ? s.n - begin : kCompactChunk);
-    __syncthreads();  // the last chunk's moves are no longer read
+    __syncthreads();  // the previous chunk's moves are no longer read
     for (int i = threadIdx.x; i < rows.moves; i += kCompactThreads)
       moves[i] = compact_move(p.pages, cache, s, p.align_end, begin + i);
     __syncthreads();

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// One stream of a compaction: the kept positions of one sequence, of one or several heads of one cache, moved in place.
+// One stream of a compaction: the kept positions of one sequence, in one or several heads of one cache, moved in place.
 //
-// Kept positions ascend, so position keep[i] >= i moves towards the front; taken in order, a move only overwrites what
-// moves before it have read already. Towards the end (align_end) the same holds from the last move to the first. Streams
-// touch different bytes, so they need no order among themselves.
+// Kept positions ascend, so position keep[i] >= i moves to the front; in order, a move only overwrites sources of
+// earlier moves. To the end (align_end) the same holds from the last move to the first. Streams access different bytes,
+// so their order is free.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +11,19 @@
 
 namespace mustdrop {
 
-// What one position holds in a stream: heads x dims pieces of `run` bytes. Strides are in bytes.
+// Layout of one position in a stream: heads x dims pieces of `run` bytes. Strides in bytes.
 struct PositionLayout {
   int64_t heads;
   int64_t head_stride;
-  int64_t dims;  // 1 where head_dim is contiguous
+  int64_t dims;  // 1 if head_dim is contiguous
   int64_t dim_stride;
   int64_t run;
 };
 
-// Where positions are: position p in block table[p / slots], slot p % slots. A dense cache is one block without a table.
+// Maps positions to slots: position p is in block table[p / slots], slot p % slots. A dense cache is one block without
+// a table.
 struct SlotMap {
-  const int32_t* table;  // [blocks of the sequence]; null: position block n is block n
+  const int32_t* table;  // [blocks of the sequence]; null: the identity
   int64_t table_size;
   int64_t blocks;  // of the cache
   int64_t slots;
@@ -36,16 +37,16 @@ struct Stream {
   SlotMap map;
   const int64_t* keep;  // [K]
   int64_t count;        // moves
-  int64_t target;       // where the first one goes; it may be negative
+  int64_t target;       // position of the first move's target; may be negative
   bool backward;        // align_end: the last move comes first
 };
 
-// Finds positions, remembering the block of the last one: most neighbours are in the same block.
+// Offsets of positions; caches the block of the last one, which most neighbors share.
 class SlotLookup {
  public:
   explicit SlotLookup(const SlotMap& map) : map_(map) {}
 
-  // Offset of a position in bytes; false where it is outside the cache.
+  // Sets a position's offset in bytes; returns false if it is outside the cache.
   bool find(int64_t position, int64_t& offset) {
     if (position < begin_ || position >= end_) {
       if (!enter_block(position)) return false;
@@ -68,17 +69,17 @@ class SlotLookup {
   }
 
   const SlotMap& map_;
-  int64_t begin_ = 0, end_ = 0, base_ = 0;  // of the block: positions [begin, end), offset
+  int64_t begin_ = 0, end_ = 0, base_ = 0;  // of the cached block: positions [begin, end), offset
 };
 
-// Positions that follow each other in memory, at their source and at their target.
+// Consecutive moves whose sources and whose targets are adjacent in memory.
 struct Run {
-  int64_t from;  // offsets in bytes of the lowest position
+  int64_t from;  // offset in bytes of the lowest position
   int64_t to;
   int64_t count;
 };
 
-// `count` elements `stride` bytes apart, in order or from the last to the first.
+// Moves `count` elements `stride` bytes apart, in order or last to first.
 template <class Element>
 void move_elements(char* to, const char* from, int64_t count, int64_t stride, bool backward) {
   for (int64_t n = 0; n < count; ++n) {
@@ -107,7 +108,7 @@ inline void move_pieces(char* to, const char* from, int64_t count, int64_t strid
   }
 }
 
-// Pieces of one position, at different heads and dims: they do not overlap each other, so their order is free.
+// Moves the pieces of one position. They do not overlap, so their order is free.
 inline void move_position(const PositionLayout& layout, char* to, const char* from) {
   for (int64_t h = 0; h < layout.heads; ++h)
     move_pieces(to + h * layout.head_stride, from + h * layout.head_stride, layout.dims, layout.dim_stride, layout.run,
@@ -119,7 +120,7 @@ inline void move_run(const Stream& stream, const Run& run) {
   char* to = stream.data + run.to;
   const char* from = stream.data + run.from;
   const int64_t stride = stream.map.slot_stride;
-  if (run.count > 1 && stride == layout.run) {  // positions lie together: one move for each piece
+  if (run.count > 1 && stride == layout.run) {  // positions are contiguous: one move per piece
     for (int64_t h = 0; h < layout.heads; ++h)
       for (int64_t d = 0; d < layout.dims; ++d) {
         const int64_t offset = h * layout.head_stride + d * layout.dim_stride;
@@ -133,9 +134,9 @@ inline void move_run(const Stream& stream, const Run& run) {
   }
 }
 
-// Sources are scattered, which no hardware prefetcher follows: ask for a layout this many moves before it is needed.
+// Sources are scattered, beyond the hardware prefetchers: prefetch this many moves ahead.
 constexpr int64_t kLookahead = 8;
-constexpr int64_t kLookaheadBytes = 1024;  // of each layout; longer ones prefetch themselves
+constexpr int64_t kLookaheadBytes = 1024;  // of each position; the hardware prefetches the rest
 
 class Prefetcher {
  public:
@@ -167,7 +168,7 @@ inline void compact(const Stream& stream) {
     prefetcher.prefetch(n);
     if (!sources.find(stream.keep[i], from) || !targets.find(stream.target + i, to) || from == to) continue;
     const int64_t next =
-        stream.backward ? -step : run.count * step;  // where the run would go on, from its lowest position
+        stream.backward ? -step : run.count * step;  // continuation of the run, from its lowest position
     if (run.count && from == run.from + next && to == run.to + next) {
       if (stream.backward) run.from = from, run.to = to;
       ++run.count;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// gather_tokens on the CPU: out[b, i] = x[b, keep[b, i]] for i < counts[b], zero elsewhere. It moves bytes, whatever they
-// mean; neighbours that are kept together are copied together.
+// gather_tokens on the CPU: out[b, i] = x[b, keep[b, i]] for i < counts[b], zero elsewhere. Copies bytes of any dtype;
+// adjacent kept tokens are copied together.
 #include <cstring>
 
 #include "common/workers.h"
@@ -11,12 +11,12 @@ namespace {
 
 constexpr int64_t kGrainBytes = 64 << 10;  // least work of a thread
 
-// A token of x, x[b, l]: its trailing dimensions, of which the last `run` bytes lie together.
+// Layout of a token x[b, l]: its trailing dimensions, of which the last `run` bytes are contiguous.
 struct TokenLayout {
-  std::vector<int64_t> sizes;    // outer trailing dimensions; none where the whole token lies together
+  std::vector<int64_t> sizes;    // outer trailing dimensions; none if the token is contiguous
   std::vector<int64_t> strides;  // theirs, in bytes
   int64_t run;
-  int64_t bytes;  // of the whole token in the result
+  int64_t bytes;  // of a token in the result
 };
 
 TokenLayout describe_token(const Tensor& x) {
@@ -51,7 +51,7 @@ struct GatherParameters {
   bool align_end;
 };
 
-// One token with gaps, from its dimension d on; returns where the next one goes.
+// Copies one token with gaps, from its dimension d on; returns the end of the copy.
 char* copy_token(const TokenLayout& token, size_t d, const char* from, char* to) {
   if (d == token.sizes.size()) {
     std::memcpy(to, from, token.run);
@@ -61,7 +61,7 @@ char* copy_token(const TokenLayout& token, size_t d, const char* from, char* to)
   return to;
 }
 
-// The tokens of entries [begin, end) to `to`, for tokens without gaps.
+// Copies the tokens of entries [begin, end) to `to`, for contiguous tokens.
 void copy_runs(const GatherParameters& p, const char* x, const int64_t* keep, int64_t begin, int64_t end, char* to) {
   const int64_t bytes = p.token.bytes;
   const bool together = p.row_stride == bytes;
@@ -82,7 +82,7 @@ void copy_runs(const GatherParameters& p, const char* x, const int64_t* keep, in
   }
 }
 
-// The same for tokens of one small element: position ids, token types, masks.
+// copy_runs for tokens of one small element: position ids, token types, masks.
 template <class Element>
 void copy_elements(const GatherParameters& p, const char* x, const int64_t* keep, int64_t begin, int64_t end,
                    char* to) {
@@ -120,7 +120,7 @@ void copy_entries(const GatherParameters& p, const char* x, const int64_t* keep,
   }
 }
 
-// Slots [begin, end) of sequence b: zeros, then its tokens, then zeros.
+// Writes slots [begin, end) of sequence b: zeros, then its tokens, then zeros.
 void fill_slots(const GatherParameters& p, int64_t b, int64_t begin, int64_t end) {
   const int64_t kept = std::clamp<int64_t>(p.counts[b * p.counts_stride], 0, p.capacity);
   const int64_t shift = p.align_end ? p.capacity - kept : 0;  // the slot of entry 0
@@ -142,7 +142,7 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
   shape[1] = capacity;
   Tensor out = new_empty(x, shape, x.scalar_type());
   if (out.numel() == 0) return out;
-  if (x.numel() == 0) return new_zeros(x, shape, x.scalar_type());  // nothing to take, and no address
+  if (x.numel() == 0) return new_zeros(x, shape, x.scalar_type());  // x has no elements and no address
 
   const GatherParameters p{describe_token(x),
                            data<char>(x),
@@ -159,7 +159,7 @@ Tensor gather_tokens(const Tensor& x,       // [B, L, ...]
   const int64_t slots = batch * capacity;
   const int64_t grain = std::max<int64_t>(1, kGrainBytes / p.token.bytes);
   torch::stable::parallel_for(0, slots, grain, [&](int64_t begin, int64_t end) {
-    while (begin < end) {  // one sequence after the other
+    while (begin < end) {  // sequence by sequence
       const int64_t b = begin / capacity, last = std::min(end, (b + 1) * capacity);
       fill_slots(p, b, begin - b * capacity, last - b * capacity);
       begin = last;

@@ -7,7 +7,7 @@
 namespace mustdrop {
 namespace {
 
-// Splits a token of x into outer dimensions and the contiguous run at its end; false where there are too many of them.
+// Splits a token of x into outer dimensions and the contiguous run at its end; returns false if there are too many.
 bool describe_token(const Tensor& x, GatherParameters& p) {
   const int64_t element = x.element_size();
   int outer = 0;
@@ -34,7 +34,7 @@ bool describe_token(const Tensor& x, GatherParameters& p) {
   return true;
 }
 
-// The largest piece, up to 16 bytes, that divides every offset.
+// Size of the largest piece, up to 16 bytes, that divides every offset.
 int piece_bytes(const GatherParameters& p) {
   int64_t all = p.run | p.batch_stride | p.row_stride | static_cast<int64_t>(reinterpret_cast<uintptr_t>(p.x));
   for (const int64_t stride : p.outer_stride) all |= stride;

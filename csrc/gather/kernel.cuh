@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// out[b, i] = x[b, keep[b, i]] for i < n, n = clamp(counts[b], 0, K); zero elsewhere and where keep[b, i] is not in [0, L).
-// With align_end the n tokens stand last: out[b, K - n + i].
+// out[b, i] = x[b, keep[b, i]] for i < n, n = clamp(counts[b], 0, K); zero elsewhere and where keep[b, i] is not in [0,
+// L). With align_end the n tokens come last: out[b, K - n + i].
 //
-// A token is `outer` rows of `run` bytes, moved in pieces of sizeof(Piece) bytes. A group of threads (a power of two) has a
-// token to itself; each of its threads starts several loads before it stores the first.
+// A token is `outer` rows of `run` bytes, moved in pieces of sizeof(Piece) bytes. A group of threads (a power of two)
+// copies a token; each thread issues several loads before its first store.
 #pragma once
 
 #include "common/device.cuh"
@@ -28,7 +28,7 @@ struct GatherParameters {
   bool align_end;
 };
 
-// Where byte `offset` of a packed token is in x, from the token's start.
+// Offset in x, from the token's start, of byte `offset` of the packed token.
 __device__ __forceinline__ int64_t gather_offset(const GatherParameters& p, int64_t offset) {
   int64_t row = offset / p.run, result = offset % p.run;
 #pragma unroll
@@ -39,7 +39,7 @@ __device__ __forceinline__ int64_t gather_offset(const GatherParameters& p, int6
   return result;
 }
 
-// The token that slot (b, slot) takes, -1 for zeros.
+// The source token of slot (b, slot), -1 for zeros.
 __device__ __forceinline__ int64_t gather_source(const GatherParameters& p, int64_t b, int64_t slot) {
   const int64_t n = clamp_to(p.counts[b * p.count_stride], 0, p.capacity);
   const int64_t entry = p.align_end ? slot - (p.capacity - n) : slot;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operators of operators.h on the CPU: sequences are spread over the threads.
+// The operators of operators.h on the CPU: the threads share the sequences.
 #include "attention_scores/cpu.h"
 
 #include <memory>
@@ -34,7 +34,7 @@ Selected run(cpu::SelectParameters p, const SelectInputs& inputs) {
   p.capacity = inputs.capacity;
   p.counts = mutable_data<int32_t>(result.counts);
 
-  cpu::level();  // throws here, and not in a thread, where MUSTDROP_CPU_CAPABILITY is wrong
+  cpu::level();  // throws here, not in a thread, if MUSTDROP_CPU_CAPABILITY is wrong
   const int64_t workers = worker_count(batch, length, kGrainTokens);
   const int64_t padded = (length + 63) / 64 * 64;
   const std::unique_ptr<uint32_t[]> keys(new uint32_t[workers * padded]);

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tokens stay. A selection is a set of candidates of which the best `open` stay, by order_key and then by index; the
-// key that divides them is found by radix selection in the range that a sample suggests, so nothing is sorted and every
-// input, also one whose scores are all equal, costs the same few passes. They go from chunk to chunk: fates, keys and flags
-// of a chunk are made anew in each pass, which is cheaper than to fetch them from memory. All are arrays, so that loops
-// vectorise.
+// Selects the tokens that stay: all that are no candidates, and the best `open` candidates, by order_key and then by
+// index. Radix selection in a range estimated from a sample finds the dividing key, so nothing is sorted and every
+// input, even one of equal scores, takes the same few passes. Passes iterate over chunks and recompute a chunk's fates,
+// keys and flags, which is cheaper than loading them. All are arrays, so loops vectorize.
 #include "select/cpu_kernel.h"
 
 #include "common/order.h"
@@ -20,7 +19,7 @@ enum Fate : uint8_t { kGone = 0, kStays = 1, kCandidate = 2 };
 constexpr int64_t kChunk = 1024;  // tokens
 constexpr int64_t kSampleStep = 16;
 
-// The same bits on every machine: sixteen running sums, added pairwise at the end.
+// Equal bits on every machine: sixteen running sums, added pairwise at the end.
 template <class T>
 float sum(const T* value, int64_t length) {
   constexpr int kSums = 16;
@@ -46,11 +45,11 @@ struct Row {
   float score_limit, peak_limit;  // dual
 };
 
-// What a chunk's tokens are before their keys are compared. Candidates are the vision tokens, with two thresholds those
-// that are below both; the protected ones stay.
+// Fates of a chunk's tokens before their keys are compared. Candidates are the unprotected vision tokens; in the dual
+// rule those below both thresholds.
 struct Fates {
   uint8_t of[kChunk];
-  int64_t candidates, spared;  // these are protected
+  int64_t candidates, spared;  // vision tokens: unprotected, protected
 };
 
 template <class T>
@@ -86,12 +85,12 @@ void find_fates(const Row<T>& row, int64_t begin, int64_t count, Fates& fates) {
   fates.spared = candidates - left;
 }
 
-// 0 where the token is no candidate, as for NaN.
+// Keys of a chunk; 0 if the token is no candidate, as for NaN.
 template <class T>
 void make_keys(const Row<T>& row, int64_t begin, int64_t count, const uint8_t* fates, uint32_t* keys) {
   const T* const score = row.scores + begin;
   for (int64_t j = 0; j < count; ++j) {
-    const uint32_t key = order_key(score[j]);  // of every token: a load that depends on the fate would not vectorise
+    const uint32_t key = order_key(score[j]);  // of every token: a load that depends on the fate would not vectorize
     keys[j] = fates[j] == kCandidate ? key : 0u;
   }
 }
@@ -117,7 +116,7 @@ uint64_t mask_of(const uint8_t* flags) {
   for (int part = 0; part < 8; ++part) {
     uint64_t bytes;
     memcpy(&bytes, flags + 8 * part, sizeof bytes);
-    mask |= bytes * 0x0102040810204080u >> 56 << 8 * part;  // the lowest bits of eight bytes, side by side
+    mask |= bytes * 0x0102040810204080u >> 56 << 8 * part;  // gathers the lowest bits of eight bytes
   }
   return mask;
 #endif
@@ -125,27 +124,27 @@ uint64_t mask_of(const uint8_t* flags) {
 
 void clear_past(uint8_t* flags, int64_t length) { memset(flags + length, 0, (length + 63) / 64 * 64 - length); }
 
-// What divides the candidates: those above `key` stay, and the first `ties` that equal it.
+// Division of the candidates: those above `key` stay, and the first `ties` that equal it.
 struct Cut {
   uint32_t key;
   int64_t ties;
 };
 
-// Keys from `lowest` to `highest`: all that share the leading bits of both.
+// Keys from `lowest` to `highest`: all with the leading bits that both share.
 struct Range {
   uint32_t lowest, highest;
 };
 
-// Divides the range into bins and returns those that hold its least-th to its most-th highest key; these ranks become ranks
-// in what is returned. Keys outside of the range are not counted.
+// Divides the range into bins and returns the bins of its least-th to its most-th highest key; these ranks become ranks
+// in the returned range. Keys outside the range are not counted.
 Range around(const uint32_t* keys, int64_t count, Range range, int64_t& least, int64_t& most) {
   constexpr int kBits = 8;
   constexpr uint32_t kBins = 1u << kBits;
-  constexpr int kCopies = 4;  // of the counters: equal keys in a row do not wait for each other
+  constexpr int kCopies = 4;  // of the counters, so that successive equal keys do not depend on each other
   const int bits = range.lowest == range.highest ? 0 : 32 - __builtin_clz(range.lowest ^ range.highest);
   const int shift = bits > kBits ? bits - kBits : 0;
   const uint32_t first = range.lowest >> shift;
-  uint32_t counters[kCopies][kBins + 1] = {};  // the last one for what is outside
+  uint32_t counters[kCopies][kBins + 1] = {};  // the last one for keys outside
   const auto count_key = [&](int64_t i, int copy) {
     const uint32_t bin = (keys[i] >> shift) - first;
     ++counters[copy][bin < kBins ? bin : kBins];
@@ -169,8 +168,8 @@ Range around(const uint32_t* keys, int64_t count, Range range, int64_t& least, i
   return {(first + bin) << shift, highest};
 }
 
-// Copies the keys in the range in order and returns their number; `above` becomes the number of those above it. `to` has
-// room for `count` keys, up to a multiple of 16, and may be `from`.
+// Copies the keys in the range in order and returns their number; sets `above` to the number of keys above it. `to` has
+// room for `count` keys, rounded up to a multiple of 16, and may be `from`.
 int64_t keep_inside(const uint32_t* from, int64_t count, Range range, uint32_t* to, int64_t& above) {
   int64_t left = 0, higher = 0, i = 0;
 #if defined(__AVX512F__)
@@ -207,20 +206,21 @@ int64_t keep_inside(const uint32_t* from, int64_t count, Range range, uint32_t* 
 
 constexpr Range kAllKeys = {0, ~0u};
 
-// Where the open-th highest key should be, by a sample of the keys.
+// Estimates the range of the open-th highest key from a sample of the keys.
 Range expected_range(const uint32_t* sample, int64_t count, int64_t open) {
-  const float rank = static_cast<float>(open) / kSampleStep, margin = 4 * __builtin_sqrtf(rank) + 8;  // four deviations
+  const float rank = static_cast<float>(open) / kSampleStep;
+  const float margin = 4 * __builtin_sqrtf(rank) + 8;  // four standard deviations
   auto least = static_cast<int64_t>(rank - margin), most = static_cast<int64_t>(rank + margin);
   const Range coarse = around(sample, count, kAllKeys, least, most);
   return around(sample, count, coarse, least, most);
 }
 
-// 0 < open < number of candidates. `narrow` begins with a sample of the keys, and is overwritten. One pass over the keys
-// says whether it was right; where it was not, all keys are looked at again.
+// 0 < open < number of candidates. `candidate_keys` begins with a sample of the keys and is overwritten. One pass over
+// the keys verifies the estimated range; if it is wrong, a second pass collects all keys.
 template <class T>
-Cut find_cut(const Row<T>& row, int64_t open, uint32_t* narrow) {
+Cut find_cut(const Row<T>& row, int64_t open, uint32_t* candidate_keys) {
   const int64_t sampled = (row.length + kSampleStep - 1) / kSampleStep;
-  Range range = row.length <= kChunk ? kAllKeys : expected_range(narrow, sampled, open);
+  Range range = row.length <= kChunk ? kAllKeys : expected_range(candidate_keys, sampled, open);
   int64_t above = 0, left = 0;
   const auto collect = [&] {
     above = left = 0;
@@ -228,7 +228,7 @@ Cut find_cut(const Row<T>& row, int64_t open, uint32_t* narrow) {
       alignas(64) uint32_t keys[kChunk];
       make_keys(row, begin, count, fates.of, keys);
       int64_t higher;
-      left += keep_inside(keys, count, range, narrow + left, higher);
+      left += keep_inside(keys, count, range, candidate_keys + left, higher);
       above += higher;
     });
   };
@@ -240,14 +240,15 @@ Cut find_cut(const Row<T>& row, int64_t open, uint32_t* narrow) {
   open -= above;
   while (range.lowest != range.highest) {
     int64_t same = open;
-    range = around(narrow, left, range, open, same);
-    left = keep_inside(narrow, left, range, narrow, above);
+    range = around(candidate_keys, left, range, open, same);
+    left = keep_inside(candidate_keys, left, range, candidate_keys, above);
   }
   const uint32_t key = range.lowest;
-  return key > 0 && open == left ? Cut{key - 1, 0} : Cut{key, open};  // 0: of NaN, and of those that are no candidates
+  // Key 0 is that of NaN, and of tokens that are no candidates.
+  return key > 0 && open == left ? Cut{key - 1, 0} : Cut{key, open};
 }
 
-// Lets the first candidates that tie with the cut stay; returns how many more may.
+// Lets the first candidates that equal the cut stay; returns how many more may.
 int64_t keep_ties(const uint32_t* keys, int64_t count, Cut cut, const uint8_t* fates, uint8_t* flags) {
   int64_t ties = cut.ties;
   for (int64_t base = 0; base < count && ties > 0; base += 64) {
@@ -263,10 +264,9 @@ int64_t keep_ties(const uint32_t* keys, int64_t count, Cut cut, const uint8_t* f
   return ties;
 }
 
-constexpr int kFewBits = 12;  // of 64, that are written faster one by one
+constexpr int kFewBits = 12;  // of 64: so few are faster to write one by one
 
-// Writes base + i for each set bit i of the mask, in order, 64 numbers at most; returns where the next one goes. The rest of
-// the 64 places may be overwritten.
+// Writes base + i for each set bit i of the mask, in order; returns the end. May overwrite all of the 64 elements.
 int64_t* write_set(uint64_t mask, int64_t base, int64_t* to) {
 #if defined(__AVX512F__)
   const __m512i step = _mm512_set1_epi64(8);
@@ -282,12 +282,12 @@ int64_t* write_set(uint64_t mask, int64_t base, int64_t* to) {
   return to;
 }
 
-// The tokens that stay, in order, as far as there is room.
+// Writes the positions that stay, in order, up to the capacity.
 class Kept {
  public:
   Kept(int64_t* keep, int64_t capacity) : next_(keep), end_(keep + capacity) {}
 
-  // Flags of the tokens from `begin` on, with zeros to a multiple of 64.
+  // `flags`: of the tokens from `begin` on, with zeros up to a multiple of 64.
   void add(int64_t begin, int64_t count, const uint8_t* flags) {
     for (int64_t base = 0; base < count; base += 64) {
       uint64_t mask = mask_of(flags + base);
@@ -300,7 +300,7 @@ class Kept {
     }
   }
 
-  // Fills the rest; returns how many tokens stay.
+  // Fills the rest with -1; returns the number of tokens that stay.
   int64_t finish() {
     if (next_ < end_) memset(next_, 0xff, (end_ - next_) * sizeof *next_);  // -1; an empty result has no address
     return number_;
@@ -311,7 +311,7 @@ class Kept {
   int64_t number_ = 0;
 };
 
-// Writes what stays, the best `open` of the candidates and all that are none, and returns how many these are.
+// Writes the tokens that stay and returns their number.
 template <class T>
 int64_t write_kept(const SelectParameters& p, const Row<T>& row, int64_t b, int64_t candidates, int64_t open) {
   Kept kept(p.keep + b * p.capacity, p.capacity);
@@ -336,7 +336,7 @@ int64_t write_kept(const SelectParameters& p, const Row<T>& row, int64_t b, int6
   return kept.finish();
 }
 
-// How many candidates there are, and protected ones beside them; leaves a sample of the candidates' keys.
+// Counts the candidates and the protected tokens; writes a sample of the candidates' keys.
 template <class T>
 void count_candidates(const Row<T>& row, uint32_t* sample, int64_t& candidates, int64_t& spared) {
   for_each_chunk(row, [&](int64_t begin, int64_t count, const Fates& fates) {
@@ -364,10 +364,10 @@ void select_row(const SelectParameters& p, int64_t b) {
   if (!row.dual || p.drop_multiple > 1) count_candidates(row, p.candidate_keys, candidates, spared);
   if (!row.dual) {
     const int64_t budget = p.budgets ? p.budgets[b * p.budget_stride] : p.k;
-    open = (budget < 0 ? 0 : budget) - spared;  // the protected come first
+    open = (budget < 0 ? 0 : budget) - spared;  // protected tokens count first
     open = open < 0 ? 0 : open < candidates ? open : candidates;
   }
-  open += (candidates - open) % p.drop_multiple;  // the best of those that would go are spared
+  open += (candidates - open) % p.drop_multiple;  // the best of the tokens to drop stay
   p.counts[b] = static_cast<int32_t>(write_kept(p, row, b, candidates, open));
 }
 

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Which tokens stay. Dual: a vision token j goes iff total[j] < global * sum(total) and peak[j] < individual and it is not
-// protected. Top-k: of the vision tokens that are not protected the best max(0, k - protected) stay. Then the best of those
-// that would go stay too, until the number that goes is a multiple of `drop_multiple`. Out: ascending positions.
+// Selects the tokens that stay. Dual: a vision token j is dropped iff total[j] < global * sum(total) and peak[j] <
+// individual and it is not protected. Top-k: the best max(0, k - protected) of the unprotected vision tokens stay. Then
+// the best of the tokens to drop stay too, until the number of dropped ones is a multiple of `drop_multiple`. Output:
+// ascending positions.
 //
-// Every token becomes a 32-bit key: 0 padding, 1 stays whatever happens, above that a candidate, ordered as its score is
-// (NaN lowest, -0 = +0). Both rules then are: the `open` best candidates stay, ties to the lower index. A radix select
-// (digits of 11, 11 and 10 bits, integer histograms in shared memory) finds the key of the last one that stays, and how many
-// of those with that key do; there is no buffer of candidates that could overflow. Ballots and scans write in order.
+// Every token is mapped to a 32-bit key: 0 padding, 1 stays unconditionally, above that a candidate, ordered by score
+// (NaN lowest, -0 = +0). Both rules then keep the `open` best candidates, ties to the lower index. A radix select
+// (digits of 11, 11 and 10 bits, integer histograms in shared memory) finds the key of the last candidate that stays,
+// and how many with that key do; no buffer of candidates can overflow. Scans write the positions in order.
 //
-// A sequence belongs to one block, or to a cluster of blocks that each own a consecutive part of it.
+// A block, or a cluster of blocks with a consecutive part each, processes a sequence.
 #pragma once
 
 #include "common/device.cuh"
@@ -40,7 +41,7 @@ struct SelectShared {
   uint32_t histogram[kSelectDigits];
   uint64_t scan[2][kWarp];
   float sums[kWarp];
-  uint64_t exchange;  // what the other blocks of the cluster read
+  uint64_t exchange;  // read by the other blocks of the cluster
   uint32_t bucket, above;
 };
 
@@ -63,7 +64,7 @@ __device__ __forceinline__ uint32_t select_key(const SelectRow<T>& row, int64_t 
   return ordered_key(score);
 }
 
-// The tokens [begin, end) that this block owns, as keys.
+// This block's tokens [begin, end), as keys.
 template <class T>
 struct SelectPart {
   SelectRow<T> row;
@@ -73,7 +74,7 @@ struct SelectPart {
   __device__ __forceinline__ uint32_t key(int64_t j) const { return keys ? keys[j - begin] : select_key(row, j); }
 };
 
-// Of all threads that work on a sequence. A block that is alone does without the cluster's barrier, which takes longer.
+// Barrier of all threads of a sequence. A single block avoids the slower barrier of a cluster.
 __device__ __forceinline__ void row_barrier() {
   if (cluster_size() == 1) {
     __syncthreads();
@@ -82,7 +83,7 @@ __device__ __forceinline__ void row_barrier() {
   }
 }
 
-// The sum over the cluster of a value that each block has; the same in every thread.
+// Sum over the cluster of one value per block; equal in all threads.
 template <class T>
 __device__ __forceinline__ T cluster_total(T value, SelectShared& shared) {
   if (cluster_size() == 1) return value;
@@ -95,7 +96,7 @@ __device__ __forceinline__ T cluster_total(T value, SelectShared& shared) {
   return total;
 }
 
-// sum(total) over the whole row, in an order that depends on nothing but the shape.
+// sum(total) over the row, in an order that depends only on the shape.
 template <class T>
 __device__ __forceinline__ float row_sum(const SelectPart<T>& part, SelectShared& shared) {
   float sum = 0.0f;
@@ -114,14 +115,14 @@ __device__ __forceinline__ void count_digit(const SelectPart<T>& part, SelectSha
     const uint32_t key = j < part.end ? part.key(j) : 0;
     const bool counted = key > kKeyStays && (uint64_t(key) >> (shift + bits)) == prefix;
     const uint32_t digit = key >> shift & ((1u << bits) - 1);
-    // Scores share their exponents: lanes with one digit count once, so that few addresses do not serialise a warp.
-    const unsigned alike = __match_any_sync(kFullMask, counted ? digit : ~0u);
-    if (counted && lane_id() == unsigned(__ffs(alike) - 1))
-      atomicAdd(&shared.histogram[digit], uint32_t(__popc(alike)));
+    // Scores share their exponents: lanes with equal digits add once, else a few addresses would serialize the warp.
+    const unsigned equal_lanes = __match_any_sync(kFullMask, counted ? digit : ~0u);
+    if (counted && lane_id() == unsigned(__ffs(equal_lanes) - 1))
+      atomicAdd(&shared.histogram[digit], uint32_t(__popc(equal_lanes)));
   }
 }
 
-// Finds the bucket that holds the `open`-th best (open >= 1): shared.bucket, and how many are above it: shared.above.
+// Finds the bucket of the `open`-th best candidate (open >= 1): shared.bucket; and the number above it: shared.above.
 __device__ __forceinline__ void find_bucket(SelectShared& shared, uint32_t open) {
   row_barrier();                                                  // all histograms are complete
   const int each = kSelectDigits / static_cast<int>(blockDim.x);  // buckets of a thread, from the highest down
@@ -144,12 +145,12 @@ __device__ __forceinline__ void find_bucket(SelectShared& shared, uint32_t open)
     }
     above += count[i];
   }
-  row_barrier();  // nobody reads a histogram any more; bucket and above are there
+  row_barrier();  // the histograms are no longer read; bucket and above are set
 }
 
 struct SelectLimit {
   uint64_t key;   // candidates above it stay
-  uint32_t ties;  // and the first so many that equal it
+  uint32_t ties;  // and the first `ties` that equal it
 };
 
 template <class T>
@@ -166,7 +167,7 @@ __device__ __forceinline__ SelectLimit radix_select(const SelectPart<T>& part, S
   return {prefix, open};
 }
 
-// Per token or group of tokens: those that surely stay in the low half, those that equal the limit in the high half.
+// Counts of a token or a group: those that stay in the low half, those that equal the limit in the high half.
 __device__ __forceinline__ uint64_t stays_of(uint32_t key, const SelectLimit& limit) {
   if (key == kKeyPadding) return 0;
   if (key == kKeyStays) return 1;
@@ -178,7 +179,7 @@ __device__ __forceinline__ uint32_t number_of(uint64_t stays, uint32_t ties) {
   return static_cast<uint32_t>(stays) + (equal < ties ? equal : ties);
 }
 
-// What the blocks before this one keep, and what all keep.
+// Counts of the blocks before this one.
 template <class T>
 __device__ __forceinline__ uint64_t stays_before(const SelectPart<T>& part, const SelectLimit& limit,
                                                  SelectShared& shared) {
@@ -194,7 +195,7 @@ __device__ __forceinline__ uint64_t stays_before(const SelectPart<T>& part, cons
   return before;
 }
 
-// Writes the positions that stay; returns how many of the tokens up to this block's end do.
+// Writes the positions that stay; returns their number up to this block's end.
 template <class T>
 __device__ __forceinline__ uint32_t write_kept(const SelectPart<T>& part, const SelectLimit& limit,
                                                SelectShared& shared, int64_t* keep, int64_t capacity) {

@@ -6,12 +6,12 @@
 
 namespace mustdrop {
 
-// Where things are in a block's shared memory, in bytes; the launcher asks for the total.
+// Offsets in a block's shared memory, in bytes; the launcher allocates `total`.
 struct MergeLayout {
   int64_t similarity, rank, window_row, row, inverse, scratch, tokens, total;
 };
 
-// `part`: windows of a block. `row_bytes`: of a token.
+// `part`: windows per block. `row_bytes`: bytes of a token.
 __host__ __device__ inline MergeLayout merge_layout(const MergeParameters& p, int32_t part, int64_t row_bytes) {
   MergeLayout at{};
   int64_t end = 0;
@@ -31,7 +31,7 @@ __host__ __device__ inline MergeLayout merge_layout(const MergeParameters& p, in
   return at;
 }
 
-// By one warp: starts the copies of a window's tokens into shared memory.
+// Starts the copies of a window's tokens to shared memory. Called by one warp.
 template <class T, int V>
 __device__ __forceinline__ void fetch_window(const MergeParameters& p, const MergeWindow& w, const MergeTokens<T>& from,
                                              T* to) {
@@ -63,7 +63,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_cluster_kernel(const __gr
     fetch_window<T, V>(p, window_at(p, first + i), global, held + i * window_elements);
   copies_commit();
   copies_wait<0>();
-  cluster_barrier();  // all blocks of the cluster run, so their shared memory may be written to
+  cluster_barrier();  // all blocks of the cluster are running, so their shared memory may be written
   for (int32_t i = warp_id(); i < own; i += kMergeWarps) {
     const MergeTokens<T> tokens{held + i * window_elements, p.channels, true};
     const float value = window_similarity<T, V>(p, window_at(p, first + i), tokens, inverse + i * p.members);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// spatial_merge on the CPU: checks, which windows merge, where each token goes.
+// spatial_merge on the CPU: checks, windows to merge, row of each token.
 #include <algorithm>
 #include <cstring>
 #include <numeric>
@@ -13,7 +13,7 @@ namespace mustdrop {
 namespace {
 
 constexpr int64_t kGrainBytes = 256 << 10;   // least work of a thread
-constexpr int64_t kCachedBytes = 8ll << 20;  // of results that the next reader may find in a cache
+constexpr int64_t kCachedBytes = 8ll << 20;  // of results that may stay in a cache for their next reader
 
 struct Options {
   float threshold;
@@ -31,7 +31,7 @@ cpu::MergeParameters describe(const Tensor& x, const std::vector<int64_t>& grid,
     const int given = axis - (3 - static_cast<int>(grid.size()));
     p.grid[axis] = given < 0 ? 1 : grid[given];
     p.window[axis] = given < 0 ? 1 : window[given];
-    // The same as ceil(grid / window), with no overflow for huge windows.
+    // ceil(grid / window) without overflow for huge windows.
     p.windows_per[axis] = p.grid[axis] / p.window[axis] + (p.grid[axis] % p.window[axis] != 0);
     p.windows *= p.windows_per[axis];
   }
@@ -51,14 +51,14 @@ struct BySimilarity {
   }
 };
 
-// The rows that the tokens of an image have been given so far.
+// The rows of an image that are assigned so far.
 struct AssignedRows {
-  std::vector<int64_t> row;  // [windows] of the merged token, -1: none yet
+  std::vector<int64_t> row;  // [windows] row of the merged token, -1: none yet
   int64_t next;
 };
 
-// Which windows merge and where each token goes, image by image. A slab is what one window is thick, along the first axis
-// that has more than one: its tokens follow one another.
+// Decides which windows merge and assigns rows, image by image. A slab is one window thick along the first axis with
+// more than one position; its tokens are consecutive.
 class Placement {
  public:
   Placement(const cpu::MergeParameters& p, const Options& options, uint8_t* merged, int64_t* assignment,
@@ -70,7 +70,7 @@ class Placement {
 
   int64_t slabs() const { return p_.windows_per[slab_axis()]; }
 
-  // Windows that reach the threshold; with `uniform` only those that the border does not cut.
+  // Merges windows that reach the threshold; with `uniform` only complete ones. Returns their number.
   int64_t merge_similar(int64_t b) { return merge_similar(b, 0, p_.windows); }
 
   int64_t merge_similar(int64_t b, int64_t first, int64_t last) {
@@ -83,7 +83,7 @@ class Placement {
     return count;
   }
 
-  // The most similar windows of those that the border does not cut.
+  // Merges the most similar complete windows.
   void merge_top(int64_t b, int64_t number) {
     uint8_t* merged = merged_ + b * p_.windows;
     std::vector<int64_t> order;
@@ -94,7 +94,7 @@ class Placement {
     for (int64_t i = 0; i < number; ++i) merged[order[i]] = 1;
   }
 
-  // Fills in the rows and the count of image b, whose merged windows are known.
+  // Assigns the rows and the count of image b, whose merged windows are decided.
   void place(int64_t b) {
     AssignedRows rows = begin(b);
     if (options_.merged_first)
@@ -103,7 +103,7 @@ class Placement {
     end(b, rows);
   }
 
-  // The same in parts: the slabs one after another, the merged windows of each being known.
+  // place() in parts: the slabs in order, after the decision on each slab's windows.
   AssignedRows begin(int64_t b) {
     std::iota(assignment_ + b * p_.length, assignment_ + b * p_.length + p_.prefix, 0);
     return {std::vector<int64_t>(p_.windows, -1), p_.prefix};
@@ -159,20 +159,20 @@ class Placement {
   uint8_t* merged_;                // [B, windows]
   int64_t* assignment_;            // [B, length]
   int32_t* counts_;                // [B]
-  std::vector<uint8_t> complete_;  // [windows] more than one token, and the border does not cut it
+  std::vector<uint8_t> complete_;  // [windows] more than one token, not cut by the border
 };
 
 void copy_prefix(const cpu::MergeParameters& p, int64_t b, int64_t element_size) {
   const int64_t row = p.channels * element_size;
   for (int64_t token = 0; token < p.prefix; ++token) {
-    if (row > 0)  // else there is no address
+    if (row > 0)  // else x has no address
       std::memcpy(static_cast<char*>(p.tokens) + (b * p.capacity + token) * row,
                   static_cast<const char*>(p.x) + (b * p.x_batch + token * p.x_row) * element_size, row);
     p.out_sizes[b * p.capacity + token] = p.sizes ? p.sizes[b * p.sizes_batch + token] : 1.0f;
   }
 }
 
-// One image, a slab at a time, which the caches of a processor hold until it is written.
+// Merges one image slab by slab; a slab stays in the caches until it is written.
 void merge_by_slabs(const cpu::MergeParameters& p, Placement& placement, const cpu::MergeTask& task, int64_t b) {
   AssignedRows rows = placement.begin(b);
   const int64_t slabs = placement.slabs();
@@ -197,9 +197,8 @@ void merge(const cpu::MergeParameters& p, Placement& placement, const Options& o
     copy_prefix(p, b, element_size);
   };
 
-  if (batch >= workers &&
-      !options.uniform) {  // image by image: the second read finds what the first has left in a cache
-    const bool by_slabs = !options.budget && !options.merged_first;  // fates and rows depend on nothing further behind
+  if (batch >= workers && !options.uniform) {                        // image by image: the second read hits the cache
+    const bool by_slabs = !options.budget && !options.merged_first;  // decisions and rows do not depend on later slabs
     share_items(batch, workers, [&](int64_t worker, int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {
         const int64_t first = b * p.windows, last = first + p.windows;
@@ -239,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_merge(const Tensor& x,  // [B
                                                          const OptionalTensor& sizes,  // [B, P+N]
                                                          bool merged_first) {
   check_spatial_merge(x, grid, window, budget, uniform, num_prefix_tokens, sizes);
-  cpu::level();  // a wrong MUSTDROP_CPU_CAPABILITY is refused here, not inside a thread
+  cpu::level();  // throws here, not in a thread, if MUSTDROP_CPU_CAPABILITY is wrong
 
   cpu::MergeParameters p = describe(x, grid, window, num_prefix_tokens, sizes);
   p.capacity = p.length - (budget ? *budget * (saturating_product(window) - 1) : 0);

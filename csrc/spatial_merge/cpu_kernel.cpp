@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// spatial_merge on the CPU: how alike a window's tokens are, and writing what becomes of them.
+// spatial_merge on the CPU: similarity of a window's tokens, and its rows of the result.
 //
 //   u_i = x_i / max(|x_i|, 1e-8)
 //   similarity = (|sum u_i|^2 - sum |u_i|^2) / (n (n - 1)), the mean of cos(x_i, x_j) over ordered pairs i != j
@@ -35,7 +35,7 @@ void for_each_token(const MergeParameters& p, const WindowExtent& extent, const 
 
 template <class T>
 float square_sum(const T* row, int64_t channels) {
-  constexpr int kSums = 4;  // so that no addition waits for the one before
+  constexpr int kSums = 4;  // independent additions
   VecFloat sums[kSums] = {};
   int64_t c = 0;
   for (; c + kSums * kLanes <= channels; c += kSums * kLanes)
@@ -51,7 +51,7 @@ float square_sum(const T* row, int64_t channels) {
   return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-// A weighted sum of rows, which takes several rows at a time, so that the sum is written once for all of them.
+// A weighted sum of rows. Adds several rows at a time, to write the sum once for all of them.
 template <class T>
 class RowSum {
  public:

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the CPU kernels of spatial_merge work on. Plain data: cpu.cpp fills it in and decides, cpu_kernel.cpp computes.
+// Parameters of the CPU kernels of spatial_merge: plain data, set by cpu.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,10 +9,10 @@
 namespace mustdrop::cpu {
 
 struct MergeParameters {
-  // Shapes; an image is [T, H, W] patches, T = 1 for pictures
-  int64_t prefix, length, capacity, channels;  // length = prefix + patches, capacity: rows of the result
+  // Shapes; an image is [T, H, W] patches, with T = 1 for still images
+  int64_t prefix, length, capacity, channels;  // length = prefix + patches; capacity: rows of the result
   int64_t grid[3], window[3];
-  int64_t windows_per[3], windows;  // per axis, the border's included, and their product
+  int64_t windows_per[3], windows;  // per axis, including those that the border cuts; their product
 
   // Inputs; strides in elements
   const void* x;  // [B, length, channels]
@@ -21,16 +21,16 @@ struct MergeParameters {
   const float* sizes;  // [B, length], null: ones
   int64_t sizes_batch;
 
-  // Made on the way
+  // Intermediate results
   float* similarity;          // [B, windows], NaN for windows of one token
   const uint8_t* merged;      // [B, windows]
-  const int64_t* assignment;  // [B, length] where each token goes
+  const int64_t* assignment;  // [B, length] row of each token
   const int32_t* counts;      // [B]
 
   // Results
   void* tokens;      // [B, capacity, channels]
   float* out_sizes;  // [B, capacity]
-  bool streams;      // tokens are more than caches hold: they are written past them
+  bool streams;      // whether tokens exceed the caches: then stores are non-temporal
 };
 
 struct MergeTask {
@@ -48,4 +48,4 @@ struct WindowExtent {
 
 MUSTDROP_CPU_KERNEL(window_similarity, MergeTask)  // items: (image, window)
 MUSTDROP_CPU_KERNEL(write_windows, MergeTask)      // items: (image, window)
-MUSTDROP_CPU_KERNEL(write_padding, MergeTask)      // items: (image, window), each has its share of the image's padding
+MUSTDROP_CPU_KERNEL(write_padding, MergeTask)      // items: (image, window), each with a share of the image's padding

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// spatial_merge on CUDA: checks, allocation, and which of the two ways is taken.
+// spatial_merge on CUDA: checks, allocation, choice of the implementation.
 #include "common/launch.h"
 #include "spatial_merge/checks.h"
 #include "spatial_merge/cluster.cuh"
@@ -8,9 +8,9 @@
 namespace mustdrop {
 namespace {
 
-constexpr int kMergeCluster = 8;        // the most that every device with clusters takes
-constexpr int kRankedInBlock = 512;     // windows that a block puts in order by itself
-constexpr int kAssignedInBlock = 4096;  // patches that each block of an image gives their rows
+constexpr int kMergeCluster = 8;        // the portable cluster size
+constexpr int kRankedInBlock = 512;     // windows that a block ranks by itself
+constexpr int kAssignedInBlock = 4096;  // patches whose rows each block of an image assigns
 
 int32_t narrow(int64_t value) {
   if (value > INT_MAX) refuse_argument("spatial_merge", "x", "must have sizes below 2^31, got ", value);
@@ -19,7 +19,7 @@ int32_t narrow(int64_t value) {
 
 MergeParameters describe(const Tensor& x, const std::vector<int64_t>& grid, const std::vector<int64_t>& window) {
   MergeParameters p{};
-  const size_t missing = 3 - grid.size();  // [H, W] is a video of one frame
+  const size_t missing = 3 - grid.size();  // [H, W] is one frame
   p.window_count = p.window_size = p.members = 1;
   for (size_t d = 0; d < 3; ++d) {
     p.grid[d] = d < missing ? 1 : narrow(grid[d - missing]);
@@ -54,12 +54,12 @@ bool launch_cluster(const Device& device, const MergeParameters& p) {
   return true;
 }
 
-// The rows and the tokens, in one launch where an image has few windows.
+// Rows and tokens in one launch, for images with few windows.
 template <class T, int V>
 bool launch_finish(const Device& device, MergeParameters p) {
   const int64_t shared_bytes = merge_finish_bytes(p);
   if ((is_ranked(p) && p.window_count > kRankedInBlock) || p.patches > kAssignedInBlock) return false;
-  // Blocks enough for the device; more would only assign the same rows again.
+  // Enough blocks for the device; more would only repeat the assignment of rows.
   const int64_t useful = ceil_div(int64_t(p.window_count) + p.prefix + p.capacity, kMergeWarps);
   const int64_t wanted = ceil_div(4 * device.facts().multiprocessors, p.batch);
   p.parts = static_cast<int32_t>(std::max<int64_t>(1, std::min(useful, wanted)));
@@ -92,7 +92,7 @@ void launch_plain(const Device& device, const Tensor& x, MergeParameters p) {
 
 template <class T, int V>
 void launch(const Device& device, const Tensor& x, const MergeParameters& p) {
-  if constexpr (V > 1) {  // the copies into shared memory are 16 bytes each
+  if constexpr (V > 1) {  // the copies to shared memory are 16 bytes each
     if (launch_cluster<T, V>(device, p)) return;
   }
   launch_plain<T, V>(device, x, p);

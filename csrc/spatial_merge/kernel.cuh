@@ -1,14 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
-// Windows of the token grid whose tokens are alike become one token. With u = x / max(|x|, 1e-8), n tokens in the window:
+// Merges windows of similar tokens of the grid into one token each. With u = x / max(|x|, 1e-8) and n tokens in the
+// window:
 //   similarity = (|sum u|^2 - sum |u|^2) / (n (n - 1)),   merged = sum(s_i x_i) / sum(s_i).
-// A window merges iff similarity >= threshold; with a budget r the r most similar; with `uniform` r is the smallest number
-// over the batch. Rows: a merged window stands where its first token stood, or first of all by falling similarity.
+// A window merges iff similarity >= threshold; with a budget r the r most similar merge; with `uniform` r is the
+// smallest number over the batch. Rows: a merged window takes the place of its first token, or precedes all tokens by
+// descending similarity.
 //
-// Two ways, one arithmetic:
-// - merge_cluster_kernel: a cluster of blocks holds an image in shared memory, a warp to a window. One launch, x is read once:
-//   similarities are sent to all blocks of the cluster, each block then assigns all rows for itself, and writes its windows.
-// - two launches where there are no clusters, the image does not fit, or the batch must agree: similarities; then each block
-//   assigns all rows of its image for itself and writes a part of them. Four launches where an image has many windows.
+// Two implementations with equal arithmetic:
+// - merge_cluster_kernel: a cluster of blocks holds an image in shared memory, with a warp per window. One launch, x is
+//   read once: similarities are sent to all blocks of the cluster; each block assigns all rows redundantly and writes
+//   its windows.
+// - two launches without clusters, for images that do not fit, or with `uniform`: similarities; then each block assigns
+//   all rows of its image redundantly and writes a part of them. Four launches for images with many windows.
 #pragma once
 
 #include "common/device.cuh"
@@ -29,15 +32,15 @@ struct MergeParameters {
   float* out_sizes;                               // [B, capacity]
   float* similarity;                              // [B, W]
   float* inverse;                                 // [B, W, members]: 1 / |x|
-  int32_t* rank;                                  // [B, W]: place among the candidates, by falling similarity
-  int32_t* window_row;                            // [B, W]: row of a merged window, -1 where it does not merge
-  int32_t* row;                                   // [B, N]: row of a token that stands for itself
+  int32_t* rank;                                  // [B, W]: rank among the candidates, by descending similarity
+  int32_t* window_row;                            // [B, W]: row of a merged window, -1 if it does not merge
+  int32_t* row;                                   // [B, N]: row of a token that does not merge
   int64_t batch_stride, row_stride, size_stride;  // in elements
   int32_t grid[3], window[3], windows[3];         // T, H, W; windows along each axis
   int32_t batch, channels, prefix, patches, window_count, capacity, budget;
-  int32_t window_size;  // n of a whole window
-  int32_t members;      // the most tokens that a window of this grid has
-  int32_t parts;        // blocks of an image, in the second of two launches
+  int32_t window_size;  // n of a complete window
+  int32_t members;      // largest n of this grid's windows
+  int32_t parts;        // blocks per image, in the second of two launches
   float threshold;
   MergeRule rule;
   bool merged_first;
@@ -62,7 +65,7 @@ __device__ __forceinline__ MergeWindow window_at(const MergeParameters& p, int32
   return w;
 }
 
-// The patch that member m of a window is.
+// The patch of member m of a window.
 __device__ __forceinline__ int32_t member(const MergeParameters& p, const MergeWindow& w, int32_t m) {
   const int32_t c = m % w.extent[2], r = m / w.extent[2] % w.extent[1], t = m / w.extent[2] / w.extent[1];
   return ((w.start[0] + t) * p.grid[1] + w.start[1] + r) * p.grid[2] + w.start[2] + c;
@@ -73,7 +76,7 @@ __device__ __forceinline__ int32_t window_of(const MergeParameters& p, int32_t p
   return (t / p.window[0] * p.windows[1] + r / p.window[1]) * p.windows[2] + c / p.window[2];
 }
 
-// Where a warp finds the tokens of its window: in global memory, or side by side in shared memory.
+// The tokens of a warp's window: in global memory, or contiguous in shared memory.
 template <class T>
 struct MergeTokens {
   const T* base;   // of the image's first patch, or of the window's first token
@@ -85,7 +88,7 @@ struct MergeTokens {
   }
 };
 
-// By one warp. `inverse` [count] is left filled.
+// Called by one warp. Writes `inverse` [count].
 template <class T, int V>
 __device__ __forceinline__ float window_similarity(const MergeParameters& p, const MergeWindow& w,
                                                    const MergeTokens<T>& x, float* inverse) {
@@ -123,14 +126,14 @@ __device__ __forceinline__ float window_similarity(const MergeParameters& p, con
   return (total - squares) / (n * (n - 1.0f));
 }
 
-// Whether a window takes part: in the threshold rule those that reach it, else those that are whole.
+// Candidates: windows that reach the threshold in the threshold rule, else complete windows.
 __device__ __forceinline__ bool is_candidate(const MergeParameters& p, const float* similarity, int32_t index) {
   const int32_t count = window_at(p, index).count;
   if (count < 2) return false;
   return p.rule == MergeRule::threshold ? similarity[index] >= p.threshold : count == p.window_size;
 }
 
-// How many candidates come before window `index`; threads first, first + step, ... share the work, each returns its part.
+// Number of candidates that precede window `index`; each of the `step` threads returns the part from `first` on.
 __device__ __forceinline__ int32_t count_before(const MergeParameters& p, const float* similarity, int32_t index,
                                                 int32_t first, int32_t step) {
   const uint32_t mine = ordered_key(similarity[index]);
@@ -142,8 +145,9 @@ __device__ __forceinline__ int32_t count_before(const MergeParameters& p, const 
   return before;
 }
 
-// Decides which windows merge and gives every token and merged window of one image its row. By one block. `most`: with a
-// budget or `uniform`, how many merge. Writes window_row [W] and row [N]; returns the number of rows, prefix included.
+// Decides which windows merge and assigns rows to the tokens and merged windows of one image. Called by one block.
+// `most`: the number of windows that merge with a budget or `uniform`. Writes window_row [W] and row [N]; returns the
+// number of rows, prefix included.
 __device__ __forceinline__ int32_t assign_rows(const MergeParameters& p, const float* similarity, const int32_t* rank,
                                                int32_t most, int32_t* window_row, int32_t* row, int32_t* scratch) {
   int32_t mine = 0;
@@ -164,16 +168,16 @@ __device__ __forceinline__ int32_t assign_rows(const MergeParameters& p, const f
       heads = goes && !p.merged_first && member(p, window_at(p, window), 0) == patch;
     }
     const int32_t stands = patch < p.patches && (!goes || heads);
-    const int32_t place =
-        base + block_exclusive_scan(stands, scratch, total);  // its barrier: window_row was read by all
+    // Its barrier: all threads have read window_row.
+    const int32_t place = base + block_exclusive_scan(stands, scratch, total);
     if (stands) (heads ? window_row[window] : row[patch]) = place;
     base += total;
-    __syncthreads();  // the rows are there; window_row and scratch are used again
+    __syncthreads();  // the rows are written; window_row and scratch are reused
   }
   return base;
 }
 
-// By one warp: the rows that a window gives.
+// Writes the rows of a window. Called by one warp.
 template <class T, int V>
 __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b, const MergeWindow& w,
                                              const MergeTokens<T>& x, int32_t merged_row, const int32_t* row) {
@@ -216,7 +220,7 @@ __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b
   }
 }
 
-// By one warp: prefix token `item`, or the padding row `item - prefix`, where it is one.
+// Writes prefix token `item`, or row `item - prefix` if it is padding. Called by one warp.
 template <class T, int V>
 __device__ __forceinline__ void write_other(const MergeParameters& p, int64_t b, int32_t item, int32_t rows) {
   const bool is_prefix = item < p.prefix;

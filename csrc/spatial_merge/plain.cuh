@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// spatial_merge in two launches, similarities and all the rest; or, for many windows, in up to four: similarities, ranks where
-// an order is asked for, rows, tokens.
+// spatial_merge in two launches: similarities, then all else; or, for many windows, in up to four: similarities, ranks
+// if an order is needed, rows, tokens.
 #pragma once
 
 #include "spatial_merge/kernel.cuh"
 
 namespace mustdrop {
 
-// A warp to a window of an image.
+// A warp per window of an image.
 template <class T, int V>
 __global__ void __launch_bounds__(kMergeThreads) merge_similarity_kernel(const __grid_constant__ MergeParameters p) {
   const int64_t item = blockIdx.x * int64_t(kMergeWarps) + warp_id();
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_similarity_kernel(const _
   if (lane_id() == 0) p.similarity[item] = value;
 }
 
-// A warp to a window of an image.
+// A warp per window of an image.
 static __global__ void __launch_bounds__(kMergeThreads) merge_rank_kernel(const __grid_constant__ MergeParameters p) {
   const int64_t item = blockIdx.x * int64_t(kMergeWarps) + warp_id();
   if (item >= int64_t(p.batch) * p.window_count) return;
@@ -28,16 +28,17 @@ static __global__ void __launch_bounds__(kMergeThreads) merge_rank_kernel(const 
   if (lane_id() == 0) p.rank[item] = before;
 }
 
-// With `uniform`: the smallest number of whole windows of an image that reach the threshold. By one block.
-__device__ __forceinline__ int32_t fewest_alike(const MergeParameters& p, int32_t* fewest) {  // fewest [kMergeWarps]
+// With `uniform`: the smallest number over the images of complete windows that reach the threshold. Called by one
+// block.
+__device__ __forceinline__ int32_t fewest_similar(const MergeParameters& p, int32_t* fewest) {  // fewest [kMergeWarps]
   int32_t least = p.window_count;
   for (int64_t b = warp_id(); b < p.batch; b += kMergeWarps) {
     const float* similarity = p.similarity + b * p.window_count;
-    int32_t alike = 0;
+    int32_t similar = 0;
     for (int32_t w = lane_id(); w < p.window_count; w += kWarp)
-      alike += is_candidate(p, similarity, w) && similarity[w] >= p.threshold;
-    alike = warp_sum(alike);
-    least = alike < least ? alike : least;
+      similar += is_candidate(p, similarity, w) && similarity[w] >= p.threshold;
+    similar = warp_sum(similar);
+    least = similar < least ? similar : least;
   }
   if (lane_id() == 0) fewest[warp_id()] = least;
   __syncthreads();
@@ -45,13 +46,13 @@ __device__ __forceinline__ int32_t fewest_alike(const MergeParameters& p, int32_
   return least;
 }
 
-// Bytes of shared memory of merge_finish_kernel.
+// Shared memory of merge_finish_kernel in bytes.
 __host__ __device__ inline int64_t merge_finish_bytes(const MergeParameters& p) {
   return (int64_t(3) * p.window_count + p.patches + 2 * kWarp) * 4;
 }
 
-// p.parts blocks to an image: each decides for the whole image, which is quicker than to ask another block, and writes every
-// p.parts-th window, prefix token and padding row.
+// p.parts blocks per image. Each decides redundantly for the whole image, which is faster than communication, and
+// writes every p.parts-th window, prefix token and padding row.
 template <class T, int V>
 __global__ void __launch_bounds__(kMergeThreads, 3) merge_finish_kernel(const __grid_constant__ MergeParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
@@ -64,8 +65,8 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge_finish_kernel(const __
   const int32_t part = static_cast<int32_t>(blockIdx.x) % p.parts, warp = static_cast<int32_t>(warp_id());
   for (int32_t w = threadIdx.x; w < p.window_count; w += kMergeThreads)
     similarity[w] = p.similarity[b * p.window_count + w];
-  const int32_t most = p.rule == MergeRule::uniform ? fewest_alike(p, scratch + kWarp) : p.budget;
-  __syncthreads();  // the similarities are there
+  const int32_t most = p.rule == MergeRule::uniform ? fewest_similar(p, scratch + kWarp) : p.budget;
+  __syncthreads();  // the similarities are in shared memory
   if (p.rule != MergeRule::threshold || p.merged_first)
     for (int32_t w = threadIdx.x; w < p.window_count; w += kMergeThreads)
       order[w] = count_before(p, similarity, w, 0, 1);
@@ -79,18 +80,18 @@ __global__ void __launch_bounds__(kMergeThreads, 3) merge_finish_kernel(const __
     write_other<T, V>(p, b, i, rows);
 }
 
-// A block to an image.
+// A block per image.
 static __global__ void __launch_bounds__(kMergeThreads) merge_assign_kernel(const __grid_constant__ MergeParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   int32_t* scratch = reinterpret_cast<int32_t*>(memory);  // [2 kMergeWarps]
   const int64_t b = blockIdx.x, first = b * p.window_count;
-  const int32_t most = p.rule == MergeRule::uniform ? fewest_alike(p, scratch + kMergeWarps) : p.budget;
+  const int32_t most = p.rule == MergeRule::uniform ? fewest_similar(p, scratch + kMergeWarps) : p.budget;
   const int32_t rows =
       assign_rows(p, p.similarity + first, p.rank + first, most, p.window_row + first, p.row + b * p.patches, scratch);
   if (threadIdx.x == 0) p.counts[b] = rows;
 }
 
-// A warp to a window, a prefix token or a padding row of an image.
+// A warp per window, prefix token or padding row of an image.
 template <class T, int V>
 __global__ void __launch_bounds__(kMergeThreads) merge_write_kernel(const __grid_constant__ MergeParameters p) {
   const int64_t items = int64_t(p.window_count) + p.prefix + p.capacity;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels and their launchers on the host: a backend for the conformance tests on machines without a GPU."""
+"""The CUDA kernels and launchers emulated on the host: a backend for the conformance tests without a GPU."""
 
 from .backend import NAME, configure, configure_for, emulated, library
 from .building import EmulationError, why_not

@@ -22,8 +22,8 @@ NAME = "cuda_emulated"
 def library() -> ctypes.CDLL:
     """Build and load the library.
 
-    MUSTDROP_EMULATION_SANITIZER: "races" (the default), or "address" (the process must have been started with the
-    sanitizer's runtime preloaded). MUSTDROP_EMULATION_ROOT: the source tree that holds csrc/.
+    MUSTDROP_EMULATION_SANITIZER: "races" (the default), or "address" (with the sanitizer's runtime preloaded).
+    MUSTDROP_EMULATION_ROOT: the source tree that holds csrc/.
     """
     root = Path(os.environ.get("MUSTDROP_EMULATION_ROOT") or building.ROOT)
     path = building.build_library(os.environ.get("MUSTDROP_EMULATION_SANITIZER", "races"), root)
@@ -32,17 +32,20 @@ def library() -> ctypes.CDLL:
 
 
 def configure(seed: int, capability: int = 90, multiprocessors: int = 4) -> None:
-    """Choose the order in which threads run, and the device that is played.
+    """Set the order in which threads run, and the emulated device.
 
-    Its compute capability times ten. 80 has no clusters; 120 has little shared memory.
+    Args:
+        seed: of the order of threads.
+        capability: compute capability times ten. 80 has no clusters; 120 has little shared memory.
+        multiprocessors: of the device.
     """
     library().cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(capability), ctypes.c_int(multiprocessors))
 
 
 def configure_for(test: str) -> None:
-    """A test's own order of threads and device, the same in each run.
+    """Set an order of threads and a device for a test, the same in each run.
 
-    MUSTDROP_EMULATION_SEED gives other orders to all tests; MUSTDROP_EMULATION_CAPABILITY one device.
+    MUSTDROP_EMULATION_SEED changes the orders of all tests; MUSTDROP_EMULATION_CAPABILITY sets the device.
     """
     drawn = zlib.crc32(test.encode()) + int(os.environ.get("MUSTDROP_EMULATION_SEED", "0")) * 7919
     capability = os.environ.get("MUSTDROP_EMULATION_CAPABILITY") or ("80", "90", "120")[drawn % 3]
@@ -62,12 +65,12 @@ def _served() -> str:
 def why_not(op: str, device_type: str) -> str | None:
     """Why the emulation does not serve an operator, None where it does."""
     if device_type != "cpu":
-        return "it plays a GPU on CPU tensors"
+        return "it emulates a GPU on CPU tensors"
     if reason := building.why_not():
         return reason
     return None if f'm.impl("{op}"' in _served() else "there is no CUDA launcher for it"
 
 
 def emulated() -> backends.Backend:
-    """The backend, for whoever wants to register it."""
+    """The backend, unregistered."""
     return backends.Backend(NAME, _implementation, why_not, "CUDA kernels emulated on the host")

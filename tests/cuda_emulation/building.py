@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiles csrc/*/cuda*.cu with the host compiler against the emulation of CUDA, under sanitizers.
 
-The launchers are compiled as they are, but for their registration: the operators of the library are
-``torch.ops.mustdrop_emulated.*`` on CPU tensors. Objects are kept in build/cuda_emulation under a hash of what they
-were made of.
+The launchers are unchanged but for their registration: the operators of the library are
+``torch.ops.mustdrop_emulated.*`` on CPU tensors. Objects are cached in build/cuda_emulation under a hash of their
+inputs.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "cuda_emulation"
 
-# "races": undefined behaviour, and data races by the hooks of -fsanitize=thread, whose runtime is replaced by races.cpp
-# and so is not linked. "address": addresses and undefined behaviour. "none": what the schedule alone shows. "coverage":
-# the lines that were reached.
+# "races": undefined behavior, and data races by the hooks of -fsanitize=thread, whose runtime races.cpp replaces.
+# "address": addresses and undefined behavior. "none": the schedule alone. "coverage": line coverage.
 SANITIZERS = {
     "none": [],
     "coverage": ["--coverage", "-fprofile-update=atomic"],
@@ -45,16 +44,16 @@ EMULATION = [HERE / "scheduler.cpp", HERE / "races.cpp", HERE / "driver.cpp"]  #
 
 
 class EmulationError(RuntimeError):
-    """The emulation could not be built; the message holds what the compiler said."""
+    """The emulation could not be built; the message holds the compiler's output."""
 
 
 def compiler() -> str | None:
-    """The host compiler."""
+    """Path of the host compiler, None if there is none."""
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
 def why_not() -> str | None:
-    """Why the emulation cannot be built here, None where it can."""
+    """Reason why the emulation cannot be built here, None if it can."""
     return None if compiler() else "no host C++ compiler (g++) was found"
 
 
@@ -64,11 +63,11 @@ def launchers(root: Path = ROOT) -> list[Path]:
 
 
 def build_library(sanitizer: str = "races", root: Path = ROOT) -> Path:
-    """The emulated operators as a shared library, compiled where something has changed.
+    """The emulated operators as a shared library, compiled if an input has changed.
 
     Args:
         sanitizer: a key of ``SANITIZERS``.
-        root: the source tree whose csrc/ is taken.
+        root: the source tree that holds csrc/.
     """
     include, libraries = _torch_flags(root)
     sources = [root / "csrc" / "schemas.cpp", *launchers(root)]
@@ -91,17 +90,17 @@ def _torch_flags(root: Path) -> tuple[list[str], list[str]]:
 
 
 def build_alone(source: Path, sanitizer: str = "races") -> Path:
-    """One source that needs the emulation and nothing else, as a shared library."""
+    """A shared library of one source and the emulation."""
     return _shared_library(source.stem, [source], sanitizer, [f"-I{ROOT / 'csrc'}"], [])
 
 
 def preload(sanitizer: str) -> dict[str, str]:
-    """The environment of a process that is to load a library of this sanitizer."""
+    """Environment variables of a process that loads a library of this sanitizer."""
     if sanitizer != "address":
         return {}
-    names = ("libasan.so", "libstdc++.so.6")  # the sanitizer looks for what the second defines when it starts
+    names = ("libasan.so", "libstdc++.so.6")  # the sanitizer resolves symbols of the second at its start
     found = [_output([compiler() or "g++", f"-print-file-name={name}"]) for name in names]
-    # Python does not free what it has at its end; and a fiber's stack is none of the process's.
+    # Python does not free its memory at exit; fibers run on stacks of their own.
     return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
 
 
@@ -136,7 +135,7 @@ def _linked(name: str, objects: Sequence[Path], flags: list[str], libraries: lis
 
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
-    """Two processes that want the same library compile it once."""
+    """Serializes processes, so that they compile a library once."""
     BUILD.mkdir(parents=True, exist_ok=True)
     with open(BUILD / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -151,12 +150,12 @@ def _torch() -> Path:
 
 
 def _text(path: Path) -> str:
-    """A source as it is compiled, with lines that still point at the original."""
+    """The text of a source with a #line directive that names the original."""
     return f'#line 1 "{path}"\n{path.read_text()}'
 
 
 def _object(source: Path, flags: list[str], root: Path = ROOT) -> Path:
-    """An object file. Of two source trees with equal texts, one object serves both."""
+    """An object file, shared by source trees with equal texts."""
     text = _text(source)
     folders = [source.parent, *(Path(flag[2:]) for flag in flags if flag.startswith("-I"))]
     depends = _headers(source, folders, {HERE / "cuda_emulation.h"})
@@ -173,7 +172,7 @@ def _object(source: Path, flags: list[str], root: Path = ROOT) -> Path:
 
 
 def _headers(source: Path, folders: list[Path], start: set[Path]) -> list[Path]:
-    """Every header of ours that a source includes, directly or not."""
+    """Every header of this repository that a source includes, directly or not."""
     found, todo = set(start), [source, *start]
     while todo:
         for name in re.findall(r'^#include "([^"]+)"', todo.pop().read_text(), flags=re.MULTILINE):

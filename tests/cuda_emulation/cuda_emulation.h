@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// CUDA C++ on the host, for tests: the names that kernels use, over the scheduler of scheduler.cpp.
+// CUDA C++ on the host, for tests: the CUDA names that kernels use, on the scheduler of scheduler.cpp.
 //
-// Every thread of a block is a fiber on one operating-system thread. A barrier, a warp operation and a cluster operation
-// suspend the fiber; which of the ready fibers runs next is drawn from a seeded generator, so a result that depends on
-// the order of the threads changes with the seed. Shared memory is a heap block of exactly the size asked for (an
-// AddressSanitizer build sees every access outside it) filled with 0xFF (a float read before it was written is NaN).
-// cp.async copies are held back until the thread waits for them. A wait that can never end is reported, not hung on.
-// Where the build looks for races (races.h), accesses that no barrier orders are reported whatever the order was.
+// Every thread of a block is a fiber on one operating-system thread. Barriers, warp operations and cluster operations
+// suspend the fiber; a seeded generator draws which ready fiber runs next, so a result that depends on the order of the
+// threads changes with the seed. Shared memory is a heap block of exactly the requested size (an AddressSanitizer build
+// detects every access outside it) filled with 0xFF (a float that is read before it is written is NaN). cp.async copies
+// are deferred until the thread waits for them. A wait that can never end is reported and does not hang. Builds that
+// detect races (races.h) report accesses that no barrier orders, independent of the schedule.
 #pragma once
 
 #include <array>
@@ -24,7 +24,7 @@
 
 namespace cuda_emulation {
 
-// What a kernel may ask about the thread that runs it.
+// The built-in variables of a running thread, and its block's shared memory.
 struct ThreadContext {
   dim3 thread, block, block_size, grid_size;
   unsigned cluster_rank, cluster_size;
@@ -34,39 +34,40 @@ struct ThreadContext {
 const ThreadContext& this_thread();
 
 struct Launch {
-  const void* kernel;  // what set_shared_limit() knows it by
+  const void* kernel;  // key of set_shared_limit()
   dim3 grid, block;
   unsigned cluster = 1;  // consecutive blocks along x
   size_t shared_bytes = 0;
 };
 
-// Runs all blocks to their end; launches from several host threads run one after the other. Throws std::runtime_error: a
-// launch that the device would refuse, a thread left while others wait for it, a warp operation whose lanes disagree, a
-// wait that never ends, or an index outside the cluster's shared memory.
+// Runs all blocks to completion; launches from several host threads are serialized. Throws std::runtime_error for a
+// launch that the device would refuse, a thread that exits while others wait for it, a warp operation whose lanes
+// disagree, a wait that never ends, or an address outside the cluster's shared memory.
 void run(const Launch& launch, const std::function<void()>& kernel);
 
-// The device that is played: compute capability times ten (80, 90, ...), which decides whether there are clusters.
+// The emulated device: compute capability times ten (80, 90, ...), which decides whether there are clusters.
 int capability();
 int device();        // its index: each capability is a device of its own
-int shared_limit();  // bytes of shared memory that a block of it may ask for
+int shared_limit();  // largest shared memory of a block in bytes
 int multiprocessors();
 
-// cudaFuncSetAttribute(kernel, MaxDynamicSharedMemorySize, bytes): the kernel keeps it on this device, whichever host thread
-// launches it next. Other host threads may run before this returns. Without it a kernel may have 48 KiB.
+// cudaFuncSetAttribute(kernel, MaxDynamicSharedMemorySize, bytes): the limit on this device, for launches from all host
+// threads. Other host threads may run before this returns. The default is 48 KiB.
 void set_shared_limit(const void* kernel, size_t bytes);
 
 [[noreturn]] void fail(const std::string& what);  // ends the launch with this error; called by a thread
-void pause();                                     // lets other threads run; for loops that wait on memory
+void pause();                                     // yields to other threads; for loops that wait on memory
 void block_barrier();
 void cluster_arrive();
 void cluster_wait();
-char* cluster_shared(void* mine, unsigned rank);  // where block `rank` of the cluster has what is at `mine` here
+char* cluster_shared(void* mine, unsigned rank);  // address of `mine` in block `rank` of the cluster
 
-// Every lane of `mask` hands in `bytes` bytes and gets those of all lanes: in + out[32 * bytes]. `what` names the operation.
+// All-gather over the lanes of `mask`: `bytes` bytes from `in` of each lane to out[32 * bytes]. `what` names the
+// operation.
 void warp_exchange(const char* what, unsigned mask, const void* in, size_t bytes, void* out);
 
 void atomic_access(const void* address, size_t bytes);  // for the race detector
-void publish(int32_t* flag);                            // sets it; what came before the block's last barrier is done
+void publish(int32_t* flag);                            // sets it with release semantics, as publish() of device.cuh
 void wait_published(const int32_t* flag);
 
 void copy_later(void* to, const void* from, unsigned bytes, unsigned size);  // `size` bytes, zero past `bytes`
@@ -80,7 +81,7 @@ std::array<T, 32> lanes(const char* what, unsigned mask, T value) {
   return all;
 }
 
-// The kernels by name, for launches that come with a name and a pointer to each parameter: what the driver is given.
+// Kernels by name, for launches with a name and a pointer to each parameter, as the driver's.
 struct Kernel {
   const char* signature;  // ends in "kKernel = mustdrop::score_kernel<float, 1>]"
   void (*play)(void** parameters);

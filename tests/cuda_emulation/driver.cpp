@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The part of the CUDA driver that the backend `cupy` uses, on the emulation: kernels by name, and cuLaunchKernelEx.
+// The part of the CUDA driver that the backend `cupy` uses, emulated: kernels by name, and cuLaunchKernelEx.
 #include "common/driver.h"
 
 #include "cuda_emulation.h"
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-// The kernel at an index of the list, null past its end; its signature.
+// The kernel at an index of the list, null past its end; and a kernel's signature.
 EXPORTED const cuda_emulation::Kernel* cuda_emulation_kernel(int index) {
   const cuda_emulation::Kernel* kernel = cuda_emulation::first_kernel();
   for (; kernel && index > 0; --index) kernel = kernel->next;
@@ -25,7 +25,7 @@ EXPORTED void cuda_emulation_set_shared_limit(const cuda_emulation::Kernel* kern
   cuda_emulation::set_shared_limit(kernel, static_cast<size_t>(bytes));
 }
 
-// cuLaunchKernelEx: runs the kernel to its end. Throws what the emulation throws.
+// cuLaunchKernelEx: runs the kernel to completion. Throws the emulation's errors.
 EXPORTED int cuda_emulation_launch(const mustdrop::DriverConfig* config, const cuda_emulation::Kernel* kernel,
                                    void** parameters, void**) {
   cuda_emulation::Launch launch{kernel, dim3(config->grid[0], config->grid[1], config->grid[2]),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backend `cupy_emulated`: the launchers of the backend `cupy`, on kernels that the emulation plays."""
+"""The backend `cupy_emulated`: the launchers of the backend `cupy`, on emulated kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "cupy_emulated"
 
 
 def _short(name: str) -> str:
-    """A kernel's name however a compiler qualifies it."""
+    """A kernel's name without its namespace, which compilers qualify differently."""
     return name.replace("mustdrop::", "")
 
 
@@ -55,7 +55,7 @@ class Emulation:
 
 @functools.cache
 def connected() -> tuple[ctypes.CDLL, Emulation, launchers.Hooks]:
-    """The launchers, who plays their kernels, and what keeps the two together."""
+    """The launchers, the emulation of their kernels, and the hooks between the two."""
     path = building.build_launchers()
     torch.ops.load_library(path)
     library, machine = ctypes.CDLL(str(path)), Emulation()
@@ -68,5 +68,5 @@ def _implementation(op: str) -> backends.Implementation:
 
 
 def emulated() -> backends.Backend:
-    """The backend, for whoever wants to register it."""
+    """The backend, unregistered."""
     return backends.Backend(NAME, _implementation, backend.why_not, "the launchers of cupy, emulated on the host")

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Small kernels, each right and with one bug planted, for the tests of the emulation itself.
+// Small kernels, each correct and with one planted bug, for the tests of the emulation.
 #include <algorithm>
 #include <map>
 #include <numeric>
@@ -19,7 +19,7 @@ void barrier() {
   if constexpr (kRight) __syncthreads();
 }
 
-// out = in, reversed; without the barrier a thread reads what another has not written yet.
+// out = in, reversed; without the barrier a thread reads elements before they are written.
 template <bool kRight>
 void reverse_kernel(const int* in,  // [kThreads]
                     int* out) {     // [kThreads]
@@ -47,9 +47,9 @@ void sum_kernel(const int* in,  // [kThreads]
   }
 }
 
-// The neighbour's value within a warp; a shuffle orders no memory, __syncwarp does.
+// The neighbor's value within a warp; a shuffle does not order memory, __syncwarp does.
 template <bool kRight>
-void neighbour_kernel(const int* in, int* out) {
+void neighbor_kernel(const int* in, int* out) {
   MUSTDROP_SHARED_MEMORY(memory);
   int* held = reinterpret_cast<int*>(memory);
   held[threadIdx.x] = in[threadIdx.x];
@@ -76,7 +76,7 @@ void load_outside_kernel(const int* in, int* out) {
   out[threadIdx.x] = in[threadIdx.x + (kRight ? 0 : kThreads)];
 }
 
-// Half of the block does not come to the barrier.
+// Half of the block does not reach the barrier.
 template <bool kRight>
 void divergent_kernel(const int* in, int* out) {
   out[threadIdx.x] = in[threadIdx.x];
@@ -145,7 +145,7 @@ void count_kernel(const int*, int* out) {
     out[0] = out[0] + 1;
 }
 
-// The next block's value, by way of its shared memory. One of the cluster's barriers is missing.
+// The next block's value, through its shared memory. One of the cluster's barriers is missing.
 template <bool kFirst, bool kMiddle, bool kLast>
 void cluster_kernel(const int* in, int* out) {
   MUSTDROP_SHARED_MEMORY(memory);
@@ -172,7 +172,8 @@ void last_cluster_kernel(const int* in, int* out) {
   cluster_kernel<true, true, kRight>(in, out);
 }
 
-// The second block overwrites what the first has read. Missing: the barrier before the flag, the wait, the barrier after.
+// The second block overwrites elements that the first has read. Missing: the barrier before the flag, the wait, or the
+// barrier after.
 template <bool kRead, bool kWait, bool kSpread>
 void handover_kernel(const int* in, int* out) {
   MUSTDROP_SHARED_MEMORY(memory);
@@ -222,7 +223,7 @@ const std::map<std::string, std::vector<Case>>& cases() {
   static const std::map<std::string, std::vector<Case>> all{
       MUSTDROP_CASE(reverse, 1, 1),
       MUSTDROP_CASE(sum, 1, 1),
-      MUSTDROP_CASE(neighbour, 1, 1),
+      MUSTDROP_CASE(neighbor, 1, 1),
       MUSTDROP_CASE(store_outside, 1, 1),
       MUSTDROP_CASE(store_outside_shared, 1, 1),
       MUSTDROP_CASE(load_outside, 1, 1),
@@ -246,7 +247,7 @@ const std::map<std::string, std::vector<Case>>& cases() {
 }  // namespace
 }  // namespace mustdrop
 
-// Runs a case. Returns null, and its kThreads * blocks numbers in `out`; or what the emulation said.
+// Runs a case. Returns null, and its kThreads * blocks numbers in `out`; or the emulation's error.
 extern "C" __attribute__((visibility("default"))) const char* planted_run(const char* name, bool right, int* out) {
   static std::string said;
   const mustdrop::Case& c = mustdrop::cases().at(name).at(right);

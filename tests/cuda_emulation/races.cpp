@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Shadow memory of the emulation's race detector, and the hooks that -fsanitize=thread calls.
+// Shadow memory of the race detector, and the hooks that -fsanitize=thread calls.
 #include "races.h"
 
 #include <dlfcn.h>
@@ -23,22 +23,22 @@ namespace {
 // ThreadState shares an access: the later an enumerator, the more threads it stands for.
 enum class Reach : uint8_t { nobody, thread, warp, block, cluster, launch };
 
-// One access, or several that only the widest barrier of them all can order before another thread's.
+// One access, or several that only a barrier of width `reach` orders before another thread's.
 struct Access {
   Reach reach = Reach::nobody;
-  bool atomic = false, pending = false;  // pending: an asynchronous copy that nobody has waited for
-  uint32_t thread = 0;                   // one of them
+  bool atomic = false, pending = false;                                  // pending: an asynchronous copy without a wait
+  uint32_t thread = 0;                                                   // one of them
   uint32_t warp_barriers = 0, block_barriers = 0, cluster_arrivals = 0;  // the latest
   const void* code = nullptr;
 };
 
-// A byte, or four that were always accessed together.
+// The state of a byte, or of four that were always accessed together.
 struct Cell {
   Access write, read;
 };
 
 struct Granule {
-  uint32_t stamp = 0;  // of the launch (or the block) that the cell is of; another: as if it were new
+  uint32_t stamp = 0;  // of the launch (or the block) of the cell; otherwise the cell is empty
   bool shared = false, split = false;
   Cell whole;
   std::unique_ptr<std::array<Cell, 4>> bytes;
@@ -82,7 +82,7 @@ Reach distance(uint32_t a, uint32_t b) {
   return block_a / running->cluster_size == block_b / running->cluster_size ? Reach::cluster : Reach::launch;
 }
 
-// Whether another block has said through a flag that `before` is over.
+// Whether a flag of another block orders `before`.
 bool handed_over(const Access& before) {
   if (before.reach > Reach::block) return false;  // accesses of several blocks
   const uint32_t block = before.thread / running->block_size;
@@ -92,7 +92,7 @@ bool handed_over(const Access& before) {
   });
 }
 
-// Whether all that `before` stands for is over, for the thread that runs.
+// Whether all accesses of `before` are ordered before the running thread's next one.
 bool ordered(const Access& before) {
   if (before.reach == Reach::nobody) return true;
   if (before.pending) return false;
@@ -147,8 +147,7 @@ std::string place(const void* code) {
 void visit(Cell& cell, bool shared, Kind kind, const void* code) {
   if (kind == Kind::read) {
     if (shared && cell.write.reach == Reach::nobody)
-      fail("thread " + std::to_string(running->thread) + " reads shared memory that nobody has written, at " +
-           place(code));
+      fail("thread " + std::to_string(running->thread) + " reads unwritten shared memory, at " + place(code));
     if (!ordered(cell.write)) report("reads", code, cell.write, "writes");
     return join(cell.read, mine(false, code));
   }

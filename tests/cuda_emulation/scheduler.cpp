@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The scheduler of the CUDA emulation: fibers, barriers, warp operations, clusters, held-back copies.
+// The scheduler of the CUDA emulation: fibers, barriers, warp operations, clusters, deferred copies.
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -26,9 +26,9 @@
 namespace cuda_emulation {
 namespace {
 
-constexpr size_t kStackBytes = 64 << 10;     // of a fiber; touched pages alone cost memory
-constexpr unsigned kThreadsTogether = 2048;  // so that blocks that wait for each other meet
-constexpr long kMostPauses = 20'000'000;     // of all threads without any other progress: nobody will end this wait
+constexpr size_t kStackBytes = 64 << 10;     // of a fiber; only touched pages cost memory
+constexpr unsigned kThreadsTogether = 2048;  // so that blocks that wait for each other run together
+constexpr long kMostPauses = 20'000'000;     // of all threads without other progress: the wait never ends
 
 struct Settings {
   unsigned seed = 0;
@@ -38,7 +38,7 @@ struct Settings {
 
 // ---------------------------------------------------------------------------------------------- attributes of kernels
 
-// The dynamic shared memory that a kernel may have on a device.
+// The limit of each kernel's dynamic shared memory on each device.
 class SharedLimits {
  public:
   void set(const void* kernel, size_t bytes) {
@@ -58,7 +58,7 @@ class SharedLimits {
 
 // ---------------------------------------------------------------------------------------------- stacks
 
-// Fiber stacks are kept for the next block: a test runs tens of thousands of threads.
+// Reuses the stacks of fibers: a test runs tens of thousands of threads.
 class Stacks {
  public:
   char* acquire() {
@@ -73,7 +73,7 @@ class Stacks {
   }
   void release(char* stack) {
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack, kStackBytes);  // frames that were never returned from
+    __asan_unpoison_memory_region(stack, kStackBytes);  // frames that never returned
 #endif
     free_.push_back(stack);
   }
@@ -83,7 +83,7 @@ class Stacks {
 } stacks;
 
 #if defined(__x86_64__)
-// swapcontext makes two system calls; this makes none. A context is its stack pointer.
+// swapcontext makes two system calls; this switch makes none. A context is its stack pointer.
 using Context = void*;
 extern "C" void cuda_emulation_switch(void** save, void* load);
 asm(R"(
@@ -129,7 +129,7 @@ void make_context(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
-// ---------------------------------------------------------------------------------------------- threads, blocks, clusters
+// ---------------------------------------------------------------------------------------------- threads and blocks
 
 struct Copy {
   void* to;
@@ -145,7 +145,7 @@ struct Thread {
   ThreadContext kernel_context{};
   Block* block = nullptr;
   unsigned linear = 0;
-  unsigned phase = 0;  // of the cluster's barrier: the one that it has arrived at
+  unsigned phase = 0;  // of the cluster's barrier, at the last arrival
   races::ThreadState state;
   bool done = false;
   const char* waits_for = nullptr;
@@ -153,7 +153,7 @@ struct Thread {
   std::vector<Copy> copies;              // not committed
 };
 
-// One warp operation under way: what its lanes have handed in.
+// A warp operation in progress: the data of the lanes that have arrived.
 struct Exchange {
   const char* what;
   unsigned mask, arrived = 0, left;
@@ -166,12 +166,12 @@ struct Exchange {
 struct Cluster;
 struct Block {
   Cluster* cluster = nullptr;
-  std::unique_ptr<char, decltype(&std::free)> shared_memory{nullptr, &std::free};  // exactly the size asked for
+  std::unique_ptr<char, decltype(&std::free)> shared_memory{nullptr, &std::free};  // of exactly the requested size
   char* shared = nullptr;
   std::vector<Thread> threads;
   std::vector<std::vector<std::unique_ptr<Exchange>>> exchanges;  // per warp
   unsigned at_barrier = 0, left = 0;
-  unsigned wanted = 0;  // how often the cluster's barrier has to be waited for before this block may leave
+  unsigned wanted = 0;  // waits at the cluster's barrier before this block may exit
   std::vector<races::Acquired> acquired;
 };
 
@@ -188,7 +188,7 @@ class Launching {
   }
 
   void run();
-  void suspend(const char* why);  // the running thread; somebody else makes it ready
+  void suspend(const char* why);  // of the running thread, until ready(thread)
   void ready(Thread* t) {
     t->waits_for = nullptr;
     ready_.push_back(t);
@@ -220,7 +220,7 @@ class Launching {
   void switch_in(Thread* t);
   void switch_out();
   void enter_fiber();
-  std::string who_waits() const;
+  std::string describe_waits() const;
 
   const Launch& launch_;
   const std::function<void()>& kernel_;
@@ -233,10 +233,10 @@ class Launching {
   size_t scheduler_stack_bytes_ = 0;
   std::string error_;
   long pauses_ = 0;
-  unsigned unfair_ = 0;  // 0: all threads are drawn alike
+  unsigned unfair_ = 0;  // 0: all threads are drawn with equal probability
 };
 
-// The launch that this host thread plays; the model is for speed: every access of a kernel asks.
+// The launch that this host thread runs. Every access of a kernel reads it: the TLS model is for speed.
 __attribute__((tls_model("initial-exec"))) thread_local Launching* current = nullptr;
 
 void fiber_main() { current->body(); }
@@ -342,20 +342,20 @@ void Launching::finish(Thread* t) {
   running_.erase(cluster);
 }
 
-std::string Launching::who_waits() const {
+std::string Launching::describe_waits() const {
   std::map<std::string, int> waits;
   int left = 0;
   for (const auto& [key, cluster] : running_)
     for (const auto& block : cluster->blocks)
       for (const Thread& t : block->threads)
         t.done ? void(++left) : void(++waits[t.waits_for ? t.waits_for : "nothing"]);
-  std::string text = "threads that wait for ever:";
+  std::string text = "threads that wait forever:";
   for (const auto& [what, n] : waits) text += " " + std::to_string(n) + " at " + what + ";";
   return text + " " + std::to_string(left) + " of their blocks have left";
 }
 
-// Which of the ready threads runs next. In every second launch some warps are much faster than others: fair draws alone keep
-// all threads close together, and a thread that is one barrier ahead of another is what bugs are made of.
+// Draws the ready thread that runs next. In every second launch some warps are much faster than others: fair draws keep
+// all threads close together, but bugs show when a thread is a barrier ahead of another.
 size_t Launching::choose() {
   const auto draw = [this] { return random_() % ready_.size(); };
   size_t best = draw();
@@ -366,7 +366,7 @@ size_t Launching::choose() {
   return best;
 }
 
-// What a device refuses, and blocks of incomplete warps, which this emulation does not play.
+// Refuses launches that a device refuses, and blocks of incomplete warps, which the emulation does not support.
 void Launching::check_launch() const {
   const auto refuse = [](const std::string& what) { throw std::runtime_error("cuda_emulation: a launch of " + what); };
   const dim3 g = launch_.grid, b = launch_.block;
@@ -387,13 +387,13 @@ void Launching::run() {
   for (unsigned i = 0; i < order.size(); ++i) order[i] = i * launch_.cluster;
   std::shuffle(order.begin(), order.end(), random_);
   const unsigned threads = launch_.block.x * launch_.block.y * launch_.block.z * launch_.cluster;
-  const size_t together = 1 + random_() % std::max(3u, kThreadsTogether / threads);  // clusters at the same time
+  const size_t together = 1 + random_() % std::max(3u, kThreadsTogether / threads);  // concurrent clusters
   size_t next = 0;
   while (error_.empty()) {
     while (next < order.size() && running_.size() < together) start_cluster(order[next++]);
     if (running_.empty()) break;
     if (ready_.empty()) {
-      error_ = who_waits();
+      error_ = describe_waits();
       break;
     }
     const size_t pick = choose();
@@ -418,7 +418,7 @@ void do_copy(const Copy& c) {
 
 }  // namespace
 
-// ---------------------------------------------------------------------------------------------- what kernels call
+// ---------------------------------------------------------------------------------------------- interface of kernels
 
 const ThreadContext& this_thread() { return current->self->kernel_context; }
 int capability() { return settings.capability; }
@@ -440,7 +440,7 @@ void pause() { current->pause(); }
 
 void set_shared_limit(const void* kernel, size_t bytes) {
   limits.set(kernel, bytes);
-  std::this_thread::sleep_for(std::chrono::milliseconds(1));  // another thread comes between this and the launch
+  std::this_thread::sleep_for(std::chrono::milliseconds(1));  // lets another thread run between this and the launch
 }
 
 void run(const Launch& launch, const std::function<void()>& kernel) {

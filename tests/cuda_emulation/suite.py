@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the conformance suite of tests/ops on the emulated kernels, in a process of its own."""
+"""Runs the conformance suite of tests/ops on the emulated kernels in a separate process."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run_suite(
     tests: Sequence[str] = ("tests/ops",),
     options: Sequence[str] = (),
 ) -> subprocess.CompletedProcess:
-    """A pytest process. `sample`: one case in so many; `root`: whose csrc/ the kernels are taken from."""
+    """A finished pytest process. `sample`: one case in `sample` runs; `root`: the source tree of the kernels."""
     building.build_library(sanitizer, root)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
@@ -42,9 +42,9 @@ def run_suite(
 
 
 def passed(done: subprocess.CompletedProcess) -> int:
-    """How many tests passed; all that were run have to."""
-    said = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
-    assert done.returncode == 0, said
+    """The number of tests that passed; fails if one did not."""
+    output = f"{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    assert done.returncode == 0, output
     found = re.search(r"(\d+) passed", done.stdout)
-    assert found, said
+    assert found, output
     return int(found[1])

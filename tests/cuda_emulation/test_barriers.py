@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every barrier of the kernels is needed, and the suite knows: with any one of them taken out it fails."""
+"""Mutation test of barriers: the suite fails without any single barrier of the kernels."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Place(NamedTuple):
 
 
 def barriers() -> Iterator[Place]:
-    """The calls in the headers of kernels, but for those that define another barrier."""
+    """The calls in the headers of kernels, except those that define another barrier."""
     for path in sorted(CSRC.glob("*/*.cuh")):
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if BARRIER.search(line) and not re.search(r"\bvoid \w+\(", line):
@@ -42,7 +42,7 @@ def barriers() -> Iterator[Place]:
 
 
 def without(place: Place, root: Path) -> None:
-    """A copy of csrc/ below `root` in which this barrier is missing."""
+    """Copy csrc/ to `root` without this barrier."""
     shutil.copytree(CSRC, root / "csrc")
     path = root / "csrc" / place.file
     lines = path.read_text().splitlines(keepends=True)
@@ -51,7 +51,7 @@ def without(place: Place, root: Path) -> None:
 
 
 def suite_for(place: Place) -> list[str]:
-    """The tests that call an operator of the header's folder; all of them for a header that is shared."""
+    """The tests that call an operator of the header's folder; all tests for a shared header."""
     launchers = "".join(path.read_text() for path in (CSRC / place.file).parent.glob("cuda*.cu"))
     ops = re.findall(r'm\.impl\("(\w+)"', launchers)
     large = "tests/cuda_emulation/test_paths.py"
@@ -66,5 +66,5 @@ def suite_for(place: Place) -> list[str]:
 def test_a_missing_barrier_is_caught(place, tmp_path):
     without(place, tmp_path)
     done = run_suite("races", sample=8, root=tmp_path, tests=suite_for(place), options=["-x"])
-    assert done.returncode == 1, f"nobody misses {place}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    assert done.returncode == 1, f"no test fails without {place}:\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     assert CAUGHT.search(done.stdout), done.stdout[-3000:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The conformance suite on the emulated kernels in processes of their own: under AddressSanitizer, and in other orders.
+"""The conformance suite on the emulated kernels in separate processes: under AddressSanitizer, and in other orders.
 
-`make test` runs it in its own process too, looking for races, as one more backend of tests/ops (see its conftest).
+`make test` also runs it in its own process with race detection, as a backend of tests/ops (see its conftest).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(building.why_not() is not None, reason=str(build
 
 
 def test_addresses():
-    """A sample of every test's cases; what it looks for does not depend on the order of the threads."""
+    """A sample of every test's cases; address errors do not depend on the order of the threads."""
     assert passed(run_suite("address", sample=32)) > 100
 
 

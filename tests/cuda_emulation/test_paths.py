@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways through the launchers that only large inputs take, and devices of other sizes: against the reference."""
+"""Paths of the launchers that only large inputs take, on devices of several sizes, against the reference."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def device(request) -> int:
 
 
 def groups(batch: int, height: int, width: int, channels: int) -> torch.Tensor:
-    """Pairs of neighbours in a row that are alike, to a degree of their own, or not."""
+    """Pairs of neighbors in a row with random degrees of similarity."""
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(batch, height * width // 2, 1, channels, generator=generator)
     noise = torch.randn(batch, height * width // 2, 2, channels, generator=generator)
@@ -58,7 +58,7 @@ def test_more_patches_than_each_block_assigns(device):
 
 @pytest.mark.parametrize("length", [30_000, 45_001])
 def test_long_rows(device, length):
-    """A cluster, keys that fit into a block's shared memory, keys that do not."""
+    """With a cluster, with keys that fit into a block's shared memory, with keys that do not."""
     generator = torch.Generator().manual_seed(1)
     scores = torch.rand(1, length, generator=generator).round(decimals=3)  # with ties
     types = torch.randint(0, 4, (1, length), generator=generator, dtype=torch.uint8)
@@ -83,7 +83,7 @@ def test_long_rows_without_a_search(device):
 
 @pytest.mark.parametrize("align_end", [False, True])
 def test_long_caches(device, align_end):
-    """More moves than are looked up together."""
+    """More moves than a block computes together."""
     generator = torch.Generator().manual_seed(2)
     length, counts = 3000, torch.tensor([2400], dtype=torch.int32)
     keep = torch.randperm(length, generator=generator)[:2400].sort().values[None]
@@ -95,7 +95,7 @@ def test_long_caches(device, align_end):
         assert torch.equal(kept, before[:, :, keep[0]])
 
 
-# Rows of up to 256 pieces of 16, 4 and 1 bytes: 8 moves a chunk, and more chunks than a stream has to have to be cut.
+# Rows of up to 256 pieces of 16, 4 and 1 bytes: 8 moves per chunk, and enough chunks for a block per chunk.
 ROWS = [(torch.float64, 512), (torch.float32, 255), (torch.uint8, 255)]
 PATTERNS = {
     "kept": lambda n, length: torch.arange(n),
@@ -110,7 +110,7 @@ CAPACITY, LENGTH = 283, 600
 
 @pytest.fixture
 def idle() -> Iterator[Callable[[int], None]]:
-    """Plays a device that a block for each stream would leave idle: streams are cut into chunks of moves."""
+    """Configures a device that one block per stream would leave idle, so that blocks execute chunks of moves."""
     yield lambda seed: cuda_emulation.configure(seed, (80, 90, 120)[seed % 3], multiprocessors=1024)
     cuda_emulation.configure(0)
 
@@ -134,7 +134,7 @@ def moved(cache: torch.Tensor, keep: torch.Tensor, counts: torch.Tensor, ends: l
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("pattern", PATTERNS)
 def test_chunks_of_long_caches(idle, pattern, align_end):
-    """Blocks wait for the blocks before them that read what they overwrite, whatever share is dropped where."""
+    """Blocks wait for the preceding blocks that read what they overwrite, for every pattern of dropped positions."""
     keep = PATTERNS[pattern](CAPACITY, LENGTH)[None]
     counts = torch.tensor([CAPACITY], dtype=torch.int32)
     ends = [LENGTH] if align_end else None
@@ -148,7 +148,7 @@ def test_chunks_of_long_caches(idle, pattern, align_end):
 
 @pytest.mark.parametrize("align_end", [False, True])
 def test_chunks_of_sets_per_head(idle, align_end):
-    """Two layers with other lengths, heads and sets; a set that ends early, an empty one, one with -1 past the kept."""
+    """Two layers of different lengths and heads: a set that ends early, an empty one, one with -1 past the kept."""
     idle(4)
     lengths, heads, names = (LENGTH, LENGTH + 40), (2, 1), list(PATTERNS)
     keys = [filled((2, heads[i], lengths[i], 255), torch.uint8, i) for i in range(2)]
@@ -193,7 +193,7 @@ def test_chunks_of_paged_caches(idle, pattern, align_end):
 
 @pytest.mark.parametrize("align_end", [False, True])
 def test_chunks_of_positions_in_no_order(idle, align_end):
-    """What ends up in the slots is unspecified; no block waits for ever, and nothing outside changes."""
+    """The contents of the slots are unspecified; no block waits forever, and nothing outside changes."""
     idle(8)
     keep = torch.randint(-(2**62), 2**62, (1, CAPACITY), generator=torch.Generator().manual_seed(4))
     counts = torch.tensor([2**31 - 1], dtype=torch.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bugs planted into small kernels (planted.cpp) are caught, and the same kernels without them pass."""
+"""Bugs planted in small kernels (planted.cpp) are caught; the same kernels without them pass."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def library(sanitizer: str) -> ctypes.CDLL:
 
 
 def run(name: str, right: bool, seed: int, sanitizer: str = "races") -> list[int] | str:
-    """What a kernel gives, or what the emulation says."""
+    """A kernel's results, or the emulation's error."""
     lib = library(sanitizer)
     lib.cuda_emulation_configure(ctypes.c_uint(seed), ctypes.c_int(90), ctypes.c_int(4))
     out = (ctypes.c_int * (THREADS * 4))()
-    said = lib.planted_run(name.encode(), ctypes.c_bool(right), out)
-    return list(out) if said is None else said.decode()
+    message = lib.planted_run(name.encode(), ctypes.c_bool(right), out)
+    return list(out) if message is None else message.decode()
 
 
 def in_a_process(name: str, right: bool) -> subprocess.CompletedProcess:
-    """The same under AddressSanitizer, which ends the process."""
+    """A run under AddressSanitizer, which ends the process."""
     path = building.build_alone(building.HERE / "planted.cpp", "address")
     code = (
         f"import ctypes; out = (ctypes.c_int * {THREADS * 4})(); planted = ctypes.CDLL({str(path)!r})\n"
@@ -51,7 +51,7 @@ def in_a_process(name: str, right: bool) -> subprocess.CompletedProcess:
 EXPECTED = {
     "reverse": IN[::-1],
     "sum": [2 * sum(IN) + THREADS] * THREADS,
-    "neighbour": [IN[i ^ 1] for i in range(THREADS)],
+    "neighbor": [IN[i ^ 1] for i in range(THREADS)],
     "store_outside": IN,
     "store_outside_shared": IN,
     "load_outside": IN,
@@ -83,16 +83,16 @@ def test_without_the_bug(name, sanitizer):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("reverse", "a race|reads shared memory that nobody has written"),
+        ("reverse", "a race|reads unwritten shared memory"),
         ("sum", "a race"),
-        ("neighbour", "a race"),
+        ("neighbor", "a race"),
         ("copy", "a race"),
         ("refill", "a race"),
         ("blocks", "a race"),
         ("count", "a race"),
-        ("divergent", "a thread left before others reached __syncthreads|wait for ever"),
-        ("unwritten", "reads shared memory that nobody has written"),
-        ("mask", "wait for ever"),
+        ("divergent", "a thread left before others reached __syncthreads|wait forever"),
+        ("unwritten", "reads unwritten shared memory"),
+        ("mask", "wait forever"),
         ("first_cluster", "before the cluster's first barrier"),
         ("middle_cluster", "a race"),
         ("last_cluster", "still use its shared memory|whose threads have left"),
@@ -102,23 +102,23 @@ def test_without_the_bug(name, sanitizer):
     ],
 )
 def test_caught_whatever_the_order(name, words):
-    """By CUDA's rules, not by the luck of a schedule: with every seed."""
+    """By CUDA's ordering rules, not by the drawn schedule: with every seed."""
     for seed in SEEDS:
         result = run(name, False, seed)
-        assert isinstance(result, str), f"seed {seed} does not see it"
+        assert isinstance(result, str), f"seed {seed} does not report it"
         assert any(word in result for word in words.split("|")), result
 
 
 def test_a_race_names_both_sides():
-    said = run("refill", False, 1)
-    assert "of block 0 writes at +0x" in said
-    assert "of block 0 reads at +0x" in said
-    assert "with no barrier between them" in said
+    message = run("refill", False, 1)
+    assert "of block 0 writes at +0x" in message
+    assert "of block 0 reads at +0x" in message
+    assert "with no barrier between them" in message
 
 
 @pytest.mark.parametrize("name", ["reverse", "sum", "copy"])
 def test_a_missing_barrier_gives_wrong_results_under_some_seed(name):
-    """Without the race detector: the shuffled order of the threads shows it."""
+    """Without the race detector: some order of the threads shows the bug."""
     wanted = EXPECTED[name]
     wrong = [seed for seed in SEEDS if run(name, False, seed, "none")[: len(wanted)] != wanted]
     assert wrong, "no order of the threads shows the bug"

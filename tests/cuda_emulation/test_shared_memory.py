@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The attribute of a kernel for dynamic shared memory: where each launch sets it, threads collide."""
+"""Limit of a kernel's dynamic shared memory: threads conflict if each launch sets it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RAISED_ONCE = re.compile(r"kernel\.limit->raise_once\(cuda_emulation::device\(\)
 
 
 def concurrency_with(launcher: str, root) -> subprocess.CompletedProcess:
-    """The threads' test with this text as csrc/common/launch.h."""
+    """Run tests/test_concurrency.py with this text as csrc/common/launch.h."""
     shutil.copytree(building.ROOT / "csrc", root / "csrc")
     (root / "csrc" / "common" / "launch.h").write_text(launcher)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_concurrency.py"]

@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lines of the Python code and of csrc that the tests reach.
+"""Line coverage of the Python code and of csrc.
 
     python tests/sanitizers/line_coverage.py                     # every suite, then the report
-    python tests/sanitizers/line_coverage.py --suites triton cpu # some of them, added to what was counted before
+    python tests/sanitizers/line_coverage.py --suites triton cpu # some of them, added to earlier counts
     python tests/sanitizers/line_coverage.py --suites            # the report alone
     python tests/sanitizers/line_coverage.py --json bench/results/coverage.json
 
-The Python code is counted in every process that the tests start. Of csrc the CPU library is counted at each level of
-instructions, AMX's by its plain twin, and the CUDA kernels as the emulation runs them. The suite `vllm` needs the
-environment of `make test-vllm`.
+Python is counted in every process that the tests start. The CPU library is counted at each level (AMX in plain C++),
+the CUDA kernels in the emulation. The suite `vllm` needs the environment of `make test-vllm`.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ def _pytest(*arguments: str, python: Path = BIN, **environment: str) -> int:
 
 
 def python_suite() -> int:
-    """All of the Python code but what needs an interpreter or an environment of its own."""
+    """The Python code, except tests that need an interpreter or an environment of their own."""
     ignored = [f"--ignore=tests/{name}" for name in NOT_HERE]
     chosen = ["-k", "not cuda_emulated and not nvrtc_emulated"]
     return _pytest("-n", "2", "tests", *ignored, *chosen, MUSTDROP_EMULATION_SAMPLE="0")
@@ -105,7 +104,7 @@ SUITES: dict[str, Callable[[], int]] = {
 
 
 def report() -> dict[str, Any]:
-    """Prints what was not reached; the document."""
+    """Print the lines that were not reached; returns the document."""
     python = [sys.executable, "-m", "coverage"]
     settings = f"--rcfile={FOLDER / 'rc'}"
     if list(FOLDER.glob("data.*")):
@@ -136,7 +135,7 @@ def _read(name: str) -> dict[str, Any]:
 
 
 def _sums(files: dict[str, tuple[int, int]]) -> dict[str, Any]:
-    """Of lines and of those that were reached; and by file how many were not."""
+    """Numbers of lines and of reached lines; by file the number of those not reached."""
     lines, reached = (sum(numbers) for numbers in zip(*files.values(), strict=True))
     left = {name: total - found for name, (total, found) in sorted(files.items()) if found < total}
     return {"lines": lines, "reached": reached, "percent": round(100 * reached / lines, 1), "not_reached": left}
@@ -145,7 +144,7 @@ def _sums(files: dict[str, tuple[int, int]]) -> dict[str, Any]:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--suites", nargs="*", choices=tuple(SUITES), help="these, added to what was counted before")
+    parser.add_argument("--suites", nargs="*", choices=tuple(SUITES), help="these, added to earlier counts")
     parser.add_argument("--json", type=Path, help="write the sums there")
     options = parser.parse_args()
     chosen = options.suites

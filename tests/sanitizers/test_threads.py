@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU library under ThreadSanitizer, from plain C++ threads: torch is a stub of its stable ABI (stub/), so that
-everything in the process is instrumented."""
+"""The CPU library under ThreadSanitizer, called from C++ threads. A stub (stub/) replaces torch's stable ABI, so that
+the whole process is instrumented."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def driver() -> Path:
-    """The driver and the library in one program; ninja compiles what has changed."""
+    """The driver and the library in one program, compiled by ninja."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -73,7 +73,7 @@ def driver() -> Path:
 
 def run(driver: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=0 exitcode=66", **environment}
-    # ThreadSanitizer of older compilers does not know where newer kernels put things.
+    # ThreadSanitizer of older compilers does not support the address space randomization of newer kernels.
     prefix = ["setarch", "-R"] if shutil.which("setarch") else []
     return subprocess.run([*prefix, str(driver), *words], capture_output=True, text=True, env=environment)
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Every CPU operator from several plain threads at once, each with worker threads of its own, on shared inputs; results
-// must be those of one thread alone. Built with ThreadSanitizer (test_threads.py). With an argument, each range of work is
-// done by two threads: a race that the sanitizer has to report.
+// Calls every CPU operator from several threads at once, each with worker threads of its own, on shared inputs; results
+// must equal those of a single thread. Built with ThreadSanitizer (test_threads.py). With an argument, two threads do
+// each range of work: a race that the sanitizer must report.
 #include <atomic>
 #include <cmath>
 #include <cstdio>
@@ -68,7 +68,7 @@ Tensor ints(std::vector<int64_t> shape, const std::function<int32_t(int64_t)>& v
   return whole<int32_t>(shape, ScalarType::Int, value);
 }
 
-Tensor types(int64_t batch, int64_t length) {  // some padding, pictures, a question
+Tensor types(int64_t batch, int64_t length) {  // padding, text, vision tokens, a query
   return whole<uint8_t>({batch, length}, ScalarType::Byte, [=](int64_t i) {
     const int64_t j = i % length;
     return j < 3 ? kPaddingToken : j < 20 ? kTextToken : j < length - 25 ? kVisionToken : kQueryToken;
@@ -90,14 +90,14 @@ Bytes bytes(const Four& f) {
   return {bytes_of(std::get<0>(f)), bytes_of(std::get<1>(f)), bytes_of(std::get<2>(f)), bytes_of(std::get<3>(f))};
 }
 
-// Calls of every operator, large enough to be shared among workers; inputs are shared by all callers.
+// Calls of every operator, large enough for several workers. All callers share the inputs.
 std::vector<std::function<Bytes()>> calls() {
   constexpr int64_t B = 3, L = 300, D = 64;
   std::vector<std::function<Bytes()>> all;
   for (const ScalarType type : {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}) {
     const Tensor x = normal({B, 1 + 24 * 24, 96}, type), q = normal({B, 8, L, D}, type), k = normal({B, 4, L, D}, type);
     const Tensor kinds = types(B, L), cls_q = normal({B, 8, D}, type), cls_k = normal({B, 8, 577, D}, type);
-    const Tensor lse = ints({B, 8, L}, [](int64_t) { return 0x40800000; });  // 4.0f, whatever it means
+    const Tensor lse = ints({B, 8, L}, [](int64_t) { return 0x40800000; });  // 4.0f
     Tensor lse_float({B, 8, L}, ScalarType::Float);
     std::memcpy(lse_float.data<char>(), lse.data<char>(), lse.numel() * 4);
     using Merge = Four(In, std::vector<int64_t>, std::vector<int64_t>, double, OptionalInt, bool, int64_t, Opt, bool);

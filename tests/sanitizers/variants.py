@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds the CPU library another way, beside the usual one, and runs tests with it.
+"""Builds variants of the CPU library and runs tests with them.
 
     python tests/sanitizers/variants.py asan [PYTEST ARGUMENTS]    # AddressSanitizer and UndefinedBehaviorSanitizer
 
-A variant is a folder build/VARIANT/site that is put first on the path: the package's files by symbolic links, and its
-own library. There are two more: coverage, for line_coverage.py, and amx, for tests/backends/test_cpu_amx.py.
+A variant is a folder build/VARIANT/site for the front of the path: symbolic links to the package's files, and its own
+library. Two more variants: coverage, for line_coverage.py, and amx, for tests/backends/test_cpu_amx.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CPU_SUITE = ["tests/ops", "-m", "not slow", "-k", "cpu-cpu"]
 
 
 def build(variant: str) -> Path:
-    """The folder to put first on the path."""
+    """Build a variant; returns the folder for the front of the path."""
     folder = ROOT / "build" / variant
     (folder / "cmake").mkdir(parents=True, exist_ok=True)
     cmake = shutil.which("cmake", path=f"{BIN}{os.pathsep}{os.environ['PATH']}") or "cmake"
@@ -65,14 +65,14 @@ def environment_with(site: Path, **more: str) -> dict[str, str]:
 
 
 def pytest_command(arguments: list[str], *before: str) -> list[str]:
-    """pytest as a script: ``python -m`` would put this source tree before the variant."""
+    """pytest as a script: ``python -m`` would import this source tree and not the variant."""
     return [sys.executable, *before, str(BIN / "pytest"), "-q", "-p", "no:cacheprovider", *arguments]
 
 
 def asan(arguments: list[str]) -> int:
-    """The CPU backend's conformance suite, or what is given; the first finding ends the process."""
+    """Run the CPU backend's conformance suite, or the given tests; the first finding ends the process."""
     sanitizer = building.preload("address")
-    # Results that no memory holds are refused, as without a sanitizer.
+    # Results too large for memory raise, as without a sanitizer.
     sanitizer["ASAN_OPTIONS"] += ":allocator_may_return_null=1:log_path=stderr"
     more = {
         **sanitizer,

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Registration: the operators' functions by name, for a caller that knows their types.
+// Registration: the operators' functions by name; callers cast them to their types.
 #pragma once
 
 #include <any>

@@ -7,7 +7,7 @@
 
 namespace torch::stable {
 
-// Templates, so that a list in braces is not for them.
+// Templates, so that a braced list does not match them.
 template <class Shape>
 Tensor new_empty(const Tensor&, const Shape& shape, Tensor::ScalarType type) {
   return {shape, type};
@@ -20,7 +20,7 @@ Tensor new_zeros(const Tensor&, const Shape& shape, Tensor::ScalarType type) {
   return made;
 }
 
-// On threads of its own each time (threads.cpp).
+// Starts new threads in each call (threads.cpp).
 uint32_t get_num_threads();
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const std::function<void(int64_t, int64_t)>& work);
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// As much of torch's stable ABI as csrc/*/cpu*.cpp asks for, in plain C++: a process in which everything is instrumented.
+// The part of torch's stable ABI that csrc/*/cpu*.cpp uses, in plain C++, so that a sanitizer instruments the whole
+// process.
 #pragma once
 
 #include <torch/headeronly/core/ScalarType.h>
@@ -53,7 +54,7 @@ class Tensor {
   T* data() const {
     return reinterpret_cast<T*>(data_);
   }
-  // Dimensions a and b change places.
+  // Swaps dimensions a and b.
   Tensor transpose(size_t a, size_t b) const {
     Tensor other = *this;
     std::swap(other.sizes_[a], other.sizes_[b]), std::swap(other.strides_[a], other.strides_[b]);
