@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import tiny_llava
 
+from mustdrop_kernels.bench import serving
+
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="not in a source checkout")
@@ -59,6 +61,26 @@ def test_python_runs(number: int) -> None:
     inputs = tiny_llava.processor()(images=tiny_llava.picture(), text=tiny_llava.PROMPT, return_tensors="pt")
     space = {"model": tiny_llava.model(layers=16), "inputs": inputs}
     exec(compile(blocks("python")[number], f"README.md, Python block {number}", "exec"), space)
+
+
+def test_it_greets_a_newcomer_in_150_lines() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+def test_figures_are_those_of_the_results() -> None:
+    """Of `mustdrop bench serving`, with 32 requests in flight: the sheet that docs/benchmarks.md shows."""
+    lines = serving.sheet(serving.read(ROOT / "bench/results/cpu/serving.json")).rows
+    full, dropped = (line for line in lines if line[0] == "32")
+    rate, first_token, blocks = re.search(r"\((.*)x\)", dropped[2])[1], dropped[3].split(" ±")[0], dropped[5]
+    text = README.read_text()
+    assert f"**{rate}x** the requests per second" in text
+    assert f"the first token after **{first_token}** instead of {full[3].split(' ±')[0]}" in text
+    assert f"**{blocks}** cache blocks in use between steps instead of {full[5]}" in text
+
+
+def test_the_documentation_begins_with_the_same_commands() -> None:
+    index = (ROOT / "docs" / "index.md").read_text()
+    assert [command for command in commands() if command not in index] == []
 
 
 def test_tables_are_what_their_results_say() -> None:

@@ -122,7 +122,7 @@ def _table(model: str, sizes: work.LanguageModel, dtype: str, found: dict[str, w
 
 def _headline_table(rows: list[dict[str, Any]]) -> Table:
     table = Table(
-        title="Published: 88.5% fewer operations. Which counting says so?",
+        title="Published: 88.5% fewer operations, without a setting or a way of counting",
         caption="So many vision tokens in every layer; the published text names neither setting nor counting.",
         caption_justify="left",
     )
