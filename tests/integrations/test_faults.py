@@ -61,7 +61,7 @@ class Tracer:
 
 
 def surroundings() -> tuple:
-    """What is outside of the model and could be left changed."""
+    """State outside of the model that a context must restore."""
     chosen = (backends._chosen.get(), backends._traced_choice)
     return dict(backends.registered()), chosen, sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()), len(context._active)
 
