@@ -104,10 +104,10 @@ class Watch:
             run = prefill.run
 
             def watched(*args: Any) -> Any:
-                final, prompts = run(*args)
-                self.layers += map(list, zip(*(tokens.vision for tokens in prompts.held), strict=True))
-                self.last += prompts.tokens.vision
-                return final, prompts
+                final, plan = run(*args)
+                self.layers += map(list, zip(*(x.vision_token_counts for x in plan.cached_tokens), strict=True))
+                self.last += plan.tokens.vision_token_counts
+                return final, plan
 
             prefill.run = watched
 

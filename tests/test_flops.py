@@ -21,7 +21,7 @@ def model():
 
 
 def counted(model, inputs) -> int:
-    """What torch counts in the decoder layers when the prompt is read."""
+    """Operations that torch counts in the decoder layers for a prompt."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs)
     layers = [name for name in counter.get_flop_counts() if name.split(".")[-1].isdigit() and "language" in name]

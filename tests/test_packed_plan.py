@@ -83,7 +83,7 @@ def placeholders():
 
 
 def expected_rows(plan, config, stage, query, key, scale, protected):
-    """What each request keeps, scored and selected by itself with the dense operators."""
+    """Remaining rows of each request, scored and selected alone with the dense operators."""
     kept = []
     for request, rows in enumerate(plan.rows.split(plan.counts)):
         if request not in MEMBERS:

@@ -80,7 +80,7 @@ def run_rank(rank, folder):
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What each rank found."""
+    """Results of each rank."""
     folder = tmp_path_factory.mktemp("ranks")
     mp.spawn(run_rank, (str(folder),), nprocs=RANKS)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]

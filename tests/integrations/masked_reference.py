@@ -66,7 +66,7 @@ class MaskedReference:
         return output.sequences[:, length:], torch.stack(output.logits, 1)
 
     def _remember(self) -> None:
-        """What a next turn sees of this one."""
+        """Tokens of this turn that the next one attends to."""
         total = self.cache.get_seq_length()
         seen = []
         for layer in range(len(self.alive) - 1):
@@ -78,7 +78,7 @@ class MaskedReference:
     # Stage 1
 
     def _read(self, inputs: dict[str, Tensor]) -> None:
-        """What stands at each position of the prompt: (B, L) each."""
+        """Flags of each position of the prompt, (B, L) each."""
         ids, mask = inputs["input_ids"][:, self.offset :], inputs["attention_mask"][:, self.offset :].bool()
         self.embeds = self.model.get_input_embeddings()(ids).clone()
         self.present, self.key, self.text_queries = mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask)

@@ -18,7 +18,7 @@ PROMPTS = {
 
 
 def make_inputs(processor, name):
-    """What the processor makes of one of `PROMPTS` and as many pictures as it names."""
+    """The processor's inputs for one of `PROMPTS` and its pictures."""
     texts = PROMPTS[name]
     count = sum(text.count("<image>") for text in texts)
     # Unequal flat shares: the images merge to different numbers of tokens.

@@ -31,7 +31,7 @@ class Reference:
 
 @dataclasses.dataclass
 class Placeholder:
-    """What one placeholder shows."""
+    """Content of one placeholder."""
 
     feature: Tensor  # (C)
     owner: Any  # patches of one token have one owner; None: not shared

@@ -122,7 +122,7 @@ def test_positions_as_published(rows):
 
 
 def test_text_alone_runs_the_plain_graph():
-    """What was compiled before the context serves inside it."""
+    """A model compiled before the context works inside it."""
     model, inputs, graphs = fresh("llava"), inputs_of("llava", [[9]]), Graphs()
     plain = generate(model, inputs, **compiling(graphs), **LONGER)
     before = graphs.compiled

@@ -156,7 +156,7 @@ def test_refused_continuations(config, sdpa, one):
 
 
 def test_cache_rows_can_be_reordered_repeated_and_selected(config, sdpa, padded):
-    """What beam search and its kin do with a cache: each row goes on as it would have."""
+    """Reordering, repeating and selecting rows of a cache, as beam search does: each row continues unchanged."""
     with drop_tokens(sdpa, config):
         cache = first_turn(sdpa, padded).past_key_values
         mask = torch.cat([padded["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)

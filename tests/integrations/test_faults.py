@@ -62,7 +62,7 @@ class Tracer:
 
 
 def surroundings() -> tuple:
-    """What is outside of the model and could be left changed."""
+    """State outside of the model that a context must restore."""
     chosen = (registry._chosen.get(), registry._traced_choice)
     return dict(backends.registered()), chosen, sorted(ALL_ATTENTION_FUNCTIONS.valid_keys()), len(context._active)
 

@@ -40,7 +40,7 @@ def features(model, pixels):
 
 
 def alone(model, config, ids, pixels):
-    """What transformers generates."""
+    """Tokens that transformers generates."""
     inputs = {"pixel_values": pixels} if len(pixels) else {}
     with drop_tokens(model, config):
         output = model.generate(input_ids=ids[None], **inputs, max_new_tokens=NEW_TOKENS, do_sample=False)

@@ -151,7 +151,7 @@ def test_a_cache_that_was_handed_in_keeps_its_buffers():
 
 
 def test_a_cache_that_is_too_short_for_the_plain_prompt():
-    """What stage 1 leaves has to fit, not more: the buffers of later turns can be shorter than their prompts."""
+    """Only the tokens after stage 1 must fit: buffers of later turns can be shorter than their prompts."""
     model, inputs = model_of("llava"), inputs_of("llava", ONE)
     config = MustDropConfig(**{**PLAIN, **BUDGETS, **TOWER})
     with drop_tokens(model, config) as report:

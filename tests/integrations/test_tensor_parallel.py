@@ -38,7 +38,7 @@ def folder(tmp_path_factory, processor):
 
 @pytest.fixture(scope="module")
 def found(folder):
-    """What each rank found."""
+    """Results of each rank."""
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

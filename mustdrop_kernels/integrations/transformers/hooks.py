@@ -176,7 +176,7 @@ class Hooks:
             return None
         kwargs = prefill.layer_inputs(index, kwargs, args[0])
         if index in self._attention_layers:
-            kwargs["drop_step"] = DropStep(prefill, index)  # goes on to the attention function
+            kwargs["drop_step"] = DropStep(prefill, index)  # an argument of the attention function
         return args, kwargs
 
 

@@ -56,7 +56,7 @@ def run(llm, asks, lengths, abort=None):
 
 
 def number(request):
-    """Which one it is, by vLLM's name for it or ours."""
+    """The number in a request's id, vLLM's or ours."""
     return int(request.split("-")[1])
 
 
@@ -105,7 +105,7 @@ def test_random_requests_and_aborts_leave_the_pool_as_it_was(small, preemptions,
 
 
 def test_text_shares_blocks_and_pictures_do_not(small, transformers_of):
-    """What blocks of a picture hold depends on what follows them."""
+    """The contents of a picture's blocks depend on the text after them."""
     core = small.llm_engine
     assert core.vllm_config.cache_config.enable_prefix_caching
     run(small, [LONG, PICTURES[0]], [1, 1])
