@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -170,6 +171,10 @@ class Pruned(NamedTuple):
     counts: Tensor  # (B) int32
     lengths: tuple[int, ...]  # counts on the host
 
+    def take(self, x: Tensor, *, backend: str | None = None) -> Tensor:  # (B, L, ...) -> (B, max(lengths), ...)
+        """The remaining rows, padded on the left."""
+        return ops.gather_tokens(x, self.keep, self.counts, align_end=True, backend=backend)
+
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
@@ -200,8 +205,7 @@ class Tokens:
     def take(self, pruned: Pruned, *, renumber: bool = False, backend: str | None = None) -> Tokens:
         """The remaining tokens, with their positions, or renumbered 0, 1, 2, ... in each sequence."""
 
-        def gather(x: Tensor) -> Tensor:
-            return ops.gather_tokens(x, pruned.keep, pruned.counts, align_end=True, backend=backend)
+        gather = partial(pruned.take, backend=backend)
 
         types, positions = gather(self.types), gather(self.positions)
         real = types != TokenType.PADDING

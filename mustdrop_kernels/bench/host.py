@@ -22,9 +22,12 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from ..backends.triton import configs, implementation, interpreted, launch
+from .. import backends
+from ..backends.triton import configs, defined, interpreted, launch
 from ..errors import Refusal
 from ..files import read_document
+from ..ops.contract import CONTRACTS
+from ..ops.samples import sample
 from . import machine
 from .documents import Document, Sheet, Tell, note
 
@@ -64,29 +67,18 @@ class Driver:
 
 
 def calls() -> dict[str, Callable[[], Any]]:
-    """A call of each operator for one picture: 576 patches, 671 tokens, 32 heads, 13 layers compacted at once."""
-    half, long, integer = torch.float16, torch.int64, torch.int32
+    """The sample call of each operator that has Triton kernels.
 
-    def new(*shape: int, dtype: torch.dtype = half, device: str = "meta") -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    x, hidden = new(1, 577, 1024), new(1, 671, 4096)
-    q, k, types = new(1, 32, 60, 128), new(1, 32, 671, 128), new(1, 671, dtype=torch.uint8)
-    scores, keep, counts = new(1, 671, dtype=torch.float32), new(1, 159, dtype=long), new(1, dtype=integer)
-    # In place: nothing is allocated, and addresses have to differ.
-    keys, values = ([new(1, 32, 671, 128, device="cpu") for _ in range(13)] for _ in range(2))
-    cls_q, cls_k = new(1, 16, 64), new(1, 16, 577, 64)
-    arguments: dict[str, tuple[Any, ...]] = {
-        "spatial_merge": (x, [24, 24], [3, 3]),
-        "cls_attention": (cls_q, cls_k, 0.125),
-        "text_vision_scores": (q, k, types, 0.1),
-        "select_dual": (scores, scores, types, 0.01, 0.01),
-        "select_topk": (scores, types, 64),
-        "topk_attention_select": (q, k, types, 0.1, 64),
-        "gather_tokens": (hidden, keep, counts),
-        "compact_kv_": (keys, values, [torch.empty_like(keep, device="cpu")], [torch.empty_like(counts, device="cpu")]),
+    Tensors have no memory, but for the caches of in-place operators, whose addresses have to differ.
+    """
+    triton_backend = backends.get("triton")
+    return {
+        op: partial(
+            triton_backend.implementation(op), **sample(op, "cpu" if contract.writes else "meta", torch.float16)
+        )
+        for op, contract in CONTRACTS.items()
+        if contract.composite or defined(op)
     }
-    return {op: partial(implementation(op), *given) for op, given in arguments.items()}
 
 
 def microseconds(call: Callable[[], Any], seconds: float) -> float:

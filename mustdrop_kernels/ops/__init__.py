@@ -6,7 +6,7 @@ What holds for all of them:
 
 - No host synchronization and no size that depends on data: a result whose length depends on data has the capacity that
   is known from shapes, and an int32 ``counts`` tensor gives its length.
-- float32, float16, bfloat16; sums in float32, rounded once. ``gather_tokens`` and the compactions move any dtype.
+- float32, float16, bfloat16; sums in float32, rounded once. Operators that only move tokens take any dtype.
 - Any strides, as long as the last dimension is contiguous.
 - The same input gives the same bits. Ties go to the lower index. NaN ranks lowest.
 - Wrong arguments raise a RuntimeError that names the argument, before any work.

@@ -70,7 +70,7 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         """The remaining rows of hidden states."""
         if chosen is None:
             return x
-        return ops.gather_tokens(x, chosen.keep, chosen.counts, align_end=True, backend=self.config.backend)
+        return chosen.take(x, backend=self.config.backend)
 
     @property
     def layers_to_compact(self) -> list[int]:

@@ -189,3 +189,54 @@ def test_negative_zero_and_nan_payload(backend):
     keep = torch.zeros(1, 1, dtype=torch.int64, device=backend.device)
     got = backend.gather_tokens(x, keep, torch.ones(1, dtype=torch.int32, device=backend.device))
     assert same_bits(got, x)
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=dtype_id)
+def test_gradient(backend, dtype, align_end):
+    """Gradients go back to where the rows came from; a row taken twice gets the sum, one out of range nothing."""
+    x = normal((3, 10, 6), 1, dtype, backend.device).requires_grad_()
+    keep = torch.tensor([[0, 3, 3, 9], [2, 50, -1, 5], [7, 8, 9, 1]], device=backend.device)
+    counts = torch.tensor([4, 3, -1], dtype=torch.int32, device=backend.device)
+    got = backend.gather_tokens(x, keep, counts, align_end=align_end)
+    upstream = normal(got.shape, 2, dtype, backend.device)
+    (grad,) = torch.autograd.grad(got, x, upstream)
+    exact = np.zeros((3, 10, 6))
+    for b in range(3):
+        n = max(0, min(int(counts[b]), 4))
+        for i in range(n):
+            if 0 <= keep[b, i] < 10:
+                exact[b, keep[b, i]] += f64(upstream)[b, 4 - n + i if align_end else i]
+    assert grad.dtype == dtype
+    np.testing.assert_allclose(
+        f64(grad), exact, rtol=torch.finfo(dtype).eps, atol=1e-7 if dtype != torch.float64 else 0
+    )
+
+
+@pytest.mark.parametrize("align_end", [False, True])
+def test_gradcheck(backend, align_end):
+    """In float64, against finite differences of the op itself."""
+    x = torch.randn(2, 6, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(backend.device)
+    keep = torch.tensor([[1, 1, 5], [0, 4, -1]], device=backend.device)
+    counts = torch.tensor([3, 2], dtype=torch.int32, device=backend.device)
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: backend.gather_tokens(v, keep, counts, align_end=align_end), (x,))
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 3), (0, 5, 3), (2, 5, 0), (2, 5)], ids=str)
+@pytest.mark.parametrize("capacity", [0, 3])
+def test_empty_gradients(backend, shape, capacity):
+    x = torch.zeros(shape, device=backend.device, requires_grad=True)
+    keep = torch.zeros(shape[0], capacity, dtype=torch.int64, device=backend.device)
+    counts = torch.full((shape[0],), capacity, dtype=torch.int32, device=backend.device)
+    backend.gather_tokens(x, keep, counts).sum().backward()
+    assert x.grad.shape == x.shape
+    if x.numel():
+        assert float(x.grad.sum()) == capacity * math.prod((shape[0], *shape[2:]))
+
+
+def test_whole_numbers_have_no_gradient(backend):
+    """Nothing to differentiate, nothing in the way."""
+    given = sample("gather_tokens", backend.device)
+    given["x"] = given["x"].long()
+    assert not backend.gather_tokens(**given).requires_grad

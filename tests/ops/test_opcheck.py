@@ -6,6 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from mustdrop_kernels.ops.contract import CONTRACTS
+
 from .sample_calls import sample, tensors_in
 from .schemas import OPS, SCHEMAS
 
@@ -39,7 +41,7 @@ def test_opcheck_without_options(op, device):
         check(op, {**given, "uniform": True, "merged_first": True})
 
 
-@pytest.mark.parametrize("op", ["spatial_merge", "gather_tokens"])
+@pytest.mark.parametrize("op", [op for op, contract in CONTRACTS.items() if contract.gradient])
 def test_opcheck_with_gradient(op, device):
     given = sample(op, device)
     given["x"].requires_grad_()
