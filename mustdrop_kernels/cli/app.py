@@ -66,14 +66,6 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def collect_env() -> None:
-    """Print what a bug report needs, as one JSON document: versions, machine, libraries, who serves what and why."""
-    from .doctor import examine
-
-    print_json(examine())
-
-
-@app.command()
 def demo(
     image: Annotated[Path | None, typer.Option(help="A picture. Default: one made here, of digits.")] = None,
     prompt: Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")] = None,
