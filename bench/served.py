@@ -33,7 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.bench.vllm_engine import engine, overrides
-from mustdrop_kernels.evaluation import FULL, datasets, document, summary
+from mustdrop_kernels.evaluation import FULL, datasets, results, summary
 from mustdrop_kernels.evaluation.checkpoint import SMALL, SMALL_MODEL, prompt_text
 from mustdrop_kernels.evaluation.methods import Sizes, make
 from mustdrop_kernels.flops import LanguageModel
@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(cell: document.Key, sizes: Sizes) -> dict[str, Any] | None:
+def plan(cell: results.Key, sizes: Sizes) -> dict[str, Any] | None:
     """What ``hf_overrides`` holds; None: the plug-in stays out.
 
     Raises:
@@ -152,7 +152,7 @@ class Asker:
         processed = [sum(layer) / questions for layer in zip(*layers, strict=True)]
         kept = sum(last) / questions
         kv_bytes = (kept + text) * self.sizes.depth * self.slot_bytes
-        document.count(cell, processed, last=kept, kv_bytes=kv_bytes, text=text)
+        results.count(cell, processed, last=kept, kv_bytes=kv_bytes, text=text)
 
 
 # ------------------------------------------------------------------------------------------------------- all of them
@@ -167,7 +167,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
     sizes, language = Sizes.of(config), LanguageModel.of(config)
     plans = {
-        cell: plan(cell, sizes) for cell in document.keys(options.methods, options.budgets)
+        cell: plan(cell, sizes) for cell in results.keys(options.methods, options.budgets)
     }  # what cannot be done is refused before anything runs
     if options.questions is None:
         questions = datasets.made(options.split, options.seeds, options.count or 200)
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     else:
         questions = datasets.read(options.questions, options.images).head(options.count)
         about = {"questions": questions.name, "file": options.questions.name}
-    found = document.start(about, questions, list(plans))
+    found = results.start(about, questions, list(plans))
     found["command"] = " ".join([".venv-vllm/bin/python bench/served.py", *sys.argv[1:]])
     found["machine"] = describe(torch.device("cpu"), torch.get_num_threads()) | {"vllm": vllm_version}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -208,7 +208,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"served.py: {error}")
     if options.json is not None:
-        document.write(found, options.json)
+        results.write(found, options.json)
     console = Console()
     for table in summary.tables(found, "mustdrop-read"):
         console.print(table)

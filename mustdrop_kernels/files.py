@@ -60,16 +60,17 @@ def _umask() -> int:
     return mask
 
 
-def read_document(path: Path, kind: str, maker: str) -> dict[str, Any]:
-    """A JSON document whose ``format`` is `kind`; `maker` writes such.
+def read_document(path: Path, kind: str | tuple[str, ...], maker: str) -> dict[str, Any]:
+    """Read a JSON document whose ``format`` is `kind`, or one of several; `maker` writes them.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file is something else.
     """
+    kinds = (kind,) if isinstance(kind, str) else kind
     try:
         document = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != kind:
-        raise ValueError(f"{path} is not a document of {maker} ({kind})")
+    if not isinstance(document, dict) or document.get("format") not in kinds:
+        raise ValueError(f"{path} is not a document of {maker} ({kinds[0]})")
     return document

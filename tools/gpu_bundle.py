@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything for bench/run_on_gpu.sh that can be made without a GPU, in one folder to carry to the machine with one.
 
-The CUDA library for its GPU, the wheels of peers of the benchmark, and with --triton the compiled Triton kernels. There
-bench/run_on_gpu.sh unpacks the folder; what does not fit (other sources, another Triton) is left out, with a reason.
+The CUDA library for its GPU, the wheels of the benchmark's baselines, and with --triton the compiled Triton kernels.
+There bench/run_on_gpu.sh unpacks the folder; what does not fit (other sources, another Triton) is left out, with a
+reason.
 MUSTDROP_GPU_BUNDLE names another folder than gpu-bundle/.
 """
 
@@ -26,7 +27,7 @@ SOURCES = runpy.run_path(str(ROOT / "mustdrop_kernels" / "_sources.py"))
 FOLDER = Path(os.environ.get("MUSTDROP_GPU_BUNDLE") or ROOT / "gpu-bundle")
 INSTALLED = ROOT / "mustdrop_kernels" / "lib"
 DOCUMENT, FAILED, WHEELS, LIBRARIES = "bundle.json", "failed.txt", "wheels", "lib"
-PEERS = ("flash-colreduce==0.2.2", "flash-colsum==0.1.0")
+BASELINES = ("flash-colreduce==0.2.2", "flash-colsum==0.1.0")
 MOST_BYTES = 40 << 20
 CORES = 16  # of the machine that the command lines are printed for
 
@@ -103,14 +104,14 @@ def add_library(archs: str) -> str:
 
 
 def add_wheels() -> str:
-    """Download the wheels of peers; a peer that cannot be had is left out of the benchmark."""
+    """Download the wheels of baselines; a baseline that cannot be had is left out of the benchmark."""
     folder = FOLDER / WHEELS
     folder.mkdir(exist_ok=True)
-    missing = [peer for peer in PEERS if not list(folder.glob(f"{peer.replace('-', '_').replace('==', '-')}-*.whl"))]
+    missing = [one for one in BASELINES if not list(folder.glob(f"{one.replace('-', '_').replace('==', '-')}-*.whl"))]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     if missing and subprocess.run([*command, *missing]).returncode:
         return f"no wheels of {', '.join(missing)}: they could not be downloaded"
-    return f"wheels of {', '.join(peer.partition('==')[0] for peer in PEERS)}"
+    return f"wheels of {', '.join(baseline.partition('==')[0] for baseline in BASELINES)}"
 
 
 def add_triton(python: str, jobs: int) -> str:

@@ -202,7 +202,7 @@ def sanitize(at: Parts) -> list[Part]:
 
 
 def bench(at: Parts) -> list[Part]:
-    """Every operator, shape, type and peer."""
+    """Every operator, shape, type and baseline."""
     shapes = "llava-1.5,llava-next,llava-1.5:8,llava-1.5:64"
     return [
         at.library(300), at.facts(),

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+from .baselines import Baseline, baselines_of
 from .cases import CASES, Case, Inputs
-from .peers import Peer, peers_of
 from .shapes import Shape, parse_shapes
 
-__all__ = ["CASES", "Case", "Inputs", "Peer", "Shape", "parse_shapes", "peers_of"]
+__all__ = ["CASES", "Baseline", "Case", "Inputs", "Shape", "baselines_of", "parse_shapes"]

@@ -10,9 +10,9 @@ from .cases import Canonical, Case
 
 # Moves and decisions are exact.
 _EXACT = ("gather_tokens", "compact_kv_", "compact_paged_kv_")
-# Means are rounded once by us; peers may round terms and sums.
+# Means are rounded once by us; baselines may round terms and sums.
 _MEANS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# Peers that compute in half precision round q K^T before the softmax: an error of 2^-9 of a score of 8 in bfloat16.
+# Baselines that compute in half precision round q K^T before the softmax: an error of 2^-9 of a score of 8 in bfloat16.
 _PROBABILITIES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 # What such an error may decide: the share of tokens whose score lies next to a threshold.

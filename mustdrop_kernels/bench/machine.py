@@ -135,7 +135,7 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool = False) -
     """FLOP/s of a square ``torch.mm``; ``quick`` as in ``copy_bandwidth``."""
     quick = quick and device.type == "cpu"
     size = 8192 if device.type == "cuda" else 256 if quick else 1536
-    generator = torch.Generator(device).manual_seed(0)  # the default one belongs to the peers
+    generator = torch.Generator(device).manual_seed(0)  # the default one belongs to the baselines
     a = torch.randn(size, size, generator=generator, device=device).to(dtype)
     out = torch.empty_like(a)
     return 2 * size**3 / _seconds(lambda: torch.mm(a, a, out=out), device, 3 if quick else 9)

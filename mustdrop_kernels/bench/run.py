@@ -13,13 +13,14 @@ import torch
 
 from .. import backends
 from . import check, machine, memory, timing
+from .baselines import Baseline, baselines_of
 from .capture import PoisonedError
 from .cases import CASES, FLOAT32_ONLY, Case, Inputs, Raw
 from .documents import Document, Keep, Tell
-from .peers import Peer, peers_of
 from .shapes import Shape
 
-FORMAT = "mustdrop-bench/1"
+FORMAT = "mustdrop-bench/2"
+FORMER_FORMAT = "mustdrop-bench/1"  # "contender" for "candidate", "peer" for "baseline"
 # Copies of the inputs: what is read of them fills the cache so many times; at most so many; in at most this share of
 # the memory that is left.
 PAST_CACHE, MOST_COPIES, MEMORY_SHARE = 3, 512, 0.4
@@ -36,10 +37,10 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     backends: tuple[str, ...]
-    peers: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
+    baselines: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
     quick: bool = False
-    compiled: bool = True  # peers that torch.compile makes take part; not where quick
-    seconds: float | None = None  # for each contender of a case; None: what the effort says
+    compiled: bool = True  # baselines that torch.compile makes take part; not where quick
+    seconds: float | None = None  # for each candidate of a case; None: what the effort says
     hot: bool = False  # the same inputs every time, so that what fits stays in the cache
 
     @property
@@ -50,15 +51,15 @@ class Options:
 
 
 @dataclasses.dataclass
-class Contender:
+class Candidate:
     """One way to compute a case."""
 
     name: str
     op_in_place: bool
-    kind: str  # "backend", "peer", "context" (it computes something else, that ours is a share of)
+    kind: str  # "backend", "baseline", "context" (it computes something else, that ours is a share of)
     what: str
     call: Callable[[Inputs], Raw] | None = None
-    peer: Peer | None = None
+    baseline: Baseline | None = None
     why_not: str | None = None
     wrong: str | None = None
     compared: list[str] = dataclasses.field(default_factory=list)
@@ -68,15 +69,15 @@ class Contender:
     @property
     def in_place(self) -> bool:
         """Whether a call changes its inputs."""
-        return self.peer.in_place if self.peer is not None else self.op_in_place
+        return self.baseline.in_place if self.baseline is not None else self.op_in_place
 
     def canonical(self, case: Case, raw: Raw, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Its result in the form that is compared."""
-        if self.peer is None:
+        if self.baseline is None:
             return case.spec.canonical(raw, inputs)
-        if self.peer.canonical is None:
+        if self.baseline.canonical is None:
             return {}
-        return self.peer.canonical(raw, inputs)
+        return self.baseline.canonical(raw, inputs)
 
     def drop(self, error: Exception) -> None:
         """It failed: it is not timed, and the report says why."""
@@ -116,27 +117,31 @@ def plan(options: Options) -> Iterator[Case]:
                 yield Case(op, shape, torch.float32 if op in FLOAT32_ONLY else dtype, options.device)
 
 
-def contenders(case: Case, options: Options, build: bool = True) -> list[Contender]:
-    """Ours first, then the peers; with the reason where one does not take part."""
+def candidates(case: Case, options: Options, build: bool = True) -> list[Candidate]:
+    """Ours first, then the baselines; with the reason where one does not take part."""
     found = []
     kind = case.device.type
     for name in options.backends:
         why_not = backends.get(name).why_not(case.op, kind)
         for variant, more in {"": _nothing, **case.spec.variants}.items():
             label = f"{name}, {variant}" if variant else name
-            ours = Contender(label, case.spec.in_place, "backend", backends.get(name).description, why_not=why_not)
+            ours = Candidate(label, case.spec.in_place, "backend", backends.get(name).description, why_not=why_not)
             if why_not is None and build:
                 ours.call = backend_call(case.op, kind, name, more)
             found.append(ours)
-    for peer in peers_of(case.op):
-        if options.peers is not None and peer.name not in options.peers:
+    for baseline in baselines_of(case.op):
+        if options.baselines is not None and baseline.name not in options.baselines:
             continue
-        if options.peers is None and peer.compiles and (options.quick or not options.compiled):
+        if options.baselines is None and baseline.compiles and (options.quick or not options.compiled):
             continue
-        theirs = Contender(
-            peer.name, case.spec.in_place, "context" if peer.canonical is None else "peer", peer.what, peer=peer
+        theirs = Candidate(
+            baseline.name,
+            case.spec.in_place,
+            "context" if baseline.canonical is None else "baseline",
+            baseline.what,
+            baseline=baseline,
         )
-        theirs.why_not = peer.why_not(case) or _too_large(case, peer.scratch(case))
+        theirs.why_not = baseline.why_not(case) or _too_large(case, baseline.scratch(case))
         found.append(theirs)
     return found
 
@@ -153,7 +158,7 @@ class _Measured:
     """A case, and what was found of it."""
 
     case: Case
-    found: list[Contender]
+    found: list[Candidate]
     times: dict[str, timing.Timing]
     copies: int
 
@@ -220,12 +225,12 @@ def _measured(case: Case, options: Options, tell: Tell) -> _Measured:
         return _measure(case, options, tell)
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return _Measured(case, [Contender("all", case.spec.in_place, "backend", "", why_not=reason)], {}, 0)
+        return _Measured(case, [Candidate("all", case.spec.in_place, "backend", "", why_not=reason)], {}, 0)
 
 
 @torch.inference_mode()
 def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
-    found = contenders(case, options)
+    found = candidates(case, options)
     reason = _too_large(case, 0)
     if reason is not None:
         for one in found:
@@ -236,7 +241,7 @@ def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
     _check_all(case, found, inputs, lambda name: tell(f"{case.label}: checking {name}", 0.0))
     copies = copies_of(case, inputs, options.hot, options.quick)
     calls = {one.name: one.call for one in found if one.call is not None}
-    compiled = {one.name for one in found if one.peer is not None and one.peer.compiles}
+    compiled = {one.name for one in found if one.baseline is not None and one.baseline.compiles}
     times = timing.interleaved(calls, copies, case.device, options.effort, compiled=compiled)
     count = len(copies)
     del copies, inputs
@@ -244,7 +249,7 @@ def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
     return _Measured(case, found, times, count)
 
 
-def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callable[[str], None]) -> None:
+def _check_all(case: Case, found: list[Candidate], inputs: Inputs, tell: Callable[[str], None]) -> None:
     """Call each once, compare what it returns with ours, and measure the memory that it takes."""
     ours: dict[str, torch.Tensor] | None = None
     for one in found:
@@ -253,9 +258,9 @@ def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callabl
         tell(one.name)
         fresh = inputs.clone() if one.in_place else inputs
         try:
-            if one.call is None and one.peer is not None:
-                one.call = one.peer.build(case)
-                one.detail = one.peer.detail(fresh) if one.peer.detail else None
+            if one.call is None and one.baseline is not None:
+                one.call = one.baseline.build(case)
+                one.detail = one.baseline.detail(fresh) if one.baseline.detail else None
             raw, seconds = _called(one, fresh, case.device)
             result = one.canonical(case, raw, fresh)
         except Exception as error:
@@ -274,10 +279,10 @@ def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callabl
         del fresh
 
 
-def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, float]:
+def _called(one: Candidate, inputs: Inputs, device: torch.device) -> tuple[Raw, float]:
     """Its result, and the seconds that a call takes."""
     assert one.call is not None
-    if one.peer is not None and one.peer.compiles and not one.in_place:
+    if one.baseline is not None and one.baseline.compiles and not one.in_place:
         one.call(inputs)  # compiles
     start = time.perf_counter()
     raw = one.call(inputs)
@@ -313,7 +318,7 @@ def _rows(measured: _Measured, rates: dict[str, Any]) -> Iterator[Row]:
             "tokens": case.shape.length,
             "dtype": case.dtype_name,
             "device": case.device.type,
-            "contender": one.name,
+            "candidate": one.name,
             "kind": one.kind,
             "what": one.what,
             "detail": one.detail,

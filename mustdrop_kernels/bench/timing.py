@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rounds: every contender is timed a little in each round, so that drift of the machine hits all alike."""
+"""Interleaved rounds: every candidate is timed a little in each round, so that drift of the machine hits all alike."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ CHUNK = 1e-3  # seconds of calls that are timed as one
 class Effort:
     """How long to measure."""
 
-    seconds: float  # for each contender of a case
-    least: int  # rounds of a contender that takes less than a second
+    seconds: float  # for each candidate of a case
+    least: int  # rounds of a candidate that takes less than a second
     most: int = 200
 
     def rounds(self, chunk_seconds: float) -> int:
-        """Rounds for a contender whose chunk takes so long: slow ones get few, and the report says how many."""
+        """Rounds for a candidate whose chunk takes so long: slow ones get few, and the report says how many."""
         least = self.least if chunk_seconds < 1 else min(self.least, 3) if chunk_seconds < 8 else 1
         return max(least, min(self.most, int(self.seconds / chunk_seconds)))
 
@@ -38,7 +38,7 @@ QUICK = Effort(seconds=0.1, least=3)
 
 @dataclasses.dataclass
 class Timing:
-    """Times of one contender in seconds a call, one for each of its rounds."""
+    """Times of one candidate in seconds a call, one for each of its rounds."""
 
     samples: dict[int, float]  # round -> seconds
     calls: int  # in each round

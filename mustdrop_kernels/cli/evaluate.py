@@ -20,7 +20,7 @@ from .progress import bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Questions
-    from ..evaluation.document import Key
+    from ..evaluation.results import Key
 
 Model = Annotated[
     str | None, typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: the small one in the package.")
@@ -75,7 +75,7 @@ def evaluate(
         torch.set_num_threads(threads)
     try:
         if load is not None:
-            from ..evaluation.document import read
+            from ..evaluation.results import read
 
             document = read(load)
         else:
@@ -113,8 +113,7 @@ class _Plan:
     def carry_out(self) -> dict[str, Any]:
         """The filled document."""
         from ..bench.machine import describe
-        from ..evaluation import document as documents
-        from ..evaluation import run
+        from ..evaluation import results, run
         from ..evaluation.checkpoint import load_model, quiet_transformers
         from ..evaluation.methods import Sizes, Unreachable, make
         from ..flops import LanguageModel
@@ -133,15 +132,15 @@ class _Plan:
         for cell in cells:  # an unknown name is refused before anything is asked
             with contextlib.suppress(Unreachable):
                 make(*cell, Sizes.of(subject.model.config))
-        document = documents.start(about, questions, cells)
+        document = results.start(about, questions, cells)
         if self.json is not None:
-            document = documents.resume(document, self.json)
+            document = results.resume(document, self.json)
         document["machine"] = describe(torch.device(device), torch.get_num_threads())
         document["command"] = "mustdrop " + " ".join(sys.argv[1:])
 
         def keep(filled: dict[str, Any]) -> None:
             if self.json is not None:
-                documents.write(filled, self.json)
+                results.write(filled, self.json)
 
         with bar() as tell:
             run.run(document, subject, questions, tell, keep, batch=self.batch, max_new_tokens=self.max_new_tokens)
@@ -160,8 +159,8 @@ class _Plan:
         return found, {"questions": found.name, "split": self.split, "seeds": seeds}
 
     def _cells(self, depth: int) -> list[Key]:
-        from ..evaluation.document import keys
         from ..evaluation.methods import FULL, METHODS
+        from ..evaluation.results import keys
 
         layers = [f"after-{layer}" for layer in range(depth - 1)] if self.layers else []
         methods = [name for name in self.methods or METHODS if name != FULL]

@@ -25,7 +25,7 @@ SMALL = "the small LLaVA of mustdrop_kernels"
 
 
 @dataclass(frozen=True)
-class Subject:
+class Checkpoint:
     """A model that is ready to generate, and its processor."""
 
     model: Any
@@ -125,7 +125,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(name: str | None, device: str) -> Subject:
+def load_model(name: str | None, device: str) -> Checkpoint:
     """The checkpoint of this name or in this folder; without one the small model that the package brings."""
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
@@ -142,4 +142,4 @@ def load_model(name: str | None, device: str) -> Subject:
         raise Refusal(f"--model: {where} cannot be loaded: {reason}") from error
     if kind != "llava":
         raise Refusal(f"--model: {where} is a {kind!r} model; wanted is a LLaVA (LlavaForConditionalGeneration)")
-    return Subject(model.to(device), processor, name or SMALL)
+    return Checkpoint(model.to(device), processor, name or SMALL)

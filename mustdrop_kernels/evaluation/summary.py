@@ -15,7 +15,7 @@ from .scoring import f1, interval, paired
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .document import Document
+    from .results import Document
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
