@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there: an interrupt, a crash or a full disk leaves what was there before.
+"""Files that are written whole or not at all: an interrupt, a crash or a full disk leaves the former file.
 
-And how the documents among them are read again.
+Reads JSON documents, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
-    """The same for a folder; what was in `path` before goes."""
+    """``written_whole`` for a folder, which replaces the one at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as name:
         scratch = Path(name, path.name)

@@ -34,7 +34,7 @@ CORES = 16  # of the machine that the command lines are printed for
 
 @dataclasses.dataclass
 class Unpacked:
-    """What was found in the folder and can be used here."""
+    """Contents of the folder that can be used here."""
 
     commit: str | None = None
     site_packages: list[Path] = dataclasses.field(default_factory=list)
@@ -69,7 +69,7 @@ def unpack(site: Path) -> Unpacked:
 
 
 def is_prebuilt(archs: list[str]) -> bool:
-    """Whether the CUDA library for these targets, in place or in the folder, is of the sources here."""
+    """True where the CUDA library for these targets, in place or in the folder, is of the sources here."""
     return any(
         (SOURCES["record"](folder) or {}).get("cuda_archs") and SOURCES["made_of_these"](folder, ROOT, archs)
         for folder in (INSTALLED, FOLDER / LIBRARIES)
@@ -127,32 +127,32 @@ def size(folder: Path) -> int:
 
 
 def command_lines(commit: str | None) -> str:
-    """What is run on the machine."""
+    """Command lines for the machine."""
     variable = f"MUSTDROP_COMMIT={shlex.quote(commit)} " if commit else ""
     runs = "".join(f"  {variable}bench/run_on_gpu.sh {run}\n" for run in ("first", "second"))
     return f"Carry {FOLDER.name}/. On a machine with {CORES} cores (tests run in {CORES - 2} workers):\n{runs}"
 
 
 def main() -> int:
-    """Make the folder and say how it is used."""
+    """Make the folder and print how to use it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default="90", help="CUDA targets (default: %(default)s)")
     parser.add_argument("--triton", metavar="PYTHON", help="compile the Triton kernels too, with this interpreter")
     parser.add_argument("--failed", type=Path, help="failed.txt of `first`: the tests that `second` begins with")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     try:
-        parts = [add_library(wish.archs), add_wheels()]
-        if wish.triton:
-            parts.append(add_triton(wish.triton, wish.jobs))
+        parts = [add_library(options.archs), add_wheels()]
+        if options.triton:
+            parts.append(add_triton(options.triton, options.jobs))
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"{FOLDER.name} was not made: {error}", file=sys.stderr)
         return 1
     (FOLDER / FAILED).unlink(missing_ok=True)
-    if wish.failed:
-        shutil.copy(wish.failed, FOLDER / FAILED)
-        parts.append(f"{len(wish.failed.read_text().splitlines())} tests that failed before")
+    if options.failed:
+        shutil.copy(options.failed, FOLDER / FAILED)
+        parts.append(f"{len(options.failed.read_text().splitlines())} tests that failed before")
     commit = git_commit()
     document: dict[str, Any] = {"commit": commit, "sources": SOURCES["digest"](ROOT), "parts": parts}
     (FOLDER / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop bench``: the operators timed beside other ways of computing the same, on one definition of the inputs."""
+"""Measurements of ``mustdrop bench``: operators beside baselines, decode steps, host code, whole models, serving."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two ways of computing computed the same."""
+"""Comparison of the results of an operator and a baseline."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _tolerance(case: Case) -> float:
 
 
 def difference(case: Case, ours: Canonical, theirs: Canonical) -> str | None:
-    """What differs, in words; None where what both have is the same. They must have something in common."""
+    """The first difference, in words; None where the common results are equal. There must be a common one."""
     common = [name for name in theirs if name in ours]
     if not common:
         return "nothing that can be compared"
@@ -43,7 +43,7 @@ def difference(case: Case, ours: Canonical, theirs: Canonical) -> str | None:
 
 
 def _decides_otherwise(ours: Tensor, theirs: Tensor, share: float) -> str | None:
-    """More than this share of the kept positions (all sequences in one list) are kept by one alone."""
+    """A sentence where more than this share of the kept positions is kept by one side alone."""
     length = int(torch.cat([ours, theirs, ours.new_zeros(1)]).max()) + 1
     alone = int((ours.bincount(minlength=length) - theirs.bincount(minlength=length)).abs().sum())
     return f"keep: {alone} of {ours.numel()} entries differ" if alone > share * ours.numel() else None

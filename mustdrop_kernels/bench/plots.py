@@ -202,7 +202,7 @@ def _moving_panel(ax: Axes, rows: list[Row]) -> None:
 
 
 def _of_models(rows: list[Row]) -> list[Row]:
-    """Without the shapes that are there for the plots of time against tokens, where there are others."""
+    """Rows without the shapes of the plots of time against tokens, unless there are no others."""
     models = [row for row in rows if not row["shape"].startswith("images-")]
     return models or rows
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The document as tables, as JSON, and beside an older one."""
+"""Document of ``mustdrop bench ops`` as tables, as Markdown, and beside an older one."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def _renamed(document: Document) -> Document:
 
 
 def only(document: Document, ops: Collection[str] | None) -> Document:
-    """Its rows about these operators; all of them where none is named."""
+    """The document with the rows of these operators; with all rows where none is named."""
     return {**document, "rows": [row for row in document["rows"] if not ops or row["op"] in ops]}
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What a row is about, without who computed it."""
+    """Subject of a row, without its candidate."""
     return row["op"], row["shape"], row["dtype"], row["device"]
 
 
@@ -104,7 +104,7 @@ def _line(row: Row, gpu: bool) -> list[str]:
 
 
 def notes(document: Document) -> list[str]:
-    """What the tables leave out: the machine, what was not timed and why, and how to read the figures."""
+    """Notes below the tables: the machine, what was not timed and why, and how to read the figures."""
     machine = document["machine"]
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in machine["matrix_rate"].items())
     lines = [
@@ -135,7 +135,7 @@ def notes(document: Document) -> list[str]:
 
 
 def _remarks(row: Row) -> Iterator[str]:
-    """What the table does not say of a row. Documents of older versions lack some of it."""
+    """Remarks on a row. Documents of older versions lack some of the fields."""
     if row["status"] != "timed":
         yield f"{row['candidate']}: {row['status']}: {row['reason']}"
         return
@@ -182,7 +182,7 @@ def comparison_table(old: Document, new: Document) -> Table:
 
 
 def comparison_notes(old: Document, new: Document) -> list[str]:
-    """What makes the two hard to compare."""
+    """Differences of the machines of two documents."""
     names = ("name", "threads", "torch", "torch_cpu_capability", "mustdrop_cpu_capability")
     lines = [
         f"{name}: {old['machine'].get(name)} then, {new['machine'].get(name)} now"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans what is timed, checks it, times it, and makes the document of it."""
+"""Runner of ``mustdrop bench ops``: plans the cases, checks the results, times them, makes the document."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to time."""
+    """Options of ``mustdrop bench ops``."""
 
     ops: tuple[str, ...]
     shapes: tuple[Shape, ...]
@@ -40,12 +40,12 @@ class Options:
     baselines: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
     quick: bool = False
     compiled: bool = True  # baselines that torch.compile makes take part; not where quick
-    seconds: float | None = None  # for each candidate of a case; None: what the effort says
+    seconds: float | None = None  # for each candidate of a case; None: those of the effort
     hot: bool = False  # the same inputs every time, so that what fits stays in the cache
 
     @property
     def effort(self) -> timing.Effort:
-        """How long to measure."""
+        """Effort of a candidate."""
         usual = timing.QUICK if self.quick else timing.FULL
         return usual if self.seconds is None else dataclasses.replace(usual, seconds=self.seconds)
 
@@ -68,7 +68,7 @@ class Candidate:
 
     @property
     def in_place(self) -> bool:
-        """Whether a call changes its inputs."""
+        """True where a call changes its inputs."""
         return self.baseline.in_place if self.baseline is not None else self.op_in_place
 
     def canonical(self, case: Case, raw: Raw, inputs: Inputs) -> dict[str, torch.Tensor]:
@@ -80,7 +80,7 @@ class Candidate:
         return self.baseline.canonical(raw, inputs)
 
     def drop(self, error: Exception) -> None:
-        """It failed: it is not timed, and the report says why."""
+        """Record an error; the candidate is not timed."""
         text = str(error).strip().splitlines()
         self.why_not = f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
         self.call = None
@@ -118,7 +118,7 @@ def plan(options: Options) -> Iterator[Case]:
 
 
 def candidates(case: Case, options: Options, build: bool = True) -> list[Candidate]:
-    """Ours first, then the baselines; with the reason where one does not take part."""
+    """Our backends first, then the baselines, with the reason where one does not take part."""
     found = []
     kind = case.device.type
     for name in options.backends:
@@ -155,7 +155,7 @@ def _too_large(case: Case, extra: int) -> str | None:
 
 @dataclasses.dataclass
 class _Measured:
-    """A case, and what was found of it."""
+    """A case with its candidates and times."""
 
     case: Case
     found: list[Candidate]
@@ -169,13 +169,13 @@ def run(
     tell: Tell = lambda what, share: None,
     keep: Keep = lambda document: None,
 ) -> Document:
-    """Time everything, or what there is time for: after an interrupt (Ctrl-C) the document holds what was finished.
+    """Time every case; after an interrupt (Ctrl-C) the document holds the finished ones.
 
     Args:
         options: what to time.
         command: the command line, for the record.
-        tell: is told what is being done and which share of all is done.
-        keep: is given the document after each case.
+        tell: takes the current step and the share of all that is done.
+        keep: takes the document after each case.
     """
     cases = list(plan(options))
     about = machine.describe(options.device, torch.get_num_threads())
@@ -210,7 +210,7 @@ def run(
 
 
 def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.dtype]) -> None:
-    """Measure the machine once more: where others use it too, the better figure is the machine's."""
+    """Measure the machine again and keep the better rates: other processes may have used it."""
     try:
         again = machine.measure(options.device, dtypes, options.quick)
     except RuntimeError:
@@ -220,7 +220,7 @@ def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.d
 
 
 def _measured(case: Case, options: Options, tell: Tell) -> _Measured:
-    """A case; one that fails has a row that says why."""
+    """Measure a case; one that fails has a row with the reason."""
     try:
         return _measure(case, options, tell)
     except (RuntimeError, MemoryError) as error:
@@ -250,7 +250,7 @@ def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
 
 
 def _check_all(case: Case, found: list[Candidate], inputs: Inputs, tell: Callable[[str], None]) -> None:
-    """Call each once, compare what it returns with ours, and measure the memory that it takes."""
+    """Call each candidate once, compare its result with ours, and measure its memory."""
     ours: dict[str, torch.Tensor] | None = None
     for one in found:
         if one.why_not is not None:
@@ -280,7 +280,7 @@ def _check_all(case: Case, found: list[Candidate], inputs: Inputs, tell: Callabl
 
 
 def _called(one: Candidate, inputs: Inputs, device: torch.device) -> tuple[Raw, float]:
-    """Its result, and the seconds that a call takes."""
+    """Result of a call and its seconds."""
     assert one.call is not None
     if one.baseline is not None and one.baseline.compiles and not one.in_place:
         one.call(inputs)  # compiles
@@ -358,5 +358,5 @@ def _figures(
 
 
 def all_ops() -> tuple[str, ...]:
-    """Everything that can be timed."""
+    """Names of the operators that can be timed."""
     return tuple(CASES)

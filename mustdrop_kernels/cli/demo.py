@@ -89,7 +89,7 @@ class DemoResult:
 
     @property
     def same_tokens(self) -> int:
-        """How many tokens the two answers begin with in common."""
+        """Length of the common prefix of the two answers, in tokens."""
         pairs = list(zip(self.plain.tokens, self.dropped.tokens, strict=False))
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
@@ -98,7 +98,7 @@ def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
     """Run the demo; `progress` is called with each step.
 
     Raises:
-        Refusal: something that was asked for cannot be done.
+        Refusal: the options cannot be served.
     """
     config = _config(options)
     require_extras()
@@ -133,7 +133,7 @@ def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
 
 
 def _question(options: DemoOptions) -> tuple[Image, str, str, str | None]:
-    """Picture, what to call it, question, right answer where it is known."""
+    """Picture, its name, question, right answer where it is known."""
     if options.model is None and options.image is None:
         image, credit, question, truth = made_question(options.seed)
         return image, credit, options.prompt or question, truth if options.prompt is None else None
@@ -154,7 +154,7 @@ def _config(options: DemoOptions) -> MustDropConfig:
 
 
 def _device(config: MustDropConfig) -> str:
-    """The GPU where somebody serves it, else the CPU."""
+    """The GPU where a backend serves it, else the CPU."""
     import torch
 
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -162,15 +162,15 @@ def _device(config: MustDropConfig) -> str:
     for device in devices:
         name = config.backend or backends.serving(device)
         if name is None:
-            reasons[device] = "nobody serves the operators (`mustdrop doctor` says why)"
+            reasons[device] = "no backend serves the operators (`mustdrop doctor` shows why)"
             continue
         refused = {backends.get(name).why_not(op, device) for op in backends.OPS} - {None}
         if not refused:
             return device
         reasons[device] = f"{name}: {refused.pop()}"
-    told = "; ".join(f"on {device} {reason}" for device, reason in reasons.items())
+    reason = "; ".join(f"on {device} {reason}" for device, reason in reasons.items())
     hint = "" if config.backend else "; --backend reference runs without the library"
-    raise Refusal(f"{told}{hint}")
+    raise Refusal(f"{reason}{hint}")
 
 
 def _make_folder(folder: Path) -> None:
@@ -183,7 +183,7 @@ def _make_folder(folder: Path) -> None:
 def _measure(
     checkpoint: Checkpoint, inputs: Any, config: MustDropConfig, max_new_tokens: int, progress: Callable[[str], None]
 ) -> tuple[Runs, Runs, Report, int]:
-    """Both ways in turn, after a warm-up of each, so that a busy machine slows both alike."""
+    """Plain generation and generation with MustDrop in turn, after a warm-up of each, so that drift hits both."""
     from ..bench import generation
     from ..integrations.transformers import drop_tokens
 

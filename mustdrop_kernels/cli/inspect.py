@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop inspect``: what became of a prompt's pictures, as one page of HTML that needs nothing else."""
+"""``mustdrop inspect``: merged and dropped tokens of a prompt's pictures, as one self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResu
     """Generate with and without dropping and write the page; `progress` is called with each step.
 
     Raises:
-        Refusal: something that was asked for cannot be done.
+        Refusal: the options cannot be served.
     """
     require_extras()
     config = _config(options)
@@ -85,7 +85,7 @@ def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResu
 
 
 def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
-    """Pictures with what to call them, and the question: one that was made for the small model, where none is given."""
+    """Pictures with their names, and the question; by default those made for the small model."""
     if options.model is None and not options.images:
         image, credit, question, _ = made_question(options.seed)
         return [(image, credit)], options.prompt or question
@@ -106,7 +106,7 @@ def _config(options: InspectOptions) -> MustDropConfig:
 
 
 def _load(options: InspectOptions) -> tuple[Any, Any, str]:
-    """Any model that drop_tokens serves; without a name the small model of the package."""
+    """Model, processor and name; without a name the small model of the package."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -146,7 +146,7 @@ def _generate(model: Any, inputs: Any, max_new_tokens: int) -> list[int]:
 
 
 def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str]]) -> list[np.ndarray]:
-    """Each picture as the model got it: LLaVA-1.5 crops it, the others see all of it."""
+    """Each picture as the model gets it: cropped for LLaVA-1.5, whole for the others."""
     import numpy as np
 
     if model.config.model_type != "llava":
@@ -160,7 +160,7 @@ def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str
 def _write(
     result: InspectResult, options: InspectOptions, credits: list[str], pictures: list[np.ndarray], report: Any
 ) -> None:
-    """The page: what was asked, what was answered, the table, and for each image what was dropped and looked at."""
+    """Write the page: question, answers, the table, and for each image its tokens and its attention."""
     prompt, config = result.prompt, result.config
     page = Page("MustDrop: what became of this prompt")
     page.facts(

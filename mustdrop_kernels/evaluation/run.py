@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a model every question in every way that is compared.
+"""Runner of ``mustdrop eval``: every question, by every method.
 
 Questions go by in batches, and every batch through all methods: pictures are made once, all methods have answered the
 same questions whenever it stops, and where it stopped it goes on.
@@ -41,7 +41,7 @@ def run(
         document: of ``start`` or ``resume``.
         subject: the model.
         questions: what is asked.
-        tell: is told what is being done, and what share is done.
+        tell: takes the current step and the share of all that is done.
         keep: is given the document now and then, and at the end.
         batch: questions at a time.
         max_new_tokens: length of the answers.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what happened to an image's tokens. Needs matplotlib, and draws without a display."""
+"""Pictures of merged and dropped tokens of an image. Needs matplotlib, and draws without a display."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _panel(pixels: Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the ending of the path says in which format."""
+    """Write a figure, in the format of the path's suffix."""
     with written_whole(path) as scratch:
         figure.savefig(scratch, facecolor=figure.get_facecolor())
 

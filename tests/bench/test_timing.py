@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is called how often and on what, and what is made of the times. No time is asserted."""
+"""Number and order of timed calls, their inputs, and statistics of times. No time is asserted."""
 
 from __future__ import annotations
 

@@ -241,8 +241,8 @@ def test_advice_for_a_gpu_that_nobody_serves(document, monkeypatch) -> None:
 
 
 def test_advice_for_a_gpu_that_torch_does_not_see(document, monkeypatch) -> None:
-    monkeypatch.setattr(environment, "absent", lambda device: "torch sees no GPU" if device == "cuda" else None)
-    hidden = {**document, "machine": {**document["machine"], "GPUs": ["GPU 0: X (not seen by torch)"]}}
+    monkeypatch.setattr(environment, "absent", lambda device: "torch finds no GPU" if device == "cuda" else None)
+    hidden = {**document, "machine": {**document["machine"], "GPUs": ["GPU 0: X (not found by torch)"]}}
     assert "a torch with CUDA" in doctor.judge(hidden, ["cpu"])[1][-1]
 
 

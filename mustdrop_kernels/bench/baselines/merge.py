@@ -27,7 +27,7 @@ def _pairwise(windows: Tensor) -> Tensor:
 
 
 def _linear(windows: Tensor) -> Tensor:
-    """The same from the sum of the unit vectors."""
+    """Similarity from the sum of the unit vectors."""
     n = windows.shape[2]
     unit = F.normalize(windows.float(), dim=-1, eps=1e-8)
     return ((unit.sum(2) ** 2).sum(-1) - (unit * unit).sum((-1, -2))) / (n * (n - 1))

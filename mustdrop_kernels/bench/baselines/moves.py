@@ -46,7 +46,7 @@ def _select_layers(case: Case) -> Call:
 
 
 def _copy_back(case: Case) -> Call:
-    """In place, through a copy of what stays."""
+    """Compaction in place, through a copy of the kept tokens."""
 
     def call(inputs: Inputs) -> Raw:
         keys, values, keep, _ = inputs.args
