@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mustdrop_kernels.bench.cases import FLOAT32_ONLY, Case
-from mustdrop_kernels.bench.run import Contender, Options, all_ops, contenders, default_backends
+from mustdrop_kernels.bench.run import Candidate, Options, all_ops, candidates, default_backends
 from mustdrop_kernels.bench.shapes import parse_shapes
 
 
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--dtypes", default="float32", help="float32, bfloat16, float16, with commas between")
     group.addoption("--bench-device", default="cpu", choices=("cpu", "cuda"))
     group.addoption("--backends", help="default: the one that serves the device")
-    group.addoption("--compiled", action="store_true", help="with the peers that torch.compile makes")
+    group.addoption("--compiled", action="store_true", help="with the baselines that torch.compile makes")
     group.addoption("--threads", type=int)
 
 
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(config.getoption("--threads"))
 
 
-def _contenders(config: pytest.Config) -> Iterator[tuple[Case, Contender]]:
+def _candidates(config: pytest.Config) -> Iterator[tuple[Case, Candidate]]:
     device = torch.device(config.getoption("--bench-device"))
     chosen = config.getoption("--backends")
     shapes = tuple(parse_shapes(config.getoption("--shapes")))
@@ -40,11 +40,11 @@ def _contenders(config: pytest.Config) -> Iterator[tuple[Case, Contender]]:
         for shape in shapes:
             for dtype in (torch.float32,) if op in FLOAT32_ONLY else dtypes:
                 case = Case(op, shape, dtype, device)
-                yield from ((case, one) for one in contenders(case, options))
+                yield from ((case, one) for one in candidates(case, options))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "contender" in metafunc.fixturenames:
-        found = list(_contenders(metafunc.config))
+    if "candidate" in metafunc.fixturenames:
+        found = list(_candidates(metafunc.config))
         ids = [f"{case.label}-{one.name}".replace(" ", "-") for case, one in found]
-        metafunc.parametrize(("case", "contender"), found, ids=ids)
+        metafunc.parametrize(("case", "candidate"), found, ids=ids)

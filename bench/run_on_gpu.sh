@@ -6,8 +6,8 @@
 #
 # `first` and `second` take at most 330 s each, for a machine that is at hand for minutes: `first` (the default) shows
 # whether every kernel runs, is right and is clean; `second` runs again what failed, then times. The others are long:
-# `suite`, `sanitize`, `bench`, `e2e`, `decode`. `--help` says what each does, `--dry-run` each part with its limit.
-# `make gpu-bundle` makes beforehand what can be made without a GPU.
+# `suite`, `sanitize`, `bench`, `e2e`, `decode`. `--help` describes each, `--dry-run` lists each part with its limit.
+# `make gpu-bundle` prepares what needs no GPU.
 #
 # A part that fails leaves the others; what a part does not use of its time is added to those after it. Results go to
 # $OUT (default: bench/results/gpu): summary.txt and summary.json, written after each part; log.txt; failed.txt with the

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The questions of ``mustdrop eval`` to a real vLLM with the plug-in, one engine a method.
+"""Accuracy of ``mustdrop eval`` in vLLM with the plug-in, one engine a method.
 
     .venv-vllm/bin/python bench/served.py --count 200
     .venv-vllm/bin/python bench/served.py --methods full,mustdrop-read --budgets 128,64 --json served.json
@@ -33,7 +33,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.bench.vllm_engine import engine, overrides
-from mustdrop_kernels.evaluation import FULL, datasets, document, summary
+from mustdrop_kernels.evaluation import FULL, datasets, results, summary
 from mustdrop_kernels.evaluation.checkpoint import SMALL, SMALL_MODEL, prompt_text
 from mustdrop_kernels.evaluation.methods import Sizes, make
 from mustdrop_kernels.flops import LanguageModel
@@ -57,11 +57,11 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def plan(cell: document.Key, sizes: Sizes) -> dict[str, Any] | None:
-    """What ``hf_overrides`` holds; None: the plug-in stays out.
+def plan(cell: results.Key, sizes: Sizes) -> dict[str, Any] | None:
+    """Fields for ``hf_overrides``; None: the plug-in is not used.
 
     Raises:
-        ValueError: the plug-in cannot do what the method asks for.
+        ValueError: the plug-in cannot run the method.
     """
     if cell[0] == FULL:
         return None
@@ -77,7 +77,7 @@ def plan(cell: document.Key, sizes: Sizes) -> dict[str, Any] | None:
 
 
 def engine_arguments(model: str, fields: dict[str, Any] | None, batch: int) -> dict[str, Any]:
-    """Of a vLLM around the checkpoint, with the plug-in where there are fields."""
+    """Arguments of a vLLM engine for the checkpoint, with the plug-in where there are fields."""
     return {
         "model": model,
         "dtype": "float32" if model == str(SMALL_MODEL) else "auto",
@@ -91,14 +91,14 @@ def engine_arguments(model: str, fields: dict[str, Any] | None, batch: int) -> d
 
 
 class Watch:
-    """What the layers of a dropping model held of each prompt, written down where the engine runs them."""
+    """Recorder of the vision tokens that the layers of a dropping model hold of each prompt."""
 
     def __init__(self, llm: Any) -> None:
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
         self.layers: list[list[int]] = []
         """Vision tokens of each prompt, layer by layer."""
         self.last: list[int] = []
-        """And those that decoding starts with."""
+        """Vision tokens of each prompt at the start of decoding."""
         prefill = getattr(model, "_prefill", None)
         if prefill is not None:
             run = prefill.run
@@ -112,7 +112,7 @@ class Watch:
             prefill.run = watched
 
     def take(self) -> tuple[list[list[int]], list[int]]:
-        """Of the prompts since the last call."""
+        """Counts of the prompts since the last call."""
         found = self.layers, self.last
         self.layers, self.last = [], []
         return found
@@ -146,20 +146,20 @@ class Asker:
         self, cell: dict[str, Any], layers: list[list[int]], last: list[int], text: float, questions: int
     ) -> None:
         """Means over the questions."""
-        if not layers:  # nobody dropped
+        if not layers:  # nothing was dropped
             layers, last = [[self.sizes.patches] * self.sizes.depth] * questions, [self.sizes.patches] * questions
         assert len(layers) == questions, "a prompt was read twice, or not at all"
         processed = [sum(layer) / questions for layer in zip(*layers, strict=True)]
         kept = sum(last) / questions
         kv_bytes = (kept + text) * self.sizes.depth * self.slot_bytes
-        document.count(cell, processed, last=kept, kv_bytes=kv_bytes, text=text)
+        results.count(cell, processed, last=kept, kv_bytes=kv_bytes, text=text)
 
 
 # ------------------------------------------------------------------------------------------------------- all of them
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Asks everything; the filled document."""
+    """Measure every method; the filled document."""
     from transformers import AutoConfig, AutoProcessor
     from vllm.version import __version__ as vllm_version
 
@@ -167,15 +167,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
     sizes, language = Sizes.of(config), LanguageModel.of(config)
     plans = {
-        cell: plan(cell, sizes) for cell in document.keys(options.methods, options.budgets)
-    }  # what cannot be done is refused before anything runs
+        cell: plan(cell, sizes) for cell in results.keys(options.methods, options.budgets)
+    }  # refuse before anything runs
     if options.questions is None:
         questions = datasets.made(options.split, options.seeds, options.count or 200)
         about: dict[str, Any] = {"questions": questions.name, "split": options.split, "seeds": options.seeds}
     else:
         questions = datasets.read(options.questions, options.images).head(options.count)
         about = {"questions": questions.name, "file": options.questions.name}
-    found = document.start(about, questions, list(plans))
+    found = results.start(about, questions, list(plans))
     found["command"] = " ".join([".venv-vllm/bin/python bench/served.py", *sys.argv[1:]])
     found["machine"] = describe(torch.device("cpu"), torch.get_num_threads()) | {"vllm": vllm_version}
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -201,14 +201,14 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command line's work."""
+    """Run the command line."""
     options = arguments()
     try:
         found = run(options)
     except ValueError as error:
         sys.exit(f"served.py: {error}")
     if options.json is not None:
-        document.write(found, options.json)
+        results.write(found, options.json)
     console = Console()
     for table in summary.tables(found, "mustdrop-read"):
         console.print(table)

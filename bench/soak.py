@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random requests through an engine for as long as is asked for, and the memory that they leave.
+"""Soak test: random requests through an engine for a given time, and the memory that they leave.
 
     python bench/soak.py --minutes 60 --json bench/results/soak/transformers.json
     .venv-vllm/bin/python bench/soak.py --engine vllm --minutes 60 --json bench/results/soak/vllm.json
@@ -47,7 +47,7 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # module and settings of its
 }
 FORMAT = "mustdrop-soak/1"
 ROUND = 20  # requests between two looks at the memory
-BLOCKS = 24  # means of the second half that the line goes through, since neighbouring samples are alike
+BLOCKS = 24  # means of the second half that the line goes through, since neighboring samples are similar
 LIMIT = 0.01  # growth an hour, as a share of the memory, below which it is flat
 
 
@@ -58,7 +58,7 @@ def resident_kb() -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1])
-    raise RuntimeError("/proc/self/status says nothing of VmRSS")
+    raise RuntimeError("/proc/self/status has no VmRSS")
 
 
 # ------------------------------------------------------------------------------------------------------------ to run

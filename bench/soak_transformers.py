@@ -30,7 +30,7 @@ WORDS = ("USER:", "What", "is", "in", "the", "image?", "car?", "and", "then", "s
 
 
 class Broken(Exception):
-    """What some requests run into."""
+    """Error of requests that are meant to fail."""
 
 
 def draw_prompt(rng: random.Random) -> str:

@@ -69,7 +69,7 @@ class Soak:
         self.scheduler._preempt_request = counted
 
     def round(self, requests: int) -> None:
-        """Some at a time until none is left; the pool and the worker's books are then as they were."""
+        """Some at a time until none is left; the pool and the worker's records are then as before."""
         running: set[str] = set()
         for _ in range(requests):
             while len(running) >= self.rng.randrange(1, IN_FLIGHT + 3):

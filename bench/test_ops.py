@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases of `mustdrop bench ops` for pytest-benchmark: its statistics, its storage, its comparisons.
 
-Here one contender runs after another; `mustdrop bench ops` interleaves them, so take ratios from there.
+Here one candidate runs after another; `mustdrop bench ops` interleaves them, so take ratios from there.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 
 from mustdrop_kernels.bench import check
 from mustdrop_kernels.bench.cases import Case, Inputs
-from mustdrop_kernels.bench.run import Contender, backend_call, copies_of, default_backends
+from mustdrop_kernels.bench.run import Candidate, backend_call, copies_of, default_backends
 from mustdrop_kernels.bench.timing import Rotation
 
 
-@functools.lru_cache(maxsize=1)  # the contenders of a case come one after another
+@functools.lru_cache(maxsize=1)  # the candidates of a case come one after another
 def _copies(case: Case) -> list[Inputs]:
     gc.collect()
     return copies_of(case, case.inputs(), hot=False)
@@ -30,15 +30,15 @@ def _ours(case: Case) -> dict[str, torch.Tensor]:
     return case.spec.canonical(call(inputs), inputs)
 
 
-def test_op(benchmark, case: Case, contender: Contender) -> None:
-    if contender.why_not is not None:
-        pytest.skip(contender.why_not)
+def test_op(benchmark, case: Case, candidate: Candidate) -> None:
+    if candidate.why_not is not None:
+        pytest.skip(candidate.why_not)
     benchmark.group = case.label
     with torch.inference_mode():
-        call = contender.call or contender.peer.build(case)
-        if contender.kind == "peer":
+        call = candidate.call or candidate.baseline.build(case)
+        if candidate.kind == "baseline":
             inputs = case.inputs()
-            reason = check.difference(case, _ours(case), contender.canonical(case, call(inputs), inputs))
+            reason = check.difference(case, _ours(case), candidate.canonical(case, call(inputs), inputs))
             assert reason is None, reason
             del inputs
         rotation = Rotation(_copies(case))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lays the package out for the Hugging Face hub: a kernel that is built here, or a project for kernel-builder.
+"""Lay the package out for the Hugging Face hub: a kernel that is built here, or a project for kernel-builder.
 
     python hub/hf_kernel.py build/hf                              # FOLDER/build/torch-stable-abi210-cpu-x86_64-linux
     MUSTDROP_CUDA_ARCHS="80;90" python hub/hf_kernel.py build/hf     # the same for this nvcc's CUDA
@@ -69,7 +69,7 @@ def setup_script() -> dict[str, Any]:
 
 
 def sources_digest() -> str:
-    """Of everything that a copy is made of."""
+    """Digest of all files of a copy."""
     files = sorted(path for folder in ("csrc", "mustdrop_kernels") for path in (ROOT / folder).rglob("*.[chp]*"))
     sources = [path for path in files if path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in sources)).hexdigest()[:7]
@@ -100,14 +100,14 @@ def build(namespace: str, script: dict[str, Any]) -> list[Path]:
 
 
 def copy_package(target: Path, namespace: str) -> None:
-    """The package's Python files, with operators in another namespace: `namespace` is the Python that says which."""
+    """Copy the package's Python files; `namespace` is the line of Python that sets the operators' namespace."""
     shutil.copytree(PACKAGE, target, ignore=LEFT_OUT)
     named = target / "_namespace.py"
     named.write_text(named.read_text().replace('NAMESPACE = "mustdrop"', namespace))
 
 
 def files_digest(variant: Path) -> dict[str, Any]:
-    """Of every file of a variant, as the hub wants it."""
+    """Digests of every file of a variant, in the form of the hub."""
     files = {path.relative_to(variant).as_posix(): path for path in sorted(variant.rglob("*")) if path.is_file()}
     hashes = {name: hashlib.sha256(path.read_bytes()).digest() for name, path in files.items()}
     return {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are whole or not there: an interrupt, a crash or a full disk leaves what was there before.
+"""Files that are written whole or not at all: an interrupt, a crash or a full disk leaves the former file.
 
-And how the documents among them are read again.
+Reads JSON documents, too.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def folder_written_whole(path: Path) -> Iterator[Path]:
-    """The same for a folder; what was in `path` before goes."""
+    """``written_whole`` for a folder, which replaces the one at `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as name:
         scratch = Path(name, path.name)
@@ -60,16 +60,17 @@ def _umask() -> int:
     return mask
 
 
-def read_document(path: Path, kind: str, maker: str) -> dict[str, Any]:
-    """A JSON document whose ``format`` is `kind`; `maker` writes such.
+def read_document(path: Path, kind: str | tuple[str, ...], maker: str) -> dict[str, Any]:
+    """Read a JSON document whose ``format`` is `kind`, or one of several; `maker` writes them.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file is something else.
     """
+    kinds = (kind,) if isinstance(kind, str) else kind
     try:
         document = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(document, dict) or document.get("format") != kind:
-        raise ValueError(f"{path} is not a document of {maker} ({kind})")
+    if not isinstance(document, dict) or document.get("format") not in kinds:
+        raise ValueError(f"{path} is not a document of {maker} ({kinds[0]})")
     return document

@@ -165,7 +165,7 @@ def test_every_exception_is_needed() -> None:
         ({"ops.py": "def f():\n  from .cli.app import x", "cli/app.py": ""}, "ops imports cli.app"),
         ({"ops.py": "import mustdrop_kernels.cli.app", "cli/app.py": ""}, "ops imports cli.app"),
         ({"ops.py": "from mustdrop_kernels.cli import app", "cli/app.py": ""}, "ops imports cli.app"),
-        ({"bench/peers/a.py": "from ...cli import app", "cli/app.py": ""}, "bench.peers.a imports cli.app"),
+        ({"bench/baselines/a.py": "from ...cli import app", "cli/app.py": ""}, "bench.baselines.a imports cli.app"),
         ({"ops.py": "if TYPE_CHECKING:\n  from .cli import app"}, None),
         ({"cli/app.py": "from .. import ops", "ops.py": ""}, None),
     ],

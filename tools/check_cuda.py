@@ -13,7 +13,7 @@ It fails on spills and local memory, on wide kernels without wide accesses, and 
 they cost several times the time (cuda_static/rules.py). What today's kernels have of these is in
 cuda_static/known_faults.txt, a list that only shrinks.
 
-Needs nvcc, of the system or of the wheel nvidia-cuda-nvcc; without one it says so and ends with status 0
+Needs nvcc, of the system or of the wheel nvidia-cuda-nvcc; without one it prints so and ends with status 0
 (--require: 1). nvdisasm comes with the CUDA toolkit and with Triton's wheel; without it the disassembly is left out,
 and said to be. Results are kept in build/check_cuda until a source, a flag or the compiler changes.
 """
@@ -52,7 +52,7 @@ def examine(nvcc: str, nvdisasm: str | None, source: Path, target: str) -> list[
 def examine_all(
     nvcc: str, nvdisasm: str | None, sources: Sequence[Path], targets: Sequence[str], jobs: int
 ) -> tuple[list[Kernel], list[str]]:
-    """All kernels, and what does not compile; says on stderr how far it is."""
+    """All kernels, and errors of the compiler; prints its progress on stderr."""
     kernels: list[Kernel] = []
     problems: list[str] = []
     began, total = time.monotonic(), len(sources) * len(targets)

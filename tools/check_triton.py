@@ -42,7 +42,7 @@ def check(job: tuple[str, int]) -> dict[str, Any]:
 
 
 def check_all(jobs: list[tuple[str, int]], processes: int) -> list[dict[str, Any]]:
-    """All rows, in order; says how far it is from time to time."""
+    """All rows, in order; prints its progress from time to time."""
     rows, said = [], time.monotonic()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(check, jobs, chunksize=4):

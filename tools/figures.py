@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts measured tables into the pages: between `<!-- COMMAND -->` and `<!-- end -->` stands what COMMAND prints.
+"""Put measured tables into the pages: between `<!-- COMMAND -->` and `<!-- end -->` stands what COMMAND prints.
 
 python tools/figures.py            # README.md and docs/, after a new measurement
-python tools/figures.py --check    # changes nothing; exit status 1 where a table is not what its results say
+python tools/figures.py --check    # changes nothing; exit status 1 where a table is stale
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def pages() -> list[Path]:
 
 
 def printed(command: str) -> str:
-    """What a command prints; `mustdrop` is called in this process."""
+    """Output of a command; `mustdrop` is called in this process."""
     program, *words = shlex.split(command)
     if program == "mustdrop":
         result = CliRunner().invoke(app, words, catch_exceptions=False)
@@ -62,7 +62,7 @@ def main() -> None:
         stale.append(page)
         if not check:
             page.write_text(new)
-        print(f"{page.relative_to(ROOT)}: {'not what its results say' if check else 'renewed'}")
+        print(f"{page.relative_to(ROOT)}: {'stale' if check else 'renewed'}")
     sys.exit(bool(check and stale))
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything for bench/run_on_gpu.sh that can be made without a GPU, in one folder to carry to the machine with one.
 
-The CUDA library for its GPU, the wheels of peers of the benchmark, and with --triton the compiled Triton kernels. There
-bench/run_on_gpu.sh unpacks the folder; what does not fit (other sources, another Triton) is left out, with a reason.
+The CUDA library for its GPU, the wheels of the benchmark's baselines, and with --triton the compiled Triton kernels.
+There bench/run_on_gpu.sh unpacks the folder; what does not fit (other sources, another Triton) is left out, with a
+reason.
 MUSTDROP_GPU_BUNDLE names another folder than gpu-bundle/.
 """
 
@@ -26,14 +27,14 @@ SOURCES = runpy.run_path(str(ROOT / "mustdrop_kernels" / "_sources.py"))
 FOLDER = Path(os.environ.get("MUSTDROP_GPU_BUNDLE") or ROOT / "gpu-bundle")
 INSTALLED = ROOT / "mustdrop_kernels" / "lib"
 DOCUMENT, FAILED, WHEELS, LIBRARIES = "bundle.json", "failed.txt", "wheels", "lib"
-PEERS = ("flash-colreduce==0.2.2", "flash-colsum==0.1.0")
+BASELINES = ("flash-colreduce==0.2.2", "flash-colsum==0.1.0")
 MOST_BYTES = 40 << 20
 CORES = 16  # of the machine that the command lines are printed for
 
 
 @dataclasses.dataclass
 class Unpacked:
-    """What was found in the folder and can be used here."""
+    """Contents of the folder that can be used here."""
 
     commit: str | None = None
     site_packages: list[Path] = dataclasses.field(default_factory=list)
@@ -68,7 +69,7 @@ def unpack(site: Path) -> Unpacked:
 
 
 def is_prebuilt(archs: list[str]) -> bool:
-    """Whether the CUDA library for these targets, in place or in the folder, is of the sources here."""
+    """True where the CUDA library for these targets, in place or in the folder, is of the sources here."""
     return any(
         (SOURCES["record"](folder) or {}).get("cuda_archs") and SOURCES["made_of_these"](folder, ROOT, archs)
         for folder in (INSTALLED, FOLDER / LIBRARIES)
@@ -103,14 +104,14 @@ def add_library(archs: str) -> str:
 
 
 def add_wheels() -> str:
-    """Download the wheels of peers; a peer that cannot be had is left out of the benchmark."""
+    """Download the wheels of baselines; a baseline that cannot be had is left out of the benchmark."""
     folder = FOLDER / WHEELS
     folder.mkdir(exist_ok=True)
-    missing = [peer for peer in PEERS if not list(folder.glob(f"{peer.replace('-', '_').replace('==', '-')}-*.whl"))]
+    missing = [one for one in BASELINES if not list(folder.glob(f"{one.replace('-', '_').replace('==', '-')}-*.whl"))]
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(folder)]
     if missing and subprocess.run([*command, *missing]).returncode:
         return f"no wheels of {', '.join(missing)}: they could not be downloaded"
-    return f"wheels of {', '.join(peer.partition('==')[0] for peer in PEERS)}"
+    return f"wheels of {', '.join(baseline.partition('==')[0] for baseline in BASELINES)}"
 
 
 def add_triton(python: str, jobs: int) -> str:
@@ -126,32 +127,32 @@ def size(folder: Path) -> int:
 
 
 def command_lines(commit: str | None) -> str:
-    """What is run on the machine."""
+    """Command lines for the machine."""
     variable = f"MUSTDROP_COMMIT={shlex.quote(commit)} " if commit else ""
     runs = "".join(f"  {variable}bench/run_on_gpu.sh {run}\n" for run in ("first", "second"))
     return f"Carry {FOLDER.name}/. On a machine with {CORES} cores (tests run in {CORES - 2} workers):\n{runs}"
 
 
 def main() -> int:
-    """Make the folder and say how it is used."""
+    """Make the folder and print how to use it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default="90", help="CUDA targets (default: %(default)s)")
     parser.add_argument("--triton", metavar="PYTHON", help="compile the Triton kernels too, with this interpreter")
     parser.add_argument("--failed", type=Path, help="failed.txt of `first`: the tests that `second` begins with")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: %(default)s)")
-    wish = parser.parse_args()
+    options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     try:
-        parts = [add_library(wish.archs), add_wheels()]
-        if wish.triton:
-            parts.append(add_triton(wish.triton, wish.jobs))
+        parts = [add_library(options.archs), add_wheels()]
+        if options.triton:
+            parts.append(add_triton(options.triton, options.jobs))
     except (OSError, subprocess.CalledProcessError) as error:
         print(f"{FOLDER.name} was not made: {error}", file=sys.stderr)
         return 1
     (FOLDER / FAILED).unlink(missing_ok=True)
-    if wish.failed:
-        shutil.copy(wish.failed, FOLDER / FAILED)
-        parts.append(f"{len(wish.failed.read_text().splitlines())} tests that failed before")
+    if options.failed:
+        shutil.copy(options.failed, FOLDER / FAILED)
+        parts.append(f"{len(options.failed.read_text().splitlines())} tests that failed before")
     commit = git_commit()
     document: dict[str, Any] = {"commit": commit, "sources": SOURCES["digest"](ROOT), "parts": parts}
     (FOLDER / DOCUMENT).write_text(json.dumps(document, indent=1) + "\n")

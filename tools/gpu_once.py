@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What bench/run_on_gpu.sh runs on a device beside the tests and the benchmark.
+"""Calls for bench/run_on_gpu.sh on a device, beside the tests and the benchmark.
 
 compute-sanitizer --tool racecheck python tools/gpu_once.py   # every operator once, in each of its ways
 python tools/gpu_once.py --coverage    # the same, and whether every CUDA kernel of csrc/ was launched by it
@@ -185,7 +185,7 @@ def kernels_of_sources() -> set[str]:
 
 
 def coverage() -> None:
-    """Which kernels of the sources the operators launch; all of them should be."""
+    """Check that the operators launch every kernel of the sources."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         once(list(OPERATORS))
     launched = {event.key for event in profile.key_averages()}
@@ -198,7 +198,7 @@ def coverage() -> None:
 
 
 class Stages:
-    """All three stages on tensors that stay where they are, as a graph wants them."""
+    """All three stages on tensors with fixed addresses, as a graph requires."""
 
     def __init__(self) -> None:
         self.x = torch.empty(2, 1 + 24 * 24, 64, device=DEVICE, dtype=torch.bfloat16)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs on a machine with a GPU: the parts of each run of bench/run_on_gpu.sh, in their order, with their limits.
+"""Parts of each run of bench/run_on_gpu.sh on a machine with a GPU, in their order, with their limits.
 
 The parts of `first` and `second` together take at most ``LEASE`` seconds each: a GPU may be at hand for minutes only.
 """
@@ -38,7 +38,7 @@ FOUND = 9  # exit status of compute-sanitizer where it has found something
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What the commands are made of."""
+    """Facts that the commands depend on."""
 
     python: str
     out: Path
@@ -47,7 +47,7 @@ class Machine:
     prebuilt: bool  # the library in place was made of these sources
     failed_before: Path  # node ids of tests that failed in an earlier run, if any
     sanitizer: str | None  # compute-sanitizer
-    filtered: bool = True  # it can be told which kernels to look at
+    filtered: bool = True  # it has a filter of kernels
 
 
 def find_sanitizer() -> str | None:
@@ -57,7 +57,7 @@ def find_sanitizer() -> str | None:
 
 
 def filters_kernels(sanitizer: str) -> bool:
-    """Whether it has the option --kernel-name."""
+    """True where it has the option --kernel-name."""
     try:
         said = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
@@ -78,7 +78,7 @@ class Parts:
         return self.python("tools/gpu_once.py", *words)
 
     def library(self, build_seconds: int) -> Part:
-        """What was carried is used; else it is built."""
+        """Use the carried library, else build it."""
         seconds = 10 if self.machine.prebuilt else build_seconds
         return Part("library", seconds, (self.python("setup.py", "-q", "build_ext", "--inplace"),), scaled=False)
 
@@ -106,7 +106,7 @@ class Parts:
         return Part(f"suite-{backend}", seconds, (command,), environment, tests=True, backend=backend)
 
     def tokens(self, seconds: int) -> Part:
-        """What a user sees: tokens, threads with different shapes, other packages' arrays; the benchmark's captures."""
+        """End-to-end tests: tokens, threads with different shapes, other packages' arrays; the benchmark's captures."""
         files = (
             "tests/integrations/test_compiled.py",
             "tests/frameworks/test_dlpack.py",
@@ -178,7 +178,7 @@ def first(at: Parts) -> list[Part]:
 
 
 def second(at: Parts) -> list[Part]:
-    """What failed before; then times."""
+    """Tests that failed before; then times."""
     shapes = "llava-1.5,llava-next,video-gqa"
     return [
         at.library(BUILD), at.again(55), at.sanitizer("synccheck", 25),
@@ -202,7 +202,7 @@ def sanitize(at: Parts) -> list[Part]:
 
 
 def bench(at: Parts) -> list[Part]:
-    """Every operator, shape, type and peer."""
+    """Every operator, shape, type and baseline."""
     shapes = "llava-1.5,llava-next,llava-1.5:8,llava-1.5:64"
     return [
         at.library(300), at.facts(),
@@ -220,7 +220,7 @@ def e2e(at: Parts) -> list[Part]:
 
 
 def decode(at: Parts) -> list[Part]:
-    """The same at batch 1 with a static cache, its decode steps compiled into CUDA graphs, and what they answer."""
+    """The same at batch 1 with a static cache, its decode steps compiled into CUDA graphs, and their answers."""
     return [
         at.library(300), at.facts(), at.tokens(120),
         at.e2e("e2e-static", 600, "--cache", "static", "--tokens", "full,64", "--new-tokens", "128", "--repeats", "3"),

@@ -36,7 +36,7 @@ MOST_NAMES = 200  # of failed tests in the summary
 
 @dataclasses.dataclass
 class Ended:
-    """What became of a part."""
+    """Outcome of a part."""
 
     run: str
     part: str
@@ -47,7 +47,7 @@ class Ended:
     tests: dict[str, Any] | None = None
 
     def line(self) -> str:
-        """For a person."""
+        """A line for the summary."""
         tests = self.tests or {}
         counts = [
             f"{tests[kind]} {kind.replace('_', ' ')}"
@@ -120,7 +120,7 @@ class Runner:
         return ended
 
     def _does_not_serve(self, backend: str | None) -> str | None:
-        """Where the facts are not known, every backend is tried."""
+        """The reason to leave out a backend; without facts every backend is tried."""
         if backend is None or self.facts is None or backend in self.facts.get("backends", []):
             return None
         return f"{backend} does not serve the GPU"
@@ -157,7 +157,7 @@ class Runner:
 
     @staticmethod
     def _wrong(part: Part, i: int, status: int | None, said: str) -> str | None:
-        """What is wrong with the end of the i-th command of a part."""
+        """Error of the i-th command of a part; None where it ended as it should."""
         if status is None:
             return f"it took longer than {part.seconds} s and what was left of the parts before"
         if not part.finds:
@@ -167,7 +167,7 @@ class Runner:
         return None
 
     def _count(self, record: Path) -> dict[str, Any]:
-        """What became of the tests; the names of those that failed go to failed.txt too, which `second` reads."""
+        """Counts of tests; the names of failed ones go to failed.txt too, which `second` reads."""
         found = read_tests(record)
         if found["names"]:
             with (self.out / "failed.txt").open("a") as file:
@@ -184,7 +184,7 @@ class Runner:
 
 
 def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """Whether a process ends before a time of the monotonic clock."""
+    """True where a process ends before a time of the monotonic clock."""
     while process.poll() is None:
         if time.monotonic() >= deadline:
             return False
@@ -217,7 +217,7 @@ def _interrupt(*args: object) -> None:
 
 
 def environment_of(bundle: gpu_bundle.Unpacked) -> dict[str, str]:
-    """What every part runs with."""
+    """Environment of every part."""
     paths = [str(ROOT), *map(str, bundle.site_packages), os.environ.get("PYTHONPATH", "")]
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     commit = os.environ.get("MUSTDROP_COMMIT") or gpu_bundle.git_commit() or bundle.commit
@@ -249,7 +249,7 @@ def describe_machine(prebuilt: bool, dry: bool) -> gpu_parts.Machine:
 
 
 def show(names: list[str], machine: gpu_parts.Machine) -> None:
-    """What would be done."""
+    """Print the parts."""
     for name in names:
         parts = gpu_parts.parts_of(name, machine)
         for part in parts:
@@ -269,7 +269,7 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("runs", nargs="*", metavar="RUN", help=f"of {', '.join(gpu_parts.RUNS)} (default: first)")
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and how long it takes at most")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and its limits of time")
     wish = parser.parse_args()
     names = wish.runs or ["first"]
     if unknown := [name for name in names if name not in gpu_parts.RUNS]:

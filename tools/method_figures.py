@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the pictures of docs/method.md from what the operators compute: python tools/method_figures.py [FOLDER]"""
+"""Draw the pictures of docs/method.md from what the operators compute: python tools/method_figures.py [FOLDER]"""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def run_shape(shape: str, dtype: str) -> list[str]:
 
 
 def record(source: Source) -> tuple[list[Unit], list[str]]:
-    """What a source launches on its target, and complaints."""
+    """Launches of a source on its target, and complaints."""
     from mustdrop_kernels.backends.triton import crosscompile
 
     with crosscompile.recording(source.target, source.processors) as units:
@@ -165,7 +165,7 @@ def mapping(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
 
 
 def results(what: str, function: Callable[[Any], Any], jobs: Sequence[Any], processes: int) -> list[Any]:
-    """Of all jobs, in order."""
+    """Results of all jobs, in order."""
     found = []
     with mapping(min(processes, len(jobs))) as mapped, progress(what, len(jobs)) as advance:
         for result in mapped(function, jobs):

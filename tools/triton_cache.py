@@ -26,7 +26,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "mustdrop_kernels" / "backends" 
 
 
 def installed(arch: int) -> dict[str, Any]:
-    """What cache keys for an NVIDIA GPU depend on beside the kernels: Triton with its libraries, ptxas, variables."""
+    """Inputs of cache keys for an NVIDIA GPU beside the kernels: Triton with its libraries, ptxas, variables."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.backends import backends
@@ -67,12 +67,12 @@ def pack(cache: Path, entries: Iterable[str], archive: Path) -> None:
 
 
 def _is_list(file: Path) -> bool:
-    """Of an entry's files, with their absolute paths."""
+    """Index of an entry's files, with their absolute paths."""
     return file.name.startswith("__grp__")
 
 
 def _without_the_rest(file: Path) -> bytes:
-    """The list of an entry's files, of those that are kept: newer versions of Triton want all listed files there."""
+    """The list of an entry's files, of those that are kept: newer versions of Triton require all listed files."""
     paths = json.loads(file.read_text())["child_paths"]
     return json.dumps({"child_paths": {name: at for name, at in paths.items() if Path(name).suffix in KEPT}}).encode()
 
@@ -91,7 +91,7 @@ def read(document: Path) -> dict[str, Any]:
 
 
 def why_not(document: dict[str, Any]) -> str | None:
-    """Why Triton would find nothing on this machine whatever the cache holds, None where it would."""
+    """The reason that Triton would find no entry on this machine; None where it would."""
     for name, here in installed(document["arch"]).items():
         if document[name] != here:
             return f"{name}: the cache was filled with {document[name]!r}, here is {here!r}"

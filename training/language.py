@@ -59,9 +59,9 @@ _TOLD_LAYERS, _TOLD_HEADS = ((2, 3), (4, 5)), 2  # layers of the first step and 
 
 
 class Looks:
-    """What the asking tokens should look at, and how far they do."""
+    """Targets of attention of the question tokens, and the loss to them."""
 
-    def __init__(self, wanted: Sequence[Tensor]):  # for each step (B, T, L) bool, all False where nobody asks
+    def __init__(self, wanted: Sequence[Tensor]):  # for each step (B, T, L) bool, all False where there is no question
         self.wanted = wanted
         self.asking = wanted[0].any(-1)
         self.losses: list[Tensor] = []
@@ -110,7 +110,7 @@ class Pack:
     ids: Tensor  # (B, T) int64
     places: Tensor  # (B, T) int64, within the question
     block: Tensor  # (B, T) int64, number of the question, -1: padding
-    answer: Tensor  # (B, T) int64, what comes next, -100: nobody asks
+    answer: Tensor  # (B, T) int64, what comes next, -100: no question
     hint: Tensor  # (B, T) int64, the answer, at the tokens that may be told it
     questions: list[list[Question]]
 
@@ -214,7 +214,7 @@ class LanguageTask:
 
     @torch.no_grad()
     def features(self, seen: list[Scene]) -> Tensor:
-        """What the frozen tower makes of pictures, (B, 576, width)."""
+        """Features of pictures from the frozen tower, (B, 576, width)."""
         x = torch.stack([patches(each.pixels) for each in seen])
         whole = torch.arange(GRID * GRID).expand(len(seen), -1)
         return encode(self.vision, x, whole, last=False)[-1][:, 1:]
@@ -254,7 +254,7 @@ class LanguageTask:
 
 
 def questions(seen: Scene, asked: Mapping[str, int], draw: np.random.Generator) -> list[Question]:
-    """So many of each kind, where the scene has an answer."""
+    """Questions of each kind in these numbers, where the scene has an answer."""
     found = [ask(seen, kind, draw) for kind, count in asked.items() for _ in range(count)]
     return [question for question in found if question is not None]
 

@@ -26,7 +26,7 @@ from mustdrop_kernels.files import written_whole
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that are alike."""
+    """Steps with the same settings."""
 
     name: str
     steps: int
@@ -44,17 +44,17 @@ class Stage:
 
 
 class Task(Protocol):
-    """What is trained."""
+    """Model and losses of a stage."""
 
     name: str
     stages: list[Any]
     module: nn.Module  # everything that a checkpoint holds
 
     def trained(self) -> Iterable[nn.Parameter]:
-        """What the optimizer changes."""
+        """Parameters of the optimizer."""
 
     def loss(self, stage: Any, first: int, done: float) -> torch.Tensor:
-        """Of the pictures from number `first` on, when a share `done` of the stage is behind."""
+        """Loss of the pictures from number `first` on, after a share `done` of the stage."""
 
     def validate(self) -> dict[str, float]:
         """Shares right on the validation split."""
@@ -141,7 +141,7 @@ def _record(
 
 
 class _Position:
-    """Where a run is, on disk."""
+    """Saved position of a run."""
 
     def __init__(self, path: Path, module: nn.Module, optimizer: torch.optim.Optimizer):
         self.path, self.module, self.optimizer = path, module, optimizer

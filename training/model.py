@@ -123,9 +123,9 @@ def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
 
 
 def _places(width: int) -> torch.Tensor:  # (576, width) float32
-    """Sines and cosines of rows and columns: a start from which attention to neighbours is soon learned.
+    """Sines and cosines of rows and columns: a start from which attention to neighbors is soon learned.
 
-    They are as large as what the patches bring, else places drown in colours.
+    They are as large as what the patches bring, else places drown in colors.
     """
     waves = torch.logspace(math.log2(2.5), math.log2(4 * GRID), width // 4, base=2)  # in patches
     angles = torch.arange(GRID)[:, None] * 2 * math.pi / waves
@@ -160,7 +160,7 @@ def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """What transformers 5 writes in other words than 4 reads."""
+    """Fields that transformers 5 writes under other names than 4 reads."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision tower learns what every patch shows: digit, colour, cell; and its CLS token what the picture holds.
+"""Training of the vision tower: every patch predicts its digit, color and cell, the CLS token the picture's contents.
 
 Windows of a few patches come first, then mosaics of more and more of them, each in its place, and the whole picture
 last: attention to a box's other patches is learned from few tokens, which cost little.
@@ -20,7 +20,7 @@ from torch import nn
 
 from mustdrop_kernels.evaluation.pictures import CELLS, COLOURS, DIGITS, GRID, PATCH, Scene, scene
 
-NONE = 10  # the label of a patch without a box, for digits as for colours
+NONE = 10  # the label of a patch without a box, for digits as for colors
 IGNORED = -100
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -51,13 +51,13 @@ RECIPE = [
 
 
 def patches(pixels: np.ndarray) -> torch.Tensor:  # (336, 336, 3) uint8 -> (576, 588) float32
-    """What the patch embedding's convolution sees, a row a patch, normalized as by CLIP's processor."""
+    """Inputs of the patch embedding's convolution, a row a patch, normalized as by CLIP's processor."""
     x = torch.from_numpy(pixels).float().div_(255).sub_(_MEAN).div_(_DEVIATION)
     return x.view(GRID, PATCH, GRID, PATCH, 3).permute(0, 2, 4, 1, 3).reshape(GRID * GRID, -1)
 
 
 def labels(seen: Scene) -> torch.Tensor:  # (3, 576) int64
-    """Digit, colour and cell of every patch."""
+    """Digit, color and cell of every patch."""
     found = np.full((3, GRID, GRID), NONE)
     for box in seen.boxes:
         share = box.coverage()
@@ -98,7 +98,7 @@ class Heads(nn.Module):
         self.cls = nn.ModuleList(nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 20)) for _ in range(2))
 
     def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Logits of digit, colour, cell."""
+        """Logits of digit, color, cell."""
         return self.patch(self.norm(hidden)).split([NONE + 1, NONE + 1, CELLS * CELLS], dim=-1)
 
 
@@ -117,7 +117,7 @@ class TowerTask:
         return self.module.parameters()
 
     def loss(self, stage: Windows, first: int, done: float) -> torch.Tensor:
-        """Cross entropy of patches, and of what CLS says there is."""
+        """Cross entropy of patches, and of the contents that CLS predicts."""
         seen = [scene("train", self.seed, first + i, stage.boxes, stage.tilt) for i in range(stage.pictures)]
         draw = np.random.default_rng((self.seed, first, 2))
         x, at, y = sample(seen, stage.group, stage.window, draw)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop bench``: the operators timed beside other ways of computing the same, on one definition of the inputs."""
+"""Measurements of ``mustdrop bench``: operators beside baselines, decode steps, host code, whole models, serving."""
 
 from __future__ import annotations
 
+from .baselines import Baseline, baselines_of
 from .cases import CASES, Case, Inputs
-from .peers import Peer, peers_of
 from .shapes import Shape, parse_shapes
 
-__all__ = ["CASES", "Case", "Inputs", "Peer", "Shape", "parse_shapes", "peers_of"]
+__all__ = ["CASES", "Baseline", "Case", "Inputs", "Shape", "baselines_of", "parse_shapes"]

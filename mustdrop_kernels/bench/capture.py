@@ -2,9 +2,9 @@
 """CUDA graphs of calls that may not be capturable.
 
 A capture that fails poisons the process: until torch 2.12 the current stream stays the capture's, the caching allocator
-believes for ever that a capture is under way, and the default generator refuses to draw. So a call is probed first, and
-what synchronizes with the device or copies from pageable memory is never captured; what a capture that fails
-nevertheless leaves behind is cleaned up, and checked.
+stays in capture mode, and the default generator refuses to draw. So a call is probed first, and
+a call that synchronizes with the device or copies from pageable memory is never captured; the state that another
+failed capture leaves behind is cleaned up, and checked.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
 
 
 class PoisonedError(BaseException):
-    """A failed capture left the device unusable in this process: nothing that runs here later can be trusted.
+    """A failed capture left the device unusable in this process, so later results cannot be trusted.
 
     No ``Exception``, so that code which goes on after an error does not go on after this one.
     """
@@ -33,7 +33,7 @@ class _PageableCopy(RuntimeError):
 class _RefusePageableCopies(TorchDispatchMode):
     """Raises where a tensor in pageable host memory is copied to the device, or the other way round.
 
-    torch's own check (``set_sync_debug_mode``) does not see those with ``non_blocking=True``.
+    torch's own check (``set_sync_debug_mode``) misses those with ``non_blocking=True``.
     """
 
     def __init__(self, device_type: str) -> None:
@@ -66,7 +66,7 @@ def _synchronizing_is_an_error() -> Iterator[None]:
 
 
 def why_not(call: Callable[[], object], traced: bool = True, device_type: str = "cuda") -> str | None:
-    """Why a call cannot be captured, found by one call outside of any capture; None where it can.
+    """The reason that a call cannot be captured, found by one call outside of any capture; None where it can.
 
     Args:
         call: has been called before, so that it compiles and allocates nothing for the first time.
@@ -93,7 +93,7 @@ def capture(
 
     Args:
         work: is captured.
-        warm_up: is called on another stream before, as libraries want that make something once for each stream.
+        warm_up: is called on another stream before, for libraries that initialize once for each stream.
 
     Raises:
         PoisonedError: it failed, and the device could not be made usable again.
@@ -116,7 +116,7 @@ def capture(
 
 
 def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
-    """Put back stream, allocator and generator; what a version of torch has already put back refuses, and may."""
+    """Restore stream, allocator and generator; steps that this version of torch has already done may raise."""
     torch.cuda.set_stream(stream)
     device = torch.cuda.current_device()
     with contextlib.suppress(Exception):

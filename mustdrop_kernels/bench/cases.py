@@ -26,7 +26,7 @@ Canonical = dict[str, Tensor]
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of an operator, and what its peers want besides."""
+    """The arguments of an operator, and what its baselines want besides."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -182,7 +182,7 @@ def _make_cls(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     g = _generator(device)
     batch, heads = shape.batch * shape.images, shape.vision_heads
     dim = shape.channels // heads
-    q = _normal((batch, heads, 1 + shape.patches, dim), dtype, g)  # all rows: peers that build the matrix use them
+    q = _normal((batch, heads, 1 + shape.patches, dim), dtype, g)  # all rows: baselines that build the matrix use them
     k = _normal((batch, heads, 1 + shape.patches, dim), dtype, g)
     return Inputs((q[:, :, 0], k, dim**-0.5), {}, {"q": q})
 
@@ -384,7 +384,7 @@ def _make_compact(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inp
 
 
 def canonical_compact(raw: Raw, inputs: Inputs) -> Canonical:
-    """A peer returns the new keys and values; an operator returns None and has changed its inputs."""
+    """A baseline returns the new keys and values; an operator returns None and has changed its inputs."""
     if raw is None:
         n = inputs.args[2][0].shape[1]
         raw = [[t[:, :, :n] for t in inputs.args[0]], [t[:, :, :n] for t in inputs.args[1]]]

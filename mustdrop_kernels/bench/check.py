@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two ways of computing computed the same."""
+"""Comparison of the results of an operator and a baseline."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from .cases import Canonical, Case
 
 # Moves and decisions are exact.
 _EXACT = ("gather_tokens", "compact_kv_", "compact_paged_kv_")
-# Means are rounded once by us; peers may round terms and sums.
+# Means are rounded once by us; baselines may round terms and sums.
 _MEANS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
-# Peers that compute in half precision round q K^T before the softmax: an error of 2^-9 of a score of 8 in bfloat16.
+# Baselines that compute in half precision round q K^T before the softmax: an error of 2^-9 of a score of 8 in bfloat16.
 _PROBABILITIES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 # What such an error may decide: the share of tokens whose score lies next to a threshold.
@@ -26,7 +26,7 @@ def _tolerance(case: Case) -> float:
 
 
 def difference(case: Case, ours: Canonical, theirs: Canonical) -> str | None:
-    """What differs, in words; None where what both have is the same. They must have something in common."""
+    """The first difference, in words; None where the common results are equal. There must be a common one."""
     common = [name for name in theirs if name in ours]
     if not common:
         return "nothing that can be compared"
@@ -43,7 +43,7 @@ def difference(case: Case, ours: Canonical, theirs: Canonical) -> str | None:
 
 
 def _decides_otherwise(ours: Tensor, theirs: Tensor, share: float) -> str | None:
-    """More than this share of the kept positions (all sequences in one list) are kept by one alone."""
+    """A sentence where more than this share of the kept positions is kept by one side alone."""
     length = int(torch.cat([ours, theirs, ours.new_zeros(1)]).max()) + 1
     alone = int((ours.bincount(minlength=length) - theirs.bincount(minlength=length)).abs().sum())
     return f"keep: {alone} of {ours.numel()} entries differ" if alone > share * ours.numel() else None

@@ -38,7 +38,7 @@ Prompt = dict[str, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure: LLaVA-1.5's depth and prompt, less width."""
+    """Options of ``mustdrop bench decode``: LLaVA-1.5's depth and prompt, less width."""
 
     layers: int = 32
     width: int = 1024

@@ -15,7 +15,7 @@ WHAT = "prefill: from the call to the first token, vision tower included; decode
 
 
 class Clock(BaseStreamer):
-    """Notes when each new token is on the host."""
+    """Streamer that takes the time of each new token on the host."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -29,7 +29,7 @@ class Clock(BaseStreamer):
             self.times.append(time.perf_counter())
 
     def end(self) -> None:
-        """Called at the end; there is nothing to flush."""
+        """Called at the end."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Run:
     """One call."""
 
     tokens: list[int]
-    """Without the prompt."""
+    """New tokens, without the prompt."""
     prefill_ms: float
     decode_ms: float | None
     """Per token; None where only one was generated."""
@@ -82,7 +82,7 @@ class Runs:
 
     @classmethod
     def of(cls, runs: list[Run]) -> Runs:
-        """What the runs have in common, and their times."""
+        """The tokens of the last run, and the times of all."""
         decode = [run.decode_ms for run in runs if run.decode_ms is not None]
         prefill = Timing.of([run.prefill_ms for run in runs])
         return cls(runs[-1].tokens, prefill, Timing.of(decode) if decode else None)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that is timed: what it is, and what it can do, measured in the same run."""
+"""The machine that is timed: its description, and its rates, measured in the same run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def last_level_cache(device: torch.device) -> int:
 
 
 def describe(device: torch.device, threads: int) -> dict[str, Any]:
-    """What it is; measures nothing."""
+    """Description of the machine and of the software; measures nothing."""
     about: dict[str, Any] = {
         "device": device.type,
         "name": _gpu_name(device) if device.type == "cuda" else _cpu_name(),
@@ -80,7 +80,7 @@ def _gpu_name(device: torch.device) -> str:
 def commit() -> str | None:
     """The commit that the package is run from, with "+" where files differ from it.
 
-    Outside a checkout what ``MUSTDROP_COMMIT`` says (a copy of a tree travels without its history), else None.
+    Outside a checkout the variable ``MUSTDROP_COMMIT`` (a copy of a tree travels without its history), else None.
     """
     root = Path(__file__).resolve().parents[2]
     said = os.environ.get("MUSTDROP_COMMIT") or None
@@ -135,13 +135,13 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, quick: bool = False) -
     """FLOP/s of a square ``torch.mm``; ``quick`` as in ``copy_bandwidth``."""
     quick = quick and device.type == "cpu"
     size = 8192 if device.type == "cuda" else 256 if quick else 1536
-    generator = torch.Generator(device).manual_seed(0)  # the default one belongs to the peers
+    generator = torch.Generator(device).manual_seed(0)  # the default one belongs to the baselines
     a = torch.randn(size, size, generator=generator, device=device).to(dtype)
     out = torch.empty_like(a)
     return 2 * size**3 / _seconds(lambda: torch.mm(a, a, out=out), device, 3 if quick else 9)
 
 
 def measure(device: torch.device, dtypes: list[torch.dtype], quick: bool = False) -> dict[str, Any]:
-    """What it can do: bytes/s of a copy, FLOP/s of a matrix product in each dtype."""
+    """Rates: bytes/s of a copy, FLOP/s of a matrix product in each dtype."""
     rates = {str(dtype).removeprefix("torch."): matrix_rate(device, dtype, quick) for dtype in dtypes}
     return {"copy_bandwidth": copy_bandwidth(device, quick), "matrix_rate": rates}

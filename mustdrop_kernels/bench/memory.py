@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory there is, and how much a call takes at its peak on top of what is there."""
+"""Available memory, and the peak of a call above what is allocated."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def _resident(field: str) -> int:
 
 
 def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the peak of a call, its results included, above what was held before; None where it cannot be told.
+    """Bytes at the peak of a call, its results included, above those before it; None where they cannot be measured.
 
     On a CPU this is the growth of the resident set, so it covers what libraries allocate by themselves, and it is good
-    to some ten kilobytes. On a GPU it is torch's allocator that counts.
+    to some ten kilobytes. On a GPU they are those of torch's allocator.
     """
     gc.collect()
     if device.type == "cuda":

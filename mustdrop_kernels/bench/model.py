@@ -41,7 +41,7 @@ CACHES = ("dynamic", "static")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of ``mustdrop bench model``."""
 
     device: torch.device
     model: str  # a name of MODELS
@@ -259,7 +259,7 @@ def _table(document: Document, rows: list[dict[str, Any]]) -> Table:
 
 
 def _factors(row: dict[str, Any], base: dict[str, Any]) -> tuple[str, str]:
-    """How many times as fast as another row: to the first token, and in decoding."""
+    """Speed-up over another row: to the first token, and in decoding."""
     first = base["first_token_ms"] / row["first_token_ms"]
     return f"{first:.2f}x", f"{row['decode_tokens_per_second'] / base['decode_tokens_per_second']:.2f}x"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 OURS = "#c2410c"
 FLOOR = "#9ca3af"
-PEERS = ("#1d4ed8", "#0891b2", "#7c3aed", "#15803d", "#be185d", "#64748b", "#a16207", "#4d7c0f", "#334155", "#0f766e")
+COLORS = ("#1d4ed8", "#0891b2", "#7c3aed", "#15803d", "#be185d", "#64748b", "#a16207", "#4d7c0f", "#334155", "#0f766e")
 MARKERS = "osD^v<>PX*hd"
 
 
@@ -66,7 +66,7 @@ def _caption(figure: Figure, document: Document, dtype: str) -> None:
 
 
 def _ours(rows: Iterable[Row]) -> str | None:
-    return next((row["contender"] for row in rows if row["kind"] == "backend"), None)
+    return next((row["candidate"] for row in rows if row["kind"] == "backend"), None)
 
 
 # Time against tokens
@@ -103,20 +103,20 @@ def _time_against_tokens(document: Document, rows: list[Row]) -> Figure | None:
 
 def _tokens_panel(ax: Axes, document: Document, op: str, rows: list[Row]) -> None:
     ours = _ours(rows)
-    colours = iter(PEERS)
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        points = sorted((row for row in rows if row["contender"] == name), key=lambda row: row["tokens"])
+    colors = iter(COLORS)
+    for name in dict.fromkeys(row["candidate"] for row in rows):
+        points = sorted((row for row in rows if row["candidate"] == name), key=lambda row: row["tokens"])
         x, y = [row["tokens"] for row in points], [row["median_us"] / 1e3 for row in points]
         own = points[0]["kind"] == "backend"
-        colour = OURS if own else next(colours)
+        color = OURS if own else next(colors)
         line = ":" if own and name != ours else "--" if points[0]["kind"] == "context" else "-"
         ax.plot(
-            x, y, marker="o", markersize=4, color=colour, linewidth=2.4 if name == ours else 1.3, label=name,
+            x, y, marker="o", markersize=4, color=color, linewidth=2.4 if name == ours else 1.3, label=name,
             zorder=3 if own else 2, linestyle=line,
         )  # fmt: skip
         low, high = [row["q1_us"] / 1e3 for row in points], [row["q3_us"] / 1e3 for row in points]
-        ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
-    points = sorted((row for row in rows if row["contender"] == ours), key=lambda row: row["tokens"])
+        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    points = sorted((row for row in rows if row["candidate"] == ours), key=lambda row: row["tokens"])
     floor = [_floor_us(row, document) / 1e3 for row in points]
     x = [row["tokens"] for row in points]
     ax.plot(x, floor, color=FLOOR, linestyle="--", linewidth=1.5, label="floor (copy and matrix rate)")
@@ -138,7 +138,7 @@ def _floor_us(row: Row, document: Document) -> float:
 
 def _roofline(document: Document, rows: list[Row], dtype: str) -> Figure | None:
     ours = _ours(rows)
-    rows = [row for row in _of_models(rows) if row["contender"] == ours]
+    rows = [row for row in _of_models(rows) if row["candidate"] == ours]
     computing = [row for row in rows if row["flops"]]
     moving = [row for row in rows if not row["flops"]]
     if not computing:
@@ -172,9 +172,9 @@ def _roof_panel(ax: Axes, document: Document, rows: list[Row], dtype: str) -> No
     for i, op in enumerate(dict.fromkeys(row["op"] for row in rows)):
         for row, x, y in zip(rows, intensity, reached, strict=True):
             if row["op"] == op:
-                ax.scatter(x, y, s=46, color=(OURS, *PEERS)[i % 11], marker=MARKERS[shapes.index(row["shape"]) % 12],
+                ax.scatter(x, y, s=46, color=(OURS, *COLORS)[i % 11], marker=MARKERS[shapes.index(row["shape"]) % 12],
                            edgecolor="white", linewidth=0.6, zorder=3)  # fmt: skip
-        ax.scatter([], [], s=36, color=(OURS, *PEERS)[i % 11], label=op)
+        ax.scatter([], [], s=36, color=(OURS, *COLORS)[i % 11], label=op)
     for i, shape in enumerate(shapes):
         ax.scatter([], [], s=36, color="#9ca3af", marker=MARKERS[i % 12], label=shape)
     top = max(rate / 1e9, *reached)
@@ -202,18 +202,18 @@ def _moving_panel(ax: Axes, rows: list[Row]) -> None:
 
 
 def _of_models(rows: list[Row]) -> list[Row]:
-    """Without the shapes that are there for the plots of time against tokens, where there are others."""
+    """Rows without the shapes of the plots of time against tokens, unless there are no others."""
     models = [row for row in rows if not row["shape"].startswith("images-")]
     return models or rows
 
 
 def _ratios(document: Document, rows: list[Row]) -> Figure | None:
-    rows = [row for row in _of_models(rows) if row["kind"] == "peer" and "ratio" in row]
+    rows = [row for row in _of_models(rows) if row["kind"] == "baseline" and "ratio" in row]
     if not rows:
         return None
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
     # The same lines in each panel.
-    lines = {op: list(dict.fromkeys(row["contender"] for row in rows if row["op"] == op)) for op in _ops(rows)}
+    lines = {op: list(dict.fromkeys(row["candidate"] for row in rows if row["op"] == op)) for op in _ops(rows)}
     height = sum(len(names) + 1 for names in lines.values())
     figure, axes = _figure(len(shapes), 1, 2.4 + 5.2 * len(shapes), 0.24 * height + 1.2)
     for ax, shape in zip(axes[0], shapes, strict=True):
@@ -228,7 +228,7 @@ def _ops(rows: list[Row]) -> list[str]:
 
 
 def _ratio_panel(ax: Axes, rows: list[Row], lines: dict[str, list[str]], first: bool) -> None:
-    by_name = {(row["op"], row["contender"]): row for row in rows}
+    by_name = {(row["op"], row["candidate"]): row for row in rows}
     y, ticks = 0, []
     for op, names in lines.items():
         ax.annotate(op, (0, -y), (4, 0), xycoords=("axes fraction", "data"), textcoords="offset points",
@@ -253,8 +253,8 @@ def _ratio_panel(ax: Axes, rows: list[Row], lines: dict[str, list[str]], first: 
 def _bar(ax: Axes, row: Row, y: float) -> None:
     ratio = row["ratio"]
     middle = ratio["median"]
-    colour = "#1d4ed8" if middle >= 1 else "#dc2626"
-    ax.barh(y, middle - 1, left=1, height=0.68, color=colour, alpha=0.85)
+    color = "#1d4ed8" if middle >= 1 else "#dc2626"
+    ax.barh(y, middle - 1, left=1, height=0.68, color=color, alpha=0.85)
     ax.plot([ratio["q1"], ratio["q3"]], [y, y], color="#111827", linewidth=1.4)
     text = f"{middle:.0f}x" if middle >= 10 else f"{middle:.2f}x"
     ax.annotate(text, (max(ratio["q3"], 1), y), (4, 0), textcoords="offset points", va="center", fontsize=8)

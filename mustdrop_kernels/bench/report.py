@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The document as tables, as JSON, and beside an older one."""
+"""Document of ``mustdrop bench ops`` as tables, as Markdown, and beside an older one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_document
-from .run import FORMAT, Document, Options, Row, contenders, count_of_copies, plan
+from .run import FORMAT, FORMER_FORMAT, Document, Options, Row, candidates, count_of_copies, plan
 from .units import duration, factor, size
 
 if TYPE_CHECKING:
@@ -22,16 +22,27 @@ def read(path: Path) -> Document:
     Raises:
         ValueError: the file is something else.
     """
-    return read_document(path, FORMAT, "mustdrop bench ops")
+    document = read_document(path, (FORMAT, FORMER_FORMAT), "mustdrop bench ops")
+    return document if document["format"] == FORMAT else _renamed(document)
+
+
+def _renamed(document: Document) -> Document:
+    """A document of the former format, in the words of this one."""
+    rows = [
+        {"candidate" if name == "contender" else name: value for name, value in row.items()} for row in document["rows"]
+    ]
+    for row in rows:
+        row["kind"] = "baseline" if row["kind"] == "peer" else row["kind"]
+    return {**document, "format": FORMAT, "rows": rows}
 
 
 def only(document: Document, ops: Collection[str] | None) -> Document:
-    """Its rows about these operators; all of them where none is named."""
+    """The document with the rows of these operators; with all rows where none is named."""
     return {**document, "rows": [row for row in document["rows"] if not ops or row["op"] in ops]}
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What a row is about, without who computed it."""
+    """Subject of a row, without its candidate."""
     return row["op"], row["shape"], row["dtype"], row["device"]
 
 
@@ -85,7 +96,7 @@ def tables(document: Document) -> Iterator[Table]:
 
 
 def _line(row: Row, gpu: bool) -> list[str]:
-    name = f"  [bold]{row['contender']}[/]" if row["kind"] == "backend" else f"  {row['contender']}"
+    name = f"  [bold]{row['candidate']}[/]" if row["kind"] == "backend" else f"  {row['candidate']}"
     if row["status"] == "wrong":
         return [name, "[red]wrong[/]"]
     shown = zip(cells(row), HEADINGS, strict=True)
@@ -93,7 +104,7 @@ def _line(row: Row, gpu: bool) -> list[str]:
 
 
 def notes(document: Document) -> list[str]:
-    """What the tables leave out: the machine, what was not timed and why, and how to read the figures."""
+    """Notes below the tables: the machine, what was not timed and why, and how to read the figures."""
     machine = document["machine"]
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GFLOP/s" for name, rate in machine["matrix_rate"].items())
     lines = [
@@ -108,7 +119,7 @@ def notes(document: Document) -> list[str]:
     if load and load[0] > 1.5 * machine["threads"]:
         lines.append(f"the machine was busy with other things (load {load[0]:.1f}): do not trust these times")
     if document["quick"]:
-        lines.append("quick: few rounds, no compiled peers; not for comparisons")
+        lines.append("quick: few rounds, no compiled baselines; not for comparisons")
     if document.get("stopped"):
         cases = document["cases"]
         lines.append(f"stopped after {cases['measured']} of {cases['planned']} cases: {document['stopped']}")
@@ -124,28 +135,28 @@ def notes(document: Document) -> list[str]:
 
 
 def _remarks(row: Row) -> Iterator[str]:
-    """What the table does not say of a row. Documents of older versions lack some of it."""
+    """Remarks on a row. Documents of older versions lack some of the fields."""
     if row["status"] != "timed":
-        yield f"{row['contender']}: {row['status']}: {row['reason']}"
+        yield f"{row['candidate']}: {row['status']}: {row['reason']}"
         return
     if row.get("detail"):
-        yield f"{row['contender']}: {row['detail']}"
+        yield f"{row['candidate']}: {row['detail']}"
     if row.get("why_eager"):
-        yield f"{row['contender']}: eager, with the gaps that its host leaves: {row['why_eager']}"
+        yield f"{row['candidate']}: eager, with the gaps that its host leaves: {row['why_eager']}"
     if row.get("in_cache") and row["kind"] == "backend":
         yield "all copies of the inputs fit into the cache"
 
 
 def comparison(old: Document, new: Document) -> Iterator[dict[str, Any]]:
     """Rows that both have: how many times as fast the new one is, and whether that is more than the spread."""
-    timed = {(*key(row), row["contender"]): row for row in old["rows"] if row["status"] == "timed"}
+    timed = {(*key(row), row["candidate"]): row for row in old["rows"] if row["status"] == "timed"}
     for row in new["rows"]:
-        before = timed.get((*key(row), row["contender"]))
+        before = timed.get((*key(row), row["candidate"]))
         if before is None or row["status"] != "timed":
             continue
         apart = before["q1_us"] > row["q3_us"] or before["q3_us"] < row["q1_us"]
         yield {
-            **{name: row[name] for name in ("op", "shape", "dtype", "device", "contender", "kind")},
+            **{name: row[name] for name in ("op", "shape", "dtype", "device", "candidate", "kind")},
             "old_us": before["median_us"],
             "new_us": row["median_us"],
             "speedup": before["median_us"] / row["median_us"],
@@ -163,15 +174,15 @@ def comparison_table(old: Document, new: Document) -> Table:
     for name in ("old", "new", "faster"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in comparison(old, new):
-        colour = ("green" if row["speedup"] > 1 else "red") if row["apart"] else "dim"
+        color = ("green" if row["speedup"] > 1 else "red") if row["apart"] else "dim"
         case = f"{row['op']} {row['shape']} {row['dtype']}"
         times = duration(row["old_us"]), duration(row["new_us"])
-        table.add_row(case, row["contender"], *times, f"[{colour}]{factor(row['speedup'])}[/]")
+        table.add_row(case, row["candidate"], *times, f"[{color}]{factor(row['speedup'])}[/]")
     return table
 
 
 def comparison_notes(old: Document, new: Document) -> list[str]:
-    """What makes the two hard to compare."""
+    """Differences of the machines of two documents."""
     names = ("name", "threads", "torch", "torch_cpu_capability", "mustdrop_cpu_capability")
     lines = [
         f"{name}: {old['machine'].get(name)} then, {new['machine'].get(name)} now"
@@ -187,13 +198,13 @@ def plan_lines(options: Options) -> Iterator[str]:
     """Lines of a dry run: each case, what would be timed and why the rest would not; memory and time at the end."""
     largest, ways = 0, 0
     for case in plan(options):
-        found, work = contenders(case, options, build=False), case.work
+        found, work = candidates(case, options, build=False), case.work
         flops = f", {work.flops / 1e9:.3g} GFLOP" if work.flops else ""
         yield (
             f"{case.label}: {case.shape.length} tokens, inputs {size(case.input_bytes)}, "
             f"at least {size(work.bytes)} moved{flops}"
         )
-        for kind, title in (("backend", "ours"), ("peer", "peers"), ("context", "context")):
+        for kind, title in (("backend", "ours"), ("baseline", "baselines"), ("context", "context")):
             names = [one.name for one in found if one.kind == kind and not one.why_not]
             ways += len(names)
             if names:
@@ -205,27 +216,27 @@ def plan_lines(options: Options) -> Iterator[str]:
 
 
 def markdown(document: Document) -> str:
-    """The backends' rows with their ratios to every peer, for a README, and what was measured where."""
-    bases = []
+    """The backends' rows with their ratios to every baseline, for a README, and what was measured where."""
+    groups = []
     for _, group in groupby(document["rows"], key=key):
         rows = list(group)
-        base = next((row for row in rows if row["kind"] == "backend" and row["status"] == "timed"), None)
-        if base is not None:
-            bases.append((base, [row for row in rows if row["kind"] == "peer" and row["status"] == "timed"]))
-    columns = [name for name in ("shape", "dtype") if len({base[name] for base, _ in bases}) > 1]
+        ours = next((row for row in rows if row["kind"] == "backend" and row["status"] == "timed"), None)
+        if ours is not None:
+            groups.append((ours, [row for row in rows if row["kind"] == "baseline" and row["status"] == "timed"]))
+    columns = [name for name in ("shape", "dtype") if len({ours[name] for ours, _ in groups}) > 1]
     lines = [
-        "| " + " | ".join(["operator", *columns, "time", "how many times as long its peers take"]) + " |",
+        "| " + " | ".join(["operator", *columns, "time", "how many times as long its baselines take"]) + " |",
         "|---" * (3 + len(columns)) + "|",
     ]
-    for base, peers in bases:
+    for ours, baselines in groups:
         ratios = ", ".join(
-            f"{row['contender']} {factor(row['ratio']['median'])}{' (eager)' if row['how'] == 'eager' else ''}"
-            for row in peers
+            f"{row['candidate']} {factor(row['ratio']['median'])}{' (eager)' if row['how'] == 'eager' else ''}"
+            for row in baselines
         )
-        time = f"{duration(base['median_us'])} {_spread(base)}"
-        lines.append("| " + " | ".join([f"`{base['op']}`", *(base[name] for name in columns), time, ratios]) + " |")
+        time = f"{duration(ours['median_us'])} {_spread(ours)}"
+        lines.append("| " + " | ".join([f"`{ours['op']}`", *(ours[name] for name in columns), time, ratios]) + " |")
     machine = document["machine"]
-    where = [bases[0][0][name] for name in ("shape", "dtype") if name not in columns] if bases else []
+    where = [groups[0][0][name] for name in ("shape", "dtype") if name not in columns] if groups else []
     where += [machine["name"], f"{machine['threads']} threads" if machine["device"] == "cpu" else ""]
     where += [f"torch {machine['torch']}", "inputs in the cache" if document["hot"] else "inputs out of the cache"]
     command = " ".join(document["command"])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plans what is timed, checks it, times it, and makes the document of it."""
+"""Runner of ``mustdrop bench ops``: plans the cases, checks the results, times them, makes the document."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import torch
 
 from .. import backends
 from . import check, machine, memory, timing
+from .baselines import Baseline, baselines_of
 from .capture import PoisonedError
 from .cases import CASES, FLOAT32_ONLY, Case, Inputs, Raw
 from .documents import Document, Keep, Tell
-from .peers import Peer, peers_of
 from .shapes import Shape
 
-FORMAT = "mustdrop-bench/1"
+FORMAT = "mustdrop-bench/2"
+FORMER_FORMAT = "mustdrop-bench/1"  # "contender" for "candidate", "peer" for "baseline"
 # Copies of the inputs: what is read of them fills the cache so many times; at most so many; in at most this share of
 # the memory that is left.
 PAST_CACHE, MOST_COPIES, MEMORY_SHARE = 3, 512, 0.4
@@ -29,36 +30,36 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to time."""
+    """Options of ``mustdrop bench ops``."""
 
     ops: tuple[str, ...]
     shapes: tuple[Shape, ...]
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     backends: tuple[str, ...]
-    peers: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
+    baselines: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
     quick: bool = False
-    compiled: bool = True  # peers that torch.compile makes take part; not where quick
-    seconds: float | None = None  # for each contender of a case; None: what the effort says
+    compiled: bool = True  # baselines that torch.compile makes take part; not where quick
+    seconds: float | None = None  # for each candidate of a case; None: those of the effort
     hot: bool = False  # the same inputs every time, so that what fits stays in the cache
 
     @property
     def effort(self) -> timing.Effort:
-        """How long to measure."""
+        """Effort of a candidate."""
         usual = timing.QUICK if self.quick else timing.FULL
         return usual if self.seconds is None else dataclasses.replace(usual, seconds=self.seconds)
 
 
 @dataclasses.dataclass
-class Contender:
+class Candidate:
     """One way to compute a case."""
 
     name: str
     op_in_place: bool
-    kind: str  # "backend", "peer", "context" (it computes something else, that ours is a share of)
+    kind: str  # "backend", "baseline", "context" (it computes something else, that ours is a share of)
     what: str
     call: Callable[[Inputs], Raw] | None = None
-    peer: Peer | None = None
+    baseline: Baseline | None = None
     why_not: str | None = None
     wrong: str | None = None
     compared: list[str] = dataclasses.field(default_factory=list)
@@ -67,19 +68,19 @@ class Contender:
 
     @property
     def in_place(self) -> bool:
-        """Whether a call changes its inputs."""
-        return self.peer.in_place if self.peer is not None else self.op_in_place
+        """True where a call changes its inputs."""
+        return self.baseline.in_place if self.baseline is not None else self.op_in_place
 
     def canonical(self, case: Case, raw: Raw, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Its result in the form that is compared."""
-        if self.peer is None:
+        if self.baseline is None:
             return case.spec.canonical(raw, inputs)
-        if self.peer.canonical is None:
+        if self.baseline.canonical is None:
             return {}
-        return self.peer.canonical(raw, inputs)
+        return self.baseline.canonical(raw, inputs)
 
     def drop(self, error: Exception) -> None:
-        """It failed: it is not timed, and the report says why."""
+        """Record an error; the candidate is not timed."""
         text = str(error).strip().splitlines()
         self.why_not = f"{type(error).__name__}: {text[0] if text else 'no message'}"[:300]
         self.call = None
@@ -117,27 +118,31 @@ def plan(options: Options) -> Iterator[Case]:
                 yield Case(op, shape, torch.float32 if op in FLOAT32_ONLY else dtype, options.device)
 
 
-def contenders(case: Case, options: Options, build: bool = True) -> list[Contender]:
-    """Ours first, then the peers; with the reason where one does not take part."""
+def candidates(case: Case, options: Options, build: bool = True) -> list[Candidate]:
+    """Our backends first, then the baselines, with the reason where one does not take part."""
     found = []
     kind = case.device.type
     for name in options.backends:
         why_not = backends.get(name).why_not(case.op, kind)
         for variant, more in {"": _nothing, **case.spec.variants}.items():
             label = f"{name}, {variant}" if variant else name
-            ours = Contender(label, case.spec.in_place, "backend", backends.get(name).description, why_not=why_not)
+            ours = Candidate(label, case.spec.in_place, "backend", backends.get(name).description, why_not=why_not)
             if why_not is None and build:
                 ours.call = backend_call(case.op, kind, name, more)
             found.append(ours)
-    for peer in peers_of(case.op):
-        if options.peers is not None and peer.name not in options.peers:
+    for baseline in baselines_of(case.op):
+        if options.baselines is not None and baseline.name not in options.baselines:
             continue
-        if options.peers is None and peer.compiles and (options.quick or not options.compiled):
+        if options.baselines is None and baseline.compiles and (options.quick or not options.compiled):
             continue
-        theirs = Contender(
-            peer.name, case.spec.in_place, "context" if peer.canonical is None else "peer", peer.what, peer=peer
+        theirs = Candidate(
+            baseline.name,
+            case.spec.in_place,
+            "context" if baseline.canonical is None else "baseline",
+            baseline.what,
+            baseline=baseline,
         )
-        theirs.why_not = peer.why_not(case) or _too_large(case, peer.scratch(case))
+        theirs.why_not = baseline.why_not(case) or _too_large(case, baseline.scratch(case))
         found.append(theirs)
     return found
 
@@ -151,10 +156,10 @@ def _too_large(case: Case, extra: int) -> str | None:
 
 @dataclasses.dataclass
 class _Measured:
-    """A case, and what was found of it."""
+    """A case with its candidates and times."""
 
     case: Case
-    found: list[Contender]
+    found: list[Candidate]
     times: dict[str, timing.Timing]
     copies: int
 
@@ -165,13 +170,13 @@ def run(
     tell: Tell = lambda what, share: None,
     keep: Keep = lambda document: None,
 ) -> Document:
-    """Time everything, or what there is time for: after an interrupt (Ctrl-C) the document holds what was finished.
+    """Time every case; after an interrupt (Ctrl-C) the document holds the finished ones.
 
     Args:
         options: what to time.
         command: the command line, for the record.
-        tell: is told what is being done and which share of all is done.
-        keep: is given the document after each case.
+        tell: takes the current step and the share of all that is done.
+        keep: takes the document after each case.
     """
     cases = list(plan(options))
     about = machine.describe(options.device, torch.get_num_threads())
@@ -206,7 +211,7 @@ def run(
 
 
 def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.dtype]) -> None:
-    """Measure the machine once more: where others use it too, the better figure is the machine's."""
+    """Measure the machine again and keep the better rates: other processes may have used it."""
     try:
         again = machine.measure(options.device, dtypes, options.quick)
     except RuntimeError:
@@ -216,17 +221,17 @@ def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.d
 
 
 def _measured(case: Case, options: Options, tell: Tell) -> _Measured:
-    """A case; one that fails has a row that says why."""
+    """Measure a case; one that fails has a row with the reason."""
     try:
         return _measure(case, options, tell)
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return _Measured(case, [Contender("all", case.spec.in_place, "backend", "", why_not=reason)], {}, 0)
+        return _Measured(case, [Candidate("all", case.spec.in_place, "backend", "", why_not=reason)], {}, 0)
 
 
 @torch.inference_mode()
 def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
-    found = contenders(case, options)
+    found = candidates(case, options)
     reason = _too_large(case, 0)
     if reason is not None:
         for one in found:
@@ -237,7 +242,7 @@ def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
     _check_all(case, found, inputs, lambda name: tell(f"{case.label}: checking {name}", 0.0))
     copies = copies_of(case, inputs, options.hot, options.quick)
     calls = {one.name: one.call for one in found if one.call is not None}
-    compiled = {one.name for one in found if one.peer is not None and one.peer.compiles}
+    compiled = {one.name for one in found if one.baseline is not None and one.baseline.compiles}
     times = timing.interleaved(calls, copies, case.device, options.effort, compiled=compiled)
     count = len(copies)
     del copies, inputs
@@ -245,8 +250,8 @@ def _measure(case: Case, options: Options, tell: Tell) -> _Measured:
     return _Measured(case, found, times, count)
 
 
-def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callable[[str], None]) -> None:
-    """Call each once, compare what it returns with ours, and measure the memory that it takes."""
+def _check_all(case: Case, found: list[Candidate], inputs: Inputs, tell: Callable[[str], None]) -> None:
+    """Call each candidate once, compare its result with ours, and measure its memory."""
     ours: dict[str, torch.Tensor] | None = None
     for one in found:
         if one.why_not is not None:
@@ -254,9 +259,9 @@ def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callabl
         tell(one.name)
         fresh = inputs.clone() if one.in_place else inputs
         try:
-            if one.call is None and one.peer is not None:
-                one.call = one.peer.build(case)
-                one.detail = one.peer.detail(fresh) if one.peer.detail else None
+            if one.call is None and one.baseline is not None:
+                one.call = one.baseline.build(case)
+                one.detail = one.baseline.detail(fresh) if one.baseline.detail else None
             raw, seconds = _called(one, fresh, case.device)
             result = one.canonical(case, raw, fresh)
         except Exception as error:
@@ -275,10 +280,10 @@ def _check_all(case: Case, found: list[Contender], inputs: Inputs, tell: Callabl
         del fresh
 
 
-def _called(one: Contender, inputs: Inputs, device: torch.device) -> tuple[Raw, float]:
-    """Its result, and the seconds that a call takes."""
+def _called(one: Candidate, inputs: Inputs, device: torch.device) -> tuple[Raw, float]:
+    """Result of a call and its seconds."""
     assert one.call is not None
-    if one.peer is not None and one.peer.compiles and not one.in_place:
+    if one.baseline is not None and one.baseline.compiles and not one.in_place:
         one.call(inputs)  # compiles
     start = time.perf_counter()
     raw = one.call(inputs)
@@ -314,7 +319,7 @@ def _rows(measured: _Measured, rates: dict[str, Any]) -> Iterator[Row]:
             "tokens": case.shape.length,
             "dtype": case.dtype_name,
             "device": case.device.type,
-            "contender": one.name,
+            "candidate": one.name,
             "kind": one.kind,
             "what": one.what,
             "detail": one.detail,
@@ -354,5 +359,5 @@ def _figures(
 
 
 def all_ops() -> tuple[str, ...]:
-    """Everything that can be timed."""
+    """Names of the operators that can be timed."""
     return tuple(CASES)

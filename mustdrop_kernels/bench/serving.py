@@ -42,7 +42,7 @@ PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What to measure."""
+    """Options of ``mustdrop bench serving``."""
 
     model: str | None  # a folder; None: the narrow model
     plan: dict[str, Any] | None  # fields of MustDropConfig; None: those for the model

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shapes that are timed: which model, how many pictures, how much text, how many tokens stay."""
+"""Shapes that are timed: model, pictures, text, kept tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Shape:
 
     @property
     def patches(self) -> int:
-        """Of one image."""
+        """Patches of one image."""
         return prod(self.grid)
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rounds: every contender is timed a little in each round, so that drift of the machine hits all alike."""
+"""Interleaved rounds: every candidate is timed a little in each, so that drift of the machine hits all of them."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CHUNK = 1e-3  # seconds of calls that are timed as one
 
 @dataclasses.dataclass(frozen=True)
 class Effort:
-    """How long to measure."""
+    """Effort of a measurement."""
 
-    seconds: float  # for each contender of a case
-    least: int  # rounds of a contender that takes less than a second
+    seconds: float  # for each candidate of a case
+    least: int  # rounds of a candidate that takes less than a second
     most: int = 200
 
     def rounds(self, chunk_seconds: float) -> int:
-        """Rounds for a contender whose chunk takes so long: slow ones get few, and the report says how many."""
+        """Rounds for a candidate by the time of its chunk: slow ones get few."""
         least = self.least if chunk_seconds < 1 else min(self.least, 3) if chunk_seconds < 8 else 1
         return max(least, min(self.most, int(self.seconds / chunk_seconds)))
 
@@ -38,7 +38,7 @@ QUICK = Effort(seconds=0.1, least=3)
 
 @dataclasses.dataclass
 class Timing:
-    """Times of one contender in seconds a call, one for each of its rounds."""
+    """Times of one candidate in seconds a call, one for each of its rounds."""
 
     samples: dict[int, float]  # round -> seconds
     calls: int  # in each round
@@ -68,7 +68,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 class Rotation:
-    """Hands out copies of the inputs in turn, so that none is in the cache when its turn comes again."""
+    """Copies of the inputs in turn, so that none is in the cache when it is used again."""
 
     def __init__(self, copies: Sequence[Inputs]) -> None:
         self.copies = copies
@@ -82,7 +82,7 @@ class Rotation:
 
 
 def _taking_part(rounds: int, total: int) -> set[int]:
-    """Which of all rounds, evenly spread."""
+    """Numbers of the rounds of a candidate, evenly spread over all."""
     return {math.floor(i * total / rounds) for i in range(rounds)}
 
 
@@ -98,7 +98,7 @@ class _OnCpu:
         self.host: float | None = None
 
     def seconds(self) -> float:
-        """Of a chunk of calls."""
+        """Seconds of a chunk of calls."""
         call, chosen = self.call, [self.rotation.take() for _ in range(self.calls)]
         start = time.perf_counter()
         for inputs in chosen:
@@ -137,7 +137,7 @@ class _OnCuda:
         return passed / len(self.copies[:20])
 
     def seconds(self) -> float:
-        """Of one call on each copy."""
+        """Seconds of one call on each copy."""
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         if self.graph is None:
@@ -164,7 +164,7 @@ def interleaved(
         copies: inputs with the same values in different memory.
         device: where they are.
         effort: how long to measure.
-        tell: is told which share of the rounds is done.
+        tell: takes the share of the rounds that is done.
         compiled: names of calls that torch.compile made.
     """
     rotation = Rotation(copies)
@@ -176,7 +176,7 @@ def interleaved(
     samples: dict[str, dict[int, float]] = {name: {} for name in runners}
     names = list(runners)
     for r in range(total):
-        first = r % len(names)  # nobody always comes after the same one
+        first = r % len(names)  # the order rotates
         for name in names[first:] + names[:first]:
             if r in turns[name]:
                 samples[name][r] = runners[name].seconds() / runners[name].calls

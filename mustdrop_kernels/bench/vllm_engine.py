@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A vLLM in this process for a while, around a LLaVA-1.5 with the plug-in or without."""
+"""Context with a vLLM engine of this process, around a LLaVA-1.5 with the plug-in or without."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands. Each one's work is in its own module; here are its options and how it ends."""
+"""The commands: their options and their exit status. Each command has a module of its own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .progress import status
 
 app = typer.Typer(
     name="mustdrop",
-    help="Drop vision tokens over their whole life in a multimodal model: look at it, check it, time it.",
+    help="Drop vision tokens over their whole life in a multimodal model: try it, check the installation, measure.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _version(shown: bool) -> None:
+    if shown:
         print(f"mustdrop_kernels {__version__}")
         raise typer.Exit
 
@@ -45,15 +45,15 @@ def _main(
 
 
 def print_json(document: dict[str, Any]) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     print(json.dumps(document, indent=2, allow_nan=False))
 
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say who serves each operator here, why others do not, and what to do next.
+    """Show the backend that serves each operator here, why the others do not, and what to do next.
 
-    Ends with status 1 if something is wrong.
+    Ends with status 1 if something is wrong. --json prints what a bug report needs.
     """
     from .doctor import examine, show
 
@@ -63,14 +63,6 @@ def doctor(as_json: AsJson = False) -> None:
     else:
         show(found, Console())
     raise typer.Exit(0 if found["ok"] else 1)
-
-
-@app.command()
-def collect_env() -> None:
-    """Print what a bug report needs, as one JSON document: versions, machine, libraries, who serves what and why."""
-    from .doctor import examine
-
-    print_json(examine())
 
 
 @app.command()
@@ -85,26 +77,28 @@ def demo(
         str | None,
         typer.Option(help="Thresholds or budgets. Default: 192 for a checkpoint, small-64 for the small model."),
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Who computes. Default: who serves the device.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="Name of a backend. Default: the one that serves the device.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Which of the made pictures and questions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Number of the made picture and question.")] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a picture through a LLaVA with and without dropping; print what it saves and draw what it dropped."""
-    from . import demo as work
+    """Run a picture through a LLaVA with and without dropping; print what is saved and draw what was dropped."""
+    from .demo import DemoOptions, run, show, to_dict
 
-    wish = work.Wish(image, prompt, model, preset, backend, out, max_new_tokens, seed)
+    options = DemoOptions(image, prompt, model, preset, backend, out, max_new_tokens, seed)
     try:
-        with status(shown=not as_json) as step:
-            outcome = work.run(wish, step)
+        with status(shown=not as_json) as progress:
+            result = run(options, progress)
     except Refusal as refusal:
         print(f"mustdrop: {refusal}", file=sys.stderr)
         raise typer.Exit(2) from None
     if as_json:
-        print_json(work.to_dict(outcome))
+        print_json(to_dict(result))
     else:
-        work.show(outcome, Console())
+        show(result, Console())
 
 
 @app.command()
@@ -115,29 +109,34 @@ def inspect(
     prompt: Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|HUB_ID", help="A checkpoint of a model that is served. Default: the small one."),
+        typer.Option(
+            metavar="FOLDER|HUB_ID", help="A checkpoint of a supported model. Default: the small one in the package."
+        ),
     ] = None,
     preset: Annotated[str | None, typer.Option(help="Default: 192 for a checkpoint, small-64 without one.")] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="FIELD=JSON", help="Changes the preset, such as --set 'merge_at=\"features\"'."),
     ] = None,
-    backend: Annotated[str | None, typer.Option(help="Who computes. Default: who serves the device.")] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("page.html"),
+    backend: Annotated[
+        str | None, typer.Option(help="Name of a backend. Default: the one that serves the device.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="File for the page.")] = Path("page.html"),
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Which of the made pictures and questions.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Number of the made picture and question.")] = 0,
 ) -> None:
-    """Write a page of HTML about one prompt: what was merged, dropped and looked at, with all pictures inside."""
-    from . import inspect as work
+    """Write a page of HTML about one prompt: merged and dropped tokens, and attention, with all pictures inside."""
+    from .inspect import InspectOptions, run
 
     try:
-        wish = work.Wish(image or (), prompt, model, preset, _settings(set_), backend, out, max_new_tokens, seed)
-        with status(shown=True) as step:
-            found = work.run(wish, step)
+        settings = _settings(set_)
+        options = InspectOptions(image or (), prompt, model, preset, settings, backend, out, max_new_tokens, seed)
+        with status(shown=True) as progress:
+            result = run(options, progress)
     except Refusal as refusal:
         print(f"mustdrop: {refusal}", file=sys.stderr)
         raise typer.Exit(2) from None
-    print(found.page)
+    print(result.page)
 
 
 def _settings(words: list[str] | None) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ..config import MustDropConfig
 from ..errors import Refusal
 from ..evaluation.checkpoint import (
     SMALL,
-    Subject,
+    Checkpoint,
     load_image,
     load_model,
     made_question,
@@ -45,8 +45,8 @@ _LONG_S = 30.0  # a model whose warm-up takes longer than this is measured once
 
 
 @dataclass(frozen=True)
-class Wish:
-    """The command line."""
+class DemoOptions:
+    """Options of the command line."""
 
     image: Path | None = None
     prompt: str | None = None
@@ -59,11 +59,11 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What the demo found."""
+class DemoResult:
+    """Answers, times and the report of both generations."""
 
-    wish: Wish
-    subject: Subject
+    options: DemoOptions
+    checkpoint: Checkpoint
     image: str
     question: str
     truth: str | None
@@ -83,74 +83,74 @@ class Outcome:
     @property
     def answers(self) -> tuple[str, str]:
         """Plain, with MustDrop."""
-        decode = self.subject.processor.tokenizer.decode
+        decode = self.checkpoint.processor.tokenizer.decode
         plain, dropped = (decode(run.tokens, skip_special_tokens=True) for run in (self.plain, self.dropped))
         return plain.strip(), dropped.strip()
 
     @property
     def same_tokens(self) -> int:
-        """How many tokens the two answers begin with in common."""
+        """Length of the common prefix of the two answers, in tokens."""
         pairs = list(zip(self.plain.tokens, self.dropped.tokens, strict=False))
         return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
-def run(wish: Wish, step: Callable[[str], None]) -> Outcome:
-    """The demo. `step` is told what comes next.
+def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
+    """Run the demo; `progress` is called with each step.
 
     Raises:
-        Refusal: something that was asked for cannot be done.
+        Refusal: the options cannot be served.
     """
-    config = _config(wish)
+    config = _config(options)
     require_extras()
-    image, credit, question, truth = _question(wish)
+    image, credit, question, truth = _question(options)
     device = _device(config)
-    _make_folder(wish.out)
+    _make_folder(options.out)
 
-    step("loading transformers")
+    progress("loading transformers")
     from ..integrations.transformers import drop_tokens
 
     quiet_transformers()
-    step(f"loading {wish.model or SMALL}")
-    subject = load_model(wish.model, device)
-    layers = subject.model.config.text_config.num_hidden_layers
+    progress(f"loading {options.model or SMALL}")
+    checkpoint = load_model(options.model, device)
+    layers = checkpoint.model.config.text_config.num_hidden_layers
     config = config.for_depth(layers)
-    inputs = subject.inputs(image, question)
+    inputs = checkpoint.inputs(image, question)
     try:
-        with drop_tokens(subject.model, config):
+        with drop_tokens(checkpoint.model, config):
             pass
     except (TypeError, ValueError) as error:
-        raise Refusal(f"{subject.name}: {error}") from None
+        raise Refusal(f"{checkpoint.name}: {error}") from None
 
-    plain, dropped, report, repeats = _measure(subject, inputs, config, wish.max_new_tokens, step)
-    step("drawing")
-    picture, maps = wish.out / PICTURE, wish.out / REPORT
-    outcome = Outcome(
-        wish, subject, credit, question, truth, _preset(wish), report, plain, dropped, repeats, picture, maps
+    plain, dropped, report, repeats = _measure(checkpoint, inputs, config, options.max_new_tokens, progress)
+    progress("drawing")
+    picture, maps = options.out / PICTURE, options.out / REPORT
+    result = DemoResult(
+        options, checkpoint, credit, question, truth, _preset(options), report, plain, dropped, repeats, picture, maps
     )
-    _draw(outcome, subject.seen(inputs["pixel_values"]))
-    write_text(outcome.report_file, json.dumps(report.to_dict()) + "\n")
-    return outcome
+    _draw(result, checkpoint.seen(inputs["pixel_values"]))
+    write_text(result.report_file, json.dumps(report.to_dict()) + "\n")
+    return result
 
 
-def _question(wish: Wish) -> tuple[Image, str, str, str | None]:
-    """Picture, what to call it, question, right answer where it is known."""
-    if wish.model is None and wish.image is None:
-        image, credit, question, truth = made_question(wish.seed)
-        return image, credit, wish.prompt or question, truth if wish.prompt is None else None
-    return *load_image(wish.image), wish.prompt or PROMPT, None
+def _question(options: DemoOptions) -> tuple[Image, str, str, str | None]:
+    """Picture, its name, question, right answer where it is known."""
+    if options.model is None and options.image is None:
+        image, credit, question, truth = made_question(options.seed)
+        return image, credit, options.prompt or question, truth if options.prompt is None else None
+    return *load_image(options.image), options.prompt or PROMPT, None
 
 
-def _preset(wish: Wish) -> str:
-    return wish.preset or (PRESET if wish.model else SMALL_PRESET)
+def _preset(options: DemoOptions) -> str:
+    return options.preset or (PRESET if options.model else SMALL_PRESET)
 
 
-def _config(wish: Wish) -> MustDropConfig:
+def _config(options: DemoOptions) -> MustDropConfig:
     names = list(MustDropConfig.presets())
-    if _preset(wish) not in names:
-        raise Refusal(f"--preset: there is no {wish.preset!r}; there are {', '.join(names)}")
-    if wish.backend is not None and wish.backend not in backends.registered():
-        raise Refusal(f"--backend: there is no {wish.backend!r}; there are {', '.join(backends.registered())}")
-    return MustDropConfig.preset(_preset(wish), backend=wish.backend)
+    if _preset(options) not in names:
+        raise Refusal(f"--preset: there is no {options.preset!r}; there are {', '.join(names)}")
+    if options.backend is not None and options.backend not in backends.registered():
+        raise Refusal(f"--backend: there is no {options.backend!r}; there are {', '.join(backends.registered())}")
+    return MustDropConfig.preset(_preset(options), backend=options.backend)
 
 
 def _device(config: MustDropConfig) -> str:
@@ -164,9 +164,9 @@ def _device(config: MustDropConfig) -> str:
         if refused is None:
             return device
         reasons[device] = refused
-    told = "; ".join(f"on {device} {reason}" for device, reason in reasons.items())
+    reason = "; ".join(f"on {device} {reason}" for device, reason in reasons.items())
     hint = "" if config.backend else "; --backend reference runs without the library"
-    raise Refusal(f"{told}{hint}")
+    raise Refusal(f"{reason}{hint}")
 
 
 def _refused(op: str, device: str, backend: str | None) -> str | None:
@@ -186,65 +186,65 @@ def _make_folder(folder: Path) -> None:
 
 
 def _measure(
-    subject: Subject, inputs: Any, config: MustDropConfig, max_new_tokens: int, step: Callable[[str], None]
+    checkpoint: Checkpoint, inputs: Any, config: MustDropConfig, max_new_tokens: int, progress: Callable[[str], None]
 ) -> tuple[Runs, Runs, Report, int]:
-    """Both ways in turn, after a warm-up of each, so that a busy machine slows both alike."""
+    """Plain generation and generation with MustDrop in turn, after a warm-up of each, so that drift hits both."""
     from ..bench import generation
     from ..integrations.transformers import drop_tokens
 
     def with_mustdrop(tokens: int) -> tuple[generation.Run, Report]:
-        with drop_tokens(subject.model, config) as report:
-            return generation.generate(subject.model, inputs, tokens), report
+        with drop_tokens(checkpoint.model, config) as report:
+            return generation.generate(checkpoint.model, inputs, tokens), report
 
-    step("warming up")
+    progress("warming up")
     begin = time.perf_counter()
-    generation.generate(subject.model, inputs, _WARM_UP_TOKENS)
+    generation.generate(checkpoint.model, inputs, _WARM_UP_TOKENS)
     repeats = 1 if time.perf_counter() - begin > _LONG_S else _REPEATS
     with_mustdrop(_WARM_UP_TOKENS)
     plain, dropped = [], []
     for turn in range(1, repeats + 1):
-        step(f"plain generation, run {turn} of {repeats}")
-        plain.append(generation.generate(subject.model, inputs, max_new_tokens))
-        step(f"generation with MustDrop, run {turn} of {repeats}")
+        progress(f"plain generation, run {turn} of {repeats}")
+        plain.append(generation.generate(checkpoint.model, inputs, max_new_tokens))
+        progress(f"generation with MustDrop, run {turn} of {repeats}")
         found, report = with_mustdrop(max_new_tokens)
         dropped.append(found)
     return generation.Runs.of(plain), generation.Runs.of(dropped), report, repeats
 
 
-def _draw(outcome: Outcome, image: Any) -> None:
+def _draw(result: DemoResult, image: Any) -> None:
     from ..report.plots import draw_stages, save
 
-    first = outcome.prompt.images[0]
+    first = result.prompt.images[0]
     left = list(first.kept.values())[-1] if first.kept else first.tokens
-    plain, final = outcome.prompt.plain_cache.bytes, outcome.prompt.final_cache.bytes
+    plain, final = result.prompt.plain_cache.bytes, result.prompt.final_cache.bytes
     title = f"MustDrop: {first.patches} image tokens become {left}, the KV cache shrinks {plain / final:.1f} times"
-    plain_answer, answer = outcome.answers
-    note = f"{outcome.question} With all tokens: {plain_answer!r}. With MustDrop: {answer!r}."
-    note += "" if outcome.truth is None else f" Right: {outcome.truth!r}."
-    note += f"\nPreset {outcome.preset}. Image: {outcome.image}. Model: {outcome.subject.description}."
-    save(draw_stages(image, outcome.prompt, title=title, footnote=note), outcome.picture)
+    plain_answer, answer = result.answers
+    note = f"{result.question} With all tokens: {plain_answer!r}. With MustDrop: {answer!r}."
+    note += "" if result.truth is None else f" Right: {result.truth!r}."
+    note += f"\nPreset {result.preset}. Image: {result.image}.\nModel: {result.checkpoint.description}."
+    save(draw_stages(image, result.prompt, title=title, footnote=note), result.picture)
 
 
 # --------------------------------------------------------------------------------------------------------- results
 
 
-def to_dict(outcome: Outcome) -> dict[str, Any]:
+def to_dict(result: DemoResult) -> dict[str, Any]:
     """Plain JSON types. The maps of the picture are in the report's file."""
     from ..bench.generation import WHAT
 
-    prompt = outcome.prompt
+    prompt = result.prompt
     image = prompt.images[0]
     caches = {"plain": prompt.plain_cache, "before_stage_3": prompt.prefill_cache, "after_stage_3": prompt.final_cache}
-    plain, dropped = outcome.answers
+    plain, dropped = result.answers
     return {
         "model": {
-            "name": outcome.subject.name,
-            "description": outcome.subject.description,
+            "name": result.checkpoint.name,
+            "description": result.checkpoint.description,
         },
-        "image": outcome.image,
-        "prompt": outcome.question,
-        "preset": outcome.preset,
-        "config": outcome.report.config.to_dict(),
+        "image": result.image,
+        "prompt": result.question,
+        "preset": result.preset,
+        "config": result.report.config.to_dict(),
         "tokens": {
             "patches": image.patches,
             "merged_windows": len(image.windows),
@@ -255,19 +255,19 @@ def to_dict(outcome: Outcome) -> dict[str, Any]:
         },
         "kv_cache": {name: {"bytes": cache.bytes, "lengths": cache.lengths} for name, cache in caches.items()},
         "timing": {
-            "what": f"{WHAT}; milliseconds, of {outcome.repeats} run(s) after a warm-up",
-            "runs": outcome.repeats,
-            "plain": _times(outcome.plain),
-            "mustdrop": _times(outcome.dropped),
+            "what": f"{WHAT}; milliseconds, of {result.repeats} run(s) after a warm-up",
+            "runs": result.repeats,
+            "plain": _times(result.plain),
+            "mustdrop": _times(result.dropped),
             "stages_ms": prompt.milliseconds,
         },
         "answers": {
-            "right": outcome.truth,
+            "right": result.truth,
             "plain": plain,
             "mustdrop": dropped,
-            "same_tokens": outcome.same_tokens,
+            "same_tokens": result.same_tokens,
         },
-        "files": {"picture": str(outcome.picture), "report": str(outcome.report_file)},
+        "files": {"picture": str(result.picture), "report": str(result.report_file)},
     }
 
 
@@ -276,20 +276,20 @@ def _times(runs: Runs) -> dict[str, Any]:
     return {"prefill_ms": dataclasses.asdict(runs.prefill), "decode_ms_per_token": decode}
 
 
-def show(outcome: Outcome, console: Console) -> None:
+def show(result: DemoResult, console: Console) -> None:
     """The tables."""
-    console.print(f"\n[bold]MustDrop[/], preset {outcome.preset}, on {escape(outcome.image)}")
-    console.print(f"Model: {escape(outcome.subject.description)}", highlight=False)
-    right = "" if outcome.truth is None else f"    Right answer: [bold]{escape(outcome.truth)}[/]"
-    console.print(f"Question: [bold]{escape(outcome.question)}[/]{right}", highlight=False)
-    console.print(Group("", outcome.report.table(outcome.prompt), "", _comparison(outcome)))
-    console.print(f"\nPicture: [bold]{outcome.picture}[/]    maps and counts: {outcome.report_file}", soft_wrap=True)
+    console.print(f"\n[bold]MustDrop[/], preset {result.preset}, on {escape(result.image)}")
+    console.print(f"Model: {escape(result.checkpoint.description)}", highlight=False)
+    right = "" if result.truth is None else f"    Right answer: [bold]{escape(result.truth)}[/]"
+    console.print(f"Question: [bold]{escape(result.question)}[/]{right}", highlight=False)
+    console.print(Group("", result.report.table(result.prompt), "", _comparison(result)))
+    console.print(f"\nPicture: [bold]{result.picture}[/]    maps and counts: {result.report_file}", soft_wrap=True)
 
 
-def _comparison(outcome: Outcome) -> Table:
+def _comparison(result: DemoResult) -> Table:
     from ..bench.generation import WHAT
 
-    caption = f"{WHAT}. Fastest of {outcome.repeats} run(s) after a warm-up."  # what a busy machine disturbs least
+    caption = f"{WHAT}. Fastest of {result.repeats} run(s) after a warm-up."  # what a busy machine disturbs least
     table = Table(title="Plain generation and MustDrop", caption=caption, caption_justify="left")
     table.add_column("")
     table.add_column("plain", overflow="fold")
@@ -298,14 +298,14 @@ def _comparison(outcome: Outcome) -> Table:
     def row(name: str, plain: float, dropped: float, unit: str) -> None:
         table.add_row(name, f"{plain:.1f} {unit}", f"{dropped:.1f} {unit}, {_ratio(plain, dropped)}")
 
-    row("KV cache", outcome.prompt.plain_cache.bytes / 1e6, outcome.prompt.final_cache.bytes / 1e6, "MB")
-    row("prefill", outcome.plain.prefill.least, outcome.dropped.prefill.least, "ms")
-    if outcome.plain.decode is not None and outcome.dropped.decode is not None:
-        row("decode, per token", outcome.plain.decode.least, outcome.dropped.decode.least, "ms")
+    row("KV cache", result.prompt.plain_cache.bytes / 1e6, result.prompt.final_cache.bytes / 1e6, "MB")
+    row("prefill", result.plain.prefill.least, result.dropped.prefill.least, "ms")
+    if result.plain.decode is not None and result.dropped.decode is not None:
+        row("decode, per token", result.plain.decode.least, result.dropped.decode.least, "ms")
     table.add_section()
-    plain, dropped = outcome.answers
+    plain, dropped = result.answers
     table.add_row("answer", escape(plain), escape(dropped))
-    table.add_row("", "", f"[dim]{_agreement(outcome)}[/]")
+    table.add_row("", "", f"[dim]{_agreement(result)}[/]")
     return table
 
 
@@ -315,6 +315,6 @@ def _ratio(plain: float, dropped: float) -> str:
     return f"{plain / dropped:.1f} times less" if plain > dropped else f"{dropped / plain:.1f} times more"
 
 
-def _agreement(outcome: Outcome) -> str:
-    same, tokens = outcome.same_tokens, max(len(outcome.plain.tokens), len(outcome.dropped.tokens))
+def _agreement(result: DemoResult) -> str:
+    same, tokens = result.same_tokens, max(len(result.plain.tokens), len(result.dropped.tokens))
     return "the same" if same == tokens else f"the first {same} of {tokens} tokens are the same"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop doctor``: who serves what, why others do not, and what to do next. Never raises."""
+"""``mustdrop doctor``: serving backends, reasons of the others, and the next step. Never raises."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _REBUILD = "Rebuild in the source folder: pip install --force-reinstall --no-dep
 
 
 def examine() -> dict[str, Any]:
-    """Everything that `mustdrop doctor` knows, in plain JSON types."""
+    """The document of `mustdrop doctor`, in plain JSON types."""
     absent = {device: environment.absent(device) for device in backends.ORDER}
     present = [device for device, reason in absent.items() if reason is None]
     found: dict[str, Any] = {
@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
 
 
 def judge(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[str]]:
-    """What is wrong (the exit status says whether anything is), and what to do about it, in a line or two."""
+    """Problems, which decide about the exit status, and the next steps."""
     if not _load.core.loaded:
         return [str(_load.core.problem)], _repair_library(found)
     asked = os.environ.get("MUSTDROP_BACKEND")
@@ -91,15 +91,16 @@ def _repair_library(found: dict[str, Any]) -> list[str]:
 def _advice_for_gpu(found: dict[str, Any], unserved: list[str]) -> list[str]:
     if environment.absent("cuda") is not None:
         hidden = isinstance(found["machine"]["GPUs"], list) and found["machine"]["GPUs"]
-        return ["There is a GPU that torch does not see: install a torch with CUDA (pytorch.org)."] if hidden else []
+        return ["There is a GPU that torch does not find: install a torch with CUDA (pytorch.org)."] if hidden else []
     if not unserved:
         return []
     if environment.find_nvcc():
         return [
-            "Nobody serves the GPU: build the CUDA library, nvcc is there: pip install --force-reinstall --no-deps ."
+            "No backend serves the GPU: build the CUDA library, nvcc is there: "
+            "pip install --force-reinstall --no-deps ."
         ]
     cupy = f"pip install cupy-cuda{str(torch.version.cuda).split('.')[0]}x, or " if torch.version.cuda else ""
-    return [f"Nobody serves the GPU: pip install triton, or {cupy}install the CUDA toolkit (nvcc) and build again."]
+    return [f"No backend serves the GPU: pip install triton, or {cupy}install the CUDA toolkit (nvcc) and build again."]
 
 
 def _try_it() -> str:
@@ -189,7 +190,7 @@ def _operators(found: dict[str, Any]) -> Table:
 
 def _server(name: str | None, absent: str | None) -> str:
     if name is None:
-        return "[dim]no device[/]" if absent else "[red]nobody[/]"
+        return "[dim]no device[/]" if absent else "[red]none[/]"
     return f"[green]{escape(name)}[/]" if not name.startswith("broken:") else f"[red]{escape(name)}[/]"
 
 

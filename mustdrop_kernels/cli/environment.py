@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is installed, loaded and serving here. Nothing in this module raises: a broken part is a value that says so."""
+"""Versions, libraries and serving backends of this machine. Nothing here raises: a broken part is a value that starts
+with "broken: "."""
 
 from __future__ import annotations
 
@@ -34,9 +35,9 @@ PACKAGES = (
     "scikit-image",
 )
 
-# What each variable that this package reads is for.
+# Variables that this package reads, and their effect.
 VARIABLES: Mapping[str, str] = {
-    "MUSTDROP_BACKEND": "who serves torch.ops.mustdrop, read when the package is imported",
+    "MUSTDROP_BACKEND": "backend behind torch.ops.mustdrop, read when the package is imported",
     "MUSTDROP_CPU_CAPABILITY": "highest instruction set of the CPU kernels",
     vllm_settings.VARIABLE: "drops tokens in vLLM: a preset's name, or fields of MustDropConfig as JSON",
     "MUSTDROP_CUDA_ARCHS": "CUDA targets of the build",
@@ -48,7 +49,7 @@ _OTHERS = ("CUDA_VISIBLE_DEVICES", "CUDA_HOME", "CUPY_CACHE_DIR", "CXX", "OMP_NU
 
 
 def attempt(what: Callable[[], Any]) -> Any:
-    """The value, or a sentence about what went wrong."""
+    """The value, or a sentence about the error."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -74,7 +75,7 @@ def versions() -> dict[str, str | None]:
 
 
 def machine() -> dict[str, Any]:
-    """Where this runs: system, processor, threads, GPUs."""
+    """System, processor, threads and GPUs."""
     return {
         "system": attempt(platform.platform),
         "processor": attempt(_processor),
@@ -86,7 +87,7 @@ def machine() -> dict[str, Any]:
 
 
 def libraries() -> list[dict[str, Any]]:
-    """The operator libraries, and the real reason where one is not loaded."""
+    """The operator libraries, and the loader's error where one is not loaded."""
     return [
         {"name": library.path.stem, "path": str(library.path), "loaded": library.loaded, "problem": library.problem}
         for library in (_load.core, _load.cuda)
@@ -94,7 +95,7 @@ def libraries() -> list[dict[str, Any]]:
 
 
 def sources() -> dict[str, Any]:
-    """What the libraries were made of, by their record; and whether the sources around the package are the same."""
+    """Digest of the sources of the libraries, from their record, and of the sources around the package."""
     made_of = attempt(lambda: _sources.record(_load.LIBRARY_FOLDER)) or {}
     here = attempt(lambda: _sources.digest(_load.LIBRARY_FOLDER.parents[1]))
     digest = made_of.get("sources") if isinstance(made_of, dict) else None
@@ -102,7 +103,7 @@ def sources() -> dict[str, Any]:
 
 
 def build() -> dict[str, Any] | str:
-    """What the module `_native` says about this build, or why it says nothing."""
+    """Facts of the module `_native` about this build, or the reason that there are none."""
 
     def read() -> dict[str, Any]:
         _native = importlib.import_module("mustdrop_kernels._native")
@@ -114,13 +115,13 @@ def build() -> dict[str, Any] | str:
 
 
 def variables() -> dict[str, str]:
-    """Variables that are set and matter."""
+    """Relevant variables that are set."""
     ours = sorted(name for name in os.environ if name.startswith("MUSTDROP_"))
     return {name: os.environ[name] for name in (*ours, *_OTHERS) if name in os.environ}
 
 
 def engines() -> dict[str, str]:
-    """Where tokens can be dropped, and what switches that on."""
+    """Engines in which tokens can be dropped, and the switch of each."""
     preset = '{"preset": "budget-128"}'
     overrides = f'{{"architectures": ["MustDropLlavaForConditionalGeneration"], "mustdrop": {preset}}}'
     return {
@@ -132,7 +133,7 @@ def engines() -> dict[str, str]:
 
 
 def _vllm_plugin() -> str:
-    """Whether vLLM would find the plug-in, and what the environment makes of it."""
+    """State of the plug-in in vLLM, and the settings of the environment."""
     if importlib.util.find_spec("vllm") is None:
         return "not installed"
     allowed = os.environ.get("VLLM_PLUGINS")
@@ -148,17 +149,17 @@ def _vllm_plugin() -> str:
 
 
 def absent(device: str) -> str | None:
-    """Why this machine has no such device, None where it has."""
+    """The reason that this machine lacks a device; None where it has it."""
     if device != "cuda":
         return None
     if torch.version.cuda is None:
         return "this torch is built without CUDA"
     available = attempt(torch.cuda.is_available)
-    return None if available is True else "torch sees no GPU" if available is False else str(available)
+    return None if available is True else "torch finds no GPU" if available is False else str(available)
 
 
 def operators() -> list[dict[str, Any]]:
-    """The backend that serves each operator on each device, and the reason of each backend that does not."""
+    """The serving backend of each operator on each device, and the reasons of the others."""
     rows = []
     for device in backends.ORDER:
         for op in backends.OPS:
@@ -169,7 +170,7 @@ def operators() -> list[dict[str, Any]]:
 
 
 def _why_not(name: str, op: str, device: str, served_by: str | None) -> str | None:
-    """Why a backend is not the one behind torch.ops, None where it is."""
+    """The reason that a backend is not behind torch.ops; None where it is."""
     if name == served_by:
         return None
     reason = attempt(lambda: backends.get(name).why_not(op, device))
@@ -178,7 +179,7 @@ def _why_not(name: str, op: str, device: str, served_by: str | None) -> str | No
     if os.environ.get("MUSTDROP_BACKEND"):
         return f"could serve; MUSTDROP_BACKEND={os.environ['MUSTDROP_BACKEND']} chooses another"
     if name not in backends.ORDER[device]:
-        return f"serves only when asked for (backend={name!r} or MUSTDROP_BACKEND={name})"
+        return f"serves on request only (backend={name!r} or MUSTDROP_BACKEND={name})"
     return f"could serve; {served_by} comes first"
 
 
@@ -205,7 +206,7 @@ def _first_on_path(*names: str) -> str | None:
 
 
 def _first_line(program: str | None, *arguments: str) -> str | None:
-    """First line that a program prints about itself, None where there is no such program."""
+    """First line of a program's version; None where there is no such program."""
     if program is None or shutil.which(program) is None:
         return None
     command = [program, *(arguments or ("--version",))]
@@ -219,7 +220,7 @@ def _driver() -> str | None:
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, where the build looks for it."""
+    """The CUDA compiler that the build would use."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     in_home = str(Path(home) / "bin" / "nvcc") if home else None
     chosen = (os.environ.get("MUSTDROP_NVCC"), os.environ.get("CUDACXX"), in_home, "nvcc", "/usr/local/cuda/bin/nvcc")
@@ -244,7 +245,7 @@ def _processor() -> str:
 
 
 def _gpus() -> list[str]:
-    """The GPUs as torch sees them; where it sees none, those that the driver knows."""
+    """The GPUs of torch; where it finds none, those of the driver."""
     if absent("cuda") is None:
         found = []
         for index in range(torch.cuda.device_count()):
@@ -254,4 +255,4 @@ def _gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=False).stdout
-    return [f"{line.split('(')[0].strip()} (not seen by torch)" for line in listed.splitlines() if line.strip()]
+    return [f"{line.split('(')[0].strip()} (not found by torch)" for line in listed.splitlines() if line.strip()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop eval``: does it keep the answers? Every method on the same questions at equal average tokens."""
+"""``mustdrop eval``: accuracy of every method on the same questions at equal average tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .progress import bar
 
 if TYPE_CHECKING:
     from ..evaluation.datasets import Questions
-    from ..evaluation.document import Key
+    from ..evaluation.results import Key
 
 Model = Annotated[
     str | None, typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: the small one in the package.")
@@ -33,15 +33,15 @@ Images = Annotated[Path | None, typer.Option(help="Folder of the file's pictures
 Methods = Annotated[str | None, typer.Option(help="With commas between; after-K and preset-NAME too. Default: all.")]
 Budgets = Annotated[str, typer.Option(help="Vision tokens on average over the layers, with commas between.")]
 Count = Annotated[int | None, typer.Option(min=1, help="Questions. Default: 1020 made ones, all of a file.")]
-Seeds = Annotated[str, typer.Option(help="Of made questions, with commas between.")]
-Split = Annotated[str, typer.Option(help="Of made questions: validation to choose settings by, test to report.")]
+Seeds = Annotated[str, typer.Option(help="Seeds of made questions, with commas between.")]
+Split = Annotated[str, typer.Option(help="Split of made questions: validation to choose settings, test to report.")]
 Layers = Annotated[bool, typer.Option("--layers/--no-layers", help="First drop all vision after layer 0, 1, 2, ...")]
 Ours = Annotated[str, typer.Option(help="The method that the others are compared with.")]
 Quick = Annotated[bool, typer.Option("--quick", help="200 questions, 4 methods: a look, not a measurement.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the document here; go on where it stopped.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against tokens into this file.")]
-Markdown = Annotated[str | None, typer.Option(help="Print Markdown: all, or the table whose title begins so.")]
-Load = Annotated[Path | None, typer.Option(help="Show this document instead of asking anything.")]
+Markdown = Annotated[str | None, typer.Option(help="Print Markdown: all, or the table whose title begins with this.")]
+Load = Annotated[Path | None, typer.Option(help="Show this document instead of measuring anything.")]
 Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
@@ -70,12 +70,12 @@ def evaluate(
     max_new_tokens: Tokens = 4,
     threads: Threads = None,
 ) -> None:
-    """Ask a LLaVA questions with all vision tokens and with fewer, by every method at equal average tokens."""
+    """Measure accuracy with all vision tokens and with fewer, by every method at equal average tokens."""
     if threads is not None:
         torch.set_num_threads(threads)
     try:
         if load is not None:
-            from ..evaluation.document import read
+            from ..evaluation.results import read
 
             document = read(load)
         else:
@@ -95,7 +95,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """The command line."""
+    """Options of the command line."""
 
     model: str | None
     file: Path | None
@@ -111,10 +111,9 @@ class _Plan:
     max_new_tokens: int
 
     def carry_out(self) -> dict[str, Any]:
-        """The filled document."""
+        """Measure; the filled document."""
         from ..bench.machine import describe
-        from ..evaluation import document as documents
-        from ..evaluation import run
+        from ..evaluation import results, run
         from ..evaluation.checkpoint import load_model, quiet_transformers
         from ..evaluation.methods import Sizes, Unreachable, make
         from ..flops import LanguageModel
@@ -130,18 +129,18 @@ class _Plan:
             "dtype": str(subject.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
         }  # fmt: skip
         cells = self._cells(depth)
-        for cell in cells:  # an unknown name is refused before anything is asked
+        for cell in cells:  # refuse an unknown name before anything is measured
             with contextlib.suppress(Unreachable):
                 make(*cell, Sizes.of(subject.model.config))
-        document = documents.start(about, questions, cells)
+        document = results.start(about, questions, cells)
         if self.json is not None:
-            document = documents.resume(document, self.json)
+            document = results.resume(document, self.json)
         document["machine"] = describe(torch.device(device), torch.get_num_threads())
         document["command"] = "mustdrop " + " ".join(sys.argv[1:])
 
         def keep(filled: dict[str, Any]) -> None:
             if self.json is not None:
-                documents.write(filled, self.json)
+                results.write(filled, self.json)
 
         with bar() as tell:
             run.run(document, subject, questions, tell, keep, batch=self.batch, max_new_tokens=self.max_new_tokens)
@@ -160,8 +159,8 @@ class _Plan:
         return found, {"questions": found.name, "split": self.split, "seeds": seeds}
 
     def _cells(self, depth: int) -> list[Key]:
-        from ..evaluation.document import keys
         from ..evaluation.methods import FULL, METHODS
+        from ..evaluation.results import keys
 
         layers = [f"after-{layer}" for layer in range(depth - 1)] if self.layers else []
         methods = [name for name in self.methods or METHODS if name != FULL]
@@ -183,7 +182,7 @@ def _show(document: dict[str, Any], ours: str, markdown: str | None) -> None:
 
 
 def require_extras() -> None:
-    """Refuse where a package is missing that made questions need."""
+    """Raise ``Refusal`` where a package is missing that made questions need."""
     needed = {"transformers": "transformers", "PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:

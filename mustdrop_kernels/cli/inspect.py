@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop inspect``: what became of a prompt's pictures, as one page of HTML that needs nothing else."""
+"""``mustdrop inspect``: merged and dropped tokens of a prompt's pictures, as one self-contained page of HTML."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """The command line."""
+class InspectOptions:
+    """Options of the command line."""
 
     images: Sequence[Path] = ()
     prompt: str | None = None
@@ -41,8 +41,8 @@ PROMPT = "What is in the image?"
 
 
 @dataclass(frozen=True)
-class Found:
-    """What the page shows."""
+class InspectResult:
+    """Contents of the page."""
 
     model: str
     question: str
@@ -52,76 +52,76 @@ class Found:
     page: Path
 
 
-def run(wish: Wish, step: Callable[[str], None]) -> Found:
-    """Generates with and without dropping and writes the page. `step` is told what comes next.
+def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResult:
+    """Generate with and without dropping and write the page; `progress` is called with each step.
 
     Raises:
-        Refusal: something that was asked for cannot be done.
+        Refusal: the options cannot be served.
     """
     require_extras()
-    config = _config(wish)
-    pictures, question = _question(wish)
-    step("loading the model")
-    model, processor, name = _load(wish)
+    config = _config(options)
+    pictures, question = _question(options)
+    progress("loading the model")
+    model, processor, name = _load(options)
     config = config.for_depth(model.config.text_config.num_hidden_layers)
     inputs = _inputs(model, processor, question, [image for image, _ in pictures])
 
     from ..integrations.transformers import drop_tokens
 
-    step("plain generation")
-    plain = _generate(model, inputs, wish.max_new_tokens)
-    step("generation with MustDrop")
+    progress("plain generation")
+    plain = _generate(model, inputs, options.max_new_tokens)
+    progress("generation with MustDrop")
     try:
         with drop_tokens(model, config, heat_maps=True) as report:
-            dropped = _generate(model, inputs, wish.max_new_tokens)
+            dropped = _generate(model, inputs, options.max_new_tokens)
     except (TypeError, ValueError) as error:
         raise Refusal(f"{name}: {error}") from None
 
-    step("drawing")
+    progress("drawing")
     before, after = (processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (plain, dropped))
-    found = Found(name, question, report.last, config, (before, after), wish.out)
-    _write(found, wish, [credit for _, credit in pictures], _seen(model, processor, inputs, pictures), report)
-    return found
+    result = InspectResult(name, question, report.last, config, (before, after), options.out)
+    _write(result, options, [credit for _, credit in pictures], _seen(model, processor, inputs, pictures), report)
+    return result
 
 
-def _question(wish: Wish) -> tuple[list[tuple[Any, str]], str]:
-    """Pictures with what to call them, and the question: one that was made for the small model, where none is given."""
-    if wish.model is None and not wish.images:
-        image, credit, question, _ = made_question(wish.seed)
-        return [(image, credit)], wish.prompt or question
-    asked: list[Path | None] = [*wish.images] or [None]
-    return [load_image(path) for path in asked], wish.prompt or PROMPT
+def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
+    """Pictures with their names, and the question; by default those made for the small model."""
+    if options.model is None and not options.images:
+        image, credit, question, _ = made_question(options.seed)
+        return [(image, credit)], options.prompt or question
+    asked: list[Path | None] = [*options.images] or [None]
+    return [load_image(path) for path in asked], options.prompt or PROMPT
 
 
-def _config(wish: Wish) -> MustDropConfig:
-    name = wish.preset or (PRESET if wish.model else SMALL_PRESET)
+def _config(options: InspectOptions) -> MustDropConfig:
+    name = options.preset or (PRESET if options.model else SMALL_PRESET)
     if name not in MustDropConfig.presets():
         raise Refusal(f"--preset: there is no {name!r}; there are {', '.join(MustDropConfig.presets())}")
-    if wish.backend is not None and wish.backend not in backends.registered():
-        raise Refusal(f"--backend: there is no {wish.backend!r}; there are {', '.join(backends.registered())}")
+    if options.backend is not None and options.backend not in backends.registered():
+        raise Refusal(f"--backend: there is no {options.backend!r}; there are {', '.join(backends.registered())}")
     try:
-        return MustDropConfig.preset(name, backend=wish.backend, **wish.settings)
+        return MustDropConfig.preset(name, backend=options.backend, **options.settings)
     except (TypeError, ValueError) as error:
         raise Refusal(f"--set: {error}") from None
 
 
-def _load(wish: Wish) -> tuple[Any, Any, str]:
-    """Any model that drop_tokens serves; without a name the small model of the package."""
+def _load(options: InspectOptions) -> tuple[Any, Any, str]:
+    """Model, processor and name; without a name the small model of the package."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if wish.model is None:
+    if options.model is None:
         subject = load_model(None, device)
         return subject.model, subject.processor, subject.description
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
-        model = AutoModelForImageTextToText.from_pretrained(wish.model, dtype="auto", use_safetensors=True).eval()
-        processor = AutoProcessor.from_pretrained(wish.model)
+        model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", use_safetensors=True).eval()
+        processor = AutoProcessor.from_pretrained(options.model)
     except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"--model: {wish.model} cannot be loaded: {reason}") from error
-    return model.to(device), processor, wish.model
+        raise Refusal(f"--model: {options.model} cannot be loaded: {reason}") from error
+    return model.to(device), processor, options.model
 
 
 def _inputs(model: Any, processor: Any, prompt: str, images: list[Any]) -> Any:
@@ -146,7 +146,7 @@ def _generate(model: Any, inputs: Any, max_new_tokens: int) -> list[int]:
 
 
 def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str]]) -> list[np.ndarray]:
-    """Each picture as the model got it: LLaVA-1.5 crops it, the others see all of it."""
+    """Each picture as the model gets it: cropped for LLaVA-1.5, whole for the others."""
     import numpy as np
 
     if model.config.model_type != "llava":
@@ -157,17 +157,19 @@ def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str
     return list((visible.clamp(0, 1) * 255).round().byte().numpy())
 
 
-def _write(found: Found, wish: Wish, credits: list[str], pictures: list[np.ndarray], report: Any) -> None:
-    """The page: what was asked, what was answered, the table, and for each image what was dropped and looked at."""
-    prompt, config = found.prompt, found.config
+def _write(
+    result: InspectResult, options: InspectOptions, credits: list[str], pictures: list[np.ndarray], report: Any
+) -> None:
+    """Write the page: question, answers, the table, and for each image its tokens and its attention."""
+    prompt, config = result.prompt, result.config
     page = Page("MustDrop: what became of this prompt")
     page.facts(
         {
-            "model": found.model,
+            "model": result.model,
             "images": ", ".join(credits),
-            "prompt": found.question,
-            "answer, plain": found.answers[0],
-            "answer, with MustDrop": found.answers[1],
+            "prompt": result.question,
+            "answer, plain": result.answers[0],
+            "answer, with MustDrop": result.answers[1],
         }
     )
     plain, final = prompt.plain_cache.bytes, prompt.final_cache.bytes
@@ -188,6 +190,6 @@ def _write(found: Found, wish: Wish, credits: list[str], pictures: list[np.ndarr
     page.heading("Settings")
     page.facts({name: str(value) for name, value in config.to_dict().items()})
     try:
-        write_text(wish.out, page.html())
+        write_text(options.out, page.html())
     except OSError as error:
-        raise Refusal(f"--out: {wish.out} cannot be written: {error.strerror}") from None
+        raise Refusal(f"--out: {options.out} cannot be written: {error.strerror}") from None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Does it keep the answers? Questions about pictures, the methods that compete, and how they are scored."""
+"""Accuracy of dropping: questions about pictures, methods, scoring."""
 
 FULL = "full"
-"""The name of asking with all tokens."""
+"""Name of the method that keeps all tokens."""

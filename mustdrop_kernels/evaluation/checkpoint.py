@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the demo runs on: an image and a model, from the command line's words or the defaults."""
+"""Model and image of the demo and the evaluation: from the command line's options, or the defaults."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ SMALL = "the small LLaVA of mustdrop_kernels"
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model that is ready to generate, and its processor."""
+class Checkpoint:
+    """A loaded model and its processor."""
 
     model: Any
     processor: Any
@@ -34,7 +34,7 @@ class Subject:
 
     @property
     def description(self) -> str:
-        """One phrase for people."""
+        """One phrase with name, size, dtype and device."""
         millions = sum(weight.numel() for weight in self.model.parameters()) / 1e6
         size = f"{millions:,.0f}" if millions > 10 else f"{millions:.1f}"
         where = f"{size} million weights, {self.model.dtype}, {self.model.device}"
@@ -52,7 +52,7 @@ class Subject:
         return batch.to(self.model.device)
 
     def seen(self, pixel_values: Any) -> np.ndarray:  # (height, width, 3) uint8
-        """The image as the vision tower got it: resized, cropped, and here made visible again."""
+        """The image as the vision tower gets it, resized and cropped, with the normalization undone."""
         processor = self.processor.image_processor
         pixels = pixel_values[0].float().cpu().permute(1, 2, 0)
         mean, deviation = pixels.new_tensor(processor.image_mean), pixels.new_tensor(processor.image_std)
@@ -60,7 +60,7 @@ class Subject:
 
 
 def prompt_text(processor: Any, question: str) -> str:
-    """The prompt that asks about one image: by the chat template of the processor, or LLaVA-1.5's."""
+    """The prompt for a question about one image, by the chat template of the processor or LLaVA-1.5's."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if template:
         parts = [{"type": "image"}, {"type": "text", "text": question}]
@@ -69,7 +69,7 @@ def prompt_text(processor: Any, question: str) -> str:
 
 
 def require_extras() -> None:
-    """Refuse where a package is missing that the demo needs."""
+    """Raise ``Refusal`` where a package is missing that the demo needs."""
     needed = {"transformers": "transformers", "PIL": "pillow", "matplotlib": "matplotlib"}
     missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
@@ -77,7 +77,7 @@ def require_extras() -> None:
 
 
 def made_question(number: int) -> tuple[Image, str, str, str]:
-    """A picture that the small model has not seen, what to call it, a question about it, and the right answer."""
+    """A picture that was not used in training, its name, a question about it, and the right answer."""
     missing = [name for name in ("sklearn", "skimage") if importlib.util.find_spec(name) is None]
     if missing:
         raise Refusal("pictures are made from scikit-learn and scikit-image: pip install them, or give --image")
@@ -90,7 +90,7 @@ def made_question(number: int) -> tuple[Image, str, str, str]:
 
 
 def load_image(path: Path | None) -> tuple[Image, str]:
-    """The image and what to call it."""
+    """The image and its name."""
     from PIL import Image, UnidentifiedImageError
 
     credit = _CREDIT if path is None else path.name
@@ -125,7 +125,7 @@ def quiet_transformers() -> None:
     logging.disable_progress_bar()
 
 
-def load_model(name: str | None, device: str) -> Subject:
+def load_model(name: str | None, device: str) -> Checkpoint:
     """The checkpoint of this name or in this folder; without one the small model that the package brings."""
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
@@ -137,9 +137,9 @@ def load_model(name: str | None, device: str) -> Subject:
             model = LlavaForConditionalGeneration.from_pretrained(where, dtype=dtype, use_safetensors=True).eval()
             processor = AutoProcessor.from_pretrained(where)
             processor.tokenizer.padding_side = "left"
-    except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
+    except Exception as error:  # a broken checkpoint may raise anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refusal(f"--model: {where} cannot be loaded: {reason}") from error
     if kind != "llava":
-        raise Refusal(f"--model: {where} is a {kind!r} model; wanted is a LLaVA (LlavaForConditionalGeneration)")
-    return Subject(model.to(device), processor, name or SMALL)
+        raise Refusal(f"--model: {where} is a {kind!r} model; it must be a LLaVA (LlavaForConditionalGeneration)")
+    return Checkpoint(model.to(device), processor, name or SMALL)

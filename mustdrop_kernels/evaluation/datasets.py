@@ -17,7 +17,7 @@ from .pictures import Split
 from .questions import Item, items
 
 SHORT = "\nAnswer the question using a single word or phrase."
-"""What LLaVA-1.5's own evaluations append to a question."""
+"""Instruction that LLaVA-1.5's own evaluations append to a question."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class Questions:
     examples: Sequence[Example]
     score: Callable[[str, Sequence[str]], float]
     yes_or_no: bool = False
-    """Whether F1 of "yes" is asked for."""
+    """True where F1 of "yes" is the score."""
 
     def scores(self, answers: Sequence[str], examples: Sequence[Example]) -> list[float]:
-        """How right each answer is, as documents keep it."""
+        """Score of each answer."""
         found = [self.score(text, example.answers) for text, example in zip(answers, examples, strict=True)]
         return [int(score) if score in (0.0, 1.0) else round(score, 4) for score in found]
 

@@ -17,7 +17,7 @@ PROMPT = "USER: <image>\n{} ASSISTANT:"
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked about one scene, and what is right."""
+    """A question about one scene, and its answer."""
 
     kind: str
     text: str

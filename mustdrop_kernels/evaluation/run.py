@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a model every question in every way that is compared.
+"""Runner of ``mustdrop eval``: every question, by every method.
 
 Questions go by in batches, and every batch through all methods: pictures are made once, all methods have answered the
 same questions whenever it stops, and where it stopped it goes on.
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ..integrations.transformers import drop_tokens
-from .checkpoint import Subject
+from .checkpoint import Checkpoint
 from .datasets import Example, Questions
-from .document import Document, count
 from .methods import FULL, Method, Sizes, Unreachable, make
+from .results import Document, count
 from .tower import SharedTower
 
 Tell = Callable[[str, float], None]
@@ -26,7 +26,7 @@ Tell = Callable[[str, float], None]
 
 def run(
     document: Document,
-    subject: Subject,
+    subject: Checkpoint,
     questions: Questions,
     tell: Tell,
     keep: Callable[[Document], None],
@@ -41,7 +41,7 @@ def run(
         document: of ``start`` or ``resume``.
         subject: the model.
         questions: what is asked.
-        tell: is told what is being done, and what share is done.
+        tell: takes the current step and the share of all that is done.
         keep: is given the document now and then, and at the end.
         batch: questions at a time.
         max_new_tokens: length of the answers.
@@ -77,7 +77,7 @@ def run(
 def _ask(
     cell: dict[str, Any],
     method: Method,
-    subject: Subject,
+    subject: Checkpoint,
     tower: SharedTower,
     examples: Sequence[Example],
     questions: Questions,
@@ -106,7 +106,7 @@ def _ask(
     _count(cell, subject, inputs, report, len(examples))
 
 
-def _count(cell: dict[str, Any], subject: Subject, inputs: Any, report: Any, questions: int) -> None:
+def _count(cell: dict[str, Any], subject: Checkpoint, inputs: Any, report: Any, questions: int) -> None:
     """Tokens and bytes of a question, one number a batch of questions."""
     depth = subject.model.config.text_config.num_hidden_layers
     real = int(inputs["attention_mask"].sum())
@@ -125,7 +125,7 @@ def _count(cell: dict[str, Any], subject: Subject, inputs: Any, report: Any, que
     count(cell, layers, last=last, kv_bytes=slots * _slot_bytes(subject), text=text)
 
 
-def _slot_bytes(subject: Subject) -> int:
+def _slot_bytes(subject: Checkpoint) -> int:
     """Keys and values of one token in one layer."""
     from ..flops import LanguageModel
 

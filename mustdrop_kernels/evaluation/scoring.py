@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What counts as right, as each data set's own scorer has it, and how sure a share of right answers is."""
+"""Scores of answers, as each data set's own scorer computes them, and intervals of shares."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMMA_IN_NUMBER = re.compile(r"(?<=\d),(?=\d)")
 
 
 def normalized(answer: str) -> str:
-    """As the VQA evaluation does: lower case, no punctuation or articles, digits for numbers, apostrophes back."""
+    """Normalize as the VQA evaluation: lower case, no punctuation or articles, digits for numbers, apostrophes back."""
     text = answer.replace("\n", " ").replace("\t", " ").strip().lower()
     text = _COMMA_IN_NUMBER.sub("", text)
     text = _PUNCTUATION.sub(" ", text).replace(",", " ")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a document of ``mustdrop eval`` says: shares right, intervals, differences; tables of them and a picture."""
+"""Summary of a document of ``mustdrop eval``: accuracy, intervals, differences; as tables and as a picture."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from .scoring import f1, interval, paired
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from .document import Document
+    from .results import Document
 
 Cell = dict[str, Any]
 Row = dict[str, Any]
 
 
 def kinds(document: Document) -> list[str]:
-    """In the order in which they are asked."""
+    """Names in the order of the document."""
     return list(dict.fromkeys(document["kinds"]))
 
 
@@ -120,7 +120,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def tables(document: Document, ours: str) -> Iterable[Table]:
-    """For a terminal."""
+    """Tables for a terminal."""
     from rich.table import Table
 
     for title, headings, lines in _grids(document, ours):
@@ -133,7 +133,7 @@ def tables(document: Document, ours: str) -> Iterable[Table]:
 
 
 def markdown(document: Document, ours: str, part: str | None = None) -> str:
-    """The same for a README.
+    """Tables in Markdown.
 
     Args:
         document: of ``mustdrop eval``.
@@ -288,7 +288,7 @@ def draw(document: Document, path: Path, ours: str) -> None:
         found = rows(document, only)
         methods = dict.fromkeys(row["method"] for row in found if row["budget"] is not None)
         others = [method for method in methods if method != ours]
-        colours = {ours: "black"} | {method: f"C{number % 10}" for number, method in enumerate(others)}
+        colors = {ours: "black"} | {method: f"C{number % 10}" for number, method in enumerate(others)}
         for method in methods:
             line = sorted((row for row in found if row["method"] == method), key=lambda row: row["tokens"])
             x, y = [row["tokens"] for row in line], [100 * row["accuracy"] for row in line]
@@ -297,7 +297,7 @@ def draw(document: Document, path: Path, ours: str) -> None:
             mine = method.startswith("mustdrop")
             axis.errorbar(
                 x, y, [low, high], marker="o", ms=4, capsize=2, lw=2.4 if mine else 1.2, elinewidth=0.7,
-                ls="-" if mine else "--", label=method, color=colours[method], zorder=3 if mine else 2,
+                ls="-" if mine else "--", label=method, color=colors[method], zorder=3 if mine else 2,
             )  # fmt: skip
         for row in found:
             if row["method"] == FULL:

@@ -15,7 +15,7 @@ class SharedTower:
     """Stands in front of a tower's forward.
 
     Attributes:
-        seconds: what the last batch's plain run took; whoever used its output without computing it owes so much.
+        seconds: what the last batch's plain run took; a run that reused its output adds this much.
     """
 
     def __init__(self, tower: nn.Module):
@@ -30,7 +30,7 @@ class SharedTower:
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Within the context the tower runs once a batch. Afterwards `spared` says whether this was not that time."""
+        """Context in which the tower runs once a batch; afterwards `spared` is true where its output was reused."""
         forward, self.spared = self.tower.forward, self._output is not None
 
         def once(*args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ __all__ = ["CacheReport", "ImageReport", "PromptReport", "Report", "Stopwatch", 
 
 
 class Report:
-    """What `drop_tokens` did, prompt by prompt. Fills up while the context is open."""
+    """Report of ``drop_tokens``, prompt by prompt; it grows while the context is open."""
 
     def __init__(self, config: MustDropConfig) -> None:
         self.config = config
@@ -41,7 +41,7 @@ class Report:
         return json.dumps(self.to_dict(), allow_nan=False, **settings)
 
     def plot(self, image: Any, *, index: int = 0, prompt: PromptReport | None = None) -> Figure:
-        """What was dropped from an image, or, as a contact sheet, from a video. Needs the extra package matplotlib.
+        """Draw what was dropped from an image or, as a contact sheet, from a video. Needs matplotlib.
 
         Args:
             image: the picture, Pillow's or (height, width, 3) uint8; a sequence of them for a video.
@@ -58,7 +58,7 @@ class Report:
         return draw_stages(frames[0], prompt, index=index)
 
     def plot_attention(self, image: Any, *, index: int = 0, prompt: PromptReport | None = None) -> Figure:
-        """What the text looks at, layer by layer; the arguments are those of ``plot``.
+        """Draw the attention from text to vision, layer by layer; the arguments are those of ``plot``.
 
         Raises:
             ValueError: the report was made without ``heat_maps=True``.

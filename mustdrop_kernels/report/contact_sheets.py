@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets: a video stage by stage, and what the text looks at, layer by layer. Needs matplotlib."""
+"""Contact sheets: a video stage by stage, and attention from text to vision layer by layer. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def draw_attention(
     index: int = 0,
     title: str | None = None,
 ) -> Figure:
-    """What the text that votes looks at in each layer: the mean over its tokens and over heads, brightest at the most.
+    """Attention from the text queries in each layer: the mean over them and over heads, brightest at the maximum.
 
-    What is gone is dark. Needs a report that was made with ``drop_tokens(..., heat_maps=True)``.
+    Dropped tokens are dark. Needs a report that was made with ``drop_tokens(..., heat_maps=True)``.
 
     Raises:
         ValueError: no heat maps were recorded.
@@ -97,7 +97,7 @@ def _check(frames: Sequence[Array], grid: Sequence[int]) -> None:
 
 
 def _glow(frame: Array, heat: Array) -> Array:  # heat: (H, W) in 0..1, nan where nothing is left
-    """The picture, gray and dark, lit where the text looks."""
+    """The picture in dark gray, lit by the attention."""
     import matplotlib
 
     rows = np.arange(frame.shape[0]) * heat.shape[0] // frame.shape[0]
@@ -136,7 +136,7 @@ def _sheet(rows: list[tuple[str, list[Array]]], title: str, *, wrap: bool = Fals
 
 
 def pictures_of(report: ImageReport, frames: Sequence[Array]) -> list[Array]:
-    """As many of a video's frames as it has frames of tokens: a model may take several to one."""
+    """One of a video's frames for each frame of tokens; a model may merge several into one."""
     grid = report.grid
     if len(grid) != 3 or len(frames) == grid[0]:
         return list(frames)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One page of HTML that needs nothing else: pictures lie inside, nothing is fetched, every text is escaped."""
+"""Self-contained page of HTML: pictures are embedded, nothing is fetched, every text is escaped."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ _HEAD = """<!doctype html>
 
 
 class Page:
-    """Grows from top to bottom."""
+    """A page that is built from top to bottom."""
 
     def __init__(self, title: str) -> None:
         self._title = escape(title)
         self._parts = [f"<h1>{self._title}</h1>"]
 
     def heading(self, text: str) -> None:
-        """A part begins."""
+        """Begin a section."""
         self._parts.append(f"<h2>{escape(text)}</h2>")
 
     def facts(self, facts: Mapping[str, str]) -> None:
-        """Names and what they stand for."""
+        """Add names and values."""
         rows = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
         self._parts.append(f"<dl>\n{rows}\n</dl>")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """Cells of text."""
+        """Add a table of text."""
 
         def line(cells: Sequence[str], tag: str) -> str:
             return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
@@ -55,7 +55,7 @@ class Page:
         self._parts.append("\n".join(["<table>", line(columns, "th"), *(line(row, "td") for row in rows), "</table>"]))
 
     def figure(self, figure: Figure, alternative: str) -> None:
-        """A picture, inside the page."""
+        """Embed a picture."""
         file = io.BytesIO()
         figure.savefig(file, format="png", facecolor=figure.get_facecolor())
         data = base64.b64encode(file.getvalue()).decode()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of what happened to an image's tokens. Needs matplotlib, and draws without a display."""
+"""Pictures of merged and dropped tokens of an image. Needs matplotlib, and draws without a display."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from .records import ImageReport, PromptReport
 
 _INK, _SOFT, _FAINT, _PAPER = "#1f2430", "#4b5365", "#7b8394", "#ffffff"
-_MERGED, _KEY = "#00a9bd", "#ffc400"
+_MERGED, _KEY, _HATCH = "#00a9bd", "#ffc400", "#c3c8d1"
 _CACHE = {"plain generation": "#e3e6eb", "before stage 3": "#9fb6d6", "after stage 3": "#1d5fa8"}
 _FADED = 0.84  # how far a dropped patch goes from its colors, made gray, to the paper
 
-# Inches.
-_MARGIN, _PANEL, _GAP, _CAPTION, _TITLE, _LEGEND, _STRIP = 0.25, 3.5, 0.28, 0.62, 0.42, 0.62, 1.25
-_AXIS_LABELS, _NOTE_LINE, _INDENT = 0.62, 0.17, 0.4
+# Pixels at _DPI. A panel is about so wide: each of its patches has whole pixels.
+_DPI, _PANEL = 150, 525
+_MARGIN, _GAP, _CAPTION, _ROW_END, _TITLE, _LEGEND, _STRIP = 38, 42, 93, 18, 63, 93, 188
+_AXIS_LABELS, _NOTE_LINE, _INDENT = 93, 26, 60
 _COLUMNS = 3
 _NOTE_CHARACTERS = 165  # of a line that is as wide as three panels
 
@@ -42,25 +43,26 @@ def draw_stages(
 ) -> Figure:
     """One image of a prompt: a panel for it, one for merging, one after each pruning layer; below them the KV cache.
 
-    Merged windows have the mean of their colors and an outline, key tokens a frame, dropped patches fade away.
+    Merged windows have the mean of their colors and an outline, key tokens a frame, dropped patches fade and are
+    hatched. The legend lists what the panels show.
     """
     from matplotlib.figure import Figure
 
     report = prompt.images[index]
     panels = [_draw_image, _draw_merge, *(_after(layer) for layer in report.survived)]
     rows = -(-len(panels) // _COLUMNS)
-    panel_height = _PANEL * image.shape[0] / image.shape[1]
-    row_height = _CAPTION + panel_height + 0.12
+    panel_height, panel_width = _panel(image.shape[:2], report.grid)
+    row_height = _CAPTION + panel_height + _ROW_END
     notes = [part for line in (footnote or "").splitlines() for part in textwrap.wrap(line, _NOTE_CHARACTERS)]
-    width = 2 * _MARGIN + _COLUMNS * _PANEL + (_COLUMNS - 1) * _GAP
+    width = 2 * _MARGIN + _COLUMNS * panel_width + (_COLUMNS - 1) * _GAP
     height = 2 * _MARGIN + _TITLE + rows * row_height + _LEGEND + _CAPTION + _STRIP + _AXIS_LABELS
     height += _NOTE_LINE * len(notes)
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=_PAPER)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor=_PAPER)
 
-    def place(left: float, top: float, wide: float, high: float) -> Axes:
+    def place(left: int, top: int, wide: int, high: int) -> Axes:
         return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
 
-    def write(top: float, text: str, **style: Any) -> None:
+    def write(top: int, text: str, **style: Any) -> None:
         figure.text(_MARGIN / width, 1 - top / height, text, va="top", **style)
 
     top = _MARGIN
@@ -68,12 +70,12 @@ def draw_stages(
     top += _TITLE
     for i, draw in enumerate(panels):
         row, column = divmod(i, _COLUMNS)
-        left = _MARGIN + column * (_PANEL + _GAP)
-        axis = place(left, top + row * row_height + _CAPTION, _PANEL, panel_height)
+        left = _MARGIN + column * (panel_width + _GAP)
+        axis = place(left, top + row * row_height + _CAPTION, panel_width, panel_height)
         axis.set_axis_off()
         draw(axis, image, report)
     top += rows * row_height
-    _legend(figure, (_MARGIN / width, 1 - (top + 0.08) / height))
+    _legend(figure, (_MARGIN / width, 1 - (top + 12) / height), report)
     top += _LEGEND + _CAPTION
     _draw_cache(place(_MARGIN + _INDENT, top, width - 2 * _MARGIN - _INDENT, _STRIP), prompt)
     top += _STRIP + _AXIS_LABELS
@@ -81,8 +83,15 @@ def draw_stages(
     return figure
 
 
+def _panel(pixels: Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
+    """Height and width in pixels of a panel with an image's proportions, whose patches have whole pixels."""
+    wide = max(1, round(_PANEL / grid[1]))
+    high = max(1, round(wide * grid[1] * pixels[0] / pixels[1] / grid[0]))
+    return high * grid[0], wide * grid[1]
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Write a figure; the ending of the path says in which format."""
+    """Write a figure, in the format of the path's suffix."""
     with written_whole(path) as scratch:
         figure.savefig(scratch, facecolor=figure.get_facecolor())
 
@@ -122,7 +131,7 @@ def _mean_by(group: Array, values: Array, groups: int) -> Array:
 
 def _draw_image(axis: Axes, image: Array, report: ImageReport) -> None:
     height, width = report.grid
-    axis.imshow(image, extent=(0, width, height, 0), interpolation="lanczos")
+    axis.imshow(image, extent=(0, width, height, 0), interpolation="lanczos", aspect="auto")
     lines = {"color": "white", "linewidth": 0.4, "alpha": 0.35}
     axis.vlines(range(1, width), 0, height, **lines)  # type: ignore[arg-type]
     axis.hlines(range(1, height), 0, width, **lines)  # type: ignore[arg-type]
@@ -131,8 +140,10 @@ def _draw_image(axis: Axes, image: Array, report: ImageReport) -> None:
 
 def _draw_merge(axis: Axes, image: Array, report: ImageReport) -> None:
     _draw_tokens(axis, image, report, None)
-    counts = f"{report.tokens} tokens; {len(report.windows)} windows merged, {report.key_tokens} key"
-    _caption(axis, "Stage 1: merge in the vision tower", counts)
+    merged = len(report.windows)
+    counts = [f"{report.tokens} tokens: {merged} window{'' if merged == 1 else 's'} merged"]
+    counts += [f"{report.key_tokens} key token{'' if report.key_tokens == 1 else 's'}"] if report.key_tokens else []
+    _caption(axis, "Stage 1: merge in the vision tower", ", ".join(counts))
 
 
 def _after(layer: int) -> Any:
@@ -149,8 +160,9 @@ def _after(layer: int) -> Any:
 def _draw_tokens(axis: Axes, image: Array, report: ImageReport, alive: Array | None) -> None:
     height, width = report.grid
     picture = token_image(image, report.token_of_patch.numpy(), alive)
-    axis.imshow(picture, extent=(0, width, height, 0), interpolation="nearest")
+    axis.imshow(picture, extent=(0, width, height, 0), interpolation="nearest", aspect="auto")
     alive = np.ones(report.grid, bool) if alive is None else alive
+    _hatch(axis, ~alive)
     windows = [window for window in report.windows if alive[window[0], window[1]]]
     for window in windows:
         _frame(axis, window, _MERGED, 1.1)
@@ -161,6 +173,14 @@ def _draw_tokens(axis: Axes, image: Array, report: ImageReport, alive: Array | N
             _frame(axis, (top, left, rows, columns), _KEY, 1.8)
     for top, left in np.argwhere(report.key.numpy() & alive & ~inside).tolist():
         _frame(axis, (top, left, 1, 1), _KEY, 1.8)
+
+
+def _hatch(axis: Axes, patches: Array) -> None:  # (H, W) bool
+    """Diagonal lines through patches, which tell them from pale ones."""
+    from matplotlib.collections import LineCollection
+
+    lines = [((left, top + 1), (left + 1, top)) for top, left in np.argwhere(patches).tolist()]
+    axis.add_collection(LineCollection(lines, colors=_HATCH, linewidths=0.7), autolim=False)
 
 
 def _frame(axis: Axes, window: Sequence[int], color: str, width: float) -> None:
@@ -174,28 +194,33 @@ def _frame(axis: Axes, window: Sequence[int], color: str, width: float) -> None:
     )
 
 
-def _caption(axis: Axes, title: str, counts: str, indent: float = 0.0) -> None:
-    """Two lines above an axis, placed in points, so that they look the same on any size. `indent` is in inches."""
+def _caption(axis: Axes, title: str, counts: str, indent: int = 0) -> None:
+    """Two lines above an axis, placed in points, so that they look the same on any size. `indent` is in pixels."""
     where: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
-    left = -72 * indent
+    left = -72 * indent / _DPI
     axis.annotate(title, xytext=(left, 22), fontsize=12.5, weight="bold", color=_INK, va="bottom", **where)
     axis.annotate(counts, xytext=(left, 6), fontsize=11.5, color=_SOFT, va="bottom", **where)
 
 
-def _legend(figure: Figure, corner: tuple[float, float]) -> None:
+def _legend(figure: Figure, corner: tuple[float, float], report: ImageReport) -> None:
+    """The kinds of patches that occur in the panels."""
     from matplotlib.patches import Patch
 
-    entries = [
-        Patch(facecolor="#8a93a6", edgecolor="none", label="a patch, one token"),
-        Patch(facecolor="#8a93a6", edgecolor=_MERGED, linewidth=1.6, label="merged window, one token"),
-        Patch(facecolor="#8a93a6", edgecolor=_KEY, linewidth=2.2, label="key token, never dropped"),
-        Patch(facecolor="#dfe1e5", edgecolor="none", label="dropped"),
-    ]
+    single = "#8a93a6"
+    merged, key = report.merged.numpy(), report.key.numpy()
+    dropped = any(not bool(alive.all()) for alive in report.survived.values())
+    entries: dict[str, tuple[bool, dict[str, Any]]] = {
+        "a patch, one token": (bool((~merged).any()), {"facecolor": single, "edgecolor": "none"}),
+        "merged window, one token": (bool(merged.any()), {"facecolor": single, "edgecolor": _MERGED, "linewidth": 1.6}),
+        "key token, never dropped": (bool(key.any()), {"facecolor": single, "edgecolor": _KEY, "linewidth": 2.2}),
+        "dropped": (dropped, {"facecolor": "#eceef1", "edgecolor": _HATCH, "linewidth": 0, "hatch": "//////"}),
+    }
+    handles = [Patch(label=label, **style) for label, (occurs, style) in entries.items() if occurs]
     figure.legend(
-        handles=entries,
+        handles=handles,
         loc="upper left",
         bbox_to_anchor=corner,
-        ncols=len(entries),
+        ncols=len(handles),
         frameon=False,
         fontsize=11.5,
         handlelength=1.2,

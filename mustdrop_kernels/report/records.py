@@ -82,8 +82,8 @@ class ViewReport:
 class ImageReport:
     """One image or video of a prompt, with N placeholders, which are numbered from 0.
 
-    Most images have one view. LLaVA-NeXT's have two, an overview and the picture itself; what is said of a view here
-    (``grid``, ``token_of_patch``, ``key``, ``survived``, ...) is said of the last, the finest.
+    Most images have one view. LLaVA-NeXT's have two, an overview and the picture itself; the properties of a
+    view (``grid``, ``token_of_patch``, ``key``, ``survived``, ...) are those of the last, the finest.
     """
 
     sequence: int
@@ -171,7 +171,7 @@ class CacheReport:
     lengths: list[int]
     """Tokens of each sequence that each layer holds, padding included."""
     bytes: int
-    """Of the whole batch; 0 where no cache was used."""
+    """Bytes of the whole batch; 0 where no cache was used."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,11 +186,11 @@ class PromptReport:
     layer_tokens: list[int]
     """Vision tokens that each language layer processed, over the whole batch."""
     plain_cache: CacheReport
-    """What plain generation would hold."""
+    """The cache of plain generation."""
     prefill_cache: CacheReport
-    """What is held before stage 3."""
+    """The cache before stage 3."""
     final_cache: CacheReport
-    """What decoding starts with."""
+    """The cache at the start of decoding."""
     milliseconds: dict[str, float]
     """Time that the stages themselves took, by name: "merge", "key tokens", "layer 2", ..., "evict"."""
 
@@ -201,7 +201,7 @@ class PromptReport:
 
     @property
     def mean_tokens(self) -> float:
-        """Vision tokens of an image, averaged over the language layers: what methods are compared by."""
+        """Vision tokens of an image, averaged over the language layers: the budget by which methods are compared."""
         return sum(self.layer_tokens) / (len(self.layer_tokens) * len(self.images))
 
     def to_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch
 
 
 class Stopwatch:
-    """Times named steps; on a GPU by events, so that measuring does not wait."""
+    """Times of named steps; on a GPU by events, so that measuring does not synchronize."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -20,7 +20,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, name: str) -> Iterator[None]:
-        """Times the block; blocks of one name add up."""
+        """Time the block; blocks of one name add up."""
         begin = self._now()
         yield
         self._steps.append((name, begin, self._now()))
@@ -33,7 +33,7 @@ class Stopwatch:
         return event
 
     def read(self) -> dict[str, float]:
-        """Milliseconds by name since the last reading, summed; waits for the device."""
+        """Milliseconds by name since the last reading, summed; synchronizes with the device."""
         if self._cuda:
             torch.cuda.synchronize()
         milliseconds: dict[str, float] = {}

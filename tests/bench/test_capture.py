@@ -181,7 +181,7 @@ def test_a_device_that_stays_poisoned_ends_the_run(monkeypatch):
     monkeypatch.setattr(run, "_measure", poisoned)
     ops = ("gather_tokens", "select_topk", "select_dual")
     cpu = torch.device("cpu")
-    options = Options(ops, (parse_shape("tiny"),), (torch.float32,), cpu, ("cpu",), peers=(), quick=True)
+    options = Options(ops, (parse_shape("tiny"),), (torch.float32,), cpu, ("cpu",), baselines=(), quick=True)
     document = run.run(options, keep=kept.append)
     assert document["stopped"] == "a capture failed, and the device is unusable after it"
     assert document["cases"] == {"planned": 3, "measured": 1}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What tools/cuda_static reads out of a disassembly, recorded here: instructions, basic blocks, loops."""
+"""Parsing of a recorded disassembly by tools/cuda_static: instructions, basic blocks, loops."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark on a GPU: peers that cannot be captured leave the process sound, and rows say how they were timed."""
+"""The benchmark on a GPU: baselines that cannot be captured leave the process sound; rows tell how they were timed."""
 
 from __future__ import annotations
 

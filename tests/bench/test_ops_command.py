@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from mustdrop_kernels.bench.baselines import names
 from mustdrop_kernels.bench.cases import CASES
-from mustdrop_kernels.bench.peers import names
 from mustdrop_kernels.bench.run import default_backends
 from mustdrop_kernels.cli.app import app
 
@@ -56,10 +56,10 @@ def test_dry_run_times_nothing(tmp_path):
 def test_document_says_what_was_timed(document):
     _, path = document
     found = json.loads(path.read_text())
-    assert found["format"] == "mustdrop-bench/1"
+    assert found["format"] == "mustdrop-bench/2"
     for name in ("name", "threads", "torch", "commit", "copy_bandwidth", "matrix_rate", "load", "load_after"):
         assert name in found["machine"]
-    assert [row["op"] for row in found["rows"] if row["contender"] == SERVING] == [
+    assert [row["op"] for row in found["rows"] if row["candidate"] == SERVING] == [
         "select_topk", "text_vision_scores", "gather_tokens",
     ]  # fmt: skip
     timed = [row for row in found["rows"] if row["status"] == "timed"]
@@ -68,23 +68,23 @@ def test_document_says_what_was_timed(document):
         assert row["bytes"] > 0
         assert row["rounds"] >= 3
         assert row["ratio"]["q1"] <= row["ratio"]["median"] <= row["ratio"]["q3"]
-    ours = [row for row in timed if row["contender"] == SERVING]
+    ours = [row for row in timed if row["candidate"] == SERVING]
     assert all(row["ratio"]["median"] == 1 for row in ours)
-    peers = [row for row in timed if row["kind"] == "peer"]
-    assert len(peers) >= 6
-    assert all(row["compared"] for row in peers)
-    skipped = {row["contender"]: row["reason"] for row in found["rows"] if row["status"] == "skipped"}
+    baselines = [row for row in timed if row["kind"] == "baseline"]
+    assert len(baselines) >= 6
+    assert all(row["compared"] for row in baselines)
+    skipped = {row["candidate"]: row["reason"] for row in found["rows"] if row["status"] == "skipped"}
     assert set(skipped) == {"flash-colreduce", "flash-colsum"}
 
 
-def test_peers_that_are_compiled_can_be_left_out():
+def test_baselines_that_are_compiled_can_be_left_out():
     with_all, without = (bench("text_vision_scores", "--dry-run", *more).output for more in ((), ("--no-compiled",)))
     assert "compile(text rows)" in " ".join(with_all.split())
     assert "compile(" not in without
 
 
 def test_the_attention_kernel_that_torch_chose_is_recorded(document):
-    rows = [row for row in json.loads(document[1].read_text())["rows"] if row["contender"] == "attention of the layer"]
+    rows = [row for row in json.loads(document[1].read_text())["rows"] if row["candidate"] == "attention of the layer"]
     assert [row["detail"] in torch.nn.attention.SDPBackend.__members__ for row in rows] == [True]
     assert f"attention of the layer: {rows[0]['detail']}" in " ".join(document[0].output.split())
 
@@ -120,7 +120,7 @@ def test_the_document_is_written_after_each_case(tmp_path, monkeypatch):
 
     path = tmp_path / "bench.json"
     monkeypatch.setattr(run, "_measure", interrupted)
-    words = ("gather_tokens", "select_topk", "select_dual", "--shapes", "tiny", "--quick", "--peers", "none")
+    words = ("gather_tokens", "select_topk", "select_dual", "--shapes", "tiny", "--quick", "--baselines", "none")
     result = bench(*words, "--json", str(path))
     assert result.exit_code == 130
     assert "stopped after 2 of 3 cases: interrupted" in " ".join(result.output.split())
@@ -129,7 +129,7 @@ def test_the_document_is_written_after_each_case(tmp_path, monkeypatch):
     assert document["cases"] == {"planned": 3, "measured": 2}
 
 
-def test_table_shows_ours_and_the_peers(document):
+def test_table_shows_ours_and_the_baselines(document):
     result, _ = document
     for text in (SERVING, "text rows", "topk + sort", "torch.gather", "quick: few rounds", "attention of the layer"):
         assert text in result.output
@@ -164,6 +164,19 @@ def test_comparison_sees_a_change_beyond_the_spread(document, tmp_path):
     assert not any(change["apart"] for change in comparison(new, new))
 
 
+def test_documents_of_the_former_format_are_read(document, tmp_path):
+    found = json.loads(document[1].read_text())
+    rows = [
+        {"contender" if name == "candidate" else name: value for name, value in row.items()} for row in found["rows"]
+    ]
+    for row in rows:
+        row["kind"] = "peer" if row["kind"] == "baseline" else row["kind"]
+    path = tmp_path / "former.json"
+    path.write_text(json.dumps({**found, "format": "mustdrop-bench/1", "rows": rows}))
+    for words in (["--markdown"], []):
+        assert bench("--load", str(path), *words).output == bench("--load", str(document[1]), *words).output
+
+
 def test_plots(document, tmp_path):
     pytest.importorskip("matplotlib")
     result = bench("--load", str(document[1]), "--plot", str(tmp_path))
@@ -188,7 +201,7 @@ def test_plot_of_time_against_tokens(document, tmp_path):
     [
         (["nothing"], "there is no operator 'nothing'; there are spatial_merge"),
         (["--backends", "magic"], "there is no backend 'magic'"),
-        (["--peers", "magic"], "there is no peer 'magic'; there are published"),
+        (["--baselines", "magic"], "there is no baseline 'magic'; there are published"),
         (["--dtype", "int8"], "there is no dtype 'int8'"),
         (["--device", "tpu"], "--device must be cpu or cuda"),
         (["--shapes", "llava-9"], "there is no shape 'llava-9'"),
@@ -210,21 +223,21 @@ def test_foreign_documents_are_refused(tmp_path):
         assert "other.json is not" in result.output
 
 
-def test_wrong_peer_ends_with_status_1(monkeypatch):
+def test_wrong_baseline_ends_with_status_1(monkeypatch):
     import dataclasses
 
     from mustdrop_kernels.bench import run
 
-    right = run.peers_of("select_topk")[0]
+    right = run.baselines_of("select_topk")[0]
     wrong = dataclasses.replace(right, build=lambda case: lambda inputs: [torch.arange(3)] * case.shape.batch)
-    monkeypatch.setattr(run, "peers_of", lambda op: [wrong])
+    monkeypatch.setattr(run, "baselines_of", lambda op: [wrong])
     result = bench("select_topk", "--shapes", "tiny", "--quick", "--threads", "1")
     assert result.exit_code == 1, result.output
     assert "wrong" in result.output
 
 
-def test_peers_can_be_chosen():
-    result = bench("select_topk", "--shapes", "tiny", "--quick", "--peers", "none", "--backends", "reference")
+def test_baselines_can_be_chosen():
+    result = bench("select_topk", "--shapes", "tiny", "--quick", "--baselines", "none", "--backends", "reference")
     assert result.exit_code == 0, result.output
     assert "topk + sort" not in result.output
     assert "reference" in result.output

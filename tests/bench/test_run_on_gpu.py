@@ -393,8 +393,8 @@ def bundle(tmp_path, monkeypatch):
     (folder / "wheels").mkdir()
     import zipfile
 
-    with zipfile.ZipFile(folder / "wheels" / "peer-1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("peer/__init__.py", "HERE = 1\n")
+    with zipfile.ZipFile(folder / "wheels" / "baseline-1-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("baseline/__init__.py", "HERE = 1\n")
     (folder / "bundle.json").write_text('{"commit": "0123456789ab"}')
     monkeypatch.setattr(gpu_bundle, "FOLDER", folder)
     monkeypatch.setattr(gpu_bundle, "INSTALLED", installed)
@@ -408,7 +408,7 @@ def test_a_carried_library_is_put_in_its_place(bundle, tmp_path):
     assert found.commit == "0123456789ab"
     assert found.remarks == []
     assert (gpu_bundle.INSTALLED / "libmustdrop_cuda.so").read_text() == "carried"
-    assert (tmp_path / "site" / "peer" / "__init__.py").exists()
+    assert (tmp_path / "site" / "baseline" / "__init__.py").exists()
     assert gpu_run.environment_of(found)["PYTHONPATH"].split(os.pathsep)[:2] == [str(ROOT), str(tmp_path / "site")]
 
 
@@ -429,7 +429,7 @@ def test_without_a_bundle(tmp_path, monkeypatch):
 def test_a_bundle_is_made_and_says_how_it_is_used(bundle, monkeypatch, capsys):
     failed = bundle.parent / "failed.txt"
     failed.write_text("tests/ops/test_gather.py::test_one[cuda-cuda]\n")
-    monkeypatch.setattr(gpu_bundle, "add_wheels", lambda: "wheels of peers")
+    monkeypatch.setattr(gpu_bundle, "add_wheels", lambda: "wheels of baselines")
     monkeypatch.setattr(gpu_bundle, "git_commit", lambda: "0123456789ab")
     monkeypatch.setattr(sys, "argv", ["gpu_bundle.py", "--failed", str(failed)])
     assert gpu_bundle.main() == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is called how often and on what, and what is made of the times. No time is asserted."""
+"""Number and order of timed calls, their inputs, and statistics of times. No time is asserted."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_ratio_is_taken_within_rounds():
     assert other.ratio_to(base) == (3.0, 3.0, 3.0)
 
 
-def test_slow_contenders_take_part_less_often():
+def test_slow_candidates_take_part_less_often():
     effort = Effort(seconds=2.0, least=7, most=200)
     assert effort.rounds(1e-3) == 200
     assert effort.rounds(0.5) == 7
@@ -36,7 +36,7 @@ def test_slow_contenders_take_part_less_often():
     assert effort.rounds(30.0) == 1
 
 
-def test_every_contender_gets_every_copy_in_turn():
+def test_every_candidate_gets_every_copy_in_turn():
     copies = [Inputs((i,), {}) for i in range(3)]
     seen: dict[str, collections.Counter] = {"a": collections.Counter(), "b": collections.Counter()}
     calls = {name: lambda inputs, name=name: seen[name].update(inputs.args) for name in seen}

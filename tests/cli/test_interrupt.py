@@ -78,7 +78,7 @@ for module in (timing, run):
     if hasattr(module, {name!r}):
         setattr(module, {name!r}, interrupted)
 from mustdrop_kernels.cli import main
-words = "bench ops gather_tokens select_topk --shapes tiny --quick --peers none --json".split()
+words = "bench ops gather_tokens select_topk --shapes tiny --quick --baselines none --json".split()
 sys.argv = ["mustdrop", *words, sys.argv[1]]
 main()
 """

@@ -60,7 +60,7 @@ def test_dropped_patches_fade_and_kept_ones_do_not() -> None:
 def test_captions_say_how_many(layers) -> None:
     figure = draw_stages(picture(), prompt(report(layers)), title="A title", footnote="A note")
     words = [text.get_text() for axis in figure.axes for text in axis.texts] + [t.get_text() for t in figure.texts]
-    assert {"A title", "A note", "36 patches", "28 tokens; 1 windows merged, 2 key"} <= set(words)
+    assert {"A title", "A note", "36 patches", "28 tokens: 1 window merged, 2 key tokens"} <= set(words)
     # 18 patches in the upper half, 9 of them one token: 10 tokens; the key tokens alone at the end.
     expected = {1: "10 tokens kept, 18 dropped", 3: "2 tokens kept, 8 dropped"}
     for layer, counts in expected.items():
@@ -80,7 +80,7 @@ def test_second_image_of_a_prompt() -> None:
     other = dataclasses.replace(report(), tokens=27, key_tokens=5)
     figure = draw_stages(picture(), prompt(report(), other), index=1)
     words = [text.get_text() for axis in figure.axes for text in axis.texts]
-    assert "27 tokens; 1 windows merged, 5 key" in words
+    assert "27 tokens: 1 window merged, 5 key tokens" in words
 
 
 def test_saved_at_the_size_of_the_figure(tmp_path) -> None:
@@ -95,3 +95,66 @@ def test_wide_images_have_flat_panels() -> None:
     wide = np.concatenate([picture(), picture()], 1)
     square, flat = draw_stages(picture(), prompt(report())), draw_stages(wide, prompt(report()))
     assert flat.get_figheight() < square.get_figheight()
+
+
+def without(part: str, layers: tuple[int, ...] = (1, 3)) -> ImageReport:
+    """The report without merged windows, key tokens or dropped patches."""
+    whole = report(layers)
+    if part == "merged":
+        return dataclasses.replace(whole, token=torch.arange(36))
+    if part == "key":
+        return dataclasses.replace(whole, keys=torch.zeros(36, dtype=torch.bool), key_tokens=0)
+    if part == "dropped":
+        return dataclasses.replace(whole, alive={layer: torch.ones(36, dtype=torch.bool) for layer in layers})
+    return whole
+
+
+@pytest.mark.parametrize("missing", ["", "merged", "key", "dropped"])
+def test_the_legend_lists_what_is_drawn(missing) -> None:
+    shown = without(missing)
+    figure = draw_stages(picture(), prompt(shown))
+    (legend,) = figure.legends
+    entries = [text.get_text().split()[0].rstrip(",") for text in legend.get_texts()]
+    assert entries == [name for name in ("a", "merged", "key", "dropped") if name != missing]
+    panels = [axis for axis in figure.axes if axis.images]
+    frames = {patch.get_edgecolor()[:3] for axis in panels for patch in axis.patches}
+    assert len(frames) == len({"merged", "key"} & set(entries)), "a color of frames for each of the two"
+    hatched = sum(len(lines.get_segments()) for axis in panels for lines in axis.collections if lines.get_zorder() == 2)
+    dropped = sum(int((~alive).sum()) for alive in shown.survived.values())
+    grid = 2 * 5  # of the first panel: vlines, hlines
+    assert hatched - grid == dropped
+
+
+def test_no_key_tokens_are_not_counted() -> None:
+    words = [text.get_text() for axis in draw_stages(picture(), prompt(without("key"))).axes for text in axis.texts]
+    assert "28 tokens: 1 window merged" in words
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_patches_have_whole_pixels(wide) -> None:
+    shown = report()
+    if wide:
+        twice = torch.arange(72).reshape(6, 12)
+        alive = {layer: mask.repeat(2) for layer, mask in shown.alive.items()}
+        shown = dataclasses.replace(
+            shown, views=(twice,), token=torch.arange(72), keys=shown.keys.repeat(2), alive=alive
+        )
+    figure = draw_stages(picture(), prompt(shown))
+    size = figure.get_size_inches() * figure.dpi
+    np.testing.assert_allclose(size, np.round(size), atol=1e-6)
+    rows, columns = shown.grid
+    for axis in figure.axes:
+        if axis.images:
+            box = axis.get_window_extent()
+            np.testing.assert_allclose((box.x0, box.y0), np.round((box.x0, box.y0)), atol=1e-6)
+            sides = box.width / columns, box.height / rows
+            np.testing.assert_allclose(sides, np.round(sides), atol=1e-6)
+            np.testing.assert_allclose(box.width, box.height, rtol=0.02)  # the picture's proportions
+
+
+def test_windows_are_framed_where_they_are() -> None:
+    """The frame of the merged window of 3x3 patches lies inside its 3x3 patches."""
+    axis = draw_stages(picture(), prompt(report())).axes[1]
+    frames = [patch.get_bbox() for patch in axis.patches]
+    window = next(frame for frame in frames if frame.width > 1)
+    np.testing.assert_allclose((window.x0, window.y0, window.x1, window.y1), (0.1, 0.1, 2.9, 2.9))

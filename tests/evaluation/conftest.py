@@ -9,11 +9,11 @@ pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
 from mustdrop_kernels.evaluation import datasets
-from mustdrop_kernels.evaluation.checkpoint import Subject, load_model
+from mustdrop_kernels.evaluation.checkpoint import Checkpoint, load_model
 
 
 @pytest.fixture(scope="session")
-def subject() -> Subject:
+def subject() -> Checkpoint:
     return load_model(None, "cpu")
 
 

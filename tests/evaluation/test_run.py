@@ -11,8 +11,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mustdrop_kernels.cli.app import app
-from mustdrop_kernels.evaluation import datasets, run, summary
-from mustdrop_kernels.evaluation import document as documents
+from mustdrop_kernels.evaluation import datasets, results, run, summary
 
 CELLS = [("full", None), ("after-0", None), ("cls", 64.0), ("mustdrop", 64.0), ("fastv", 32.0)]
 
@@ -22,28 +21,28 @@ def quiet(what: str, share: float) -> None:
 
 
 def fill(
-    document: documents.Document, subject, asked: datasets.Questions, keep=lambda document: None
-) -> documents.Document:
+    document: results.Document, subject, asked: datasets.Questions, keep=lambda document: None
+) -> results.Document:
     run.run(document, subject, asked, quiet, keep, batch=4, every_s=0.0)
     return document
 
 
-def without_times(document: documents.Document) -> list[dict]:
+def without_times(document: results.Document) -> list[dict]:
     return [{name: value for name, value in cell.items() if name != "seconds"} for cell in document["cells"]]
 
 
 @pytest.fixture(scope="module")
-def whole(subject, asked) -> documents.Document:
+def whole(subject, asked) -> results.Document:
     sizes = {"layers": 12, "hidden": 128, "intermediate": 352, "heads": 4, "kv_heads": 4, "vision": 576}
     about = {"model": "small", "questions": "digits", "dtype": "float32", "sizes": sizes}
-    document = fill(documents.start(about, asked, CELLS), subject, asked)
+    document = fill(results.start(about, asked, CELLS), subject, asked)
     return {
         **document,
         "machine": {"name": "a machine", "threads": 1, "torch": "2", "mustdrop_kernels": "0", "commit": ""},
     }
 
 
-def test_every_cell_has_every_question_or_a_reason(whole: documents.Document) -> None:
+def test_every_cell_has_every_question_or_a_reason(whole: results.Document) -> None:
     for cell in whole["cells"]:
         if cell["why_not"]:
             assert (cell["method"], cell["budget"]) == ("fastv", 32.0)
@@ -53,7 +52,7 @@ def test_every_cell_has_every_question_or_a_reason(whole: documents.Document) ->
             assert cell["seconds"] > 0
 
 
-def test_counts_are_those_of_the_method(whole: documents.Document) -> None:
+def test_counts_are_those_of_the_method(whole: results.Document) -> None:
     full, after, cls, mustdrop, _ = whole["cells"]
     assert full["tokens"] == [576.0] * 3
     assert full["processed"] == [576.0] * 12
@@ -67,37 +66,37 @@ def test_counts_are_those_of_the_method(whole: documents.Document) -> None:
     assert mustdrop["kv_bytes"][0] < cls["kv_bytes"][0], "stage 3 cuts the cache of all layers to the last number"
 
 
-def test_a_stopped_run_goes_on(whole: documents.Document, subject, asked, tmp_path: Path) -> None:
+def test_a_stopped_run_goes_on(whole: results.Document, subject, asked, tmp_path: Path) -> None:
     class Stopped(Exception):
         pass
 
-    def stop(document: documents.Document) -> None:
-        documents.write(document, path)
+    def stop(document: results.Document) -> None:
+        results.write(document, path)
         raise Stopped
 
     path = tmp_path / "folder" / "eval.json"
-    new = documents.start(whole["about"], asked, CELLS)
+    new = results.start(whole["about"], asked, CELLS)
     with pytest.raises(Stopped):
-        fill(documents.resume(new, path), subject, asked, stop)
-    half = documents.read(path)
+        fill(results.resume(new, path), subject, asked, stop)
+    half = results.read(path)
     assert [len(cell["right"]) for cell in half["cells"]] == [4, 4, 4, 4, 0]
-    more = documents.start(whole["about"], asked, [*CELLS, ("random", 32.0)])
-    resumed = fill(documents.resume(more, path), subject, asked)
+    more = results.start(whole["about"], asked, [*CELLS, ("random", 32.0)])
+    resumed = fill(results.resume(more, path), subject, asked)
     assert without_times(resumed)[: len(CELLS)] == without_times(whole)
     assert len(resumed["cells"][-1]["right"]) == 12, "a method that was added later has caught up"
 
 
-def test_another_question_does_not_go_on(whole: documents.Document, asked, tmp_path: Path) -> None:
-    documents.write(whole, tmp_path / "eval.json")
-    other = documents.start({**whole["about"], "seeds": [5]}, asked, CELLS)
+def test_another_question_does_not_go_on(whole: results.Document, asked, tmp_path: Path) -> None:
+    results.write(whole, tmp_path / "eval.json")
+    other = results.start({**whole["about"], "seeds": [5]}, asked, CELLS)
     with pytest.raises(ValueError, match="is about other questions"):
-        documents.resume(other, tmp_path / "eval.json")
+        results.resume(other, tmp_path / "eval.json")
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(ValueError, match="is not a document of mustdrop eval"):
-        documents.read(tmp_path / "other.json")
+        results.read(tmp_path / "other.json")
 
 
-def test_tables_say_what_the_cells_hold(whole: documents.Document) -> None:
+def test_tables_say_what_the_cells_hold(whole: results.Document) -> None:
     text = summary.markdown(whole, "mustdrop")
     full = sum(whole["cells"][0]["right"]) / 12
     assert f"all 576 tokens {100 * full:.1f} (" in text
@@ -108,7 +107,7 @@ def test_tables_say_what_the_cells_hold(whole: documents.Document) -> None:
     assert "after layer" not in summary.markdown(whole, "cls", "points")
 
 
-def test_late_kinds_are_those_that_early_dropping_hurts(whole: documents.Document) -> None:
+def test_late_kinds_are_those_that_early_dropping_hurts(whole: results.Document) -> None:
     assert set(summary.late(whole)) <= set(summary.kinds(whole))
     kinds = ["easy", "late"] * 20
     cells = [
@@ -119,7 +118,7 @@ def test_late_kinds_are_those_that_early_dropping_hurts(whole: documents.Documen
     assert summary.late({"kinds": kinds, "cells": cells}) == ["late"]
 
 
-def test_it_draws(whole: documents.Document, tmp_path: Path) -> None:
+def test_it_draws(whole: results.Document, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     summary.draw(whole, tmp_path / "plot.png", "mustdrop")
     with Image.open(tmp_path / "plot.png") as picture:
@@ -152,7 +151,7 @@ def test_command_on_a_file_of_questions(tmp_path: Path) -> None:
     words = ["eval", "--questions", str(tmp_path), "--methods", "cls", "--budgets", "64", "--no-layers"]
     done = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "out" / "eval.json")])
     assert done.exit_code == 0, done.output
-    document = documents.read(tmp_path / "out" / "eval.json")
+    document = results.read(tmp_path / "out" / "eval.json")
     assert document["truth"] == [True, False]
     assert all(sum(cell["right"]) == 1 for cell in document["cells"]), "one answer for both, right once"
     assert all("f1" in row for row in summary.rows(document))

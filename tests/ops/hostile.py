@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a caller can hand over wrongly, and what happens: the rows of docs/hostile-input.md, each with its check.
+"""Hostile input: what a caller can pass wrongly, what happens, and a check of it on a backend.
 
-``PYTHONPATH=tests:. python -m ops.hostile > docs/hostile-input.md`` writes the page.
+The outcome is a named error or defined behavior, never a wrong write. Which views share memory is decided exactly
+(mustdrop_kernels/overlap.py, csrc/common/overlap.h): interleaved views with disjoint elements are legal, one shared
+byte is refused.
 """
 
 from __future__ import annotations
@@ -557,30 +559,3 @@ def empty(backend):
     assert tuple(got.shape) == (0, 2, 4)
     assert not backend.cls_attention(torch.zeros(2, 0, 4), torch.zeros(2, 0, 5, 4), 1.0).any()
     assert not backend.cls_attention(torch.zeros(2, 3, 0), torch.zeros(2, 3, 0, 0), 1.0).any()
-
-
-# ---------------------------------------------------------------------------------------------- the page
-
-PREFACE = """# Hostile input
-
-What a caller can hand over wrongly, and what happens: a named error, or defined behaviour, never a wrong write. Each
-row is a check in `tests/ops/hostile.py`, which `tests/ops/test_hostile.py` runs on every backend and which writes this
-page; `tests/ops/test_refusals.py` goes through each argument of each operator.
-
-Which views share memory is decided exactly (`ops/overlap.py`, `csrc/common/overlap.h`): interleaved views
-with disjoint elements are legal, one shared byte is refused. A pair of layouts so tangled that 65536 steps do not
-decide it counts as sharing.
-"""
-
-
-def page() -> str:
-    """docs/hostile-input.md."""
-    text = PREFACE
-    for section in dict.fromkeys(row.section for row in TABLE):
-        text += f"\n## {section}\n\n| what is handed over | what happens |\n|---|---|\n"
-        text += "".join(f"| {row.wrong} | {row.happens} |\n" for row in TABLE if row.section == section)
-    return text
-
-
-if __name__ == "__main__":
-    print(page(), end="")

@@ -11,7 +11,20 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .cases import MOVABLE, Watch, as_bytes, dtype_id, generator, in_buffer, random_bits, same_bits
+from .cases import (
+    FLOATS,
+    MOVABLE,
+    Watch,
+    as_bytes,
+    dtype_id,
+    f64,
+    generator,
+    in_buffer,
+    normal,
+    random_bits,
+    same_bits,
+)
+from .sample_calls import sample
 
 
 def sets(

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of docs/hostile-input.md on every backend; and overlap itself, against the addresses of all bytes."""
+"""Every row of hostile input on every backend; and overlap itself, against the addresses of all bytes."""
 
 from __future__ import annotations
 
 import warnings
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,8 +16,6 @@ from mustdrop_kernels.ops import overlap
 
 from . import hostile
 
-PAGE = Path(__file__).parents[2] / "docs" / "hostile-input.md"
-
 
 @pytest.mark.parametrize("row", hostile.TABLE, ids=[row.check.__name__ for row in hostile.TABLE])
 def test_row(backend, row):
@@ -26,11 +23,6 @@ def test_row(backend, row):
         pytest.skip("the rows are made of CPU tensors")
     with warnings.catch_warnings():
         row.check(backend)
-
-
-def test_the_page_says_what_the_rows_say():
-    write = "PYTHONPATH=tests:. python -m ops.hostile > docs/hostile-input.md"
-    assert PAGE.read_text() == hostile.page(), f"write it with: {write}"
 
 
 # ---------------------------------------------------------------------------------------------- overlap

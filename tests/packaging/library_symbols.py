@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a shared library asks of the system, and what it may ask for."""
+"""Symbols that a shared library requires, and those that it may require."""
 
 from __future__ import annotations
 

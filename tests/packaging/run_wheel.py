@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `make test-wheel` runs with an installed wheel: one operator of each stage against the reference."""
+"""Check of an installed wheel for `make test-wheel`: one operator of each stage against the reference."""
 
 from __future__ import annotations
 

@@ -123,25 +123,3 @@ def test_without_a_network(words: list[str], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert "a connection was opened" not in done.stderr
     assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_development_requirements_are_pinned_with_hashes() -> None:
-    """Everything that the extra `dev` names directly, in files that cannot change."""
-    text = (ROOT / "requirements-dev.txt").read_text()
-    entries = re.split(r"\n(?=[a-z0-9])", text.strip())
-    pinned = {}
-    for entry in entries:
-        found = re.match(r"([a-z0-9._-]+)==([^ ;\\]+)", entry)
-        if found is None:
-            assert entry.startswith("#"), entry
-            continue
-        pinned[found[1]] = re.findall(r"--hash=sha256:([0-9a-f]{64})", entry)
-    assert pinned
-    assert all(pinned.values()), [name for name, hashes in pinned.items() if not hashes]
-    project = (ROOT / "pyproject.toml").read_text()
-    for extra in ("cli", "transformers", "demo", "eval", "triton", "bench", "test", "wheel", "docs", "dev"):
-        listed = re.search(rf"^{extra} = (\[.*?\])$", project, re.MULTILINE | re.DOTALL)
-        assert listed is not None, extra
-        for requirement in ast.literal_eval(listed[1]):
-            name = re.split(r"[\[<>=; ]", requirement)[0]
-            assert name in ("mustdrop_kernels", *pinned), f"{name} of the extra {extra} is not pinned"

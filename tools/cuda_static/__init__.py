@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `tools/check_cuda.py` reads out of the compiled CUDA kernels, one subject a module."""
+"""Analyses of compiled CUDA kernels for `tools/check_cuda.py`, one subject a module."""

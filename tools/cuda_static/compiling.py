@@ -58,7 +58,7 @@ def find_nvdisasm(nvcc: str) -> str | None:
 
 
 def why_no_compiler(nvcc: str) -> str | None:
-    """What keeps nvcc from compiling anything at all (a wheel without its headers, no host compiler); None: nothing."""
+    """The reason that nvcc compiles nothing at all (a wheel without its headers, no host compiler); None: it does."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.write_text("#include <cuda_runtime.h>\n__global__ void empty() {}\n")

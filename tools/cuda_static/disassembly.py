@@ -51,7 +51,7 @@ class Instruction:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether the instruction after a branch may come next."""
+        """True where the instruction after a branch may come next."""
         predicate = re.search(r"\b!?U?P\d", self.text.split("`")[0])
         return bool(self.guard or predicate) or self.name.startswith("BRA.DIV")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known about one compiled kernel, and how targets are named."""
+"""Facts about one compiled kernel, and names of targets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Code:
-    """What the disassembly of a kernel says."""
+    """Counts in the disassembly of a kernel."""
 
     instructions: int
     load16: int  # in loops, as the next two

@@ -30,11 +30,11 @@ class Known:
 
     @property
     def folder(self) -> str:
-        """Of csrc, whose kernels it is about."""
+        """Source of csrc with the kernels."""
         return self.pattern.split("/")[0]
 
     def covers(self, rule: str, kernel: Kernel) -> bool:
-        """Whether this line is about a rule and a kernel, on whichever target."""
+        """True where this line is about a rule and a kernel, on any target."""
         return rule == self.rule and fnmatchcase(kernel.path, self.pattern)
 
     def __str__(self) -> str:
@@ -77,7 +77,7 @@ def parse(text: str) -> KnownFaults:
 def compare(
     known: KnownFaults, kernels: Sequence[Kernel], faults: Iterable[Fault], folders: Iterable[str], compiler: str
 ) -> list[str]:
-    """What is wrong: faults that are not in the list or exceed it, and lines of the list that are too generous.
+    """Problems: faults that are not in the list or exceed it, and lines of the list that are too generous.
 
     Args:
         known: the list.
@@ -103,7 +103,7 @@ def compare(
 def _too_generous(
     line: Known, kernels: Sequence[Kernel], found: dict[tuple[str, str, str], Fault], *, exact: bool
 ) -> list[str]:
-    """Where a line of the list allows what the kernels no longer do.
+    """Lines of the list that allow more than the kernels have.
 
     Another compiler may count a few branches or divisions less, so that lower counts are judged with the list's own
     compiler alone (`exact`). Faults that are gone are judged with each.

@@ -28,7 +28,7 @@ _HERE = Path(__file__).resolve().parent
 
 
 class LaunchesError(RuntimeError):
-    """The launches could not be recorded; the message says why."""
+    """The launches could not be recorded; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def connect(recorder: Recorder) -> object:
 
 
 def _fingerprint(shapes: Sequence[str]) -> str:
-    """Of everything that decides about the launches."""
+    """Digest of all sources that the launches depend on."""
     sources = [p for p in (ROOT / "csrc").glob("*/*") if p.suffix in (".h", ".cuh", ".cu")]
     sources += [
         ROOT / "mustdrop_kernels" / "backends" / "cupy" / "launchers.py",

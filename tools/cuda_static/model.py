@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many cycles one warp needs for a loop of machine code, from what ptxas writes into each instruction.
+"""Latency model: cycles of one warp in a loop of machine code, from the control word of each instruction.
 
 An instruction's encoding says how many cycles pass before the next one is issued, which of six scoreboards it sets
 until its result is there (or its operands are read), and which it waits for. With latencies of the units that gives the
@@ -45,7 +45,7 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Control:
-    """What ptxas tells the scheduler about one instruction."""
+    """Control word of one instruction."""
 
     stall: int  # cycles to the next issue
     writes: int  # scoreboard that is set until the result is there, or NONE
@@ -146,7 +146,7 @@ class Named:
 
     @property
     def folder(self) -> str:
-        """Of csrc, whose kernel it is."""
+        """Source of csrc with the kernel."""
         return self.kernel.split("/")[0]
 
     def find(self, function: Function) -> Loop | None:
@@ -191,7 +191,7 @@ def parse_table(text: str) -> list[Named]:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the model says about a named loop."""
+    """Result of the model for a named loop."""
 
     name: str
     kernel: str

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many blocks of a launch a multiprocessor runs at the same time, and how many waves a grid takes."""
+"""Occupancy: blocks of a launch that a multiprocessor runs at the same time, and waves of a grid."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHARED_RESERVED = 1024  # bytes of each block that the system keeps
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """What the resident blocks share."""
+    """Resources that the resident blocks share."""
 
     warps: int
     blocks: int
@@ -37,7 +37,7 @@ MULTIPROCESSORS = {
 
 # A cluster stays inside a GPC. How many multiprocessors each GPC of an H200 has differs from device to device; this is
 # the usual case, in which clusters of eight with a multiprocessor for each block leave four of 132 idle.
-# cudaOccupancyMaxActiveClusters says what a device has.
+# cudaOccupancyMaxActiveClusters returns that of a device.
 GPCS = (16,) * 6 + (18,) * 2
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of kernels: registers by target, memory, and what the disassembly says."""
+"""The table of kernels: registers by target, memory, and counts of the disassembly."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def kernel_table(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
 
 
 def fault_table(faults: Sequence[Fault], targets: Sequence[str]) -> str:
-    """How often each rule is broken, by kernel and target."""
+    """Count of faults of each rule, by kernel and target."""
     counts = {(fault.rule, fault.kernel.path, fault.kernel.target): fault.count for fault in faults}
     rows = sorted({key[:2] for key in counts}, key=lambda row: (list(RULES).index(row[0]), row[1]))
     width = max((len(path) for _, path in rows), default=0)

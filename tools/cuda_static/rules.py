@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is counted in the disassembly of a kernel, and what is wrong with it.
+"""Rules: counts in the disassembly of a kernel, and their limits.
 
 A fault of this file is a pattern that a compiler makes of innocent C++ and that costs several times the time. It shows
 in no test, since the results are right.
@@ -41,7 +41,7 @@ def _is_exponential(instruction: Instruction) -> bool:
 
 
 def _is_cut(instruction: Instruction) -> bool:
-    """Whether nothing is moved across it: a branch, or a place where the threads of a warp meet."""
+    """True where nothing is moved across it: a branch, or a place where the threads of a warp meet."""
     return instruction.opcode in BRANCHES | REGIONS
 
 
@@ -104,7 +104,7 @@ def divisions_in_loops(function: Function) -> int:
 class Rule:
     """A kind of fault."""
 
-    says: str  # of a kernel, with {count}
+    message: str  # of a kernel, with {count}
     folders: tuple[str, ...]  # whose kernels it is for; empty: all
     count: Callable[[Function], int] | None = None  # in the disassembly; None: ptxas reports it
 
@@ -162,8 +162,8 @@ class Fault:
     count: int
 
     def __str__(self) -> str:
-        says = RULES[self.rule].says.format(count=self.count)
-        return f"{label(self.kernel.target)}: {self.kernel.path}: {says}"
+        message = RULES[self.rule].message.format(count=self.count)
+        return f"{label(self.kernel.target)}: {self.kernel.path}: {message}"
 
 
 def faults_of(kernels: Iterable[Kernel]) -> list[Fault]:
@@ -177,7 +177,7 @@ def faults_of(kernels: Iterable[Kernel]) -> list[Fault]:
 
 
 def _lacks(kernel: Kernel) -> Iterator[str]:
-    """What a kernel should do and does not."""
+    """Missing instructions of a kernel."""
     if kernel.code is None:
         return
     wide = bool(_WIDE.search(kernel.name))
@@ -190,7 +190,7 @@ def _lacks(kernel: Kernel) -> Iterator[str]:
 
 
 def missing(kernels: Sequence[Kernel], folders: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """What kernels should do and do not: 16-byte accesses, matrix instructions."""
+    """Instructions that kernels should have and lack: 16-byte accesses, matrix instructions."""
     problems = [f"{label(k.target)}: {k.path} {what}" for k in kernels for what in _lacks(k)]
     for folder in folders:
         for target in targets:

@@ -36,7 +36,7 @@ def _to_memory(value: object) -> object:
 
 
 def _makes_large(args: Any) -> bool:
-    """Whether these are the arguments of a factory, such as `randn`, that is asked for a large tensor."""
+    """True for arguments of a factory, such as `randn`, of a large tensor."""
     sizes = args[0] if args else ()
     if not isinstance(sizes, (list, tuple)) or not all(isinstance(size, int) for size in sizes):
         return False

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop bench ops``: time the operators beside their peers."""
+"""``mustdrop bench ops``: time the operators beside their baselines."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, refus
 Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Backends = Annotated[str | None, typer.Option(help="Names with commas between. Default: what serves the device.")]
-Peers = Annotated[str | None, typer.Option(help='Names with commas between, or "none". Default: all.')]
+Baselines = Annotated[str | None, typer.Option(help='Names with commas between, or "none". Default: all.')]
 Shapes = Annotated[
     str,
     typer.Option(help="llava-1.5, llava-next, video-mha, video-gqa, tiny, images-N, sweep; NAME:B for a batch of B."),
 ]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, float16, with commas between.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Few rounds, no compiled peers: a look, not a measurement.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Few rounds, no compiled baselines: a look, not a measurement.")]
 Seconds = Annotated[
     float | None,
     typer.Option(
@@ -35,7 +35,7 @@ Seconds = Annotated[
     ),
 ]
 NoCompiled = Annotated[
-    bool, typer.Option("--no-compiled", help="Leave out the peers that torch.compile makes: each takes seconds.")
+    bool, typer.Option("--no-compiled", help="Leave out the baselines that torch.compile makes: each takes seconds.")
 ]
 Hot = Annotated[bool, typer.Option("--hot", help="Use the same inputs every time, so that they may stay in the cache.")]
 Plot = Annotated[Path | None, typer.Option(help="Write pictures into this folder (needs matplotlib).")]
@@ -47,7 +47,7 @@ def ops(
     operators: Ops = None,
     device: Device = "cpu",
     backends: Backends = None,
-    peers: Peers = None,
+    baselines: Baselines = None,
     shapes: Shapes = "llava-1.5,llava-next",
     dtype: Dtype = None,
     quick: Quick = False,
@@ -64,8 +64,8 @@ def ops(
 ) -> None:
     """Time the operators beside other ways to compute the same, in interleaved rounds of one run.
 
-    Each peer's result is compared with ours first; one that differs is not timed, and the command ends with status 1.
-    The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished. With
+    Each baseline's result is compared with ours first; one that differs is not timed, and the command ends with status
+    1. The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished. With
     OPs, --load shows those rows of the document.
     """
     from ...bench import report
@@ -74,7 +74,7 @@ def ops(
 
     with refusals():
         options = _options(
-            operators or [], device, backends, peers, shapes, dtype, quick, not no_compiled, seconds, hot
+            operators or [], device, backends, baselines, shapes, dtype, quick, not no_compiled, seconds, hot
         )
         older = None if compare is None else report.read(compare)
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -122,7 +122,7 @@ def _options(
     ops: list[str],
     device: str,
     backends: str | None,
-    peers: str | None,
+    baselines: str | None,
     shapes: str,
     dtype: str | None,
     quick: bool,
@@ -136,7 +136,7 @@ def _options(
         ValueError: a name is unknown.
     """
     from ... import backends as registry
-    from ...bench.peers import names as peer_names
+    from ...bench.baselines import names as baseline_names
     from ...bench.run import Options, all_ops, default_backends
     from ...bench.shapes import parse_shapes
 
@@ -147,8 +147,8 @@ def _options(
     _known("operator", ops, all_ops())
     chosen_backends = default_backends(device) if backends is None else _names(backends)
     _known("backend", chosen_backends, registry.registered())
-    chosen_peers = None if peers is None else () if peers == "none" else _names(peers)
-    _known("peer", chosen_peers or (), peer_names())
+    chosen_baselines = None if baselines is None else () if baselines == "none" else _names(baselines)
+    _known("baseline", chosen_baselines or (), baseline_names())
     chosen_dtypes = _names(dtype) if dtype is not None else ("float32",) if device == "cpu" else ("bfloat16",)
     _known("dtype", chosen_dtypes, _DTYPES)
     return Options(
@@ -157,7 +157,7 @@ def _options(
         dtypes=tuple(getattr(torch, name) for name in chosen_dtypes),
         device=torch.device(device),
         backends=chosen_backends,
-        peers=chosen_peers,
+        baselines=chosen_baselines,
         quick=quick,
         compiled=compiled,
         seconds=seconds,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a method is: a configuration of the three stages, and for some another first stage."""
+"""Method: a configuration of the three stages, and for some another first stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ NOTHING = MustDropConfig(merge=False, key_rate=0.0, pruning_layers=())
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a schedule depends on."""
+    """Sizes that a schedule depends on."""
 
     depth: int
     """Layers of the language model."""
@@ -37,9 +37,9 @@ class Method:
     """Makes another first stage from a seed; see ``drop_tokens(vision_stage=)``."""
 
     in_tower: bool = False
-    """Whether that stage changes what the vision tower computes."""
+    """True where that stage changes the results of the vision tower."""
 
     @property
     def leaves_tower(self) -> bool:
-        """Whether the vision tower computes what it does plainly."""
+        """True where the vision tower computes the same as in the plain model."""
         return not self.in_tower and not self.config.needs_vision_stage

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many tokens to keep after which layer, so that all methods process the same number on average over the layers.
+"""Schedules: tokens kept after each pruning layer, so that all methods process the same number on average over layers.
 
-Papers name a setting by that average. A method that sees all tokens in its first layers has to make up for it later;
+Papers name a setting by that average. A method that keeps all tokens in its first layers must keep fewer later;
 where its first layers alone cost more than the average allows, there is no such setting.
 """
 
@@ -19,7 +19,7 @@ class Unreachable(ValueError):
 
 
 def scaled(layers: Sequence[int], depth: int) -> tuple[int, ...]:
-    """Published pruning layers, from 0, at the same relative depth of another model; at least one layer sees all.
+    """Published pruning layers, from 0, at the same relative depth of another model; at least one layer has all tokens.
 
     Layers that fall together are one.
     """

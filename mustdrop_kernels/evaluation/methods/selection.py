@@ -23,7 +23,7 @@ from .stage import OtherStage
 Chosen = tuple[Tensor, Tensor, Tensor]
 """Features (B, M, C), the patch whose place each takes (B, M), and for each patch that of its token (B, N)."""
 Choose = Callable[[Tensor, Tensor, Tensor, torch.Generator], Chosen]
-"""Of features (B, N, C), CLS attention (B, N), keys (B, N, Ck) and randomness."""
+"""Chooses tokens from features (B, N, C), CLS attention (B, N), keys (B, N, Ck) and a generator."""
 
 
 class Selection(OtherStage):
@@ -58,7 +58,7 @@ class Selection(OtherStage):
         return (self._chosen[0],)
 
     def _attention(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (B, 1+N, C) -> (B, N), (B, N, C)
-        """What CLS looks at in the layer that makes the features, and that layer's keys."""
+        """CLS attention of the layer that computes the features, and that layer's keys."""
         layer = self.tower_layers[self.depth - 1]
         attention, hidden = layer.self_attn, layer.layer_norm1(hidden)
         query, key = attention.q_proj(hidden[:, 0]), attention.k_proj(hidden)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What other first stages than MustDrop's have in common: fewer tokens reach the projector than there are patches."""
+"""Base of first stages other than MustDrop's: fewer tokens reach the projector than there are patches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OtherStage(VisionStage):
             raise ValueError(f"this method needs the features of one layer, this model takes those of {layers}")
         self.tower_layers: Sequence[Any] = tower.layers
         self.depth = layers if layers >= 0 else len(tower.layers) + 1 + layers
-        """How many layers of the tower make the features."""
+        """Number of tower layers that compute the features."""
 
     def install(self, stack: contextlib.ExitStack) -> None:
         """Adds the hooks; the stack takes them away."""
@@ -43,14 +43,14 @@ class OtherStage(VisionStage):
         raise NotImplementedError
 
     def _place(self, module: nn.Module, args: Any, features: Tensor) -> Tensor:
-        """Features (B, M, C) -> (B, N, C) at their placeholders; elsewhere zeros, which no language layer sees."""
+        """Features (B, M, C) -> (B, N, C) at their placeholders; elsewhere zeros, which no language layer reads."""
         slot, token = self.layout()
         batch, _, channels = features.shape
         placed = features.new_zeros(batch, token.shape[1], channels)
         return placed.scatter(1, slot[..., None].expand_as(features), features)
 
     def shares(self, run: TowerRun, lengths: Sequence[int], pack: Packing, device: torch.device) -> list[Share]:
-        """Whose token each placeholder of each image shares, and which hold one."""
+        """For each placeholder of each image, the placeholder whose token it shares, and a mask of those with one."""
         slot, token = self.layout()
         alive = torch.zeros_like(token, dtype=torch.bool).scatter(1, slot, True)
         return list(zip(token, alive, strict=True))

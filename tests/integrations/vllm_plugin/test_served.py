@@ -14,7 +14,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.evaluation import datasets
-from mustdrop_kernels.evaluation.document import read
+from mustdrop_kernels.evaluation.results import read
 
 SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "served.py"
 COUNT, SEED = 30, 8

@@ -33,8 +33,8 @@ def start(description: dict[str, Any], questions: Questions, cells: Sequence[Key
     """An empty document.
 
     Args:
-        description: what it is about: model, questions, seeds. Documents that differ in it do not continue each other.
-        questions: what is asked.
+        description: model, questions, seeds. A document continues only one with the same description.
+        questions: of the data set.
         cells: methods and budgets.
     """
     return {
@@ -53,7 +53,7 @@ def _cell(method: str, budget: float | None) -> dict[str, Any]:
 
 
 def count(cell: dict[str, Any], processed: Sequence[float], *, last: float, kv_bytes: float, text: float) -> None:
-    """Adds what a batch of questions cost to its cell: means over the batch's questions.
+    """Add the costs of a batch of questions to its cell: means over the batch's questions.
 
     Args:
         cell: of a document.
@@ -72,16 +72,16 @@ def count(cell: dict[str, Any], processed: Sequence[float], *, last: float, kv_b
 
 
 def read(path: Path) -> Document:
-    """A document that ``write`` wrote.
+    """Read a document.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the file is something else.
     """
     return read_document(path, FORMAT, "mustdrop eval")
 
 
 def write(document: Document, path: Path) -> None:
-    """As JSON, a line a cell; a stop in between leaves the last one whole."""
+    """Write a document as JSON, one cell a line; an interrupt leaves the former file whole."""
     head = json.dumps({**document, "cells": None}, indent=1)
     cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in document["cells"])
     write_text(path, head.replace('"cells": null', f'"cells": [\n  {cells}\n ]') + "\n")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers of the operators that move tokens."""
+"""Baselines of the operators that move tokens."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..cases import SLOTS, Canonical, Case, Inputs, Raw, canonical_compact, canonical_compact_paged
-from .base import Call, Peer, compiled
+from .base import Baseline, Call, compiled
 
 
 def _index_select(case: Case) -> Call:
@@ -46,7 +46,7 @@ def _select_layers(case: Case) -> Call:
 
 
 def _copy_back(case: Case) -> Call:
-    """In place, through a copy of what stays."""
+    """Compaction in place, through a copy of the kept tokens."""
 
     def call(inputs: Inputs) -> Raw:
         keys, values, keep, _ = inputs.args
@@ -77,22 +77,24 @@ def _result_bytes(case: Case) -> int:
     return case.input_bytes * case.shape.kept // case.shape.length
 
 
-SELECT = Peer(
+SELECT = Baseline(
     "index_select", ("gather_tokens",), _index_select, "index_select of each sequence, and stack", _tokens,
     scratch=_result_bytes,
 )  # fmt: skip
-GATHER = Peer("torch.gather", ("gather_tokens",), _gather, "torch.gather of whole rows", _tokens, scratch=_result_bytes)
-LAYERS = Peer(
+GATHER = Baseline(
+    "torch.gather", ("gather_tokens",), _gather, "torch.gather of whole rows", _tokens, scratch=_result_bytes
+)
+LAYERS = Baseline(
     "index_select", ("compact_kv_",), _select_layers, "index_select of K and of V in each layer into new tensors",
     canonical_compact, scratch=_result_bytes,
 )  # fmt: skip
-COPY_BACK = Peer(
+COPY_BACK = Baseline(
     "index_select + copy back", ("compact_kv_",), _copy_back, "in place: index_select, then a copy into the cache",
     canonical_compact, scratch=_result_bytes, in_place=True,
 )  # fmt: skip
-PAGED = Peer(
+PAGED = Baseline(
     "index_select + index_copy_", ("compact_paged_kv_",), _paged_copy,
     "in place: slots gathered by index_select and written by index_copy_, layer by layer",
     canonical_compact_paged, scratch=_result_bytes, in_place=True,
 )  # fmt: skip
-PEERS = (SELECT, GATHER, compiled(GATHER), LAYERS, COPY_BACK, PAGED)
+BASELINES = (SELECT, GATHER, compiled(GATHER), LAYERS, COPY_BACK, PAGED)

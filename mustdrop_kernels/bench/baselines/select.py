@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers of the selections, alone and behind the scores."""
+"""Baselines of the selections, alone and behind the scores."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..cases import Canonical, Case, Inputs, Raw
 from ..shapes import Shape
-from .base import Call, Peer, compiled
+from .base import Baseline, Call, compiled
 from .scores import MATRIX, PUBLISHED, ROWS, matrix_bytes, rows_bytes
 
 # What passes the thresholds or the budget, as positions in the sequence: (total, peak, b) -> [kept vision]
@@ -93,7 +93,7 @@ def _topk(unite: bool) -> Callable[[Case], Call]:
     return build
 
 
-def _behind(scores: Peer, dual: bool) -> Callable[[Case], Call]:
+def _behind(scores: Baseline, dual: bool) -> Callable[[Case], Call]:
     """Scores and then a selection."""
 
     def build(case: Case) -> Call:
@@ -119,28 +119,30 @@ def _scored(raw: Raw, inputs: Inputs) -> Canonical:
     return {**_positions(raw[0], inputs), "total": raw[1], "peak": raw[2]}
 
 
-def _fused(scores: Peer, dual: bool) -> Peer:
+def _fused(scores: Baseline, dual: bool) -> Baseline:
     op = "dual_attention_select" if dual else "topk_attention_select"
     after = "nonzero and torch.unique" if dual else "torch.topk, sort and torch.unique"
-    return Peer(
+    return Baseline(
         scores.name, (op,), _behind(scores, dual), f"{scores.what}; then {after}", _scored,
         scratch=rows_bytes if scores is ROWS else matrix_bytes,
     )  # fmt: skip
 
 
-DUAL = Peer(
+DUAL = Baseline(
     "published", ("select_dual",), _published_dual,
     "thresholds, nonzero, the key set joined by cat and torch.unique, sequence by sequence", _positions,
 )  # fmt: skip
-MASK = Peer("mask + nonzero", ("select_dual",), _mask_dual, "one mask for all, nonzero of each sequence", _positions)
-TOPK = Peer("topk + sort", ("select_topk",), _topk(unite=False), "torch.topk, sort, cat with the text", _positions)
-TOPK_UNIQUE = Peer(
+MASK = Baseline(
+    "mask + nonzero", ("select_dual",), _mask_dual, "one mask for all, nonzero of each sequence", _positions
+)
+TOPK = Baseline("topk + sort", ("select_topk",), _topk(unite=False), "torch.topk, sort, cat with the text", _positions)
+TOPK_UNIQUE = Baseline(
     "topk + sort + unique", ("select_topk",), _topk(unite=True),
     "torch.topk, sort, the text joined by cat and torch.unique", _positions,
 )  # fmt: skip
 
 _FUSED = tuple(_fused(scores, dual) for dual in (True, False) for scores in (PUBLISHED, MATRIX, ROWS))
-PEERS = (
+BASELINES = (
     DUAL, MASK, compiled(MASK), TOPK_UNIQUE, TOPK, compiled(TOPK), *_FUSED,
-    *(compiled(peer) for peer in _FUSED if peer.name == ROWS.name),
+    *(compiled(baseline) for baseline in _FUSED if baseline.name == ROWS.name),
 )  # fmt: skip

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every peer computes what the operators compute, on small inputs; one that does not is found out."""
+"""Every baseline computes what the operators compute, on small inputs; one that does not is found out."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from mustdrop_kernels.bench import check, run
+from mustdrop_kernels.bench.baselines import BASELINES, baselines_of, scores
 from mustdrop_kernels.bench.cases import CASES, FLOAT32_ONLY, Case, Inputs
-from mustdrop_kernels.bench.peers import PEERS, peers_of, scores
 from mustdrop_kernels.bench.run import Options, backend_call, default_backends
 from mustdrop_kernels.bench.shapes import parse_shape
 
 CPU = torch.device("cpu")
-EAGER = [(op, peer) for op in CASES for peer in peers_of(op) if not peer.compiles and peer.canonical is not None]
+EAGER = [(op, one) for op in CASES for one in baselines_of(op) if not one.compiles and one.canonical is not None]
 
 
 def cases(op: str):
@@ -31,14 +31,14 @@ def ours(case: Case) -> tuple[dict[str, torch.Tensor], Inputs]:
     return case.spec.canonical(call(inputs), inputs), inputs
 
 
-@pytest.mark.parametrize(("op", "peer"), EAGER, ids=[f"{op}-{peer.name}" for op, peer in EAGER])
-def test_peer_computes_the_same(op, peer):
+@pytest.mark.parametrize(("op", "baseline"), EAGER, ids=[f"{op}-{baseline.name}" for op, baseline in EAGER])
+def test_baseline_computes_the_same(op, baseline):
     for case in cases(op):
-        if reason := peer.why_not(case):
+        if reason := baseline.why_not(case):
             pytest.skip(reason)
         want, _ = ours(case)
         inputs = case.inputs()
-        got = peer.canonical(peer.build(case)(inputs), inputs)
+        got = baseline.canonical(baseline.build(case)(inputs), inputs)
         assert check.difference(case, want, got) is None, case.label
 
 
@@ -61,14 +61,14 @@ def test_flex_attention_with_q_and_k_swapped_gives_the_total():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["compile(published)", "compile(linear formula)", "compile(text rows)"])
-def test_compiled_peer_computes_the_same(name):
-    peer = next(peer for peer in PEERS if peer.name == name)
-    case = Case(peer.ops[0], parse_shape("tiny"), torch.float32, CPU)
-    if reason := peer.why_not(case):
+def test_compiled_baseline_computes_the_same(name):
+    baseline = next(baseline for baseline in BASELINES if baseline.name == name)
+    case = Case(baseline.ops[0], parse_shape("tiny"), torch.float32, CPU)
+    if reason := baseline.why_not(case):
         pytest.skip(reason)
     want, inputs = ours(case)
     with torch.inference_mode():
-        got = peer.canonical(peer.build(case)(inputs), inputs)
+        got = baseline.canonical(baseline.build(case)(inputs), inputs)
     assert check.difference(case, want, got) is None
 
 
@@ -87,34 +87,34 @@ def test_the_work_of_a_case(op):
         assert ((want["counts"] > text) & (want["counts"] < case.shape.length)).all()
 
 
-def test_a_wrong_peer_is_not_timed(monkeypatch):
-    right = peers_of("select_topk")[0]
+def test_a_wrong_baseline_is_not_timed(monkeypatch):
+    right = baselines_of("select_topk")[0]
 
     def off_by_one(case):
         call = right.build(case)
         return lambda inputs: [row + 1 for row in call(inputs)]
 
     wrong = dataclasses.replace(right, name="wrong", build=off_by_one)
-    monkeypatch.setattr(run, "peers_of", lambda op: [right, wrong])
+    monkeypatch.setattr(run, "baselines_of", lambda op: [right, wrong])
     options = Options(
         ("select_topk",), (parse_shape("tiny"),), (torch.float32,), CPU, default_backends("cpu"), quick=True
     )
-    rows = {row["contender"]: row for row in run.run(options)["rows"]}
+    rows = {row["candidate"]: row for row in run.run(options)["rows"]}
     assert rows[right.name]["status"] == "timed"
     assert rows["wrong"]["status"] == "wrong"
     assert "median_us" not in rows["wrong"]
     assert rows["wrong"]["reason"].startswith("keep: ")
 
 
-def test_a_peer_that_raises_is_not_timed(monkeypatch):
+def test_a_baseline_that_raises_is_not_timed(monkeypatch):
     def raising(case):
         def call(inputs):
             raise RuntimeError("out of luck\nand a long trace")
 
         return call
 
-    peer = dataclasses.replace(peers_of("gather_tokens")[0], name="raising", build=raising)
-    monkeypatch.setattr(run, "peers_of", lambda op: [peer])
+    baseline = dataclasses.replace(baselines_of("gather_tokens")[0], name="raising", build=raising)
+    monkeypatch.setattr(run, "baselines_of", lambda op: [baseline])
     options = Options(
         ("gather_tokens",), (parse_shape("tiny"),), (torch.float32,), CPU, default_backends("cpu"), quick=True
     )
@@ -149,7 +149,7 @@ def test_moves_must_be_exact():
     (torch.bfloat16, 2, True), (torch.bfloat16, 3, False), (torch.float32, 0, True), (torch.float32, 1, False),
 ])  # fmt: skip
 def test_rounded_scores_may_decide_a_few_tokens_otherwise(dtype, others, same):
-    """A peer that rounds its scores to half precision decides otherwise where one lies next to the threshold."""
+    """A baseline that rounds its scores to half precision decides otherwise where one lies next to the threshold."""
     case = Case("dual_attention_select", parse_shape("tiny"), dtype, torch.device("cpu"))
     ours = {"keep": torch.arange(200), "counts": torch.tensor([200]), "total": torch.ones(1, 9)}
     theirs = {"keep": torch.arange(200 - others), "counts": torch.tensor([200 - others]), "total": torch.ones(1, 9)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a peer is."""
+"""Baseline of an operator, and its compiled form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _serves(case: Case) -> str | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Peer:
+class Baseline:
     """Another way to compute what some operators compute."""
 
     name: str
@@ -38,23 +38,23 @@ class Peer:
     )
 
 
-def compiled(peer: Peer) -> Peer:
-    """torch.compile of a peer."""
+def compiled(baseline: Baseline) -> Baseline:
+    """torch.compile of a baseline."""
 
     def build(case: Case) -> Call:
         torch._dynamo.reset()  # each case compiles by itself: no recompilation limit is met, nothing becomes dynamic
-        eager = peer.build(case)
+        eager = baseline.build(case)
         return torch.compile(eager, dynamic=False)
 
     def why_not(case: Case) -> str | None:
-        reason = peer.why_not(case)
+        reason = baseline.why_not(case)
         if reason is None and case.device.type == "cpu" and shutil.which("g++") is None:
             reason = "torch.compile needs a C++ compiler"
         return reason
 
     return dataclasses.replace(
-        peer, name=f"compile({peer.name})", build=build, why_not=why_not, what=f"torch.compile of: {peer.what}",
-        compiles=True,
+        baseline, name=f"compile({baseline.name})", build=build, why_not=why_not, compiles=True,
+        what=f"torch.compile of: {baseline.what}",
     )  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers of the attention scores: the whole matrix, only the rows of text, and other people's kernels."""
+"""Baselines of the attention scores: the whole matrix, only the rows of text, and other people's kernels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cases import SLOTS, Canonical, Case, Inputs, Raw
 from ..shapes import Shape
-from .base import Call, Peer, as_pair, compiled
+from .base import Baseline, Call, as_pair, compiled
 
 
 def _repeat(k: Tensor, heads: int) -> Tensor:
@@ -273,55 +273,55 @@ def _cls_bytes(case: Case) -> int:
 _SCORES = ("text_vision_scores",)
 _WHOLE = "the attention of all L x L pairs of one layer, of which the rows of text are then taken"
 _ROWS = "q K^T of the rows of text, softmax in float32, mean over heads, sum and maximum over rows"
-PUBLISHED = Peer(
+PUBLISHED = Baseline(
     "published", _SCORES, _whole(mask_on_host=True),
     _WHOLE + "; the mask is made on the host. The published code does it in every layer from the first pruning one on",
     as_pair, scratch=matrix_bytes,
 )  # fmt: skip
-MATRIX = Peer(
+MATRIX = Baseline(
     "whole matrix", _SCORES, _whole(mask_on_host=False),
     _WHOLE + "; the mask is made on the device, and only pruning layers do this",
     as_pair, scratch=matrix_bytes,
 )  # fmt: skip
-ROWS = Peer("text rows", _SCORES, _text_rows, _ROWS, as_pair, scratch=rows_bytes)
-MATRIX_MAP = Peer(
+ROWS = Baseline("text rows", _SCORES, _text_rows, _ROWS, as_pair, scratch=rows_bytes)
+MATRIX_MAP = Baseline(
     "whole matrix", ("text_vision_attention",), _whole_map, _WHOLE, _map, scratch=matrix_bytes,
 )  # fmt: skip
-ROWS_MAP = Peer("text rows", ("text_vision_attention",), _text_rows_map, _ROWS, _map, scratch=rows_bytes)
-PACKED = Peer(
+ROWS_MAP = Baseline("text rows", ("text_vision_attention",), _text_rows_map, _ROWS, _map, scratch=rows_bytes)
+PACKED = Baseline(
     "text rows", ("text_vision_scores_varlen",), _text_rows_packed, _ROWS + "; sequence by sequence",
     as_pair, scratch=rows_bytes,
 )  # fmt: skip
-PAGED = Peer(
+PAGED = Baseline(
     "text rows", ("text_vision_scores_paged",), _text_rows_paged,
     f"each sequence's pages of {SLOTS} slots gathered first; {_ROWS}",
     as_pair, scratch=rows_bytes,
 )  # fmt: skip
-FLEX = Peer(
+FLEX = Baseline(
     "flex attention", _SCORES, flex_total(),
     "FlexAttention fed with the lse, q and k swapped: its own normaliser is the total; it has no peak",
     _total_only, why_not=_why_no_flex, compiles=True,
 )  # fmt: skip
-COLREDUCE = Peer(
+COLREDUCE = Baseline(
     "flash-colreduce", _SCORES, _colreduce, "the PyPI package flash-colreduce: the total; it has no peak",
     _total_only, why_not=_package("flash_colreduce"),
 )  # fmt: skip
-COLSUM = Peer(
+COLSUM = Baseline(
     "flash-colsum", _SCORES, _colsum, "the PyPI package flash-colsum: the total; it has no peak",
     _total_only, why_not=_package("flash_colsum"),
 )  # fmt: skip
-SDPA = Peer(
+SDPA = Baseline(
     "attention of the layer", ("text_vision_scores", "dual_attention_select", "topk_attention_select"), _sdpa,
     "scaled_dot_product_attention of the same layer, which runs anyway: what the scores are a share of",
     None, detail=sdpa_kernel,
 )  # fmt: skip
-CLS_MATRIX = Peer(
+CLS_MATRIX = Baseline(
     "published", ("cls_attention",), _cls_matrix, "the attention of all pairs, of which the CLS row is taken",
     _map, scratch=_cls_bytes,
 )  # fmt: skip
-CLS_ROW = Peer("CLS row", ("cls_attention",), _cls_row, "q K^T of the CLS row, softmax, mean over heads", _map)
+CLS_ROW = Baseline("CLS row", ("cls_attention",), _cls_row, "q K^T of the CLS row, softmax, mean over heads", _map)
 
-PEERS = (
+BASELINES = (
     PUBLISHED, MATRIX, compiled(MATRIX), ROWS, compiled(ROWS), FLEX, COLREDUCE, COLSUM, SDPA,
     MATRIX_MAP, ROWS_MAP, compiled(ROWS_MAP), PACKED, PAGED, CLS_MATRIX, CLS_ROW, compiled(CLS_ROW),
 )  # fmt: skip

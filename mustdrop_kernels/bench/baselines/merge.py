@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peers of spatial_merge."""
+"""Baselines of spatial_merge."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..cases import Canonical, Case, Inputs, Raw
-from .base import Peer, compiled
+from .base import Baseline, compiled
 
 
 def _windows(x: Tensor, grid: list[int], window: list[int]) -> Tensor:
@@ -27,7 +27,7 @@ def _pairwise(windows: Tensor) -> Tensor:
 
 
 def _linear(windows: Tensor) -> Tensor:
-    """The same from the sum of the unit vectors."""
+    """Similarity from the sum of the unit vectors."""
     n = windows.shape[2]
     unit = F.normalize(windows.float(), dim=-1, eps=1e-8)
     return ((unit.sum(2) ** 2).sum(-1) - (unit * unit).sum((-1, -2))) / (n * (n - 1))
@@ -78,14 +78,14 @@ def _pair_bytes(case: Case) -> int:
     return 3 * shape.batch * shape.images * shape.patches * n * shape.channels * case.dtype.itemsize
 
 
-PUBLISHED = Peer(
+PUBLISHED = Baseline(
     "published", ("spatial_merge",), lambda case: _published,
     "the cosine of all 81 pairs of each window; every image merges as many windows as the one with the fewest",
     _canonical, scratch=_pair_bytes,
 )  # fmt: skip
-LINEAR = Peer(
+LINEAR = Baseline(
     "linear formula", ("spatial_merge",), lambda case: _linear_eager,
     "our formula, |sum of unit vectors| squared, in PyTorch operations",
     _canonical, scratch=lambda case: 4 * case.input_bytes,
 )  # fmt: skip
-PEERS = (PUBLISHED, compiled(PUBLISHED), LINEAR, compiled(LINEAR))
+BASELINES = (PUBLISHED, compiled(PUBLISHED), LINEAR, compiled(LINEAR))
