@@ -61,7 +61,7 @@ def recorded_backend() -> backends.Backend:
     cpu = backends.get("cpu")
 
     def implementation(op: str) -> Callable[..., object]:
-        launching, computing = triton_backend.implementation(op), cpu.implementation(op)
+        launching, computing = backends.get("triton").implementation(op), cpu.implementation(op)
 
         def call(*args: object, **kwargs: object) -> object:
             launching(*args, **kwargs)
@@ -101,7 +101,7 @@ def run_shape(shape: str, dtype: str) -> list[str]:
         taken = torch.float32 if op in FLOAT32_ONLY else getattr(torch, dtype)
         inputs = Case(op, size, taken, torch.device("cpu")).inputs()
         for more in ({}, *(variant(inputs) for variant in spec.variants.values())):
-            triton_backend.implementation(op)(*inputs.args, **{**inputs.kwargs, **more})
+            backends.get("triton").implementation(op)(*inputs.args, **{**inputs.kwargs, **more})
     return []
 
 

@@ -71,11 +71,9 @@ def calls() -> dict[str, Callable[[], Any]]:
 
     Tensors have no memory, but for the caches of in-place operators, whose addresses have to differ.
     """
-    triton_backend = backends.get("triton")
+    implementation = backends.get("triton").implementation
     return {
-        op: partial(
-            triton_backend.implementation(op), **sample(op, "cpu" if contract.writes else "meta", torch.float16)
-        )
+        op: partial(implementation(op), **sample(op, "cpu" if contract.writes else "meta", torch.float16))
         for op, contract in CONTRACTS.items()
         if contract.composite or defined(op)
     }
