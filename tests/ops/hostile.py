@@ -21,7 +21,7 @@ import torch
 import mustdrop_kernels as mk
 
 from .cases import Watch, random_bits, same_bits
-from .sample_calls import sample, tensors_in
+from .sample_calls import deciding, sample, tensors_in
 from .schemas import OPS
 from .test_refusals import ROWS, broken, expect_refusal
 
@@ -233,8 +233,8 @@ def devices(backend):
     for op in OPS:
         given = sample(op)
         for name, value in given.items():
-            if name in ("x", "q", "total", "scores", "keys", "block_table"):
-                continue  # these say where the operator runs
+            if name in deciding(op):
+                continue
             if isinstance(value, list) and isinstance(value[0], torch.Tensor):
                 changed = [*value[:-1], value[-1].to("meta")]
             elif isinstance(value, torch.Tensor):

@@ -9,7 +9,14 @@ import torch
 
 from mustdrop_kernels.ops.samples import sample
 
-__all__ = ["sample", "tensors_in"]
+__all__ = ["deciding", "sample", "tensors_in"]
+
+
+def deciding(op: str) -> tuple[str, ...]:
+    """The arguments whose device is that of the call."""
+    if op == "compact_paged_kv_":
+        return "keys", "block_table"
+    return (next(name for name, value in sample(op).items() if isinstance(value, (torch.Tensor, list))),)
 
 
 def tensors_in(arguments: dict[str, Any]) -> list[torch.Tensor]:

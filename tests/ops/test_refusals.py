@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mustdrop_kernels
 
 from .cases import Watch
-from .sample_calls import sample, tensors_in
+from .sample_calls import deciding, sample, tensors_in
 from .schemas import OPS
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
@@ -435,8 +435,8 @@ def test_tensors_on_another_device(backend, op):
     if backend.device != "cuda":
         pytest.skip("the second device is the CPU")
     for name, argument in sample(op, "cuda").items():
-        if name in ("x", "q", "total", "scores", "keys", "block_table"):
-            continue  # these say where the op runs
+        if name in deciding(op):
+            continue
         given = sample(op, "cuda")
         if isinstance(argument, torch.Tensor):
             given[name] = argument.cpu()

@@ -47,8 +47,6 @@ def defined(op: str) -> bool:
 
 def why_not(op: str, device_type: str) -> str | None:
     """Why Triton does not serve an operator on a device, None where it does. Touches no device."""
-    if not defined(op):
-        return "there is no Triton kernel for it"
     if device_type == "cpu" and not interpreted():
         return "it serves CUDA tensors (and CPU tensors where TRITON_INTERPRET=1 is set)"
     if device_type == "cuda":
@@ -63,7 +61,7 @@ def why_not(op: str, device_type: str) -> str | None:
         return "triton is not installed"
     if found < OLDEST:
         return f"triton {found[0]}.{found[1]} is installed: needs {OLDEST[0]}.{OLDEST[1]} or newer"
-    return None
+    return None if defined(op) else "there is no Triton kernel for it"
 
 
 def implementation(op: str) -> Callable[..., object]:
