@@ -32,6 +32,14 @@ def test_token_types_of_the_kernels():
     assert {name.upper(): int(value) for name, value in found} == {t.name: t.value for t in mustdrop_kernels.TokenType}
 
 
+def test_token_types_in_triton():
+    """Literals there, since a called function reads no variable."""
+    text = (Path(mustdrop_kernels.__file__).parent / "backends" / "triton" / "token_types.py").read_text()
+    found = dict(re.findall(r"def is_(\w+)\(kind\):\n.*\n    return kind ([!=]= \d)", text))
+    types = mustdrop_kernels.TokenType
+    assert found == {"token": f"!= {types.PADDING}", "vision": f"== {types.VISION}", "query": f"== {types.QUERY}"}
+
+
 def test_there_are_no_other_ops():
     names = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith("mustdrop::")}
     assert names == {f"mustdrop::{op}" for op in OPS}

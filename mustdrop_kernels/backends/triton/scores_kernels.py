@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .numbers import dot
-from .token_types import PADDING, QUERY, VISION
+from .token_types import is_query, is_token, is_vision
 
 # What the first kernel finds out about a sequence, int32: begin in packed q, begin in packed k, position of row 0,
 # number of keys, number of query rows; then, from HEADER on, the query rows themselves.
@@ -80,7 +80,7 @@ def rows_kernel(
         i = start + tl.arange(0, BLOCK)
         inside = (i < q_length) & (shift + i >= 0)
         kind = _kinds(types + b * types_batch + k_begin, table, shift + i, inside, blocks, SLOTS)
-        votes = (kind == QUERY).to(tl.int32)
+        votes = is_query(kind).to(tl.int32)
         tl.store(info + _HEADER + number + tl.cumsum(votes) - votes, i, mask=votes == 1)
         number += tl.sum(votes)
     tl.store(info, q_begin)
@@ -139,7 +139,7 @@ def lse_kernel(
         mass = tl.zeros([ROWS], tl.float32)
         for first in range(0, tl.minimum(k_length, tl.max(position) + 1), KEYS):
             column = first + tl.arange(0, KEYS)
-            exists = _kinds(types, table, column, column < k_length, blocks, SLOTS) != PADDING
+            exists = is_token(_kinds(types, table, column, column < k_length, blocks, SLOTS))
             k_at = k + _key_offsets(table, column, exists, k_begin, k_block, k_token, SLOTS)  # [KEYS]
             score = tl.zeros([ROWS, KEYS], tl.float32)
             for part in range(0, D, COLUMNS):
@@ -259,7 +259,7 @@ def scores_kernel(
     if table is not None:
         table += b * table_batch
     kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, SLOTS)
-    vision = kind == VISION
+    vision = is_vision(kind)
     number = tl.where(tl.max(vision.to(tl.int32)) == 1, number, 0)  # no vision token: nothing to do
     q += b * q_batch
     k += b * k_batch
@@ -333,7 +333,7 @@ def map_kernel(
     b = (pid // tiles // tl.cdiv(max_query, ROWS)).to(tl.int64)
     info += b * (_HEADER + q_longest)
     shift, number = tl.load(info + 2), tl.load(info + 4)
-    vision = tl.load(types + b * types_batch + column, mask=column < k_longest, other=0) == VISION
+    vision = is_vision(tl.load(types + b * types_batch + column, mask=column < k_longest, other=0))
     acc = _head_sum(
         q + b * q_batch, k + b * k_batch, lse, None, info + _HEADER, norms, scale, column, vision, 0, 0, shift, start,
         number, b, q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row,
@@ -377,7 +377,7 @@ def reduce_kernel(
     if table is not None:
         table += b * table_batch
     kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, SLOTS)
-    vision = kind == VISION
+    vision = is_vision(kind)
     number = tl.where(tl.max(vision.to(tl.int32)) == 1, number, 0)
 
     shares += b * SPLITS * k_longest * SHARED + column.to(tl.int64)[:, None] * SHARED

@@ -18,14 +18,14 @@ from .configs import config, length_class
 from .launch import Launch, Plans, signature
 from .numbers import single, widen
 from .order import kth_key, ordered_key
-from .token_types import PADDING, VISION
+from .token_types import is_token, is_vision
 
 
 @triton.jit
 def _is_vision(types, protected, column, n):
     """Vision tokens that nothing protects."""
     inside = column < n
-    vision = tl.load(types + column, mask=inside, other=0) == VISION
+    vision = is_vision(tl.load(types + column, mask=inside, other=0))
     if protected is not None:
         vision = vision & (tl.load(protected + column, mask=inside, other=0) == 0)
     return vision
@@ -68,7 +68,7 @@ def _write(
         equal = (candidate & (key == key_limit)).to(tl.int32)
         rank = seen + tl.cumsum(equal) - equal
         best = (key > key_limit) | ((equal == 1) & (rank < equals))
-        present = tl.load(types + column, mask=column < n, other=0) != PADDING
+        present = is_token(tl.load(types + column, mask=column < n, other=0))
         stays = (present & (~candidate | (best & (stay > 0)))).to(tl.int32)
         slot = kept + tl.cumsum(stays) - stays
         tl.store(keep + slot, column.to(tl.int64), mask=(stays == 1) & (slot < capacity))
