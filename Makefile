@@ -11,7 +11,7 @@ DIST ?= dist
 PYTEST := $(BIN)/python -m pytest -q
 PARALLEL := $(PYTEST) -n 2 --dist worksteal
 # Triton's interpreter runs the kernels on CPU tensors; Triton reads its variable when it is imported.
-INTERPRETED = TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton $(PYTEST) -n 2 -k triton tests/ops tests/backends
+INTERPRETED = TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton $(PYTEST) -n 2 -k triton tests/ops tests/backends tests/fuzz
 ENVS := PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/envs.sh
 
 .PHONY: help build demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-sglang fuzz test-asan test-tsan coverage check-cuda check-triton gpu-bundle wheel test-wheel test-hf-kernel docs lint format clean

@@ -11,6 +11,7 @@ import os
 import cuda_emulation
 import pytest
 
+from mustdrop_kernels import backends
 from mustdrop_kernels.ops import registry
 
 from .families import FAMILIES
@@ -31,3 +32,13 @@ def test_everybody_agrees_with_the_oracle(op, monkeypatch):
     assert not tally.failures, "\n".join(f"{f.message}\n  {f.case}" for f in tally.failures)
     assert tally.cases == tally.by_player["cpu"] == tally.by_player["reference"] == CASES
     assert sum(tally.near.values()) <= 0.2 * CASES * len(players), "too many cases say little"
+
+
+@pytest.mark.parametrize("op", FAMILIES)
+def test_triton_interpreted(op):
+    """Slow, so of few cases; `make fuzz` runs more."""
+    if reason := backends.get("triton").why_not(op, "cpu"):
+        pytest.skip(reason)
+    tally = hunt(FAMILIES[op], [Here("triton")], 5, SEED)
+    assert not tally.failures, "\n".join(f"{f.message}\n  {f.case}" for f in tally.failures)
+    assert tally.cases == tally.by_player["triton"] == 5
