@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops import TokenType
 from .shapes import Shape
 
 SLOTS = 16  # of a page
@@ -70,6 +71,7 @@ class Spec:
     canonical: Callable[[Raw, Inputs], Canonical]  # what can be compared: no padding, raster order
     input_bytes: Callable[[Shape, int], int]
     in_place: bool = False
+    moves: bool = False  # results are copies, so they are compared exactly
     # Further ways to call it, by name: keyword arguments made of the inputs.
     variants: dict[str, Callable[[Inputs], dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
@@ -321,7 +323,7 @@ def _make_select_scores(shape: Shape, device: torch.device) -> tuple[Tensor, Ten
 def _make_select_dual(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     total, peak, types = _make_select_scores(shape, device)
     chance = torch.rand(types.shape, generator=_generator(device, 2), device=device)
-    protected = (chance < 0.08) & (types == 2)  # the key set
+    protected = (chance < 0.08) & (types == TokenType.VISION)  # the key set
     return Inputs((total, peak, types, *thresholds(shape)), {"protected": protected}, {"shape": shape})
 
 
@@ -457,11 +459,11 @@ CASES: dict[str, Spec] = {
     "topk_attention_select": Spec(_make_topk, _fused_work, _canonical_select, _scores_input),
     "gather_tokens": Spec(
         _make_gather, lambda s, size: Work(*[s.batch * s.kept * s.hidden * size] * 2), _one("tokens"),
-        lambda s, size: s.batch * s.length * s.hidden * size,
+        lambda s, size: s.batch * s.length * s.hidden * size, moves=True,
     ),
-    "compact_kv_": Spec(_make_compact, _compact_work, canonical_compact, _compact_input, in_place=True),
+    "compact_kv_": Spec(_make_compact, _compact_work, canonical_compact, _compact_input, in_place=True, moves=True),
     "compact_paged_kv_": Spec(
-        _make_compact_paged, _compact_work, canonical_compact_paged, _compact_input, in_place=True
+        _make_compact_paged, _compact_work, canonical_compact_paged, _compact_input, in_place=True, moves=True
     ),
 }  # fmt: skip
 # Their time does not depend on the dtype of the model: scores are float32.

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from .cases import Canonical, Case
 
-# Moves and decisions are exact.
-_EXACT = ("gather_tokens", "compact_kv_", "compact_paged_kv_")
 # Means are rounded once by us; baselines may round terms and sums.
 _MEANS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # Baselines that compute in half precision round q K^T before the softmax: an error of 2^-9 of a score of 8 in bfloat16.
@@ -20,7 +18,7 @@ _DECISIONS = {torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
 def _tolerance(case: Case) -> float:
-    if case.op in _EXACT:
+    if case.spec.moves:
         return 0.0
     return (_MEANS if case.op == "spatial_merge" else _PROBABILITIES)[case.dtype]
 

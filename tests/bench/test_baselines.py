@@ -7,6 +7,7 @@ import dataclasses
 
 import pytest
 import torch
+from example import QUICK
 
 from mustdrop_kernels.bench import check, run
 from mustdrop_kernels.bench.baselines import BASELINES, baselines_of, scores
@@ -113,11 +114,9 @@ def test_a_baseline_that_raises_is_not_timed(monkeypatch):
 
         return call
 
-    baseline = dataclasses.replace(baselines_of("gather_tokens")[0], name="raising", build=raising)
+    baseline = dataclasses.replace(baselines_of(QUICK[0])[0], name="raising", build=raising)
     monkeypatch.setattr(run, "baselines_of", lambda op: [baseline])
-    options = Options(
-        ("gather_tokens",), (parse_shape("tiny"),), (torch.float32,), CPU, default_backends("cpu"), quick=True
-    )
+    options = Options(QUICK[:1], (parse_shape("tiny"),), (torch.float32,), CPU, default_backends("cpu"), quick=True)
     ours_row, row = run.run(options)["rows"]
     assert ours_row["status"] == "timed"
     assert row["status"] == "skipped"

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from example import QUICK
 from typer.testing import CliRunner
 
 from mustdrop_kernels.bench.baselines import names
@@ -32,9 +33,7 @@ def bench(*arguments: str):
 def document(tmp_path_factory):
     """A quick run of three operators on the smallest shape: its result and where its document is."""
     path = tmp_path_factory.mktemp("bench") / "deep" / "bench.json"
-    result = bench(
-        "select_topk", "text_vision_scores", "gather_tokens", "--shapes", "tiny", "--quick", "--json", str(path)
-    )
+    result = bench(QUICK[1], "text_vision_scores", QUICK[0], "--shapes", "tiny", "--quick", "--json", str(path))
     assert result.exit_code == 0, result.output
     return result, path
 
@@ -60,7 +59,7 @@ def test_document_says_what_was_timed(document):
     for name in ("name", "threads", "torch", "commit", "copy_bandwidth", "matrix_rate", "load", "load_after"):
         assert name in found["machine"]
     assert [row["op"] for row in found["rows"] if row["candidate"] == SERVING] == [
-        "select_topk", "text_vision_scores", "gather_tokens",
+        QUICK[1], "text_vision_scores", QUICK[0],
     ]  # fmt: skip
     timed = [row for row in found["rows"] if row["status"] == "timed"]
     for row in timed:
@@ -115,17 +114,17 @@ def test_the_document_is_written_after_each_case(tmp_path, monkeypatch):
         if len(calls) == 3:
             raise KeyboardInterrupt
         if len(calls) == 2:
-            assert [row["op"] for row in json.loads(path.read_text())["rows"]] == ["gather_tokens"]
+            assert [row["op"] for row in json.loads(path.read_text())["rows"]] == [QUICK[0]]
         return real(case, options, tell)
 
     path = tmp_path / "bench.json"
     monkeypatch.setattr(run, "_measure", interrupted)
-    words = ("gather_tokens", "select_topk", "select_dual", "--shapes", "tiny", "--quick", "--baselines", "none")
+    words = (*QUICK, "--shapes", "tiny", "--quick", "--baselines", "none")
     result = bench(*words, "--json", str(path))
     assert result.exit_code == 130
     assert "stopped after 2 of 3 cases: interrupted" in " ".join(result.output.split())
     document = json.loads(path.read_text())
-    assert [row["op"] for row in document["rows"]] == ["gather_tokens", "select_topk"]
+    assert [row["op"] for row in document["rows"]] == list(QUICK[:2])
     assert document["cases"] == {"planned": 3, "measured": 2}
 
 
@@ -188,7 +187,7 @@ def test_plots(document, tmp_path):
 def test_plot_of_time_against_tokens(document, tmp_path):
     pytest.importorskip("matplotlib")
     found = json.loads(document[1].read_text())
-    rows = [row for row in found["rows"] if row["status"] == "timed" and row["op"] == "gather_tokens"]
+    rows = [row for row in found["rows"] if row["status"] == "timed" and row["op"] == QUICK[0]]
     sweep = [{**row, "shape": f"images-{n}", "tokens": 95 + 576 * n} for n in (1, 2, 4) for row in rows]
     path = tmp_path / "sweep.json"
     path.write_text(json.dumps({**found, "rows": sweep}))

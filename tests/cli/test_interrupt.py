@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.figure
 import pytest
+from example import QUICK
 
 from mustdrop_kernels.cli import demo
 
@@ -78,7 +79,7 @@ for module in (timing, run):
     if hasattr(module, {name!r}):
         setattr(module, {name!r}, interrupted)
 from mustdrop_kernels.cli import main
-words = "bench ops gather_tokens select_topk --shapes tiny --quick --baselines none --json".split()
+words = "bench ops {ops} --shapes tiny --quick --baselines none --json".split()
 sys.argv = ["mustdrop", *words, sys.argv[1]]
 main()
 """
@@ -90,12 +91,12 @@ def test_a_real_signal_while_timing(name: str, finished: int, tmp_path: Path) ->
     """What was finished is kept; where nothing was, an older document stays."""
     path = tmp_path / "bench.json"
     path.write_text("older")
-    code = SIGNAL_WHILE_TIMING.format(name="interleaved", finished=finished, signal=name)
+    code = SIGNAL_WHILE_TIMING.format(name="interleaved", ops=" ".join(QUICK[:2]), finished=finished, signal=name)
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 130, done.stderr
     assert files_in(tmp_path) == ["bench.json"]
     if finished:
-        assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {"gather_tokens"}
+        assert {row["op"] for row in json.loads(path.read_text())["rows"]} == {QUICK[0]}
     else:
         assert path.read_text() == "older"
 

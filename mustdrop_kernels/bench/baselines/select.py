@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ...ops import TokenType
 from ..cases import Canonical, Case, Inputs, Raw
 from ..shapes import Shape
 from .base import Baseline, Call, compiled
@@ -73,8 +74,9 @@ def _mask_dual(case: Case) -> Call:
     def call(inputs: Inputs) -> Raw:
         total, peak, types, global_threshold, individual_threshold = inputs.args
         limit = global_threshold * total.sum(-1, keepdim=True)
-        dropped = (total < limit) & (peak < individual_threshold) & (types == 2) & ~inputs.kwargs["protected"]
-        return [torch.nonzero(row)[:, 0] for row in ~dropped & (types != 0)]
+        low = (total < limit) & (peak < individual_threshold)
+        dropped = low & (types == TokenType.VISION) & ~inputs.kwargs["protected"]
+        return [torch.nonzero(row)[:, 0] for row in ~dropped & (types != TokenType.PADDING)]
 
     return call
 
