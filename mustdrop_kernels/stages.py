@@ -294,7 +294,7 @@ def drop_empty(
     *,
     backend: str | None = None,
 ) -> Pruned:
-    """The tokens that remain without the placeholders whose tokens stage 1 has merged into others."""
+    """The tokens that remain without the placeholders that hold no token after stage 1."""
     types = tokens.types.masked_fill(empty, int(TokenType.PADDING))
     scores = torch.zeros_like(types, dtype=torch.float32)
     keep, counts = ops.select_topk(scores, types, types.shape[1], capacity=max(lengths), backend=backend)

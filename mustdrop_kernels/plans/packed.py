@@ -60,7 +60,7 @@ class PackedDropPlan(DropPlan[Tensor]):
     # Before the layers.
 
     def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (remaining) int64
-        """Drops the placeholders whose tokens stage 1 has merged into others; synchronizes with the device.
+        """Drops the placeholders that hold no token after stage 1; synchronizes with the device.
 
         Returns:
             The remaining rows, as indices into the live rows.

@@ -38,7 +38,7 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         return self.tokens is self.prompt_tokens
 
     def drop_empty(self, empty: Tensor, lengths: tuple[int, ...]) -> Pruned | None:
-        """Drops the placeholders whose tokens stage 1 has merged into others.
+        """Drops the placeholders that hold no token after stage 1.
 
         Args:
             empty: (B, L) bool.
@@ -87,7 +87,7 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         *,
         to_front: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:  # per layer to compact (B, Hk, remaining, D), views of the same memory
-        """Stage 3: cuts the caches of ``layers_to_compact`` to the remaining tokens, in place; updates ``cached_tokens``.
+        """Stage 3: cuts the caches of ``layers_to_compact`` to the remaining tokens in place, and ``cached_tokens``.
 
         The views are the ends of the caches or, with `to_front` and without padding, their beginnings.
         """
