@@ -49,7 +49,7 @@ def dual_attention_select(
 
     MustDrop (arXiv 2411.10803), stage 2, dual-attention filtering: vision token j is dropped iff
     total[j] < global_threshold * sum(total) and peak[j] < individual_threshold and j is not protected. A composite of
-    the two operators, which every backend that has them serves.
+    the two operators, served by every backend that serves both.
 
     Args:
         q: (B, Hq, Lq, D) float32, float16 or bfloat16, after RoPE: the last Lq positions of each sequence.
@@ -95,7 +95,7 @@ def topk_attention_select(
     """Compute ``text_vision_scores`` and ``select_topk`` of its total in one call.
 
     The alternative of a fixed budget to the thresholds of MustDrop (arXiv 2411.10803), stage 2. A composite of the two
-    operators, which every backend that has them serves.
+    operators, served by every backend that serves both.
 
     Args:
         q: (B, Hq, Lq, D) float32, float16 or bfloat16, after RoPE: the last Lq positions of each sequence.
