@@ -15,7 +15,7 @@ VOTES = ("after_image", "last")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MustDropConfig:
-    """Settings of the three stages. The defaults are the published ones (preset "192").
+    """Settings of the three stages of MustDrop (arXiv 2411.10803). The defaults are the published ones (preset "192").
 
     Stage 1, in the vision tower: similar patches of a window merge into one token, and the tokens that the CLS token
     attends to most become key tokens, which no later stage drops.
@@ -25,6 +25,9 @@ class MustDropConfig:
 
     Stage 3, before decoding: the KV cache of earlier layers, written before the later drops, is cut to the surviving
     tokens.
+
+    Raises:
+        ValueError: a field is invalid; the message names it.
     """
 
     merge: bool = True
@@ -36,29 +39,29 @@ class MustDropConfig:
     the features for the language model: for towers that require all patches, and for videos, whose windows can span
     frames."""
     window: tuple[int, ...] = (3, 3)
-    """Height and width of a merge window in patches. With merge_at="features" three numbers are frames, height and
+    """Height and width of a merge window in patches. With merge_at="features", three numbers are frames, height and
     width of a window in a video; images use the last two."""
     merge_threshold: float = 0.8
     """A window merges if the mean cosine similarity of its patches is at least this."""
     merge_budget: int | None = None
     """Merge exactly this many windows of each image, the most similar ones, instead of using the threshold."""
     merge_uniform: bool = False
-    """Every image of a batch merges as many windows as the image with the fewest, as in the published code."""
+    """Merge as many windows in every image of a batch as in the image with the fewest, as the published code does."""
     key_rate: float = 0.08
-    """Share of an image's tokens that become key tokens, of the number after merging, rounded up. 0: none."""
+    """Share of an image's tokens after merging that become key tokens, rounded up. 0: none."""
 
     pruning_layers: tuple[int, ...] = (2, 6, 10, 14)
     """The language layers, from 0 and ascending, after which tokens are dropped."""
     global_threshold: float = 0.001
-    """A token is dropped only if its share of the attention of text to all vision tokens is below this ..."""
+    """A token is dropped only if its share of the attention of the text to all vision tokens is below this value ..."""
     individual_threshold: float = 0.001
-    """... and no single text token attends to it this much."""
+    """... and its attention from every single text query is below this value."""
     budgets: tuple[int, ...] | None = None
     """Keep this many vision tokens of a sequence after each pruning layer, all its images together, instead of using
     the thresholds. Key tokens are kept even beyond the budget."""
     votes: str = "after_image"
-    """The text queries, whose attention scores vision tokens: "after_image", all text after the sequence's last image,
-    or "last", its last token."""
+    """The text queries, whose attention scores the vision tokens: "after_image", all text after the last image of the
+    sequence, or "last", its last token."""
 
     evict: bool = True
     """Cut the KV cache of earlier layers to the final survivors."""
@@ -70,7 +73,7 @@ class MustDropConfig:
     merging and after each drop, and in decoding each layer continues from its own cache length; only for reproducing
     published figures, since positions of queries and keys then differ between layers."""
     backend: str | None = None
-    """Name of the kernels' backend. By default the one registered for the tensors' device."""
+    """Name of an explicit backend. By default the one that serves each operator on the device."""
 
     def __post_init__(self) -> None:
         for name in ("merge", "merge_uniform", "evict"):

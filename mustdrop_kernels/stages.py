@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three stages of MustDrop on tensors. Integrations pass what their engine has; there is no model code here.
+"""The three stages of MustDrop (arXiv 2411.10803) on tensors, without model code.
 
 Stage 1: ``merge_vision_tokens`` after an early vision layer, ``key_tokens`` from the CLS attention of the last one.
 Stage 2: ``token_types`` and a ``Tokens`` for the prompt; after each pruning layer ``prune``, or ``select`` with scores
@@ -35,9 +35,9 @@ def merge_vision_tokens(
     *,
     num_prefix_tokens: int = 1,
 ) -> ops.SpatialMerge:
-    """Merges windows of similar patches. With ``config.merge_budget`` the length of the result is known beforehand.
+    """Merges windows of similar patches. With ``config.merge_budget`` the length of the result is static.
 
-    With published positions the order of the tokens is their position, and merged windows come first.
+    With published positions merged windows come first, and the order of the tokens gives their positions.
     """
     return ops.spatial_merge(
         x,
@@ -62,7 +62,7 @@ def key_tokens(
     num_prefix_tokens: int = 1,
     group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: no others
 ) -> Tensor:  # (B, S) bool
-    """The tokens that CLS attends to most: ceil(key_rate * N) of each image's N tokens, counted on the device.
+    """The tokens that the CLS token attends to most: ceil(key_rate * N) of the N tokens of each image.
 
     For images of one tile. The tiles of a larger image share its number of key tokens: pass the ``cls_attention`` of
     all of them to ``select_key_tokens``.
@@ -111,8 +111,8 @@ def received_attention(
 ) -> Tensor:  # (B, S) float32, zero for padding
     """Attention that each token receives, mean over queries and heads: the importance of tokens without a CLS token.
 
-    r[j] = mean over i and heads of softmax_j(scale q_i . k_j), by ``cls_attention`` with every token as the query in
-    turn, so that no attention matrix per head is built.
+    r[j] = mean over i and heads of softmax_j(scale q_i . k_j). Each token is the query of ``cls_attention`` once, so
+    that no attention matrix per head is built.
     """
     batch, _, length, _ = key.shape
     chunk = max(1, _ROWS // max(length, 1))
@@ -134,7 +134,7 @@ def select_key_tokens(
     vision: Tensor,  # (B, S) bool, tokens of the image
     config: MustDropConfig,
 ) -> Tensor:  # (B, S) bool
-    """The ceil(key_rate * N) most important of each image's N tokens, counted on the device."""
+    """The ceil(key_rate * N) most important of the N tokens of each image. Does not synchronize with the device."""
     batch, length = vision.shape
     types = torch.where(vision, int(TokenType.VISION), int(TokenType.PADDING)).to(torch.uint8)
     budgets = (config.key_rate * vision.sum(1).double()).ceil().int()
@@ -245,9 +245,9 @@ def prune(
     *,
     lse: Tensor | None = None,  # (B, Hq, L) float32, of the scaled scores' rows; None: computed
 ) -> Pruned:
-    """The vision tokens that remain after pruning layer number `stage`, from that layer's queries and keys.
+    """The tokens that remain after pruning layer number `stage`, from the queries and keys of that layer.
 
-    The selection is discrete, so it has no gradient.
+    The selection is discrete and has no gradient.
     """
     query, key = query.detach(), key.detach()
     scores = ops.text_vision_scores(query, key, tokens.types, scale, lse=lse, backend=config.backend)
@@ -255,10 +255,10 @@ def prune(
 
 
 def select(scores: ops.Scores, tokens: Tokens, config: MustDropConfig, stage: int) -> Pruned:  # scores: (B, L) each
-    """The vision tokens that remain after pruning layer number `stage`, from their scores.
+    """The tokens that remain after pruning layer number `stage`, from the scores.
 
-    With thresholds the new lengths depend on the data and one synchronization with the device reads them. With budgets
-    they are known.
+    With thresholds the new lengths depend on the data, and one synchronization with the device reads them. With budgets
+    they are known on the host.
     """
     total, peak = scores
     if config.budgets is None:
@@ -294,7 +294,7 @@ def drop_empty(
     *,
     backend: str | None = None,
 ) -> Pruned:
-    """The tokens that remain without the placeholders that stage 1 has emptied."""
+    """The tokens that remain without the placeholders that hold no token after stage 1."""
     types = tokens.types.masked_fill(empty, int(TokenType.PADDING))
     scores = torch.zeros_like(types, dtype=torch.float32)
     keep, counts = ops.select_topk(scores, types, types.shape[1], capacity=max(lengths), backend=backend)
@@ -321,7 +321,7 @@ def evict(
 ) -> list[tuple[Tensor, Tensor]]:  # per layer views (B, Hk, survivors.length, D) of the same memory
     """Cuts the cache of each layer, in place, to the surviving tokens; all layers in one launch.
 
-    They are moved to the end of the memory, or, with `align_end` False, to its beginning.
+    The tokens move to the end of each cache or, with `align_end` False, to its beginning.
     """
     keep = slots_of(cached, survivors)
     with torch.no_grad():

@@ -2,14 +2,15 @@
 """The operators as documented Python functions.
 
 Each is ``torch.ops.mustdrop.<name>`` with named results and a ``backend`` keyword (see ``mustdrop_kernels.backends``).
-What holds for all of them:
+All operators share these properties:
 
-- No host synchronization and no size that depends on data: a result whose length depends on data has the capacity that
-  is known from shapes, and an int32 ``counts`` tensor gives its length.
-- float32, float16, bfloat16; sums in float32, rounded once. Operators that only move tokens take any dtype.
-- Any strides, as long as the last dimension is contiguous.
-- The same input gives the same bits. Ties go to the lower index. NaN ranks lowest.
-- Wrong arguments raise a RuntimeError that names the argument, before any work.
+- No host synchronization and no allocation that depends on data: a result whose length depends on data has a capacity
+  known from shapes, and an int32 ``counts`` tensor on the device holds its length.
+- float32, float16 and bfloat16; sums in float32, rounded once. Operators that only move tokens take any dtype.
+- Any strides with a contiguous last dimension; a paged cache may have any strides.
+- The same input gives the same bits on the same device. Ties go to the lower index; NaN ranks lowest.
+- A wrong argument raises a RuntimeError that names it, and an explicit backend that does not serve the call a
+  ``mustdrop_kernels.backends.BackendError``, before any work.
 
 The method is MustDrop, "Multi-Stage Vision Token Dropping" (arXiv 2411.10803). One file holds one family of operators:
 result types, documented functions, argument checks and fakes.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores and selection in one call: composites of ``text_vision_scores`` and a selection.
+"""Scores and selection in one call: composites of ``text_vision_scores`` and a selection (MustDrop, stage 2).
 
-A backend that serves both parts serves them; one that has a kernel for both at once overrides them.
+A backend that serves both parts serves the composite; a backend may override it by an implementation of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class ScoredSelection(NamedTuple):
-    """A selection and the scores that it is made of."""
+    """Positions of the tokens that stay, and the scores that decided."""
 
     keep: Tensor  # (B, L or capacity) int64, ascending, -1 past counts
     counts: Tensor  # (B) int32
@@ -45,7 +45,34 @@ def dual_attention_select(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> ScoredSelection:
-    """``text_vision_scores`` and ``select_dual`` in one; arguments and results are theirs."""
+    """Compute ``text_vision_scores`` and ``select_dual`` of its results in one call.
+
+    MustDrop (arXiv 2411.10803), stage 2, dual-attention filtering: vision token j is dropped iff
+    total[j] < global_threshold * sum(total) and peak[j] < individual_threshold and j is not protected. A composite of
+    the two operators, served by every backend that serves both.
+
+    Args:
+        q: (B, Hq, Lq, D) float32, float16 or bfloat16, after RoPE: the last Lq positions of each sequence.
+        k: (B, Hk, L, D) of q's dtype, after RoPE. Hq is a multiple of Hk, Lq <= L.
+        token_types: (B, L) uint8, values of ``TokenType``.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        global_threshold: share of the attention on all vision tokens; rounded to float32.
+        individual_threshold: attention of a single text query; rounded to float32.
+        protected: (B, L) bool, vision tokens that are never dropped; default: none.
+        lse: (B, Hq, Lq) float32 with any strides, natural log-sum-exp of the scaled scores; saves a pass over the keys.
+        capacity: number of columns of ``keep``; default: L. Where counts exceed it, ``keep`` is cut to it.
+        drop_multiple: round the number of dropped tokens down to a multiple of this number, such as the page size of
+            a cache: of the tokens to drop those with the highest ``total`` stay.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
+
+    Returns:
+        keep (B, L or capacity) int64, ascending positions, -1 past counts; counts (B) int32;
+        total and peak (B, L) float32, zero where the type is not VISION. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
+    """
     args = (q, k, token_types, scale, global_threshold, individual_threshold)
     options = {"protected": protected, "lse": lse, "capacity": capacity, "drop_multiple": drop_multiple}
     return ScoredSelection(*call("dual_attention_select", backend, q, *args, **options))
@@ -65,7 +92,33 @@ def topk_attention_select(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> ScoredSelection:
-    """``text_vision_scores`` and ``select_topk`` by its total in one; ``budget`` is select_topk's k."""
+    """Compute ``text_vision_scores`` and ``select_topk`` of its total in one call.
+
+    The alternative of a fixed budget to the thresholds of MustDrop (arXiv 2411.10803), stage 2. A composite of the two
+    operators, served by every backend that serves both.
+
+    Args:
+        q: (B, Hq, Lq, D) float32, float16 or bfloat16, after RoPE: the last Lq positions of each sequence.
+        k: (B, Hk, L, D) of q's dtype, after RoPE. Hq is a multiple of Hk, Lq <= L.
+        token_types: (B, L) uint8, values of ``TokenType``.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        budget: number of vision tokens of each sequence that stay, ``k`` of ``select_topk``.
+        budgets: (B) int32, replaces ``budget`` for each sequence, without a synchronization with the device.
+        protected: (B, L) bool, vision tokens that are never dropped; default: none.
+        lse: (B, Hq, Lq) float32 with any strides, natural log-sum-exp of the scaled scores; saves a pass over the keys.
+        capacity: number of columns of ``keep``; default: L. Where counts exceed it, ``keep`` is cut to it.
+        drop_multiple: round the number of dropped tokens down to a multiple of this number, such as the page size of
+            a cache: of the tokens to drop those with the highest ``total`` stay.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
+
+    Returns:
+        keep (B, L or capacity) int64, ascending positions, -1 past counts; counts (B) int32;
+        total and peak (B, L) float32, zero where the type is not VISION. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
+    """
     options = {"protected": protected, "lse": lse, "capacity": capacity, "drop_multiple": drop_multiple}
     args = (q, k, token_types, scale, budget)
     return ScoredSelection(*call("topk_attention_select", backend, q, *args, budgets=budgets, **options))

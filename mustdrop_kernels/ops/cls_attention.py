@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cls_attention``: attention of the CLS token, which the key set is chosen by (MustDrop, stage 1)."""
+"""``cls_attention``: attention of the CLS token, which selects the key tokens (MustDrop, stage 1)."""
 
 from __future__ import annotations
 
@@ -22,18 +22,25 @@ def cls_attention(
     num_prefix_tokens: int = 1,
     backend: str | None = None,
 ) -> Tensor:
-    """Head mean of the CLS row of the attention map, without building the map (MustDrop, the key set).
+    """Compute the head mean of the CLS row of the attention map, without the map.
+
+    MustDrop (arXiv 2411.10803), stage 1: its highest values select the key token set.
+    result[b, s] = mean over heads h of softmax over s of scale * q[b, h] . k[b, h, s].
 
     Args:
-        q: (B, H, D) float, the CLS query.
-        k: (B, H, S, D), keys of prefix and patches.
+        q: (B, H, D) float32, float16 or bfloat16, the query of the CLS token.
+        k: (B, H, S, D) of q's dtype, keys of the prefix and the patches.
         scale: factor of the scores, usually 1 / sqrt(D).
-        counts: (B) int32, how many of the S keys are real; default all.
-        num_prefix_tokens: these take part in the softmax, and are zero in the result.
-        backend: name of an explicit backend.
+        counts: (B) int32, number of valid keys of each image, prefix included; default: S.
+        num_prefix_tokens: number of leading keys that take part in the softmax but are zero in the result.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        (B, S) float32, zero for prefix and padding.
+        (B, S) float32, zero for prefix and padding. Not differentiable: the backward pass raises a RuntimeError.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     options = {"counts": counts, "num_prefix_tokens": num_prefix_tokens}
     return call("cls_attention", backend, q, q, k, scale, **options)

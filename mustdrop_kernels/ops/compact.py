@@ -25,18 +25,24 @@ def compact_kv_(
     align_end: bool = False,
     backend: str | None = None,
 ) -> None:
-    """Move the kept slots of the KV caches of all layers to the front, in place (MustDrop, stage 3).
+    """Compact the KV caches of all layers to the kept tokens, in place and in one call.
 
-    Slot i < counts takes what slot keep[i] held; slots past counts are unspecified. No second cache is made.
+    MustDrop (arXiv 2411.10803), stage 3, output-aware cache. Slot i < counts takes the contents of slot keep[i]; slots
+    past counts are unspecified. No second cache is allocated.
 
     Args:
-        keys: per layer (B, Hk, L, D) of any dtype; L may differ between layers. A cache (B, L, Hk, D) is a view.
-        values: per layer, like its key but for D.
-        keep: one tensor for all layers or one per layer: (B, K) int64, or (B, Hk, K) for sets per head; ascending.
-            A move from outside the sequence is skipped.
-        counts: as many tensors: (B) or (B, Hk) int32.
-        align_end: move to the last slots, L - counts .. L - 1, instead.
-        backend: name of an explicit backend.
+        keys: per layer (B, Hk, L, D) of any dtype; L may differ between layers. A view serves a cache (B, L, Hk, D).
+        values: per layer, like its key, with a head_dim of its own.
+        keep: one tensor for all layers or one per layer: (B, K) int64, or (B, Hk, K) to select per head; ascending
+            positions. A position outside the sequence is skipped.
+        counts: one tensor for each of ``keep``: (B) or (B, Hk) int32.
+        align_end: move the kept tokens to the last slots, L - counts .. L - 1, instead.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value, caches share memory with each other
+            or with another argument, or a cache requires a gradient; the message names it. The caches are unchanged.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (list(keys), list(values), list(keep), list(counts))
     if args[0]:
@@ -54,21 +60,31 @@ def compact_paged_kv_(
     align_end: bool = False,
     backend: str | None = None,
 ) -> None:
-    """``compact_kv_`` of paged caches: blocks past ceil(counts / slots) are free afterwards.
+    """Compact the paged KV caches of all layers to the kept tokens, in place and in one call.
+
+    MustDrop (arXiv 2411.10803), stage 3, output-aware cache. Position p of sequence b is at slot p % page_size of block
+    block_table[b, p // page_size], with page_size = keys[0].shape[1]. Position i < counts takes the contents of
+    position keep[i]. Blocks past ceil(counts / page_size) are free afterwards.
 
     Args:
-        keys: per layer (blocks, slots, Hk, D) of any dtype and any strides. Slot p of sequence b is in block
-            ``block_table[b, p // slots]`` at ``p % slots``. The layouts of engines are views: NHD, HND, a token pool
-            (slots = 1).
-        values: per layer, like its key but for D.
-        block_table: (B, max_blocks) int32. Blocks that other sequences share must not be listed.
-        keep: as in ``compact_kv_``; positions in the sequence.
-        counts: as in ``compact_kv_``.
-        seq_lens: (B) int32, needed with ``align_end``.
-        align_end: move the tokens to the last slots of the sequence, seq_lens - counts .. seq_lens - 1. Where the
-            number of dropped tokens d is a multiple of ``slots``, the leading d / slots blocks are free afterwards, and
-            decoding goes on with the table shifted by as many and seq_lens - d.
-        backend: name of an explicit backend.
+        keys: per layer (blocks, page_size, Hk, D) of any dtype and any strides. The layouts of engines are views: NHD,
+            HND, a token pool (page_size 1).
+        values: per layer, like its key, with a head_dim of its own.
+        block_table: (B, max_blocks) int32. It must not list blocks that other sequences share. Blocks outside the
+            cache are skipped.
+        keep: one tensor for all layers or one per layer: (B, K) int64, or (B, Hk, K) to select per head; ascending
+            positions in the sequence. A position outside the cache is skipped.
+        counts: one tensor for each of ``keep``: (B) or (B, Hk) int32.
+        seq_lens: (B) int32, number of cached tokens of each sequence; required with ``align_end``.
+        align_end: move the kept tokens to the last positions, seq_lens - counts .. seq_lens - 1, instead. Where the
+            number d of dropped tokens is a multiple of page_size, the leading d / page_size blocks are free afterwards,
+            and decoding continues with a block table without them and with seq_lens - d.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value, caches share memory with each other
+            or with another argument, or a cache requires a gradient; the message names it. The caches are unchanged.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (list(keys), list(values), block_table, list(keep), list(counts))
     call("compact_paged_kv_", backend, block_table, *args, seq_lens=seq_lens, align_end=align_end)

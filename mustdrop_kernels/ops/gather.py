@@ -18,17 +18,23 @@ __all__ = ["gather_tokens"]
 def gather_tokens(
     x: Tensor, keep: Tensor, counts: Tensor, *, align_end: bool = False, backend: str | None = None
 ) -> Tensor:
-    """Take the kept tokens of hidden states, position ids, masks or token types.
+    """Gather the kept tokens of hidden states, position ids, masks or token types.
+
+    MustDrop (arXiv 2411.10803), stage 2: row i of the result is x[b, keep[b, i]].
 
     Args:
         x: (B, L, ...) of any dtype.
-        keep: (B, K) int64. An index outside the sequence gives zeros.
-        counts: (B) int32; min(counts, K) entries are used.
-        align_end: put the tokens last instead of first (left padding).
-        backend: name of an explicit backend.
+        keep: (B, K) int64, positions. A position outside 0 .. L - 1 gives zeros.
+        counts: (B) int32; the first min(counts, K) entries of ``keep`` are used.
+        align_end: put the tokens at the end of the result instead of its beginning (left padding).
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        (B, K, ...), zero where there is no token. Differentiable in ``x``.
+        (B, K, ...) of x's dtype, zero where there is no token. Differentiable in ``x``.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     return call("gather_tokens", backend, x, x, keep, counts, align_end=align_end)
 

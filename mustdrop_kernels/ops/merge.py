@@ -18,7 +18,7 @@ __all__ = ["SpatialMerge", "spatial_merge"]
 
 
 class SpatialMerge(NamedTuple):
-    """Result of ``spatial_merge``."""
+    """Result of ``spatial_merge``: N' <= N rows after the P rows of the prefix."""
 
     tokens: Tensor  # (B, P+N', C)
     counts: Tensor  # (B) int32, prefix included
@@ -39,29 +39,37 @@ def spatial_merge(
     merged_first: bool = False,
     backend: str | None = None,
 ) -> SpatialMerge:
-    """Merge windows of similar neighbours into their weighted mean (MustDrop, stage 1).
+    """Merge windows of similar neighboring tokens into their weighted mean.
 
-    A window of n tokens merges iff the mean of cos(x_i, x_j) over its ordered pairs i != j reaches ``threshold``. With
-    u = x / max(|x|, 1e-8) that mean is (|sum u|^2 - sum |u|^2) / (n (n-1)): linear in n, not quadratic.
+    MustDrop (arXiv 2411.10803), stage 1, local spatial merging. A window of n tokens merges iff the mean of
+    cos(x_i, x_j) over its ordered pairs i != j is at least ``threshold``. With u = x / max(|x|, 1e-8) this mean equals
+    (|sum u|^2 - sum |u|^2) / (n (n - 1)), which costs O(n) instead of O(n^2).
 
     Args:
-        x: (B, P+N, C) float. P prefix tokens (CLS, registers), then N = prod(grid) patches in row-major order.
-        grid: [H, W], or [T, H, W] for video.
-        window: as many entries. Windows tile the grid from its origin; those that the border cuts are smaller.
-        threshold: least similarity of a window that merges.
-        budget: merge exactly this many windows of each image, the most similar ones; ``threshold`` is not used. The
+        x: (B, P+N, C) float32, float16 or bfloat16: P prefix tokens (CLS, registers), then N = prod(grid) patches in
+            row-major order.
+        grid: [H, W], or [T, H, W] for video, in patches.
+        window: size of a window in patches, as many entries as ``grid``. Windows tile the grid from its origin; the
+            border cuts windows that do not fit. A window of one token never merges.
+        threshold: minimum similarity of a window that merges, a cosine; rounded to float32.
+        budget: number of windows that merge in each image, the most similar ones; ``threshold`` is not used. The
             windows must tile the grid. The result then has the static length P + N - budget * (n - 1).
-        uniform: every image of the batch merges as many windows as the image with the fewest similar ones. Windows that
-            the border cuts do not merge then.
+        uniform: merge as many windows in every image of the batch as in the image with the fewest similar ones.
+            Windows that the border cuts do not merge then. Excludes ``budget``.
         num_prefix_tokens: P.
-        sizes: (B, P+N) float32, how much each token stands for already; default ones.
-        merged_first: order the result as prefix, merged windows by falling similarity, the rest in raster order (as the
-            published code does). Default: a merged window stands where its first token stood.
-        backend: name of an explicit backend; default: the backend that serves torch.ops.mustdrop on this device.
+        sizes: (B, P+N) float32, number of original tokens that each token stands for; default: ones.
+        merged_first: order the result as prefix, merged windows by falling similarity, the rest in raster order, as the
+            published code does. Default: a merged window takes the place of its first token.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; assignment (B, P+N) int64, the row that
-        each input token went into; sizes (B, P+N) float32, zero past counts. Differentiable in ``x``.
+        tokens (B, P+N', C) in the dtype of ``x``, zero past counts; counts (B) int32, prefix included; assignment
+        (B, P+N) int64, the row of ``tokens`` that each input token went into; sizes (B, P+N') float32, zero past
+        counts. N' = N without ``budget``. Differentiable in ``x``, with the assignment held fixed.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     options = {
         "budget": budget,

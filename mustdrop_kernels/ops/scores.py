@@ -22,7 +22,7 @@ __all__ = [
 
 
 class Scores(NamedTuple):
-    """Attention of the query rows on each vision token; float32, zero at other tokens."""
+    """Attention of the text queries on each vision token; float32, zero at all other tokens."""
 
     total: Tensor  # sum over query rows of the head mean
     peak: Tensor  # maximum over query rows of the head mean
@@ -37,24 +37,29 @@ def text_vision_scores(
     lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Scores:
-    """Sum and maximum over query rows of the head mean attention on each vision token (MustDrop, stage 2).
+    """Compute sum and maximum over text queries of the head mean attention on each vision token.
 
-    P[h, t, j] = softmax over j <= t with type != 0 of scale * q[h, t] . k[h, j];
+    MustDrop (arXiv 2411.10803), stage 2, dual-attention filtering; for a dense batch.
+    P[h, t, j] = softmax over j <= t with type != PADDING of scale * q[h, t] . k[h, j];
     total[j] = sum over t of mean over h of P[h, t, j]; peak[j] = max over t of mean over h of P[h, t, j];
-    t runs over the rows whose type is QUERY.
+    t runs over the rows of type QUERY. A row without keys adds zero.
 
     Args:
-        q: (B, Hq, Lq, D) float, after RoPE. Row i stands at position Lk - Lq + i, so a part of the rows can be scored
-            by itself: totals add, peaks take the maximum.
-        k: (B, Hk, Lk, D), after RoPE; Hq a multiple of Hk, Lq <= Lk.
-        token_types: (B, Lk) uint8, see ``TokenType``.
+        q: (B, Hq, Lq, D) float32, float16 or bfloat16, after RoPE. Row i has position Lk - Lq + i, so that a prompt can
+            be scored in parts: totals add up, peaks take the maximum.
+        k: (B, Hk, Lk, D) of q's dtype, after RoPE. Hq is a multiple of Hk, Lq <= Lk.
+        token_types: (B, Lk) uint8, values of ``TokenType``.
         scale: factor of the scores, usually 1 / sqrt(D).
-        lse: (B, Hq, Lq) float32, natural logarithm of the sum of exponentials of the scaled scores under this mask, any
-            strides, where the attention kernel has made it already.
-        backend: name of an explicit backend.
+        lse: (B, Hq, Lq) float32 with any strides, natural log-sum-exp of the scaled scores under this mask, if the
+            attention kernel returns it. It saves one of two passes over the keys.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        total and peak, (B, Lk) float32, zero where the type is not VISION.
+        total and peak, (B, Lk) float32, zero where the type is not VISION. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     return Scores(*call("text_vision_scores", backend, q, q, k, token_types, scale, lse=lse))
 
@@ -72,22 +77,29 @@ def text_vision_scores_varlen(
     lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Scores:
-    """``text_vision_scores`` of a packed batch.
+    """Compute ``text_vision_scores`` of a packed batch of B sequences.
+
+    MustDrop (arXiv 2411.10803), stage 2. Row i of a sequence has position length_k - length_q + i in it. Cumulative
+    lengths are clamped to the tensors.
 
     Args:
-        q: (total_q, Hq, D) float.
-        k: (total_k, Hk, D).
-        token_types: (total_k) uint8.
-        cu_seqlens_q: (B+1) int32, where each sequence's rows begin in q; the last entry is where the last one ends.
-        cu_seqlens_k: (B+1) int32, the same for k. Row i of a sequence stands at its position length_k - length_q + i.
+        q: (total_q, Hq, D) float32, float16 or bfloat16, after RoPE.
+        k: (total_k, Hk, D) of q's dtype, after RoPE. Hq is a multiple of Hk.
+        token_types: (total_k) uint8, values of ``TokenType``.
+        cu_seqlens_q: (B+1) int32, cumulative lengths: sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1] of q.
+        cu_seqlens_k: (B+1) int32, the same for k.
         max_seqlen_q: upper bound of the lengths in q.
         max_seqlen_k: upper bound of the lengths in k.
-        scale: factor of the scores.
-        lse: (Hq, total_q) float32, natural logarithm.
-        backend: name of an explicit backend.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        lse: (Hq, total_q) float32 with any strides, natural log-sum-exp of the scaled scores.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        total and peak, (total_k) float32.
+        total and peak, (total_k) float32, zero where the type is not VISION. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (q, k, token_types, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale)
     return Scores(*call("text_vision_scores_varlen", backend, q, *args, lse=lse))
@@ -106,23 +118,30 @@ def text_vision_scores_paged(
     lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Scores:
-    """``text_vision_scores`` with the keys in a paged cache.
+    """Compute ``text_vision_scores`` of a packed batch of B sequences whose keys are in a paged KV cache.
+
+    MustDrop (arXiv 2411.10803), stage 2. Position p of sequence b is at slot p % page_size of block
+    block_table[b, p // page_size], with page_size = k_cache.shape[1]. Row i of sequence b has position
+    seq_lens[b] - length_q[b] + i. Keys in blocks outside the cache are masked.
 
     Args:
-        q: (total_q, Hq, D) float.
-        k_cache: (blocks, slots, Hk, D), any strides. Position p of sequence b is in block
-            ``block_table[b, p // slots]`` at slot ``p % slots``.
+        q: (total_q, Hq, D) float32, float16 or bfloat16, after RoPE.
+        k_cache: (blocks, page_size, Hk, D) of q's dtype, after RoPE; any strides. Hq is a multiple of Hk.
         block_table: (B, max_blocks) int32.
-        seq_lens: (B) int32, lengths of the sequences in the cache.
-        token_types: (B, max_len) uint8.
-        cu_seqlens_q: (B+1) int32. Row i of sequence b stands at position seq_lens[b] - length_q[b] + i.
+        seq_lens: (B) int32, number of cached tokens of each sequence, those of q included.
+        token_types: (B, max_len) uint8, values of ``TokenType``.
+        cu_seqlens_q: (B+1) int32, cumulative lengths: sequence b has rows cu_seqlens_q[b] to cu_seqlens_q[b+1] of q.
         max_seqlen_q: upper bound of the lengths in q.
-        scale: factor of the scores.
-        lse: (Hq, total_q) float32, natural logarithm.
-        backend: name of an explicit backend.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        lse: (Hq, total_q) float32 with any strides, natural log-sum-exp of the scaled scores.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        total and peak, (B, max_len) float32.
+        total and peak, (B, max_len) float32, zero where the type is not VISION. Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, scale)
     return Scores(*call("text_vision_scores_paged", backend, q, *args, lse=lse))
@@ -138,22 +157,28 @@ def text_vision_attention(
     lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The head mean map itself, whose sum and maximum over rows are ``text_vision_scores``.
+    """Compute the head mean attention map of the text queries, of which ``text_vision_scores`` are sum and maximum.
 
-    For pictures, and for tensor parallelism, where each rank holds some heads: average the maps over the ranks, then
-    sum and take the maximum.
+    MustDrop (arXiv 2411.10803), stage 2: result[b, r, j] = mean over h of P[h, t, j] for the r-th query row t. For
+    heat maps, and for tensor parallelism, where each rank holds some of the heads: average the maps over the ranks,
+    then take sum and maximum over the rows.
 
     Args:
-        q: (B, Hq, Lq, D) float, the last Lq positions of each sequence.
-        k: (B, Hk, Lk, D), of q's dtype.
-        token_types: (B, Lk) uint8.
-        scale: factor of the scores.
-        max_query: number of rows of the result; query rows past it are left out.
-        lse: (B, Hq, Lq) float32, natural logarithm.
-        backend: name of an explicit backend.
+        q: (B, Hq, Lq, D) float32, float16 or bfloat16, after RoPE: the last Lq positions of each sequence.
+        k: (B, Hk, Lk, D) of q's dtype, after RoPE. Hq is a multiple of Hk, Lq <= Lk.
+        token_types: (B, Lk) uint8, values of ``TokenType``.
+        scale: factor of the scores, usually 1 / sqrt(D).
+        max_query: number of rows of the result; further query rows are left out.
+        lse: (B, Hq, Lq) float32 with any strides, natural log-sum-exp of the scaled scores.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        (B, max_query, Lk) float32: query rows in order, rows that are not there zero, columns that are not VISION zero.
+        (B, max_query, Lk) float32: query rows in order, then zero rows; columns of other types than VISION are zero.
+        Not differentiable.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     return call("text_vision_attention", backend, q, q, k, token_types, scale, max_query, lse=lse)
 

@@ -16,7 +16,7 @@ __all__ = ["Selection", "select_dual", "select_topk"]
 
 
 class Selection(NamedTuple):
-    """The tokens that stay."""
+    """Positions of the tokens that stay."""
 
     keep: Tensor  # (B, L or capacity) int64, ascending, -1 past counts
     counts: Tensor  # (B) int32
@@ -34,24 +34,30 @@ def select_dual(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> Selection:
-    """Drop vision token j iff total[j] < global_threshold * sum(total) and peak[j] < individual_threshold.
+    """Select the tokens that stay by two thresholds.
 
-    Text stays, padding goes, protected vision tokens stay.
+    MustDrop (arXiv 2411.10803), stage 2, dual-attention filtering: vision token j is dropped iff
+    total[j] < global_threshold * sum(total) and peak[j] < individual_threshold and j is not protected. Text tokens
+    stay, padding is dropped. A NaN in ``total`` keeps all vision tokens of its sequence.
 
     Args:
-        total: (B, L) float, see ``text_vision_scores``.
-        peak: (B, L), of total's dtype.
-        token_types: (B, L) uint8.
-        global_threshold: share of the whole attention on vision, rounded to float32.
-        individual_threshold: attention of one row, rounded to float32.
-        protected: (B, L) bool, vision tokens that are never dropped.
-        capacity: length of ``keep``; default L. Where counts exceed it, the first ``capacity`` are in ``keep``.
-        drop_multiple: keep the best (by total) of the tokens that would go until the number that goes is a multiple of
-            this: for paged caches, whole blocks.
-        backend: name of an explicit backend.
+        total: (B, L) float32, float16 or bfloat16, as ``text_vision_scores`` returns it.
+        peak: (B, L) of total's dtype.
+        token_types: (B, L) uint8, values of ``TokenType``.
+        global_threshold: share of the attention on all vision tokens; rounded to float32.
+        individual_threshold: attention of a single text query; rounded to float32.
+        protected: (B, L) bool, vision tokens that are never dropped; default: none.
+        capacity: number of columns of ``keep``; default: L. Where counts exceed it, ``keep`` is cut to it.
+        drop_multiple: round the number of dropped tokens down to a multiple of this number, such as the page size of
+            a cache: of the tokens to drop those with the highest ``total`` stay.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        keep (B, L or capacity) int64, ascending, -1 past counts; counts (B) int32.
+        keep (B, L or capacity) int64, ascending positions, -1 past counts; counts (B) int32.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (total, peak, token_types, global_threshold, individual_threshold)
     options = {"protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
@@ -69,22 +75,29 @@ def select_topk(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> Selection:
-    """Keep k vision tokens: the protected first, then those with the highest scores.
+    """Select k vision tokens: the protected ones first, then those with the highest scores.
 
-    All protected vision tokens stay, also where they exceed k. Text stays, padding goes.
+    The alternative of a fixed budget to the thresholds of MustDrop (arXiv 2411.10803), stage 2; with
+    ``cls_attention`` as the scores, stage 1: the key token set. All protected vision tokens stay, even where they
+    exceed k. Text tokens stay, padding is dropped. Ties go to the lower index; NaN ranks lowest.
 
     Args:
-        scores: (B, L) float.
-        token_types: (B, L) uint8.
-        k: vision tokens to keep per sequence.
-        budgets: (B) int32, replaces k per sequence without a synchronisation.
-        protected: (B, L) bool.
-        capacity: length of ``keep``; default L.
-        drop_multiple: keep the best of the tokens that would go until the number that goes is a multiple of this.
-        backend: name of an explicit backend.
+        scores: (B, L) float32, float16 or bfloat16.
+        token_types: (B, L) uint8, values of ``TokenType``.
+        k: number of vision tokens of each sequence that stay.
+        budgets: (B) int32, replaces ``k`` for each sequence, without a synchronization with the device.
+        protected: (B, L) bool, vision tokens that are never dropped; default: none.
+        capacity: number of columns of ``keep``; default: L. Where counts exceed it, ``keep`` is cut to it.
+        drop_multiple: round the number of dropped tokens down to a multiple of this number, such as the page size of
+            a cache: of the tokens to drop those with the highest ``scores`` stay.
+        backend: name of an explicit backend; default: that of ``use_backend``, else the one that serves the operator.
 
     Returns:
-        keep (B, L or capacity) int64, ascending, -1 past counts; counts (B) int32.
+        keep (B, L or capacity) int64, ascending positions, -1 past counts; counts (B) int32.
+
+    Raises:
+        RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
+        BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     options = {"budgets": budgets, "protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
     return Selection(*call("select_topk", backend, scores, scores, token_types, k, **options))

@@ -13,8 +13,8 @@ Plan once per batch, run per layer, compact the caches after prefill::
     plan.compact_caches(keys, values, block_table)
 
 ``DropPlan`` is the protocol. ``PackedDropPlan`` implements it for packed batches with paged caches (vLLM),
-``PaddedDropPlan`` for padded batches with dense caches (transformers). No engine is imported here, and a plan ends with
-its batch: the engine stores how many tokens each request has lost.
+``PaddedDropPlan`` for padded batches with dense caches (transformers). No engine is imported here. A plan ends with
+its batch; the engine stores how many tokens each request has lost.
 """
 
 from __future__ import annotations

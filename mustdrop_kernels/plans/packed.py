@@ -17,9 +17,9 @@ from .plan import DropPlan
 
 
 class PackedDropPlan(DropPlan[Tensor]):
-    """R requests in one packed batch; M of them, the members, are prompts with images that lose vision tokens.
+    """Drop plan of R requests in one packed batch, M of which, the members, are prompts with images.
 
-    Rows of the other requests, decoding ones included, pass through unchanged. Live rows are the remaining ones.
+    Rows of the other requests, decoding ones included, pass through unchanged. Live rows are those not dropped yet.
     ``tokens`` holds the members' tokens as (M, L); its index is the row of the batch.
     """
 
@@ -60,7 +60,7 @@ class PackedDropPlan(DropPlan[Tensor]):
     # Before the layers.
 
     def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (remaining) int64
-        """Drops the placeholders that stage 1 has emptied; synchronizes with the device.
+        """Drops the placeholders that hold no token after stage 1; synchronizes with the device.
 
         Returns:
             The remaining rows, as indices into the live rows.
@@ -121,10 +121,10 @@ class PackedDropPlan(DropPlan[Tensor]):
         values: Sequence[Tensor],  # per layer (blocks, page_size, Hk, D), any strides
         block_table: Tensor,  # (R, max_blocks) int32
     ) -> None:
-        """Stage 3: moves the remaining keys and values of each member to one place in all layers.
+        """Stage 3: moves the remaining keys and values of each member to the same slots in all layers.
 
-        A layer that ran before the last drop holds its rows from the first slot of the prompt on. All layers hold them
-        from the first slot of block ``dropped // page_size`` on afterwards, as those that ran after the last drop do;
+        A layer that ran before the last drop holds its rows from the first slot of the prompt on. Afterwards all layers
+        hold them from the first slot of block ``dropped // page_size`` on, as those that ran after the last drop do;
         the blocks before it are empty.
         """
         layers = range(self._layers_before_last_drop)

@@ -34,11 +34,11 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
 
     @property
     def nothing_dropped(self) -> bool:
-        """Whether the prompts are still whole, so that the model's own inputs are right."""
+        """Whether no token has been dropped yet, so that the model's own inputs are valid."""
         return self.tokens is self.prompt_tokens
 
     def drop_empty(self, empty: Tensor, lengths: tuple[int, ...]) -> Pruned | None:
-        """Drops the placeholders that stage 1 has emptied.
+        """Drops the placeholders that hold no token after stage 1.
 
         Args:
             empty: (B, L) bool.
@@ -87,9 +87,9 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         *,
         to_front: bool = False,
     ) -> list[tuple[Tensor, Tensor]]:  # per layer to compact (B, Hk, remaining, D), views of the same memory
-        """Stage 3: cuts the caches of ``layers_to_compact`` in place to the remaining tokens, and ``cached_tokens``.
+        """Stage 3: cuts the caches of ``layers_to_compact`` to the remaining tokens in place, and ``cached_tokens``.
 
-        The views are the ends of the caches. With `to_front` they are their beginnings, unless rows are padded.
+        The views are the ends of the caches or, with `to_front` and without padding, their beginnings.
         """
         layers = self.layers_to_compact
         if not layers:

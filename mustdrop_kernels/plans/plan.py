@@ -16,11 +16,11 @@ from ..parallel import scores_over_ranks
 from ..stages import Pruned, Tokens
 
 Chosen = TypeVar("Chosen")
-"""The remaining rows in the form of a layout: returned by ``prune``, taken by ``take``."""
+"""The remaining rows in the form of a layout: the result of ``prune``, an argument of ``take``."""
 
 
 class DropPlan(abc.ABC, Generic[Chosen]):
-    """B prompts with images on their way through the layers; each layout of the batch is a subclass.
+    """Stages 2 and 3 of MustDrop for B prompts with images; each layout of the batch is a subclass.
 
     With budgets nothing synchronizes with the device or copies to it once the plan is made. With thresholds ``prune``
     synchronizes once, to read the lengths. All work goes to the current stream.
