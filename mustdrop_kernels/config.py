@@ -10,7 +10,7 @@ from typing import Any
 
 POSITIONS = ("original", "published")
 MERGE_AT = ("tower", "features")
-VOTES = ("after_image", "last")
+TEXT_QUERIES = ("after_image", "last")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class MustDropConfig:
     budgets: tuple[int, ...] | None = None
     """Keep this many vision tokens of a sequence after each pruning layer, all its images together, instead of using
     the thresholds. Key tokens are kept even beyond the budget."""
-    votes: str = "after_image"
+    text_queries: str = "after_image"
     """The text queries, whose attention scores the vision tokens: "after_image", all text after the last image of the
     sequence, or "last", its last token."""
 
@@ -104,7 +104,7 @@ class MustDropConfig:
             self._require(len(self.budgets) == layers, "budgets", f"one number per pruning layer ({layers})")
             falling = all(a >= b for a, b in itertools.pairwise(self.budgets))
             self._require(falling, "budgets", "falling: dropped tokens do not come back")
-        self._require(self.votes in VOTES, "votes", f"one of {VOTES}")
+        self._require(self.text_queries in TEXT_QUERIES, "text_queries", f"one of {TEXT_QUERIES}")
 
         if self.evict_from is not None:
             self._integer("evict_from", minimum=0)

@@ -150,7 +150,7 @@ def select_key_tokens(
 def token_types(
     vision: Tensor,  # (B, L) bool
     attention_mask: Tensor | None,  # (B, L), nonzero where there is a token; None: everywhere
-    text_queries: str,  # as ``MustDropConfig.votes``
+    text_queries: str,  # as ``MustDropConfig.text_queries``
 ) -> Tensor:  # (B, L) uint8
     """Token type of each position of a prompt. Sequences without an image have no text queries."""
     place = torch.arange(vision.shape[1], device=vision.device)

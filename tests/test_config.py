@@ -106,7 +106,7 @@ def test_is_frozen_hashable_and_normalised():
         ("budgets", (5, 4, 3), r"one number per pruning layer \(4\)"),
         ("budgets", (5, 4, 3, 4), "falling"),
         ("budgets", (5, 4, 3, -1), "integers of at least 0"),
-        ("votes", "first", "one of"),
+        ("text_queries", "first", "one of"),
         ("evict_from", -2, "an integer of at least 0"),
         ("positions", "new", "one of"),
         ("backend", 3, "a backend's name or None"),

@@ -47,7 +47,7 @@ def packed_plan(config):
 
 def padded_plan(config):
     real, vision, key = (pad(x) for x in (torch.ones_like(VISION), VISION, KEY))
-    types = stages.token_types(vision, real, config.votes)
+    types = stages.token_types(vision, real, config.text_queries)
     index = pad(torch.arange(len(VISION))).masked_fill(~real, -1)  # named as in the packed batch
     count = lambda x: tuple(x.sum(1).tolist())  # noqa: E731
     tokens = Tokens(

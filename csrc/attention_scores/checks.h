@@ -64,7 +64,7 @@ inline void check_text_vision_scores_varlen(const Tensor& q,             // [tot
 }
 
 inline void check_text_vision_scores_paged(const Tensor& q,             // [total_q, Hq, D]
-                                           const Tensor& k_cache,       // [blocks, slots, Hk, D]
+                                           const Tensor& k_cache,       // [blocks, page_size, Hk, D]
                                            const Tensor& block_table,   // [B, max_blocks]
                                            const Tensor& seq_lens,      // [B]
                                            const Tensor& token_types,   // [B, max_len]
@@ -73,7 +73,7 @@ inline void check_text_vision_scores_paged(const Tensor& q,             // [tota
                                            const OptionalTensor& lse) {  // [Hq, total_q]
   constexpr const char* op = "text_vision_scores_paged";
   check_packed_query(op, q, cu_seqlens_q, lse);
-  check_tensor(op, "k_cache", k_cache, {"blocks", "slots", "Hk", q.size(2)}, q.scalar_type(), q, true);
+  check_tensor(op, "k_cache", k_cache, {"blocks", "page_size", "Hk", q.size(2)}, q.scalar_type(), q, true);
   check_at_least(op, "k_cache", k_cache.size(1), 1);
   check_heads(op, "k_cache", q.size(1), k_cache.size(2));
   const int64_t batch = cu_seqlens_q.size(0) - 1;

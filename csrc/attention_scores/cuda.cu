@@ -171,7 +171,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,           
 }
 
 std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,             // [total_q, Hq, D]
-                                                    const Tensor& k_cache,       // [blocks, slots, Hk, D]
+                                                    const Tensor& k_cache,       // [blocks, page_size, Hk, D]
                                                     const Tensor& block_table,   // [B, max_blocks]
                                                     const Tensor& seq_lens,      // [B]
                                                     const Tensor& token_types,   // [B, max_len]

@@ -16,7 +16,7 @@ struct alignas(8) RowPart {
 // Strides in elements.
 struct ScoreParameters {
   const void* q;               // [B, Hq, Lq, D], packed [total_q, Hq, D]
-  const void* k;               // [B, Hk, Lk, D], packed [total_k, Hk, D], paged [blocks, slots, Hk, D]
+  const void* k;               // [B, Hk, Lk, D], packed [total_k, Hk, D], paged [blocks, page_size, Hk, D]
   const float* lse;            // [B, Hq, Lq], packed [Hq, total_q]; null: computed from the keys
   const uint8_t* token_types;  // [B, Lk], packed [total_k]
   const int32_t* cu_q;         // [B+1]; null: dense

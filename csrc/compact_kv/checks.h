@@ -16,7 +16,7 @@ struct CacheLayout {
 };
 
 constexpr CacheLayout kDenseCache{{"B", "Hk", "L", "D"}, 1, 1, false};
-constexpr CacheLayout kPagedCache{{"blocks", "slots", "Hk", "D"}, 2, 2, true};
+constexpr CacheLayout kPagedCache{{"blocks", "page_size", "Hk", "D"}, 2, 2, true};
 
 inline void check_cache(const char* op, const Argument& argument, const Tensor& t, Shape shape,
                         const CacheLayout& layout, const Tensor& like) {
@@ -86,8 +86,8 @@ inline void check_compact_kv(const Tensors& keys,      // [B, Hk, L, D] each
   check_disjoint(op, keys, values, keep, counts);
 }
 
-inline void check_compact_paged_kv(const Tensors& keys,             // [blocks, slots, Hk, D] each
-                                   const Tensors& values,           // [blocks, slots, Hk, D] each
+inline void check_compact_paged_kv(const Tensors& keys,             // [blocks, page_size, Hk, D] each
+                                   const Tensors& values,           // [blocks, page_size, Hk, D] each
                                    const Tensor& block_table,       // [B, max_blocks]
                                    const Tensors& keep,             // [B, K] or [B, Hk, K]; one, or one per layer
                                    const Tensors& counts,           // [B] or [B, Hk]

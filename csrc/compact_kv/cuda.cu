@@ -172,8 +172,8 @@ void compact_kv_(const Tensors keys,    // [B, Hk, L, D] each
   run(device, describe(keys, values, keep, counts, 1, keys[0].size(0), align_end), keys[0]);
 }
 
-void compact_paged_kv_(const Tensors keys,              // [blocks, slots, Hk, D] each
-                       const Tensors values,            // [blocks, slots, Hk, D] each
+void compact_paged_kv_(const Tensors keys,              // [blocks, page_size, Hk, D] each
+                       const Tensors values,            // [blocks, page_size, Hk, D] each
                        const Tensor& block_table,       // [B, max_blocks]
                        const Tensors keep,              // [B, K] or [B, Hk, K]; one, or one per layer
                        const Tensors counts,            // [B] or [B, Hk]

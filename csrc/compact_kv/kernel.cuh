@@ -23,7 +23,7 @@ constexpr int kCompactChunk = 1024;  // moves whose offsets are computed togethe
 constexpr int kCompactUnroll = 4;    // pieces in flight per thread, twice
 
 struct CompactCache {
-  char* base;            // [B, Hk, L, row bytes], or [blocks, slots, Hk, row bytes]
+  char* base;            // [B, Hk, L, row bytes], or [blocks, page_size, Hk, row bytes]
   int64_t outer_stride;  // of a sequence, or of a block; all strides in bytes
   int64_t head_stride;
   int64_t slot_stride;

@@ -198,7 +198,7 @@ def _cls_work(shape: Shape, size: int) -> Work:
 
 
 def token_types(shape: Shape, device: torch.device) -> Tensor:
-    """(B, L) uint8: text, vision, text that votes."""
+    """(B, L) uint8: text, vision, text queries."""
     types = torch.tensor([1] * shape.text_before + [2] * shape.vision + [3] * shape.queries, dtype=torch.uint8)
     return types.to(device).expand(shape.batch, -1).contiguous()
 

@@ -9,7 +9,7 @@ from math import prod
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """One prompt of one model: text, then vision tokens, then the text that votes."""
+    """One prompt of one model: text, then vision tokens, then the text queries."""
 
     name: str
     batch: int = 1

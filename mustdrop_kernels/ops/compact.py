@@ -101,7 +101,7 @@ def _check_dense(a: Call) -> None:
 
 def _check_paged(a: Call) -> None:
     check = Checker(a, a.block_table)
-    _check_caches(check, a, ("blocks", "slots", "Hk", "D"), 2, any_strides=True)
+    _check_caches(check, a, ("blocks", "page_size", "Hk", "D"), 2, any_strides=True)
     check.tensor("block_table", a.block_table, ("B", "max_blocks"), (torch.int32,))
     batch = a.block_table.shape[0]
     check(a.seq_lens is not None or not a.align_end, "seq_lens", "must be given with align_end")

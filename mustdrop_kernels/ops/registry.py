@@ -192,6 +192,7 @@ def _refusing(op: str, device_type: str, name: str) -> Implementation:
 
     def refuse(*args: object, **kwargs: object) -> object:
         reason = _registered[name].why_not(op, device_type) if name in _registered else _unknown(name)
+        reason = reason or "it was registered after mustdrop_kernels was imported"
         raise BackendError(f"MUSTDROP_BACKEND={name} does not serve {op} on {device_type}: {reason}")
 
     return refuse

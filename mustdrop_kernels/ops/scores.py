@@ -230,7 +230,7 @@ def _check_varlen(a: Call) -> None:
 def _check_paged(a: Call) -> None:
     check = _check_packed_query(a)
     q, k_cache = a.q, a.k_cache
-    check.tensor("k_cache", k_cache, ("blocks", "slots", "Hk", q.shape[2]), (q.dtype,), any_strides=True)
+    check.tensor("k_cache", k_cache, ("blocks", "page_size", "Hk", q.shape[2]), (q.dtype,), any_strides=True)
     check.at_least("k_cache", k_cache.shape[1], 1)
     _check_heads(check, "k_cache", q.shape[1], k_cache.shape[2])
     batch = a.cu_seqlens_q.shape[0] - 1

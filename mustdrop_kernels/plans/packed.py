@@ -167,7 +167,7 @@ def _read_tokens(
 ) -> tuple[Tokens, list[int]]:
     """The members' tokens and numbers of text queries. Synchronizes with the device once, to read the counts."""
     vision = placeholders[place] & real
-    types = stages.token_types(vision, real, config.votes)
+    types = stages.token_types(vision, real, config.text_queries)
     text_query = types == TokenType.QUERY
     # All vision tokens stay where no text follows the images, since there are no text queries to score them.
     protected = vision & ~text_query.any(1, keepdim=True)

@@ -96,7 +96,7 @@ class MaskedReference:
             if placeholder[row].any():
                 begin = int(placeholder[row].nonzero().max()) + 1
                 self.text_queries[row, begin:] = mask[row, begin:]
-                if self.config.votes == "last":
+                if self.config.text_queries == "last":
                     self.text_queries[row, :-1] = False
         self.vision = placeholder & self.present
 

@@ -21,7 +21,7 @@ from mustdrop_kernels.integrations.transformers import drop_tokens
 CONFIGS = {
     "thresholds": dict(pruning_layers=(1, 3, 5), global_threshold=0.01, individual_threshold=0.02),
     "budgets": dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20), key_rate=0.15),
-    "last token as query": dict(pruning_layers=(2,), budgets=(25,), votes="last", merge=False),
+    "last token as query": dict(pruning_layers=(2,), budgets=(25,), text_queries="last", merge=False),
 }
 TOWER_CAN_BE_SHARDED = int(transformers.__version__.split(".")[0]) >= 5
 SHARDED_TOWER = {  # no model's own plan does that

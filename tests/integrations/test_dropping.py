@@ -24,7 +24,7 @@ CONFIGS = {
     "windows cut by the border": {**THRESHOLDS, "window": (5, 5)},
     "no key tokens": {**BUDGETS, "key_rate": 0.0},
     "more key tokens than budget": {**BUDGETS, "key_rate": 0.4},
-    "last token as query": {**BUDGETS, "votes": "last"},
+    "last token as query": {**BUDGETS, "text_queries": "last"},
     "no eviction": {**THRESHOLDS, "evict": False},
     "eviction everywhere": {**THRESHOLDS, "evict_from": 0},
     "every layer": dict(pruning_layers=tuple(range(8)), budgets=(90, 80, 70, 60, 50, 40, 30, 20)),

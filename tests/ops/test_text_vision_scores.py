@@ -168,7 +168,7 @@ ODD_TYPES = {
     "padding both sides": [PADDING, PADDING, VISION, VISION, QUERY, QUERY, PADDING],
     "query first": [QUERY, VISION, VISION, QUERY],
     "unknown types are text": [4, VISION, 255, VISION, QUERY, 128, 77],
-    "last token votes": [TEXT, VISION, VISION, VISION, TEXT, TEXT, QUERY],
+    "last token as query": [TEXT, VISION, VISION, VISION, TEXT, TEXT, QUERY],
 }
 
 

@@ -76,8 +76,8 @@ def compact_kv_(
 
 
 def compact_paged_kv_(
-    keys: Sequence[Tensor],  # [blocks, slots, Hk, D] each
-    values: Sequence[Tensor],  # [blocks, slots, Hk, D] each
+    keys: Sequence[Tensor],  # [blocks, page_size, Hk, D] each
+    values: Sequence[Tensor],  # [blocks, page_size, Hk, D] each
     block_table: Tensor,  # [B, max_blocks]
     keep: Sequence[Tensor],  # [B, K] or [B, Hk, K]; one, or one per layer
     counts: Sequence[Tensor],  # [B] or [B, Hk]

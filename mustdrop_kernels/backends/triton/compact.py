@@ -97,7 +97,7 @@ def _move(
 
 @triton.jit(do_not_specialize=["layers", "heads", "capacity", "extent", "blocks", "counts_batch", "counts_head"])
 def _compact_kernel(
-    caches,  # layers * ([B, Hk, L, D], or [blocks, slots, Hk, D]); some more of them fill the tuple up
+    caches,  # layers * ([B, Hk, L, D], or [blocks, page_size, Hk, D]); some more of them fill the tuple up
     keeps,  # layers * [B, K] or [B, Hk, K] int64; one, where all layers share it
     counts,  # layers * [B] or [B, Hk] int32; likewise
     table,  # [B, max_blocks] int32, or None
@@ -182,8 +182,8 @@ def compact_kv_(
 
 
 def compact_paged_kv_(
-    keys: Sequence[Tensor],  # [blocks, slots, Hk, D] each
-    values: Sequence[Tensor],  # [blocks, slots, Hk, D] each
+    keys: Sequence[Tensor],  # [blocks, page_size, Hk, D] each
+    values: Sequence[Tensor],  # [blocks, page_size, Hk, D] each
     block_table: Tensor,  # [B, max_blocks]
     keep: Sequence[Tensor],  # [B, K] or [B, Hk, K]; one, or one per layer
     counts: Sequence[Tensor],  # [B] or [B, Hk]

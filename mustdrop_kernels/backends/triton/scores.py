@@ -257,7 +257,7 @@ def text_vision_scores_varlen(
 
 def text_vision_scores_paged(
     q: Tensor,  # [total_q, Hq, D]
-    k_cache: Tensor,  # [blocks, slots, Hk, D]
+    k_cache: Tensor,  # [blocks, page_size, Hk, D]
     block_table: Tensor,  # [B, max_blocks]
     seq_lens: Tensor,  # [B]
     token_types: Tensor,  # [B, max_len]

@@ -80,9 +80,9 @@ def rows_kernel(
         i = start + tl.arange(0, BLOCK)
         inside = (i < q_length) & (shift + i >= 0)
         kind = _kinds(types + b * types_batch + k_begin, table, shift + i, inside, blocks, SLOTS)
-        votes = is_query(kind).to(tl.int32)
-        tl.store(info + _HEADER + number + tl.cumsum(votes) - votes, i, mask=votes == 1)
-        number += tl.sum(votes)
+        queries = is_query(kind).to(tl.int32)
+        tl.store(info + _HEADER + number + tl.cumsum(queries) - queries, i, mask=queries == 1)
+        number += tl.sum(queries)
     tl.store(info, q_begin)
     tl.store(info + 1, k_begin)
     tl.store(info + 2, shift)
@@ -93,7 +93,7 @@ def rows_kernel(
 @triton.jit(do_not_specialize=["q_longest", "blocks", "table_batch"])
 def lse_kernel(
     q,  # [B, Hq, Lq, D] or [total_q, Hq, D]
-    k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, slots, Hk, D]
+    k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, page_size, Hk, D]
     types,
     table,
     info,
@@ -217,7 +217,7 @@ def _head_sum(
 @triton.jit(do_not_specialize=["q_longest", "k_longest", "blocks", "table_batch", "lse_row"])
 def scores_kernel(
     q,  # [B, Hq, Lq, D] or [total_q, Hq, D]
-    k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, slots, Hk, D]
+    k,  # [B, Hk, Lk, D] or [total_k, Hk, D] or [blocks, page_size, Hk, D]
     types,
     lse,  # [B, Hq, Lq] or [Hq, total_q] float32, or None: norms
     table,

@@ -14,10 +14,14 @@ from .schedules import Unreachable, scaled, shaped
 _SPARSEVLM = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 
 
-def _dropping(sizes: Sizes, layers: tuple[int, ...], average: float, shape: Sequence[float], votes: str) -> Method:
+def _dropping(
+    sizes: Sizes, layers: tuple[int, ...], average: float, shape: Sequence[float], text_queries: str
+) -> Method:
     budgets = shaped(sizes.patches, layers, sizes.depth, average, shape[: len(layers)])
     return Method(
-        MustDropConfig(merge=False, key_rate=0.0, pruning_layers=layers, budgets=budgets, votes=votes, evict=False)
+        MustDropConfig(
+            merge=False, key_rate=0.0, pruning_layers=layers, budgets=budgets, text_queries=text_queries, evict=False
+        )
     )
 
 

@@ -52,7 +52,7 @@ def read_prompt(
     placeholders = torch.stack(list(places.values())).any(0)
     alive = _spread("alive", present, places)
     protected = _spread("is_key_token", present, places)
-    types = stages.token_types(placeholders, mask, config.votes)
+    types = stages.token_types(placeholders, mask, config.text_queries)
 
     flags = (types != TokenType.PADDING, placeholders, alive, protected, types == TokenType.QUERY)
     counts = torch.stack([flag.sum(1) for flag in flags])

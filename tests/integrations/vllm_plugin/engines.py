@@ -41,7 +41,12 @@ PLANS = {
     "key tokens": {**BUDGETS, "key_rate": 0.2},
     "all stages": {"merge_budget": 7, "merge_layer": 1, "pruning_layers": [1, 4], "global_threshold": 0.01},
     "all by thresholds": {"preset": "64", "pruning_layers": [1, 3, 5]},
-    "last layer, last token as query": {**BUDGETS, "pruning_layers": [2, 7], "budgets": [50, 0], "votes": "last"},
+    "last layer, last token as query": {
+        **BUDGETS,
+        "pruning_layers": [2, 7],
+        "budgets": [50, 0],
+        "text_queries": "last",
+    },
 }
 
 
