@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of the composite operators on the CPU: the C++ override beside the composite of its parts, in interleaved rounds.
+"""Time of the composite operators on a CPU: the C++ override beside the composite of its parts, in rounds of both.
 
 python bench/composites.py
 """
