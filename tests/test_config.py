@@ -72,7 +72,7 @@ def test_from_dict_takes_part_and_refuses_typos():
         MustDropConfig.from_dict({"key_ratio": 0.1})
 
 
-def test_is_frozen_hashable_and_normalised():
+def test_is_frozen_hashable_and_normalized():
     config = MustDropConfig(pruning_layers=[1, 2], budgets=[5, 5], window=[2, 3])
     assert (config.pruning_layers, config.budgets, config.window) == ((1, 2), (5, 5), (2, 3))
     assert hash(config) == hash(MustDropConfig(pruning_layers=(1, 2), budgets=(5, 5), window=(2, 3)))

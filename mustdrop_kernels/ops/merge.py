@@ -39,7 +39,7 @@ def spatial_merge(
     merged_first: bool = False,
     backend: str | None = None,
 ) -> SpatialMerge:
-    """Merge windows of similar neighbours into their weighted mean (MustDrop, stage 1).
+    """Merge windows of similar neighbors into their weighted mean (MustDrop, stage 1).
 
     A window of n tokens merges iff the mean of cos(x_i, x_j) over its ordered pairs i != j reaches ``threshold``. With
     u = x / max(|x|, 1e-8) that mean is (|sum u|^2 - sum |u|^2) / (n (n-1)): linear in n, not quadratic.

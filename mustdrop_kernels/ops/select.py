@@ -77,7 +77,7 @@ def select_topk(
         scores: (B, L) float.
         token_types: (B, L) uint8.
         k: vision tokens to keep per sequence.
-        budgets: (B) int32, replaces k per sequence without a synchronisation.
+        budgets: (B) int32, replaces k per sequence without a synchronization.
         protected: (B, L) bool.
         capacity: length of ``keep``; default L.
         drop_multiple: keep the best of the tokens that would go until the number that goes is a multiple of this.

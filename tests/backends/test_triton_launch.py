@@ -82,7 +82,7 @@ def driver():
 
 
 @pytest.fixture
-def arguments_analysed(monkeypatch):
+def arguments_analyzed(monkeypatch):
     """How often Triton's own launch path runs."""
     calls = []
     run = triton.runtime.JITFunction.run
@@ -104,10 +104,10 @@ def call(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["gather", "select", "compact"])
-def test_second_launch_hands_over_the_same(driver, arguments_analysed, op):
+def test_second_launch_hands_over_the_same(driver, arguments_analyzed, op):
     call(op)
     call(op)
-    assert len(arguments_analysed) == 1, "Triton's own path runs once for one kind of call"
+    assert len(arguments_analyzed) == 1, "Triton's own path runs once for one kind of call"
     assert len(driver.loaded) == 1
     first, second = driver.launches
     assert first[:4] == second[:4]
@@ -119,20 +119,20 @@ def test_second_launch_hands_over_the_same(driver, arguments_analysed, op):
             assert a == b
 
 
-def test_alignment_chooses_the_kernel(driver, arguments_analysed):
+def test_alignment_chooses_the_kernel(driver, arguments_analyzed):
     keep, counts = torch.tensor([[1, 4]]), torch.tensor([2], dtype=torch.int32)
     buffer = torch.zeros(9 * 64 + 16, dtype=torch.float16)
     for shift in (0, 1, 8, 3, 16):  # of 2 bytes each: 0, 8 and 16 are aligned
         gather_tokens(buffer[shift : shift + 9 * 64].view(1, 9, 64), keep, counts)
-    assert len(arguments_analysed) == 2
+    assert len(arguments_analyzed) == 2
     assert [entry[2] for entry in driver.launches] == [1, 2, 1, 2, 1]
 
 
-def test_a_profiler_sees_every_launch(driver, arguments_analysed, monkeypatch):
+def test_a_profiler_sees_every_launch(driver, arguments_analyzed, monkeypatch):
     call("gather")
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda *_: None)
     call("gather")
-    assert len(arguments_analysed) == 2
+    assert len(arguments_analyzed) == 2
     assert len(driver.launches) == 2
 
 

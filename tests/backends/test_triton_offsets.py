@@ -22,7 +22,7 @@ ENDS = torch.tensor([0, 2], dtype=torch.int32)
 
 
 def far(t: Tensor, axis: int) -> Tensor:
-    """The same values, neighbours along ``axis`` more than 2**31 elements apart. Untouched memory costs nothing."""
+    """The same values, neighbors along ``axis`` more than 2**31 elements apart. Untouched memory costs nothing."""
     strides = list(t.contiguous().stride())
     strides[axis] = 2**31 + 32
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))

@@ -136,7 +136,7 @@ def _build_dense(case: Case) -> dict[str, Any]:
 
 
 def _lse(case: Case, q: Tensor, k: Tensor, types: Tensor) -> Tensor | None:
-    """(B, Hq, Lq): the true normalisers; some made -inf, as of a row that sees nothing."""
+    """(B, Hq, Lq): the true normalizers; some made -inf, as of a row that sees nothing."""
     if case["lse"] is None:
         return None
     rows = [oracle.log_sum_exp(f64(q[b]), f64(k[b]), types[b].numpy(), _scale(case)) for b in range(len(q))]
@@ -336,7 +336,7 @@ def _build_varlen(case: Case) -> dict[str, Any]:
     cu_q = _bounds([q for q, _ in case["lengths"]], margins[0], case["bad_q"])
     cu_k = _bounds([k for _, k in case["lengths"]], margins[1], case["bad_k"])
     lse = None
-    if case["lse"]:  # any normaliser is taken as given
+    if case["lse"]:  # any normalizer is taken as given
         lse = 2 + normal((kv_heads * group, total_q), case["seed"] + 2, "float32")
     return {
         "q": laid(q, case["layouts"][0]),

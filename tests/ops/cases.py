@@ -172,7 +172,7 @@ class Attention:
         return self.q, self.k, self.types, self.scale
 
     def lse(self) -> Tensor:
-        """Row normalisers (B, Hq, Lq) float32, as an attention kernel would hand them over."""
+        """Row normalizers (B, Hq, Lq) float32, as an attention kernel would hand them over."""
         if "lse" not in self._cache:
             rows = [
                 oracle.log_sum_exp(f64(self.q[b]), f64(self.k[b]), self.types[b].cpu().numpy(), self.scale)
@@ -268,7 +268,7 @@ def dual_margin(total, peak, types, global_threshold: float, individual_threshol
 
 
 def order_margin(values: np.ndarray) -> float:
-    """Smallest relative gap between two neighbours in sorted order."""
+    """Smallest relative gap between two neighbors in sorted order."""
     ordered = np.sort(values)
     gaps = [relative_gap(a, b) for a, b in itertools.pairwise(ordered)]
     return min(gaps, default=math.inf)

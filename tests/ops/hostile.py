@@ -455,7 +455,7 @@ def budgets_outside(backend):
     assert got.counts.tolist() == [0, 3]
 
 
-@row(VALUES, "`sizes` of zero in a whole window", "0 / 0: the merged token is NaN, its neighbours are untouched")
+@row(VALUES, "`sizes` of zero in a whole window", "0 / 0: the merged token is NaN, its neighbors are untouched")
 def zero_sizes(backend):
     sizes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     got = backend.spatial_merge(torch.ones(1, 4, 2), [1, 4], [1, 2], -1.0, num_prefix_tokens=0, sizes=sizes)

@@ -165,7 +165,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def log_sum_exp(q: np.ndarray, k: np.ndarray, types: np.ndarray, scale: float) -> np.ndarray:
-    """q (Hq, Lq, D), k (Hk, Lk, D), types (Lk) -> (Hq, Lq): the row normalisers under the contract's mask."""
+    """q (Hq, Lq, D), k (Hk, Lk, D), types (Lk) -> (Hq, Lq): the row normalizers under the contract's mask."""
     heads, rows, _ = q.shape
     group = heads // max(k.shape[0], 1)
     out = np.full((heads, rows), -math.inf)

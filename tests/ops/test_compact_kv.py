@@ -245,7 +245,7 @@ def test_garbage_on_the_device(backend, seed, align_end):
 
 
 def test_only_listed_sequences_change(backend):
-    """A count of zero moves nothing in its sequence, and a neighbour's moves do not reach into it."""
+    """A count of zero moves nothing in its sequence, and a neighbor's moves do not reach into it."""
     keys, values = caches(1, (3, 2, 20, 8), torch.float32, backend.device)
     counts = torch.tensor([4, 0, 4], dtype=torch.int32)
     keep = ascending((3,), 20, 4, counts, 1).to(backend.device)

@@ -183,7 +183,7 @@ def test_sizes_chain(backend):
 
 
 def test_all_sizes_zero(backend):
-    """The quotient of a window of size zero is what IEEE gives; its neighbours are untouched."""
+    """The quotient of a window of size zero is what IEEE gives; its neighbors are untouched."""
     x = pictures(1, [2, 4], [2, 2], 6, prefix=0, device=backend.device)
     sizes = torch.tensor([[0.0, 0.0, 1, 1, 0.0, 0.0, 1, 1]], device=backend.device)
     tokens, counts, assignment, out_sizes = backend.spatial_merge(

@@ -256,7 +256,7 @@ def test_nan_spreads_as_in_the_formula(backend, where):
 
 
 def test_nan_with_lse(backend):
-    """With the normaliser given, a NaN key spoils its own column only."""
+    """With the normalizer given, a NaN key spoils its own column only."""
     case = attention(1, (4, 2), None, 9, 8, device=backend.device, types=[prompt(9, queries=3)])
     lse = case.lse()
     case.k[0, 1, 3, 0] = math.nan
@@ -278,7 +278,7 @@ def test_minus_infinity(backend):
 
 
 def test_lse_of_minus_infinity(backend):
-    """A row whose normaliser says that it sees nothing gives zeros; those of rows that do not vote are not used."""
+    """A row whose normalizer says that it sees nothing gives zeros; those of rows that do not vote are not used."""
     case = attention(1, (4, 2), None, 12, 8, device=backend.device, types=[prompt(12, queries=3)])
     lse = case.lse().clone()
     lse[:, :, :9] = math.nan
@@ -290,7 +290,7 @@ def test_lse_of_minus_infinity(backend):
 
 
 def test_lse_is_taken_as_given(backend):
-    """The normaliser is the caller's word: a shifted one scales the probabilities."""
+    """The normalizer is the caller's word: a shifted one scales the probabilities."""
     case = attention(1, (4, 2), None, 12, 8, device=backend.device, types=[prompt(12, queries=3)])
     shifted = case.lse() - 1.0
     check(backend, case, shifted)

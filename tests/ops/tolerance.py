@@ -3,7 +3,7 @@
 
 Probabilities. A score s = scale * q.k is a float32 sum over head_dim, so it is off by about
 sqrt(D) * 6e-8 * |q||k| * scale: under 3e-6 for the sizes tested (|s| up to about 15). exp makes of that absolute error
-a relative one of the same size; the normaliser adds as much; the mean over heads and the sum over rows have positive
+a relative one of the same size; the normalizer adds as much; the mean over heads and the sum over rows have positive
 terms only and add next to nothing. 2e-5 relative leaves a factor of three; 1e-6 absolute covers what is far below a
 uniform share of 1 / L. Half-precision inputs are exact in float32 and the outputs are float32, so they have the same
 tolerance: a backend that rounds q.k fails.

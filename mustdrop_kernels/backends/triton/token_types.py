@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token types as constants of kernels."""
+"""Token types as kernel constants."""
 
 from __future__ import annotations
 
