@@ -2,14 +2,15 @@
 """The operators as documented Python functions.
 
 Each is ``torch.ops.mustdrop.<name>`` with named results and a ``backend`` keyword (see ``mustdrop_kernels.backends``).
-What holds for all of them:
+Common to all of them:
 
-- No host synchronization and no size that depends on data: a result whose length depends on data has the capacity that
-  is known from shapes, and an int32 ``counts`` tensor gives its length.
-- float32, float16, bfloat16; sums in float32, rounded once. Operators that only move tokens take any dtype.
+- No host synchronization and no data-dependent shapes: a result of data-dependent length is padded to a capacity known
+  from shapes, and an int32 ``counts`` tensor gives its length.
+- float32, float16 and bfloat16 inputs; float32 accumulation, rounded once. Operators that only move tokens take any
+  dtype.
 - Any strides, as long as the last dimension is contiguous.
-- The same input gives the same bits. Ties go to the lower index. NaN ranks lowest.
-- Wrong arguments raise a RuntimeError that names the argument, before any work.
+- Deterministic: the same input gives the same bits. Ties go to the lower index. NaN ranks lowest.
+- Invalid arguments raise a RuntimeError that names the argument, before any work.
 
 The method is MustDrop, "Multi-Stage Vision Token Dropping" (arXiv 2411.10803). One file holds one family of operators:
 result types, documented functions, argument checks and fakes.
@@ -17,7 +18,7 @@ result types, documented functions, argument checks and fakes.
 
 from __future__ import annotations
 
-# ruff: noqa: F403, I001  (imported in the order of the stages, which OPS keeps)
+# ruff: noqa: F403, I001  (OPS follows this order, that of the stages)
 from . import merge, cls_attention as cls, scores, select, attention_select, gather, compact
 from .contract import CONTRACTS
 from .token_types import TokenType
@@ -30,7 +31,7 @@ from .gather import *
 from .compact import *
 
 OPS = tuple(CONTRACTS)
-"""The operators' names."""
+"""Names of all operators."""
 
 __all__ = [
     "OPS",

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores and selection in one call: composites of ``text_vision_scores`` and a selection.
 
-A backend that serves both parts serves them; one that has a kernel for both at once overrides them.
+A backend that serves both parts serves the composite; one with a fused kernel overrides it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Results = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 class ScoredSelection(NamedTuple):
-    """A selection and the scores that it is made of."""
+    """A selection and the scores that it is based on."""
 
     keep: Tensor  # (B, L or capacity) int64, ascending, -1 past counts
     counts: Tensor  # (B) int32
@@ -45,7 +45,7 @@ def dual_attention_select(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> ScoredSelection:
-    """``text_vision_scores`` and ``select_dual`` in one; arguments and results are theirs."""
+    """``text_vision_scores`` and ``select_dual`` in one call, with the arguments and results of both."""
     args = (q, k, token_types, scale, global_threshold, individual_threshold)
     options = {"protected": protected, "lse": lse, "capacity": capacity, "drop_multiple": drop_multiple}
     return ScoredSelection(*call("dual_attention_select", backend, q, *args, **options))
@@ -65,7 +65,7 @@ def topk_attention_select(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> ScoredSelection:
-    """``text_vision_scores`` and ``select_topk`` by its total in one; ``budget`` is select_topk's k."""
+    """``text_vision_scores`` and ``select_topk`` by its total in one call; ``budget`` is select_topk's k."""
     options = {"protected": protected, "lse": lse, "capacity": capacity, "drop_multiple": drop_multiple}
     args = (q, k, token_types, scale, budget)
     return ScoredSelection(*call("topk_attention_select", backend, q, *args, budgets=budgets, **options))

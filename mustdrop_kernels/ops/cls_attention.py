@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``cls_attention``: attention of the CLS token, which the key set is chosen by (MustDrop, stage 1)."""
+"""``cls_attention``: attention of the CLS token, by which the key set is chosen (MustDrop, stage 1)."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def cls_attention(
         q: (B, H, D) float, the CLS query.
         k: (B, H, S, D), keys of prefix and patches.
         scale: factor of the scores, usually 1 / sqrt(D).
-        counts: (B) int32, how many of the S keys are real; default all.
-        num_prefix_tokens: these take part in the softmax, and are zero in the result.
+        counts: (B) int32, number of valid keys of the S; default all.
+        num_prefix_tokens: number of prefix tokens. They take part in the softmax and are zero in the result.
         backend: name of an explicit backend.
 
     Returns:

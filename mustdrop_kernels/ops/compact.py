@@ -27,14 +27,14 @@ def compact_kv_(
 ) -> None:
     """Move the kept slots of the KV caches of all layers to the front, in place (MustDrop, stage 3).
 
-    Slot i < counts takes what slot keep[i] held; slots past counts are unspecified. No second cache is made.
+    Slot i < counts receives the contents of slot keep[i]; slots past counts are unspecified. No second cache is made.
 
     Args:
         keys: per layer (B, Hk, L, D) of any dtype; L may differ between layers. A cache (B, L, Hk, D) is a view.
-        values: per layer, like its key but for D.
-        keep: one tensor for all layers or one per layer: (B, K) int64, or (B, Hk, K) for sets per head; ascending.
-            A move from outside the sequence is skipped.
-        counts: as many tensors: (B) or (B, Hk) int32.
+        values: per layer, like its key except for D.
+        keep: one tensor for all layers or one per layer, (B, K) int64, or (B, Hk, K) for sets per head; ascending.
+            Indices outside the sequence are skipped.
+        counts: the same number of tensors, (B) or (B, Hk) int32.
         align_end: move to the last slots, L - counts .. L - 1, instead.
         backend: name of an explicit backend.
     """
@@ -60,14 +60,14 @@ def compact_paged_kv_(
         keys: per layer (blocks, slots, Hk, D) of any dtype and any strides. Slot p of sequence b is in block
             ``block_table[b, p // slots]`` at ``p % slots``. The layouts of engines are views: NHD, HND, a token pool
             (slots = 1).
-        values: per layer, like its key but for D.
+        values: per layer, like its key except for D.
         block_table: (B, max_blocks) int32. Blocks that other sequences share must not be listed.
         keep: as in ``compact_kv_``; positions in the sequence.
         counts: as in ``compact_kv_``.
         seq_lens: (B) int32, needed with ``align_end``.
         align_end: move the tokens to the last slots of the sequence, seq_lens - counts .. seq_lens - 1. Where the
             number of dropped tokens d is a multiple of ``slots``, the leading d / slots blocks are free afterwards, and
-            decoding goes on with the table shifted by as many and seq_lens - d.
+            decoding continues with the table shifted by d / slots and seq_lens - d.
         backend: name of an explicit backend.
     """
     args = (list(keys), list(values), block_table, list(keep), list(counts))
@@ -98,7 +98,7 @@ def _check_paged(a: Call) -> None:
 
 
 def _check_caches(check: Checker, a: Call, shape: Sequence[str], shared: int, any_strides: bool) -> None:
-    """Check pairs of caches: 4-D, equal but for head_dim, not expanded; layers agree in ``shared`` dimensions."""
+    """Check pairs of caches: 4-D, equal except for head_dim, not expanded; layers agree in ``shared`` dimensions."""
     keys, values = a.keys, a.values
     check(len(values) == len(keys), "values", f"must hold as many tensors as keys ({len(keys)}), got {len(values)}")
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
@@ -131,9 +131,9 @@ def _check_keep(check: Checker, a: Call, batch: int, heads: Sequence[int]) -> No
 
 
 def _check_disjoint(check: Checker, a: Call) -> None:
-    """Refuse caches that share memory with one another or with the tensors that direct the moves.
+    """Check that caches do not share memory with one another or with index tensors.
 
-    Tensors without an address (symbolic ones) are left to the kernel.
+    Tensors without an address (symbolic ones) are checked by the kernel.
     """
     claims = list(_claims(a))
     if all(overlap.has_address(t) for _, t, _ in claims):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``spatial_merge``: windows of similar tokens become one token each (MustDrop, stage 1)."""
+"""``spatial_merge``: merging of windows of similar tokens (MustDrop, stage 1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SpatialMerge(NamedTuple):
     tokens: Tensor  # (B, P+N', C)
     counts: Tensor  # (B) int32, prefix included
     assignment: Tensor  # (B, P+N) int64: the row of `tokens` that each input token went into
-    sizes: Tensor  # (B, P+N') float32: number of input tokens that each token stands for
+    sizes: Tensor  # (B, P+N') float32: number of input tokens that each token represents
 
 
 def spatial_merge(
@@ -47,17 +47,17 @@ def spatial_merge(
     Args:
         x: (B, P+N, C) float. P prefix tokens (CLS, registers), then N = prod(grid) patches in row-major order.
         grid: [H, W], or [T, H, W] for video.
-        window: as many entries. Windows tile the grid from its origin; those that the border cuts are smaller.
-        threshold: least similarity of a window that merges.
+        window: [h, w], or [t, h, w]. Windows tile the grid from its origin; those at the border may be smaller.
+        threshold: minimum similarity of a window that merges.
         budget: merge exactly this many windows of each image, the most similar ones; ``threshold`` is not used. The
             windows must tile the grid. The result then has the static length P + N - budget * (n - 1).
-        uniform: every image of the batch merges as many windows as the image with the fewest similar ones. Windows that
-            the border cuts do not merge then.
-        num_prefix_tokens: P.
-        sizes: (B, P+N) float32, how much each token stands for already; default ones.
+        uniform: every image of the batch merges as many windows as the image with the fewest similar ones. Windows cut
+            by the border do not merge then.
+        num_prefix_tokens: number P of prefix tokens.
+        sizes: (B, P+N) float32, number of tokens that each input token represents; default ones.
         merged_first: order the result as prefix, merged windows by falling similarity, the rest in raster order (as the
-            published code does). Default: a merged window stands where its first token stood.
-        backend: name of an explicit backend; default: the backend that serves torch.ops.mustdrop on this device.
+            published code does). Default: a merged window takes the place of its first token.
+        backend: name of an explicit backend; default: the one that serves ``torch.ops.mustdrop`` on this device.
 
     Returns:
         tokens (B, P+N, C), zero past counts; counts (B) int32, prefix included; assignment (B, P+N) int64, the row that
@@ -116,7 +116,7 @@ def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
-    """d tokens[assignment[i]] / d x[i] = s_i / size of the token that i went into; exactly 1 where i stayed alone."""
+    """d tokens[assignment[i]] / d x[i] = s_i / size of the merged token; exactly 1 if i is not merged."""
     assignment, sizes, out_sizes = saved  # [B, P+N], [B, P+N], [B, P+N']
     assert assignment is not None
     assert out_sizes is not None

@@ -44,13 +44,13 @@ def text_vision_scores(
     t runs over the rows whose type is QUERY.
 
     Args:
-        q: (B, Hq, Lq, D) float, after RoPE. Row i stands at position Lk - Lq + i, so a part of the rows can be scored
-            by itself: totals add, peaks take the maximum.
+        q: (B, Hq, Lq, D) float, after RoPE. The position of row i is Lk - Lq + i, so chunks of rows can be scored
+            separately: add the totals, take the maximum of the peaks.
         k: (B, Hk, Lk, D), after RoPE; Hq a multiple of Hk, Lq <= Lk.
         token_types: (B, Lk) uint8, see ``TokenType``.
         scale: factor of the scores, usually 1 / sqrt(D).
         lse: (B, Hq, Lq) float32, natural logarithm of the sum of exponentials of the scaled scores under this mask, any
-            strides, where the attention kernel has made it already.
+            strides, if the attention kernel returned it; default: computed.
         backend: name of an explicit backend.
 
     Returns:
@@ -78,8 +78,8 @@ def text_vision_scores_varlen(
         q: (total_q, Hq, D) float.
         k: (total_k, Hk, D).
         token_types: (total_k) uint8.
-        cu_seqlens_q: (B+1) int32, where each sequence's rows begin in q; the last entry is where the last one ends.
-        cu_seqlens_k: (B+1) int32, the same for k. Row i of a sequence stands at its position length_k - length_q + i.
+        cu_seqlens_q: (B+1) int32, cumulative lengths of the sequences in q.
+        cu_seqlens_k: (B+1) int32, the same for k. The position of row i of a sequence is length_k - length_q + i.
         max_seqlen_q: upper bound of the lengths in q.
         max_seqlen_k: upper bound of the lengths in k.
         scale: factor of the scores.
@@ -115,7 +115,7 @@ def text_vision_scores_paged(
         block_table: (B, max_blocks) int32.
         seq_lens: (B) int32, lengths of the sequences in the cache.
         token_types: (B, max_len) uint8.
-        cu_seqlens_q: (B+1) int32. Row i of sequence b stands at position seq_lens[b] - length_q[b] + i.
+        cu_seqlens_q: (B+1) int32. The position of row i of sequence b is seq_lens[b] - length_q[b] + i.
         max_seqlen_q: upper bound of the lengths in q.
         scale: factor of the scores.
         lse: (Hq, total_q) float32, natural logarithm.
@@ -138,10 +138,10 @@ def text_vision_attention(
     lse: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """The head mean map itself, whose sum and maximum over rows are ``text_vision_scores``.
+    """Head mean attention map, whose sum and maximum over rows are ``text_vision_scores``.
 
-    For pictures, and for tensor parallelism, where each rank holds some heads: average the maps over the ranks, then
-    sum and take the maximum.
+    For visualization, and for tensor parallelism, where each rank holds some heads: average the maps over the ranks,
+    then take sum and maximum.
 
     Args:
         q: (B, Hq, Lq, D) float, the last Lq positions of each sequence.
@@ -153,7 +153,7 @@ def text_vision_attention(
         backend: name of an explicit backend.
 
     Returns:
-        (B, max_query, Lk) float32: query rows in order, rows that are not there zero, columns that are not VISION zero.
+        (B, max_query, Lk) float32: query rows in order; unused rows and columns that are not VISION are zero.
     """
     return call("text_vision_attention", backend, q, q, k, token_types, scale, max_query, lse=lse)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection of the vision tokens that stay, by two thresholds or by a budget (MustDrop, stage 2)."""
+"""Selection of the vision tokens to keep, by two thresholds or by a budget (MustDrop, stage 2)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Selection", "select_dual", "select_topk"]
 
 
 class Selection(NamedTuple):
-    """The tokens that stay."""
+    """Kept tokens."""
 
     keep: Tensor  # (B, L or capacity) int64, ascending, -1 past counts
     counts: Tensor  # (B) int32
@@ -36,18 +36,18 @@ def select_dual(
 ) -> Selection:
     """Drop vision token j iff total[j] < global_threshold * sum(total) and peak[j] < individual_threshold.
 
-    Text stays, padding goes, protected vision tokens stay.
+    Text is kept, padding is dropped, protected vision tokens are kept.
 
     Args:
         total: (B, L) float, see ``text_vision_scores``.
         peak: (B, L), of total's dtype.
         token_types: (B, L) uint8.
-        global_threshold: share of the whole attention on vision, rounded to float32.
-        individual_threshold: attention of one row, rounded to float32.
+        global_threshold: share of the sum of ``total``, rounded to float32.
+        individual_threshold: bound of ``peak``, the attention of a single row; rounded to float32.
         protected: (B, L) bool, vision tokens that are never dropped.
-        capacity: length of ``keep``; default L. Where counts exceed it, the first ``capacity`` are in ``keep``.
-        drop_multiple: keep the best (by total) of the tokens that would go until the number that goes is a multiple of
-            this: for paged caches, whole blocks.
+        capacity: length of ``keep``; default L. If counts exceed it, ``keep`` holds the first ``capacity``.
+        drop_multiple: keep the best (by total) of the tokens to drop until the number of dropped tokens is a multiple
+            of this; for paged caches, so that whole blocks are freed.
         backend: name of an explicit backend.
 
     Returns:
@@ -69,18 +69,18 @@ def select_topk(
     drop_multiple: int = 1,
     backend: str | None = None,
 ) -> Selection:
-    """Keep k vision tokens: the protected first, then those with the highest scores.
+    """Keep k vision tokens: the protected ones first, then those with the highest scores.
 
-    All protected vision tokens stay, also where they exceed k. Text stays, padding goes.
+    All protected vision tokens are kept, even if they exceed k. Text is kept, padding is dropped.
 
     Args:
         scores: (B, L) float.
         token_types: (B, L) uint8.
         k: vision tokens to keep per sequence.
-        budgets: (B) int32, replaces k per sequence without a synchronization.
+        budgets: (B) int32, replaces k per sequence, without synchronizing with the device.
         protected: (B, L) bool.
         capacity: length of ``keep``; default L.
-        drop_multiple: keep the best of the tokens that would go until the number that goes is a multiple of this.
+        drop_multiple: keep the best of the tokens to drop until the number of dropped tokens is a multiple of this.
         backend: name of an explicit backend.
 
     Returns:

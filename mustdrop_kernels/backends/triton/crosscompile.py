@@ -37,7 +37,7 @@ STACK = 128
 class Target:
     """A GPU: its name in Triton, the number of programs that fill it, and the limits of one program.
 
-    ``shared``: bytes of shared memory. ``registers``: 32-bit registers of a thread; ``file``: of all warps of a program.
+    ``shared``: bytes of shared memory. ``registers``: 32-bit registers per thread; ``file``: of all warps of a program.
     """
 
     backend: str

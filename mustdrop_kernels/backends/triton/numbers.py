@@ -18,7 +18,7 @@ from . import interpreted
 
 
 def single(value: float) -> float:
-    """The nearest float32, which a kernel receives for a Python float (the interpreter of older Tritons keeps double)."""
+    """The nearest float32, as a kernel receives a Python float (the interpreter of older Tritons keeps the double)."""
     return ctypes.c_float(value).value
 
 
