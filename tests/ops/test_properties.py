@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Property tests: any shape, any types, any values, against the oracle.
+"""Property tests against the oracle: arbitrary shapes, token types and values.
 
-Where a decision hangs on a sum, a value may lie within 1e-4 (relative) of its threshold: such cases are counted, every
-difference from the oracle must be one of them, and there may not be many.
+A decision that depends on a sum is near if its value is within 1e-4 (relative) of the threshold. Differences from the
+oracle are allowed for near decisions only, whose number is limited.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ NEAR = 1e-4
 
 
 def assert_only_near(differ: set, near: set, among: int) -> None:
-    assert differ <= near, f"decided otherwise, though clear: {sorted(differ - near)}"
-    assert len(near) <= 2 + 0.02 * among, f"{len(near)} of {among} are near a threshold: the case says little"
+    assert differ <= near, f"differs from the oracle without being near: {sorted(differ - near)}"
+    assert len(near) <= 2 + 0.02 * among, f"{len(near)} of {among} are near a threshold: too many for a conclusive test"
 
 
 @st.composite
 def token_types(draw, batch: int, length: int) -> torch.Tensor:
-    """Any mixture of types, and padding on one side in some sequences."""
+    """Any mixture of types, with one-sided padding in some sequences."""
     kinds = st.sampled_from([0, 1, 2, 2, 2, 3, 3, 9])
     rows = [draw(st.lists(kinds, min_size=length, max_size=length)) for _ in range(batch)]
     return types_tensor(rows).reshape(batch, length)
@@ -80,9 +80,9 @@ def test_merge(backend, data, seed, dtype):
     assert_only_near(differ, near, batch * len(members))
     sizes, counts = f64(got.sizes), got.counts.tolist()
     for b in range(batch):
-        assert sorted(set(assignment[b])) == list(range(counts[b])), "every row comes from somewhere"
+        assert sorted(set(assignment[b])) == list(range(counts[b])), "every row has a source"
         np.testing.assert_array_equal(sizes[b], np.bincount(assignment[b], minlength=sizes.shape[1]))
-        # Nothing is lost: the sizes weigh the tokens to the sum of the input.
+        # The sum of tokens weighted by their sizes equals the sum of the input.
         weighed = (f64(got.tokens)[b] * sizes[b][:, None]).sum(0)
         slack = 2 * torch.finfo(dtype).eps * np.abs(f64(x)[b]).sum()
         np.testing.assert_allclose(weighed, f64(x)[b].sum(0), rtol=0, atol=slack + 1e-5)
@@ -133,7 +133,7 @@ def test_fused_dual(backend, drawn, data):
     for b in range(len(total)):
         limit = float(np.float32(g)) * total[b].sum()
         for j in np.flatnonzero(types[b] == VISION):
-            # With no vote at all, or a threshold of zero, both sides are exactly zero: that is no near miss.
+            # Without query rows, or with a threshold of zero, both sides are exactly zero: not near.
             if 0 < relative_gap(total[b, j], limit) < NEAR or 0 < relative_gap(peak[b, j], float(np.float32(i))) < NEAR:
                 near.add((b, int(j)))
         kept = got.keep[b, : int(got.counts[b])].tolist()
@@ -152,7 +152,7 @@ SPECIAL = [0.0, -0.0, 1.0, -1.0, 0.5, 1e-40, -1e-40, 3e38, math.inf, -math.inf, 
 
 @given(data=st.data(), dtype=st.sampled_from(FLOATS))
 def test_topk(backend, data, dtype):
-    """Comparisons only: exact whatever the values are."""
+    """Comparisons only: exact for any values."""
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 60))
     numbers = st.one_of(st.sampled_from(SPECIAL), st.floats(width=16), st.integers(-3, 3).map(float))
     row = st.lists(numbers, min_size=length, max_size=length)
@@ -181,7 +181,7 @@ def test_topk(backend, data, dtype):
 
 @given(data=st.data(), dtype=st.sampled_from(FLOATS))
 def test_dual(backend, data, dtype):
-    """Small whole numbers and thresholds that are binary fractions: every product is exact, ties included."""
+    """Small integers and dyadic thresholds: every product is exact, ties included."""
     batch, length = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 50))
     total, peak = (
         torch.randint(0, 9, (batch, length), generator=generator(data.draw(SEED))).to(dtype).to(backend.device)
@@ -209,7 +209,7 @@ def test_dual(backend, data, dtype):
     as_view=st.booleans(),
 )
 def test_gather(backend, shape, capacity, dtype, seed, align_end, as_view):
-    """Any index, any count."""
+    """Any indices, any counts."""
     x = random_bits(shape, seed, dtype, backend.device)
     keep = torch.randint(-2, shape[1] + 2, (shape[0], capacity), generator=generator(seed + 1))
     counts = torch.randint(-3, capacity + 5, (shape[0],), generator=generator(seed + 2), dtype=torch.int32)
@@ -267,7 +267,7 @@ def test_compact_paged(backend, lengths, slots, heads, dims, layout, share, form
 
 @given(drawn=attention_cases(), slots=st.integers(1, 5), seed=SEED)
 def test_dense_varlen_and_paged_agree(backend, drawn, slots, seed):
-    """The same sequences, packed and paged, have the same oracle."""
+    """Packed and paged forms of the same sequences give the results of the dense form."""
     case = on(drawn[0], backend.device)
     batch, heads, rows, dim = case.q.shape
     length = case.types.shape[1]
@@ -295,7 +295,7 @@ def test_dense_varlen_and_paged_agree(backend, drawn, slots, seed):
 
 @given(data=st.data(), seed=SEED)
 def test_compact_is_gather_in_place(backend, data, seed):
-    """What compaction leaves in the first slots is what gathering would have copied out."""
+    """The first slots after compaction equal the result of gather_tokens."""
     batch, heads, length, dim = (data.draw(st.integers(1, n)) for n in (3, 3, 40, 20))
     cache = random_bits((batch, heads, length, dim), seed, torch.float16, backend.device)
     types = data.draw(token_types(batch, length)).to(backend.device)
