@@ -290,14 +290,14 @@ def pictures(
     dtype=torch.float32,
     device="cpu",
     threshold: float | None = 0.8,
-    similar: float = 0.5,
+    share: float = 0.5,
 ) -> Tensor:
-    """(B, P+N, C) whose windows have similarities spread over [0, 1), a share `similar` of them at or above 0.8.
+    """(B, P+N, C) whose windows have similarities spread over [0, 1), `share` of them at or above 0.8.
 
     Each is at least 1e-3 away from `threshold`, and two of one image are at least 1e-5 apart (2e-6 if there are many).
     """
     for attempt in range(200):
-        x = _pictures(batch, grid, window, channels, prefix, 1000 * seed + attempt, similar).to(dtype)
+        x = _pictures(batch, grid, window, channels, prefix, 1000 * seed + attempt, share).to(dtype)
         members, _ = oracle.window_members(list(grid), list(window))
         similar = [
             [oracle.window_similarity(f64(x[b, [prefix + t for t in m]])) for m in members if len(m) > 1]
@@ -316,7 +316,7 @@ def order_margin_abs(values: Sequence[float]) -> float:
     return float(gaps.min()) if gaps.size else math.inf
 
 
-def _pictures(batch, grid, window, channels, prefix, seed, similar) -> Tensor:
+def _pictures(batch, grid, window, channels, prefix, seed, share) -> Tensor:
     g = generator(seed)
     count = math.prod(grid)
     x = torch.randn(batch, prefix + count, channels, generator=g)
@@ -326,7 +326,7 @@ def _pictures(batch, grid, window, channels, prefix, seed, similar) -> Tensor:
             base = torch.randn(channels, generator=g)
             mix = torch.rand((), generator=g)
             # The mean cosine of base + s * noise is about 1 / (1 + s * s).
-            wanted = 0.81 + 0.17 * mix if torch.rand((), generator=g) < similar else 0.75 * mix + 0.03
+            wanted = 0.81 + 0.17 * mix if torch.rand((), generator=g) < share else 0.75 * mix + 0.03
             spread = torch.sqrt(1 / wanted - 1)
             noise = torch.randn(len(m), channels, generator=g)
             length = torch.empty(len(m), 1).uniform_(0.5, 2.0, generator=g)
