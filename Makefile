@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# `make demo` shows the main job, `make test` runs the tests; both set up everything they need in .venv.
+# `make demo` runs the demo, `make test` the tests; both set up .venv with all dependencies.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,7 +20,7 @@ ENVS := PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/envs.sh
 help:  ## list the targets
 	@grep -hE '^[a-z0-9.-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-20s %s\n", $$1, $$2}'
 
-# torch comes first and pinned, so that nothing later pulls another build of it.
+# torch is installed first and pinned, so that no later package replaces its build.
 $(VENV)/.packages: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
@@ -37,30 +37,30 @@ demo: build  ## a photograph through a small LLaVA, with and without dropping; w
 	$(BIN)/mustdrop demo --out out
 bench: build  ## time every operator beside its baselines with pytest-benchmark; `mustdrop bench ops` for ratios
 	$(PYTEST) bench --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(BENCH)
-figures: build  ## the tables and pictures of README and docs, from bench/results and from the operators
+figures: build  ## tables and figures of README and docs, from bench/results and from the operators
 	$(BIN)/python tools/figures.py
 	$(BIN)/python tools/method_figures.py
 	$(BIN)/mustdrop bench ops --load bench/results/cpu/llava-1.5.json --plot docs/bench
 
-test: build test-triton  ## the tests that every change has to pass (no GPU, no CUDA compiler)
+test: build test-triton  ## the tests that every change must pass (no GPU, no CUDA compiler)
 	$(PARALLEL) -m 'not slow'
 test-all: ALL = 1
-test-all: build test-transformers-4 test-transformers-5  ## the full matrices, and a compile for CUDA where nvcc is found
+test-all: build test-transformers-4 test-transformers-5  ## the full matrices, and a CUDA compile if nvcc is found
 	$(PARALLEL)
 	$(INTERPRETED)
-test-triton: build  ## the Triton kernels in Triton's interpreter: some forms of each test, all of them in test-all
+test-triton: build  ## the Triton kernels in Triton's interpreter: a sample of cases, all of them in test-all
 	$(INTERPRETED) -m 'not slow'
-test-triton-3.4: build  ## the same with the oldest Triton that is served, and a compile for one GPU
+test-triton-3.4: build  ## the same with the oldest supported Triton, and a compile for one GPU
 	$(ENVS) triton-3.4
 	PYTHONPATH=$(VENV)/triton-3.4 $(INTERPRETED) -m 'not slow'
 	PYTHONPATH=$(VENV)/triton-3.4 $(BIN)/python tools/check_triton.py --targets sm90
-test-triton-3.6: build  ## cache keys and launches with the Triton that torch 2.11 brings
+test-triton-3.6: build  ## cache keys and launches with the Triton of torch 2.11
 	$(ENVS) triton-3.6
 	PYTHONPATH=$(VENV)/triton-3.6 $(PYTEST) tests/backends/test_triton_keys.py tests/backends/test_triton_launch.py
 test-transformers-4: build  ## the integration's tests with transformers 4.57
 	$(ENVS) transformers-4.57
 	PYTHONPATH=$(VENV)/transformers-4.57 $(PARALLEL) -m '$(if $(ALL),,not slow)' tests/integrations
-test-transformers-5: build  ## every model and mode with a version between 4.57 and the newest
+test-transformers-5: build  ## every model and mode with a release between 4.57 and the newest
 	$(ENVS) transformers-5.8
 	PYTHONPATH=$(VENV)/transformers-5.8 $(PARALLEL) -m 'not slow' \
 	  $(addprefix tests/integrations/test_,families.py modes.py static.py compiled.py)
@@ -76,14 +76,14 @@ test-asan: build  ## the CPU kernels under AddressSanitizer and UBSan; ASAN="tes
 	$(BIN)/python tests/sanitizers/variants.py asan $(ASAN)
 test-tsan: build  ## the CPU kernels under ThreadSanitizer, from plain C++ threads
 	$(PYTEST) tests/sanitizers
-coverage: build  ## lines of csrc and of the Python code that the tests reach (half an hour)
+coverage: build  ## test coverage of csrc and of the Python code (half an hour)
 	$(ENVS) vllm
 	$(PIP) coverage gcovr
 	$(BIN)/python tests/sanitizers/line_coverage.py $(COVERAGE)
 
 check-cuda: $(VENV)/.packages  ## registers, faults in loops, occupancy of the CUDA kernels, every target; needs nvcc; CHECK="--targets 90,80 --model"
 	$(BIN)/python tools/check_cuda.py $(CHECK)
-check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target with no GPU; TARGETS=sm90,gfx942 for some
+check-triton: $(VENV)/.packages  ## compile the Triton kernels for every target, without a GPU; TARGETS=sm90,gfx942 for some
 	$(BIN)/python tools/check_triton.py $(if $(TARGETS),--targets $(TARGETS))
 gpu-bundle: build  ## files for bench/run_on_gpu.sh, in gpu-bundle/; TRITON=1: compiled Triton kernels too; FAILED=failed.txt of `first`
 	$(if $(TRITON),$(ENVS) gpu)
@@ -101,7 +101,7 @@ test-hf-kernel: build  ## the layout of the Hugging Face hub, loaded by the pack
 	PYTHONPATH=$(abspath $(VENV)/hf-kernels) $(PYTEST) tests/packaging/test_hf_kernel.py tests/packaging/test_hf_project.py
 
 docs: $(VENV)/.packages  ## the documentation as a site, in build/site; a warning is an error
-	$(BIN)/mkdocs build --strict  # with -q, --strict does not see the warnings
+	$(BIN)/mkdocs build --strict  # with -q, --strict misses the warnings
 lint: $(VENV)/.packages  ## formatters and linters, changing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

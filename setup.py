@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drives CMakeLists.txt. The metadata is in pyproject.toml.
+"""Build script, which runs CMake. The metadata is in pyproject.toml.
 
 Environment:
   MUSTDROP_CUDA_ARCHS  CUDA targets, such as "80;90;100;120". Default: those of the GPUs present, else none.
   MUSTDROP_NVCC        path of nvcc; default: $CUDACXX, $CUDA_HOME/bin/nvcc, PATH, /usr/local/cuda/bin/nvcc.
   MUSTDROP_CMAKE_ARGS  further arguments for CMake, such as "-DMUSTDROP_WERROR=ON".
-                       The libraries keep a digest of their sources; where it is that of the sources here, a build in
-                       place uses them as they are, wherever they were built.
+                       An in-place build reuses libraries whose digest of sources matches, from any machine.
   MUSTDROP_PORTABLE    1: without the module _native, so that one wheel serves every Python (py3-none); `make wheel`.
   MAX_JOBS             parallel compile jobs; default: the number of cores.
 """
@@ -38,7 +37,7 @@ CMAKE_ARGS = os.environ.get("MUSTDROP_CMAKE_ARGS", "")
 
 
 def find_nvcc() -> str | None:
-    """The CUDA compiler, found without asking torch whether it has CUDA."""
+    """Path of the CUDA compiler, independent of torch's CUDA support."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [
         os.environ.get("MUSTDROP_NVCC"),
@@ -51,18 +50,18 @@ def find_nvcc() -> str | None:
 
 
 def archs_of_gpus_present() -> str:
-    """Compute capabilities of this machine's GPUs as CUDA targets ("80;90"), empty where there is none."""
+    """Compute capabilities of this machine's GPUs as CUDA targets ("80;90"), empty without a GPU."""
     return ";".join(SOURCES["targets_of_gpus"]())
 
 
 def wanted_archs() -> str:
-    """CUDA targets: those that were asked for, else those of the GPUs present."""
+    """CUDA targets: MUSTDROP_CUDA_ARCHS, else those of the GPUs present."""
     asked = os.environ.get("MUSTDROP_CUDA_ARCHS")
     return archs_of_gpus_present() if asked is None else asked.strip()
 
 
 def cuda_arguments() -> list[str]:
-    """CMake's arguments for the CUDA library; says why where it is not built."""
+    """CMake arguments of the CUDA library; prints the reason if it is not built."""
     asked = os.environ.get("MUSTDROP_CUDA_ARCHS")
     archs = wanted_archs()
     if not archs:
@@ -80,13 +79,13 @@ def cuda_arguments() -> list[str]:
 
 
 def kernel_headers() -> list[Path]:
-    """The CUDA kernels, relative to csrc/, which the backend `cupy` compiles at run time."""
+    """Headers of the CUDA kernels relative to csrc/, which the backend `cupy` compiles at run time."""
     paths = [*(ROOT / "csrc").glob("*/*.cuh"), ROOT / "csrc" / "common" / "token_types.h"]
     return sorted(path.relative_to(ROOT / "csrc") for path in paths)
 
 
 class CMakeBuild(build_ext):
-    """Builds every library of CMakeLists.txt in one CMake run and puts each where the package looks for it."""
+    """Build all libraries in one CMake run and install them into the package."""
 
     def run(self) -> None:
         folder = ROOT / "mustdrop_kernels" / LIBRARY_FOLDER
@@ -104,7 +103,7 @@ class CMakeBuild(build_ext):
             self.put_libraries(Path(self.build_lib) / "mustdrop_kernels")
 
     def copy_extensions_to_source(self) -> None:
-        """setuptools calls this for in-place and editable builds."""
+        """Hook of setuptools for in-place and editable builds."""
         self.put_libraries(ROOT / "mustdrop_kernels")
 
     @staticmethod
@@ -117,7 +116,7 @@ class CMakeBuild(build_ext):
         targets = re.search("^MUSTDROP_CUDA_ARCHS:.*?=(.*)$", cache, re.MULTILINE)
         archs = [target for target in (targets[1] if targets else "").split(";") if target]
         for library in BUILD.glob("libmustdrop*.so"):
-            if archs or library.stem != "libmustdrop_cuda":  # else it is of an earlier build
+            if archs or library.stem != "libmustdrop_cuda":  # otherwise it is from an earlier build
                 shutil.copy2(library, folder)
         for module in BUILD.glob("_native*.so"):
             shutil.copy2(module, package)
@@ -164,7 +163,7 @@ class CMakeBuild(build_ext):
 
 
 class Wheel(bdist_wheel):
-    """The operator libraries hold no Python: without `_native` a wheel serves every one."""
+    """The operator libraries do not depend on Python: without `_native` one wheel serves every version."""
 
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
@@ -173,7 +172,7 @@ class Wheel(bdist_wheel):
 
 
 def options() -> dict[str, dict[str, str]]:
-    """A portable wheel with the CUDA library says so in its version: 0.1.0+cu130."""
+    """Version suffix of a portable wheel with the CUDA library: 0.1.0+cu130."""
     nvcc = find_nvcc()
     if not (PORTABLE and nvcc and os.environ.get("MUSTDROP_CUDA_ARCHS")):
         return {}

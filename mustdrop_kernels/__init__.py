@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused kernels that drop vision tokens over their whole life in a multimodal model (MustDrop, arXiv 2411.10803).
+"""Fused kernels that drop vision tokens in every stage of a multimodal model (MustDrop, arXiv 2411.10803).
 
-``torch.ops.mustdrop.*`` are the operators; the functions here are the same with documentation, named results and a
-choice of backend. ``MustDropConfig`` and ``drop_tokens`` apply them to a Hugging Face model. Importing this package
+``torch.ops.mustdrop.*`` are the operators; the functions of this module add documentation, named results and a choice
+of backend. ``MustDropConfig`` and ``drop_tokens`` apply them to a Hugging Face model. Importing this package
 loads the operator libraries and nothing else: no device is touched, nothing is compiled, no environment is changed.
 """
 
@@ -33,7 +33,7 @@ __all__ += [name for name in ops.__all__ if name != "OPS"]
 
 
 def __getattr__(name: str) -> Any:
-    """``drop_tokens`` imports transformers, so it is loaded at its first use."""
+    """Load ``drop_tokens`` on first use, because it imports transformers."""
     if name == "drop_tokens":
         from .integrations.transformers import drop_tokens
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds and loads the operator libraries, and keeps the real reason when it cannot.
+"""Loading of the operator libraries; a failure keeps the loader's reason.
 
-``libmustdrop`` holds the schemas and the CPU kernels and is needed for everything; ``libmustdrop_cuda`` is loaded only
-where torch has CUDA, since a CPU-only torch has not the symbols that it needs.
+``libmustdrop`` holds the schemas and the CPU kernels and is always required; ``libmustdrop_cuda`` is loaded only if
+torch has CUDA, since a CPU-only torch lacks the symbols that it requires.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from ._namespace import NAMESPACE
 
 LIBRARY_FOLDER = Path(__file__).parent / "lib"
-# kernel-builder of Hugging Face builds one library for all operators, beside the Python files.
+# Hugging Face's kernel-builder builds one library for all operators, beside the Python files.
 ALL_IN_ONE = next(Path(__file__).parent.glob(f"{NAMESPACE}*.so"), None)
 
 
 class Library:
-    """One shared library: where it is, whether it is loaded, and why not."""
+    """A shared library: its path, and the reason if it is not loaded."""
 
     def __init__(self, name: str, path: Path | None = None) -> None:
         self.path = path or LIBRARY_FOLDER / f"{name}.so"
@@ -29,11 +29,11 @@ class Library:
 
     @property
     def loaded(self) -> bool:
-        """Whether the library's operators are registered in this process."""
+        """True if the library's operators are registered in this process."""
         return self.problem is None
 
     def load(self) -> None:
-        """Load the library; on failure ``problem`` says what the loader said."""
+        """Load the library; on failure ``problem`` holds the loader's error."""
         if not self.path.is_file():
             self.problem = f"{self.path.name} was not built (not found in {self.path.parent})"
             return
@@ -47,11 +47,11 @@ class Library:
 
 
 def _refuse_cut_off(path: Path) -> None:
-    """Raise OSError where the end of a library is missing, as of an interrupted copy: loading it ends the process."""
+    """Raise OSError for a truncated library, as an interrupted copy leaves it: loading one crashes the process."""
     with path.open("rb") as file:
         header = file.read(64)
         if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-            return  # the loader says what is wrong
+            return  # the loader reports the error
         segments, sections = struct.unpack_from("<QQ", header, 32)
         segment_bytes, segment_count, section_bytes, section_count = struct.unpack_from("<4H", header, 54)
         file.seek(segments)
@@ -66,11 +66,11 @@ def _refuse_cut_off(path: Path) -> None:
 
 core = Library("libmustdrop", ALL_IN_ONE)
 cuda = Library("libmustdrop_cuda", ALL_IN_ONE)
-nvrtc = Library("libmustdrop_nvrtc")  # loaded by the backend `cupy` when it is first called
+nvrtc = Library("libmustdrop_nvrtc")  # loaded by the backend `cupy` on its first call
 
 
 def load_all() -> None:
-    """Load what this torch can use. Touches no device."""
+    """Load the libraries that this torch can use. Touches no device."""
     core.load()
     if not core.loaded:
         cuda.problem = core.problem
@@ -81,7 +81,7 @@ def load_all() -> None:
 
 
 def cpu_capability() -> str | None:
-    """The instruction set of the CPU kernels, such as "avx2" (`MUSTDROP_CPU_CAPABILITY`); None without the library."""
+    """Instruction set of the CPU kernels, such as "avx2" (`MUSTDROP_CPU_CAPABILITY`); None without the library."""
     if not core.loaded:
         return None
     query = ctypes.CDLL(str(core.path)).mustdrop_cpu_capability

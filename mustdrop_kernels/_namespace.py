@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the operators are: ``torch.ops.mustdrop``, unless this is a copy that was laid out for the hub.
+"""Namespace of the operators: ``torch.ops.mustdrop``, except in a copy for the Hugging Face hub.
 
-``hub/hf_kernel.py`` writes another name into a copy, so that copies of several versions live in one process.
+``hub/hf_kernel.py`` writes another name into a copy, so that several versions can be loaded in one process.
 """
 
 from __future__ import annotations

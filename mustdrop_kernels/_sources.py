@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the compiled libraries are made of, and for which GPUs: a record beside them, with a digest of the sources.
+"""Build record of the compiled libraries: a digest of their sources and their GPU targets, in a file beside them.
 
-Imports nothing of the package: setup.py runs this file, and so does what prepares a run on another machine.
+Imports nothing of the package: setup.py and tools/gpu_bundle.py run this file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LIBRARIES = ("libmustdrop.so", "libmustdrop_nvrtc.so", "libmustdrop_cuda.so")  #
 
 
 def targets_of_gpus() -> list[str]:
-    """CUDA targets of the GPUs that nvidia-smi lists, such as "90"; none where there is no GPU."""
+    """CUDA targets of the GPUs that nvidia-smi lists, such as "90"; empty without a GPU."""
     command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
@@ -27,7 +27,7 @@ def targets_of_gpus() -> list[str]:
 
 
 def digest(root: Path) -> str | None:
-    """SHA-256 of csrc/, python/, CMakeLists.txt and setup.py of a source tree; None where they are not there."""
+    """SHA-256 of csrc/, python/, CMakeLists.txt and setup.py of a source tree; None without them."""
     paths = [root / "CMakeLists.txt", root / "setup.py", *(root / "csrc").rglob("*"), *(root / "python").rglob("*.cpp")]
     files = {path.relative_to(root).as_posix(): path for path in paths if path.is_file()}
     if not (root / "csrc").is_dir():
@@ -40,7 +40,7 @@ def digest(root: Path) -> str | None:
 
 
 def record(folder: Path) -> dict[str, Any] | None:
-    """What the libraries of a folder were made of; None where that is not known."""
+    """Build record of the libraries in a folder; None if there is none or it is malformed."""
     try:
         found = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
@@ -49,13 +49,13 @@ def record(folder: Path) -> dict[str, Any] | None:
 
 
 def write_record(folder: Path, root: Path, cuda_archs: list[str], cmake_args: str) -> None:
-    """Say of the libraries of a folder that they were just made of the sources below ``root``."""
+    """Record that the libraries of a folder were built from the sources below ``root``."""
     made_of = {"sources": digest(root), "cuda_archs": cuda_archs, "cmake_args": cmake_args}
     (folder / RECORD).write_text(json.dumps(made_of, indent=1) + "\n")
 
 
 def made_of_these(folder: Path, root: Path, cuda_archs: list[str], cmake_args: str = "") -> bool:
-    """Whether the libraries of a folder are what a build of the sources below ``root`` would make."""
+    """True if the libraries of a folder were built from the sources below ``root`` with these options."""
     made_of = record(folder)
     if made_of is None or made_of.get("sources") != digest(root) or made_of.get("cmake_args") != cmake_args:
         return False

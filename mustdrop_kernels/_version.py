@@ -1,4 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Version of the package, below everything that reports it."""
+"""Version of the package."""
 
 __version__ = "0.1.0"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings shared by all tests: hypothesis profiles, threads that fit the machine, a record of what became of each."""
+"""Settings of all tests: hypothesis profiles, number of threads, a record of the outcomes."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from hypothesis import HealthCheck, settings
 from record import pytest_configure  # noqa: F401  (a hook)
 
-# "repeatable" is what CI and `make test` run: the same examples each time.
-# HYPOTHESIS_PROFILE=explore looks for new ones.
+# CI and `make test` use "repeatable": the same examples each time.
+# HYPOTHESIS_PROFILE=explore generates new ones.
 _COMMON = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 settings.register_profile("repeatable", derandomize=True, max_examples=25, **_COMMON)
 settings.register_profile("explore", max_examples=300, print_blob=True, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
-# Under xdist each worker has one core, and so has what it starts: threads that share a core wait for each other. Alone,
-# two threads, so that work is split.
+# One thread per worker and child process under xdist, so that threads do not share cores. Otherwise two threads, so
+# that work is split.
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")

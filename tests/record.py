@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of each test, a line each in MUSTDROP_TEST_RECORD as it ends: known whatever ends the run.
+"""Record of test outcomes in MUSTDROP_TEST_RECORD, one line per test as it ends, so that it survives an aborted run.
 
 A line is {"collected": n} or {"test": node id, "outcome": "passed", "failed" or "skipped"}.
 """
@@ -15,14 +15,14 @@ import pytest
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Switches the record on where the variable asks for it; under xdist the controller alone writes."""
+    """Enable the record if the variable is set; under xdist only the controller writes."""
     path = os.environ.get("MUSTDROP_TEST_RECORD")
     if path and "PYTEST_XDIST_WORKER" not in os.environ:
         config.pluginmanager.register(Record(Path(path)))
 
 
 class Record:
-    """A pytest plug-in that writes a line as each test ends."""
+    """Pytest plug-in that writes a line as each test ends."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -45,7 +45,7 @@ class Record:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """{"passed": n, "failed": n, "skipped": n, "not_reached": n, "names": of the failed ones}."""
+    """{"passed": n, "failed": n, "skipped": n, "not_reached": n, "names": failed tests}."""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     # A test that fails in its teardown has two lines.
     outcomes: dict[str, str] = {}

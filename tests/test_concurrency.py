@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many threads at once, processes that fork and spawn: the same bits as one thread alone."""
+"""Concurrent threads, and forked and spawned processes: the same bits as in a single thread."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ IN_PLACE = ("compact_kv_", "compact_paged_kv_")
 
 
 def results(op: str, backend: str | None = None) -> list[Tensor]:
-    """What a call gives: its results, or its caches."""
+    """Results of a call; of an in-place operator, its caches."""
     given = sample(op)
     found = getattr(mk, op)(**given, backend=backend)
     if op in IN_PLACE:
@@ -45,7 +45,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def at_once(work: Callable[[int], Any]) -> list[Any]:
-    """work(0) .. work(THREADS - 1), each in a thread of its own, all begun together."""
+    """Run work(0) .. work(THREADS - 1) in threads that start together."""
     barrier, found, errors = threading.Barrier(THREADS), [None] * THREADS, []
 
     def run(i: int) -> None:
@@ -67,7 +67,7 @@ def at_once(work: Callable[[int], Any]) -> list[Any]:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_every_operator_from_many_threads(backend: str) -> None:
-    """Each thread goes through the operators in an order of its own."""
+    """Each thread calls the operators in a different order."""
     alone = {op: results(op, backend) for op in OPS}
 
     def work(i: int) -> list[str]:
@@ -80,7 +80,7 @@ def test_every_operator_from_many_threads(backend: str) -> None:
 
 
 def sized_call(op: str, i: int, device: str) -> dict[str, Any]:
-    """A call whose CUDA kernel takes more than 48 KiB of dynamic shared memory, of another size for each ``i``."""
+    """A call whose CUDA kernel takes more than 48 KiB of dynamic shared memory; the size depends on ``i``."""
     generator = torch.Generator().manual_seed(i)
 
     def draw(*shape: int) -> Tensor:
@@ -115,7 +115,7 @@ def with_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("with_emulation")
 @pytest.mark.parametrize(("backend", "device"), players(), ids=["-".join(pair) for pair in players()])
 def test_shapes_that_differ_from_thread_to_thread(backend: str, device: str) -> None:
-    """One thread's launch leaves the other threads' launches of the same kernel their own amount of shared memory."""
+    """Launches of one kernel from several threads do not change each other's amount of shared memory."""
     if reason := backends.registered()[backend].why_not("select_topk", device):
         pytest.skip(f"{backend} does not serve {device}: {reason}")
     ops = ("spatial_merge", "cls_attention", "select_topk")
@@ -132,7 +132,7 @@ def test_shapes_that_differ_from_thread_to_thread(backend: str, device: str) -> 
 
 
 def test_larger_work_from_many_threads() -> None:
-    """Large enough for torch's own threads, which the calls then share."""
+    """Inputs large enough for torch's thread pool, which the calls share."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -148,7 +148,7 @@ def test_larger_work_from_many_threads() -> None:
 
 
 def test_each_thread_has_its_own_choice_of_backend() -> None:
-    """``use_backend`` is a choice of the thread that made it."""
+    """``use_backend`` is local to its thread."""
 
     def work(i: int) -> bool:
         name = ("cpu", "reference")[i % 2]
@@ -168,7 +168,7 @@ def _child(queue: Any) -> None:
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes(method: str) -> None:
-    """A child that was forked after the library worked, and one that starts anew."""
+    """A child forked after the library was used, and a spawned one."""
     want = {op: [t.contiguous().view(torch.uint8).flatten().tolist() for t in results(op)] for op in OPS}
     context = multiprocessing.get_context(method)
     queue = context.Queue()
@@ -181,7 +181,7 @@ def test_processes(method: str) -> None:
 
 
 def test_import_in_a_thread_and_beside_a_fork() -> None:
-    """The package can be imported first in a thread, and first in a forked child."""
+    """The first import may be in a thread or in a forked child."""
     code = """
 import os, threading, torch
 def use():

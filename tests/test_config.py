@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MustDropConfig: validation, JSON both ways, presets with the tokens of their names."""
+"""MustDropConfig: validation, JSON round trip, presets and their numbers of tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_default_is_preset_192():
 
 @pytest.mark.parametrize("average", [192, 128, 64])
 def test_budget_presets_keep_their_average(average):
-    """Over the 32 layers of LLaVA-1.5-7B, each counted with the tokens that it processes."""
+    """Average number of processed vision tokens over the 32 layers of LLaVA-1.5-7B."""
     config = MustDropConfig.preset(f"budget-{average}")
     merged = 576 - config.merge_budget * (math.prod(config.window) - 1)
     tokens = [merged, *config.budgets]
@@ -72,7 +72,7 @@ def test_from_dict_takes_part_and_refuses_typos():
         MustDropConfig.from_dict({"key_ratio": 0.1})
 
 
-def test_is_frozen_hashable_and_normalised():
+def test_is_frozen_hashable_and_normalized():
     config = MustDropConfig(pruning_layers=[1, 2], budgets=[5, 5], window=[2, 3])
     assert (config.pruning_layers, config.budgets, config.window) == ((1, 2), (5, 5), (2, 3))
     assert hash(config) == hash(MustDropConfig(pruning_layers=(1, 2), budgets=(5, 5), window=(2, 3)))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/ tells the truth: its site builds without a warning, its code runs, its messages are those that are raised."""
+"""Checks of docs/: the site builds without a warning, the code runs, the messages are those that are raised."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(str(path.relative_to(DOCS)) for path in DOCS.rglob("*.md"))
 pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="not in a source checkout")
 
-# Where commands that take long, or change this environment, are run.
+# Tests that run the commands which take long or change the environment.
 RUN_ELSEWHERE = {
     "pip install .": "tests/packaging/test_install.py",
     "pip install '.[demo]'": "Makefile, with every extra",
@@ -46,14 +46,14 @@ RUN_ELSEWHERE = {
     "python hub/hf_kernel.py build/hf": "tests/packaging/test_hf_kernel.py",
     "python hub/hf_kernel.py --project build/hf-project": "tests/packaging/test_hf_project.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
-    # A model of 7B: tests/integrations/vllm_plugin/test_http.py runs the command, in a real vLLM.
+    # A 7B model: tests/integrations/vllm_plugin/test_http.py runs the command in a real vLLM.
     """vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096 --hf-overrides '{"architectures": """
     """["MustDropLlavaForConditionalGeneration"], "mustdrop": {"preset": "budget-128"}}'""": "make test-vllm",
     "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096": "make test-vllm",
     "MUSTDROP_VLLM=small-64 vllm serve mustdrop_kernels/evaluation/model --dtype float32 "
     "--max-num-batched-tokens 4096": "make test-vllm",
 }
-# A page whose code needs what is not installed beside the rest.
+# Pages whose code requires packages that are not installed in the main environment.
 PYTHON_ELSEWHERE = {"install.md": "make test-hf-kernel"}
 # Of the C++ example: tests/frameworks/test_libtorch.py.
 CPP = ("cmake -S examples/libtorch", "cmake --build build/libtorch", "build/libtorch/merge")
@@ -81,12 +81,12 @@ def test_command_runs(command: str, tmp_path: Path) -> None:
     subprocess.run(words, check=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True)
 
 
-def test_commands_that_are_run_elsewhere_are_there() -> None:
+def test_commands_run_elsewhere_exist() -> None:
     assert set(RUN_ELSEWHERE) <= set(commands())
 
 
 def _plan_of_an_engine(model: str, *, hf_overrides: dict[str, Any], **engine: int) -> None:
-    """Stands for vLLM's LLM where vLLM is not installed: the plug-in has to know the model's name and take the plan."""
+    """Stub of vLLM's LLM: the plug-in must support the model's name and accept the plan."""
     (architecture,) = hf_overrides["architectures"]
     assert architecture in (ROOT / "mustdrop_kernels/integrations/vllm/plugin.py").read_text()
     settings.parse(hf_overrides["mustdrop"])
@@ -94,7 +94,7 @@ def _plan_of_an_engine(model: str, *, hf_overrides: dict[str, Any], **engine: in
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in PYTHON_ELSEWHERE])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The blocks of a page one after another, as a reader runs them."""
+    """The blocks of a page run in sequence."""
     if "jax" in (DOCS / page).read_text():
         pytest.importorskip("jax")
     monkeypatch.chdir(tmp_path)
@@ -122,12 +122,12 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     assert "<table>" in (tmp_path / "ops" / "spatial_merge.html").read_text()
 
 
-def test_every_picture_says_what_it_shows() -> None:
+def test_every_image_has_an_alternative_text() -> None:
     for page in PAGES:
         assert "![](" not in (DOCS / page).read_text(), page
 
 
-def test_the_pictures_of_the_method_are_drawn(tmp_path: Path) -> None:
+def test_the_figures_of_the_method_are_current(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     runpy.run_path(str(ROOT / "tools/method_figures.py"))["main"](tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {path.name for path in (DOCS / "method").iterdir()}
@@ -252,7 +252,7 @@ def test_every_message_is_on_the_page() -> None:
     assert len(messages()) == len(RAISED)
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_are_valid() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(((?!http)[^)#]+)\)", FILES.sub("", (DOCS / page).read_text())):
             assert ((DOCS / page).parent / target).exists(), f"{page}: {target}"

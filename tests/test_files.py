@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A file is whole or not there, whatever happens while it is written."""
+"""Atomic writes: an interrupted write leaves the previous file or none."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mustdrop_kernels.files import folder_written_whole, write_text, written_who
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError, SystemExit])
 @pytest.mark.parametrize("old", ["before", None])
-def test_an_interrupt_leaves_what_was_there(tmp_path: Path, error: type[BaseException], old: str | None) -> None:
+def test_an_interrupt_leaves_the_previous_file(tmp_path: Path, error: type[BaseException], old: str | None) -> None:
     path = tmp_path / "report.json"
     if old is not None:
         path.write_text(old)
@@ -30,7 +30,7 @@ def test_an_interrupt_leaves_what_was_there(tmp_path: Path, error: type[BaseExce
     assert old is None or path.read_text() == old
 
 
-def test_what_is_written_has_the_usual_mode_and_ending(tmp_path: Path) -> None:
+def test_written_files_have_the_usual_mode_and_ending(tmp_path: Path) -> None:
     path, plain = tmp_path / "picture.png", tmp_path / "plain"
     plain.touch()
     with written_whole(path) as scratch:
@@ -41,13 +41,13 @@ def test_what_is_written_has_the_usual_mode_and_ending(tmp_path: Path) -> None:
     assert stat.S_IMODE(os.stat(path).st_mode) == stat.S_IMODE(os.stat(plain).st_mode)
 
 
-def test_missing_folders_are_made(tmp_path: Path) -> None:
+def test_missing_folders_are_created(tmp_path: Path) -> None:
     write_text(tmp_path / "a" / "b" / "report.json", "whole")
     assert (tmp_path / "a" / "b" / "report.json").read_text() == "whole"
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_a_folder_is_whole_or_as_it_was(tmp_path: Path, old: bool) -> None:
+def test_a_folder_is_replaced_atomically(tmp_path: Path, old: bool) -> None:
     folder = tmp_path / "model"
     if old:
         folder.mkdir()

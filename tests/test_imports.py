@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports of the package, read from its sources: none goes up a layer, and no modules import each other in a circle.
+"""Import structure of the package, parsed from its sources: no import of a higher layer, no cycles.
 
 Imports inside functions count; those under ``TYPE_CHECKING`` do not run and do not count.
 """
@@ -33,14 +33,14 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "__main__",
     )
 )
-# Compiled, without a source of Python.
+# Compiled, without a Python source.
 NO_SOURCE = frozenset({"_native"})
-# (importing module, imported module) -> why this import may go up, or close a circle.
+# (importing module, imported module) -> the reason for an import of a higher layer or a cycle.
 ALLOWED: dict[tuple[str, str], str] = {}
 
 
 def modules(package: Path) -> dict[str, Path]:
-    """Dotted name below the package -> file; a package is named like a module, and the whole is ``__init__``."""
+    """Dotted name below the package -> file; a package is named like a module, the root is ``__init__``."""
     found = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
@@ -107,8 +107,8 @@ def upward(found: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def circles(found: dict[str, set[str]]) -> list[list[str]]:
-    """Groups of modules of which each reaches every other (Tarjan)."""
+def cycles(found: dict[str, set[str]]) -> list[list[str]]:
+    """Strongly connected components (Tarjan)."""
     index: dict[str, int] = {}
     low: dict[str, int] = {}
     stack: list[str] = []
@@ -140,21 +140,21 @@ def circles(found: dict[str, set[str]]) -> list[list[str]]:
 FOUND = graph(PACKAGE)
 
 
-def test_every_module_has_its_layer() -> None:
+def test_every_module_has_a_layer() -> None:
     there = {name.split(".")[0] for name in FOUND}
     assert sorted(there - frozenset.union(*LAYERS)) == []
     assert len(frozenset.union(*LAYERS)) == sum(map(len, LAYERS)), "one layer each"
 
 
-def test_no_import_goes_up() -> None:
+def test_no_import_of_a_higher_layer() -> None:
     assert upward(FOUND) == []
 
 
-def test_no_modules_import_each_other_in_a_circle() -> None:
-    assert circles(FOUND) == []
+def test_no_import_cycles() -> None:
+    assert cycles(FOUND) == []
 
 
-def test_every_exception_is_needed() -> None:
+def test_every_exception_is_used() -> None:
     assert [pair for pair in ALLOWED if pair[1] not in FOUND.get(pair[0], ())] == []
 
 
@@ -170,14 +170,14 @@ def test_every_exception_is_needed() -> None:
         ({"cli/app.py": "from .. import ops", "ops.py": ""}, None),
     ],
 )
-def test_the_search_finds_what_goes_up(files: dict[str, str], expected: str | None, tmp_path: Path) -> None:
+def test_the_search_finds_upward_imports(files: dict[str, str], expected: str | None, tmp_path: Path) -> None:
     for name, text in {"__init__.py": "", "cli/__init__.py": "", **files}.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert upward(graph(tmp_path)) == ([expected] if expected else [])
 
 
-def test_the_search_finds_a_circle(tmp_path: Path) -> None:
+def test_the_search_finds_a_cycle(tmp_path: Path) -> None:
     texts = {
         "__init__.py": "",
         "a.py": "from . import b",
@@ -186,4 +186,4 @@ def test_the_search_finds_a_circle(tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)
-    assert [sorted(group) for group in circles(graph(tmp_path))] == [["a", "b", "c"]]
+    assert [sorted(group) for group in cycles(graph(tmp_path))] == [["a", "b", "c"]]

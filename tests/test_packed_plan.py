@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PackedDropPlan in a paged engine of a few lines, whose cache is also kept in a dictionary."""
+"""PackedDropPlan in a minimal paged engine that mirrors its cache in a dictionary."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ CONFIGS = {
     "last layer": dict(pruning_layers=(4,), budgets=(3,)),
     "nothing is pruned": dict(pruning_layers=()),
 }
-# How engines lay a layer's cache out: vLLM on a GPU (NHD, HND), vLLM's CPU attention (keys transposed), SGLang's pool.
+# Cache layouts of engines: vLLM on a GPU (NHD, HND), vLLM's CPU attention (keys transposed), SGLang's pool.
 LAYOUTS = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "transposed": (0, 2, 3, 1)}
-BATCH = [  # past tokens; text before the picture, patches, text after it
+BATCH = [  # past tokens; text before the image, patches, text after it
     (0, (3, 30, 6)),
-    (17, (1, 0, 0)),  # decodes
-    (0, (9, 0, 0)),  # a prompt without a picture
+    (17, (1, 0, 0)),  # decode
+    (0, (9, 0, 0)),  # a prompt without an image
     (0, (0, 41, 4)),
     (0, (5, 20, 0)),  # no text query
-    (4, (3, 0, 0)),  # reads on
+    (4, (3, 0, 0)),  # chunked prefill
 ]
 MEMBERS = [0, 3, 4]
 
 
 def strided(shape, order, seed):
-    """Random numbers whose memory is laid out in another order of the dimensions."""
+    """Random numbers stored in another order of the dimensions."""
     generator = torch.Generator().manual_seed(seed)
     stored = torch.randn([shape[d] for d in order], generator=generator)
     return stored.permute([order.index(d) for d in range(4)])
 
 
 class Engine:
-    """Pages for the batch, from blocks in random order, and what should be in them."""
+    """Pages for the batch, from blocks in random order, and their expected contents."""
 
     def __init__(self, slots, layout):
         self.slots = slots
@@ -59,7 +59,7 @@ class Engine:
         self.content = torch.randn(rows, generator=torch.Generator().manual_seed(99))
 
     def write(self, layer, plan):
-        """Writes the live rows of each request to the slots described in docs/engines.md."""
+        """Write the live rows of each request to the slots described in docs/engines.md."""
         live = plan.rows.split(plan.counts)
         for request, (past, _) in enumerate(BATCH):
             lost = plan.dropped[request] if plan.final else 0
@@ -152,7 +152,7 @@ def check_pages(engine, plan):
             found = engine.read(layer, request, lost, past, plan.counts[request])
             for cache, content in zip(found, engine.content[layer], strict=True):
                 assert torch.equal(cache, content[live[request]])
-            # What had been read before is still there.
+            # Tokens of earlier chunks are unchanged.
             for cache, before in zip(engine.read(layer, request, 0, 0, past), range(2), strict=True):
                 place = torch.arange(past)
                 block = engine.table[request, place // engine.slots].long()
@@ -160,7 +160,7 @@ def check_pages(engine, plan):
 
 
 def check_nothing_else_moved(engine, written):
-    """Commit touches no block but the members'."""
+    """Commit changes no blocks other than those of the requests."""
     others = torch.ones(engine.blocks, dtype=torch.bool)
     others[engine.table[MEMBERS].long()] = False
     for now, then in zip(engine.caches, written, strict=True):
@@ -168,7 +168,7 @@ def check_nothing_else_moved(engine, written):
             assert torch.equal(cache[others], before[others])
 
 
-def test_drops_that_are_no_whole_number_of_blocks_are_among_these():
+def test_cases_include_drops_of_partial_blocks():
     config = MustDropConfig(**CONFIGS["budgets"])
     plan = PackedDropPlan([sum(parts) for _, parts in BATCH], MEMBERS, placeholders(), config)
     for _ in config.pruning_layers:
@@ -182,7 +182,7 @@ def test_table_without_leading_blocks():
 
 
 def row_lse(plan, query, key, scale):  # (Hq, live)
-    """Of each live row's scores, over what it sees of its own request."""
+    """Normalizer of each live row over its visible keys."""
     pieces = []
     for q, k in zip(query.split(plan.counts), key.split(plan.counts), strict=True):
         scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(q.shape[1] // k.shape[1], 1)) * scale
@@ -192,7 +192,7 @@ def row_lse(plan, query, key, scale):  # (Hq, live)
 
 
 @pytest.mark.parametrize("name", ["budgets", "thresholds"])
-def test_an_lse_of_the_attention_is_used(name):
+def test_the_lse_of_the_attention_is_used(name):
     config, engine = MustDropConfig(**CONFIGS[name]), Engine(16, "NHD")
     generator = torch.Generator().manual_seed(3)
     query, key = (torch.randn(sum(engine.new), heads, D, generator=generator) for heads in (HQ, HK))

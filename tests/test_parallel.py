@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two processes with half of the heads each drop the same tokens as one process with all heads."""
+"""Tensor parallelism: two ranks with half of the heads each drop the same tokens as one process with all heads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mustdrop_kernels.plans import PackedDropPlan
 
 PADDING, TEXT, VISION, QUERY = TokenType
 RANKS, HQ, HK, D = 2, 8, 4, 16
-PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the picture, patches, text after it
+PACKED = [(5, 60, 9), (1, 0, 0), (2, 33, 4)]  # text before the image, patches, text after it
 CONFIGS = {
     "budgets": dict(pruning_layers=(0, 1), budgets=(20, 7)),
     "thresholds": dict(pruning_layers=(0, 1), global_threshold=0.015, individual_threshold=0.03),
@@ -41,7 +41,7 @@ def shard(x, dim, rank):
 
 
 def tower():
-    """Three pictures, one shorter: CLS queries and keys of a vision tower, tokens with CLS."""
+    """Three images, one shorter: CLS queries and keys of a vision tower, tokens with CLS."""
     generator = torch.Generator().manual_seed(2)
     query, key = torch.randn(3, HQ, D, generator=generator), torch.randn(3, HQ, 37, D, generator=generator)
     return query, key, torch.tensor([37, 25, 37], dtype=torch.int32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One protocol, two layouts: padded and packed batches of the same prompts lose the same tokens."""
+"""Agreement of the layouts: padded and packed batches of the same prompts drop the same tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mustdrop_kernels.plans import DropPlan, PackedDropPlan, PaddedDropPlan
 from mustdrop_kernels.stages import Tokens
 
 LAYERS, HQ, HK, D, SLOTS = 4, 4, 2, 8, 16
-PROMPTS = [(3, 30, 6), (0, 41, 4), (5, 20, 2)]  # text before the picture, patches, text after it
+PROMPTS = [(3, 30, 6), (0, 41, 4), (5, 20, 2)]  # text before the image, patches, text after it
 LENGTHS = [sum(parts) for parts in PROMPTS]
 CONFIGS = {
     "budgets": dict(pruning_layers=(1, 2), budgets=(12, 5), evict_from=0),
@@ -26,7 +26,7 @@ CONFIGS = {
 
 
 def flags(value):
-    """Flags of patches in the packed batch, by `value` of their number."""
+    """Flags of patches in the packed batch, `value` of their index."""
     return torch.cat([torch.tensor([False] * a + [value(i) for i in range(b)] + [False] * c) for a, b, c in PROMPTS])
 
 
@@ -48,7 +48,7 @@ def packed_plan(config):
 def padded_plan(config):
     real, vision, key = (pad(x) for x in (torch.ones_like(VISION), VISION, KEY))
     types = stages.token_types(vision, real, config.text_queries)
-    index = pad(torch.arange(len(VISION))).masked_fill(~real, -1)  # named as in the packed batch
+    index = pad(torch.arange(len(VISION))).masked_fill(~real, -1)  # indices in the packed batch
     count = lambda x: tuple(x.sum(1).tolist())  # noqa: E731
     tokens = Tokens(
         types=types,
@@ -64,17 +64,17 @@ def padded_plan(config):
 
 
 def rows_left(plan: DropPlan):
-    """By prompt, from what the layouts share."""
+    """Remaining rows per prompt, from the common interface of the layouts."""
     return [row[row >= 0].tolist() for row in plan.tokens.index]
 
 
 @pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_layouts_agree(name, merged):
-    """The same rows go, and after commit both caches hold the same keys of the same tokens."""
+    """The same rows are dropped, and after commit both caches hold the same keys of the same tokens."""
     config = MustDropConfig(**CONFIGS[name])
     packed, padded = packed_plan(config), padded_plan(config)
-    content = torch.randn(LAYERS, len(VISION), HK, D)  # a key of every row of every layer
+    content = torch.randn(LAYERS, len(VISION), HK, D)  # a key per row and layer
     pages = torch.randn(LAYERS, 12, SLOTS, HK, D)
     table = torch.randperm(12).view(3, 4).int()
     dense = []
@@ -130,11 +130,11 @@ def read(pages, table, plan, prompt):
     return pages[places(table, plan, prompt)]
 
 
-# With budgets a step can be captured.
+# With budgets a step can be captured in a CUDA graph.
 
 
 def run(plan: DropPlan, rows):
-    """Layers, and the drops after them; `rows()` is the shape of the batch."""
+    """Run the layers with the drops after them; `rows()` is the shape of the batch."""
     for layer in range(LAYERS):
         plan.begin_layer()
         if layer in plan.config.pruning_layers:
@@ -165,7 +165,7 @@ def run_padded(config):
 
 
 class FromHost(TorchDispatchMode):
-    """Counts tensors that are made of Python numbers: on a device those are copies from the host."""
+    """Counts tensors created from Python numbers, which on a device are copies from the host."""
 
     def __init__(self):
         super().__init__()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The README tells the truth: its code runs, its commands exist, its files are there."""
+"""Checks of the README: its code runs, its commands and files exist."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 pytestmark = pytest.mark.skipif(not README.exists(), reason="not in a source checkout")
 
-# Where each command of the README is run; the others are run below.
+# Tests that run commands of the README; the others are run below.
 RUN_ELSEWHERE = {
     "make demo": ".ci/run",
     "make test": ".ci/run",
@@ -39,7 +39,7 @@ def commands() -> list[str]:
     return [line.split(" #")[0].strip() for line in lines if line.strip()]
 
 
-def test_commands_that_are_run_elsewhere_are_there() -> None:
+def test_commands_run_elsewhere_exist() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     for command, where in RUN_ELSEWHERE.items():
         assert command in commands()
@@ -63,12 +63,12 @@ def test_python_runs(number: int) -> None:
     exec(compile(blocks("python")[number], f"README.md, Python block {number}", "exec"), space)
 
 
-def test_it_greets_a_newcomer_in_150_lines() -> None:
+def test_it_has_at_most_150_lines() -> None:
     assert len(README.read_text().splitlines()) <= 150
 
 
 def test_figures_are_those_of_the_results() -> None:
-    """Of `mustdrop bench serving`, with 32 requests in flight: the sheet that docs/benchmarks.md shows."""
+    """Figures of `mustdrop bench serving` with 32 concurrent requests, as in docs/benchmarks.md."""
     lines = serving.sheet(serving.read(ROOT / "bench/results/cpu/serving.json")).rows
     full, dropped = (line for line in lines if line[0] == "32")
     rate, first_token, blocks = re.search(r"\((.*)x\)", dropped[2])[1], dropped[3].split(" ±")[0], dropped[5]
@@ -83,13 +83,13 @@ def test_the_documentation_begins_with_the_same_commands() -> None:
     assert [command for command in commands() if command not in index] == []
 
 
-def test_tables_are_what_their_results_say() -> None:
-    """After a new measurement: `make figures`."""
+def test_tables_are_current() -> None:
+    """Run `make figures` after a new measurement."""
     done = subprocess.run([sys.executable, "tools/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_are_valid() -> None:
     targets = re.findall(r"\]\(((?!http)[^)#]+)\)", README.read_text())
     assert targets
     assert [t for t in targets if not (ROOT / t).exists()] == []

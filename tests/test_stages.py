@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three stages on tensors: against the published values, and against plain indexing."""
+"""The three stages on tensors, against the published values and plain indexing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recorded(name):
 # Stage 1
 
 
-def test_merge_is_the_published_one_with_published_positions():
+def test_merge_agrees_with_the_published_code():
     tensors, cases = recorded("merge")
     for case in cases:
         name, grid = case["name"], (case["grid"], case["grid"])
@@ -51,7 +51,7 @@ def test_merge_keeps_raster_order_with_original_positions():
     config = MustDropConfig(window=case["window"], merge_threshold=case["threshold"])
     merged = stages.merge_vision_tokens(x, grid, config)
     first = [int((merged.assignment[0] == token).nonzero()[0]) for token in range(int(merged.counts))]
-    assert first == sorted(first)  # a token stands where its first patch stood
+    assert first == sorted(first)  # a token takes the place of its first patch
 
 
 def test_merge_budget_has_a_length_known_beforehand():
@@ -88,7 +88,7 @@ def test_key_tokens_of_ragged_images_are_each_images_own(data):
 
 
 @pytest.mark.parametrize("rows", [1 << 22, 20])  # all at once, and two queries at a time
-def test_received_attention_is_the_mean_of_what_all_pay(rows, monkeypatch):
+def test_received_attention_is_the_mean_over_queries(rows, monkeypatch):
     monkeypatch.setattr(stages, "_ROWS", rows)
     q, k = torch.randn(2, 3, 10, 4), torch.randn(2, 3, 10, 4)
     found = stages.received_attention(q, k, 0.7, MustDropConfig())
@@ -107,7 +107,7 @@ def test_received_attention_is_the_mean_of_what_all_pay(rows, monkeypatch):
 
 
 def types_of(*rows, text_queries="after_image"):
-    """Rows of letters, v: vision, t: text, .: padding -> the types as letters, q: text query."""
+    """Token types for rows of letters (v: vision, t: text, .: padding), as letters (q: text query)."""
     vision = torch.tensor([[letter == "v" for letter in row] for row in rows])
     mask = torch.tensor([[letter != "." for letter in row] for row in rows])
     types = stages.token_types(vision, mask, text_queries)
@@ -119,7 +119,7 @@ def test_token_types():
     assert types_of("ttvvtt", "..tvtt", "tvtvvt", "tttttt", "ttvv..") == [
         "ttvvqq",
         "..tvqq",
-        "tvtvvq",  # text between images has not seen the last one
+        "tvtvvq",  # text between images does not attend to the last one
         "tttttt",  # no image: no text query
         "ttvv..",
     ]
@@ -148,7 +148,7 @@ def prompt(types, keys=(), positions=None):
     )
 
 
-def test_prune_is_the_published_filter():
+def test_prune_agrees_with_the_published_filter():
     tensors, cases = recorded("dual_attention_filter")
     for case in cases:
         name, begin, vision = case["name"], case["v_token_start"], case["img_seq"]
@@ -167,7 +167,7 @@ def test_prune_is_the_published_filter():
 
 
 def test_prune_counts_with_budgets_on_the_host():
-    """Key tokens stay beyond the budget, short rows keep what they have, padding goes."""
+    """Key tokens are kept beyond the budget, short rows keep all of theirs, padding is dropped."""
     tokens = prompt([".tvvvvvq", "ttvvvvtq", "..tttttt"], keys=[(0, 2), (0, 5), (0, 6)])
     config = MustDropConfig(pruning_layers=(0, 1), budgets=(2, 0), key_rate=0.3)
     q, k = torch.randn(3, 4, 8, 4), torch.randn(3, 2, 8, 4)
@@ -180,11 +180,11 @@ def test_prune_counts_with_budgets_on_the_host():
     assert left.index[0].tolist() == [-1, 1, 2, 5, 6, 7]
     assert left.padded
     pruned = stages.prune(q[:, :, :6], k[:, :, :6], left, 0.5, config, 1)
-    assert pruned.lengths == (5, 4, 6)  # key tokens stay even without a budget
+    assert pruned.lengths == (5, 4, 6)  # key tokens are kept even without a budget
 
 
-def test_prune_with_budgets_does_not_wait_for_the_device():
-    """With budgets nothing depends on data; with thresholds the counts do."""
+def test_prune_with_budgets_does_not_synchronize():
+    """With budgets no size depends on data; with thresholds the counts do."""
     tokens = prompt(["ttvvvvtq", "..tvvvqq"])
     budgets = MustDropConfig(pruning_layers=(0,), budgets=(2,))
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -195,7 +195,7 @@ def test_prune_with_budgets_does_not_wait_for_the_device():
             stages.prune(q, k, tokens, 0.5, MustDropConfig(pruning_layers=(0,)), 0)
 
 
-def test_prune_takes_no_part_in_gradients():
+def test_prune_has_no_gradient():
     tokens = prompt(["ttvvvvtq"])
     q, k = (torch.randn(1, 2, 8, 4, requires_grad=True) for _ in range(2))
     for config in (MustDropConfig(), MustDropConfig(pruning_layers=(0,), budgets=(2,))):
@@ -221,7 +221,7 @@ def selection(rows):
 
 @given(keeps())
 def test_tokens_after_two_selections(example):
-    """Places, positions and numbering follow the tokens; slots are the former places of survivors."""
+    """Places, positions and indices follow the tokens; slots are the former places of the kept tokens."""
     width, lengths, first, second = example
     positions = (10 * torch.arange(width) + 3).repeat(len(lengths), 1)
     tokens = prompt(["." * (width - n) + "v" * n for n in lengths], positions=positions)
@@ -249,7 +249,7 @@ def test_tokens_after_two_selections(example):
 
 @given(keeps())
 def test_evict_equals_indexing(example):
-    """Layers of different length are cut to the same survivors, in place, aligned at the end."""
+    """Layers of different length are compacted to the same tokens, in place, aligned at the end."""
     width, lengths, first, second = example
     tokens = prompt(["." * (width - n) + "v" * n for n in lengths])
     once = tokens.take(selection(first))

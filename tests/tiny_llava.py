@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny LLaVA with random weights, its tokenizer and processor; nothing is downloaded.
 
-The vision tower keeps flat regions uniform, so that stage 1 has something to merge, and the language model's
-attention is uneven, so that stage 2 has something to choose.
+Flat image regions give uniform vision features, so that stage 1 merges windows, and the language model's attention is
+uneven, so that stage 2 has clear decisions.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PATCH", "PROMPT", "config", "model", "picture", "processor", "tokeni
 
 
 def processor(grid: int = 12) -> Any:
-    """Pictures of grid x grid patches."""
+    """Processor for images of grid x grid patches."""
     return random_llava.processor(grid)
 
 
@@ -71,7 +71,7 @@ def model(
     head_dim: int = 16,
     key_heads: int = 2,
 ) -> LlavaForConditionalGeneration:
-    """A model in float32 that never stops by itself."""
+    """A float32 model without an end-of-sequence token."""
     torch.manual_seed(seed)
     settings = config(grid, layers, vision_layers, head_dim, key_heads)
     llava = LlavaForConditionalGeneration._from_config(settings, attn_implementation=attention).eval()
@@ -88,7 +88,7 @@ def model(
 
 
 def picture(seed: int = 0, grid: int = 12, flat: float = 0.5) -> Image.Image:
-    """A noisy picture whose right share is flat at the top and less so further down, so that part of it merges."""
+    """A noisy image whose right part is flat at the top and noisier further down, so that some windows merge."""
     size = PATCH * grid
     pixels = np.random.RandomState(seed).randint(0, 256, (size, size, 3)).astype(float)
     right = pixels[:, size - int(flat * size) :]

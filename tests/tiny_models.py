@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One tiny model of each family with random weights, and batches for it; nothing is downloaded, no processor is needed.
+"""Tiny models of each family with random weights, and batches for them; no downloads, no processors.
 
-Towers keep flat regions uniform, so that stage 1 has something to merge; language models have uneven attention, so
-that stage 2 has something to choose. Ids from 10 on are text; `IMAGE` and `VIDEO` are placeholders.
+Flat image regions give uniform vision features, so that stage 1 merges windows; language models have uneven attention,
+so that stage 2 has clear decisions. Ids from 10 on are text; `IMAGE` and `VIDEO` are placeholders.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ VISION = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_att
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """The picture of a row of a batch: an image of a number of tiles, a video, ..."""
+    """Visual input of a row of a batch: a tiled image, a video, ..."""
 
-    placeholders: list[int]  # ids that stand for it in the prompt
-    inputs: dict[str, Tensor]  # of this picture alone, with a leading dimension of 1 or of its tiles
+    placeholders: list[int]  # its placeholder ids in the prompt
+    inputs: dict[str, Tensor]  # of this image only, with a leading dimension of 1 or of its tiles
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiny:
-    """A family: its model, and pictures of it by number."""
+    """A family: its model, and its images by number."""
 
     build: Callable[[], Any]
     picture: Callable[[Any, int], Picture]  # (config, number); the numbers differ in size
@@ -56,7 +56,7 @@ class Tiny:
 
 
 def model_of(tiny: Tiny, attention: str = "sdpa", seed: int = 0) -> Any:
-    """In float32; it never stops by itself."""
+    """The model in float32, without an end-of-sequence token."""
     torch.manual_seed(seed)
     model = tiny.build()
     model.set_attn_implementation(attention)
@@ -75,7 +75,7 @@ def model_of(tiny: Tiny, attention: str = "sdpa", seed: int = 0) -> Any:
 
 
 def batch(tiny: Tiny, config: Any, rows: list[list[Any]]) -> dict[str, Tensor]:
-    """Rows of text, as a number of tokens, and of pictures, as ("picture", number); padded on the left."""
+    """Rows of text (a number of tokens) and images (("picture", number)), padded on the left."""
     torch.manual_seed(7)
     sequences, pictures = [], []
     for row in rows:
@@ -98,7 +98,7 @@ def batch(tiny: Tiny, config: Any, rows: list[list[Any]]) -> dict[str, Tensor]:
 
 
 def pixels(shape: tuple[int, ...], number: int) -> Tensor:
-    """(..., 3, height, width) noise whose right part is flat, more of it or less by number."""
+    """(..., 3, height, width) noise with a flat right part, whose width depends on ``number``."""
     generator = torch.Generator().manual_seed(number)
     values = torch.randn(shape, generator=generator)
     flat = values[..., int(shape[-1] * (0.5, 0.3, 0.6)[number % 3]) :]
@@ -167,7 +167,7 @@ def _llava_picture(extra: int) -> Callable[[Any, int], Picture]:
 SIDE = 4  # patches of a tile
 TILE = SIDE * PATCH
 SIZES = [(60, 110), (112, 70), (56, 56), (40, 168)]
-"""Height and width of pictures; the last one is very wide."""
+"""Height and width of images; the last one is very wide."""
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [TILE, 3 * TILE]]
 
 
@@ -214,7 +214,7 @@ def _onevision(aspect: str = "anyres_max_9") -> Any:
 
 
 def anyres_rows(config: Any, size: tuple[int, int]) -> tuple[int, range, range]:
-    """Tiles in a row, and the rows and columns of patches that are left of the margins."""
+    """Tiles in a row, and the ranges of patch rows and columns without the margins."""
     from transformers.image_processing_utils import select_best_resolution
 
     patch, tile = config.vision_config.patch_size, config.vision_config.image_size
@@ -241,7 +241,7 @@ def _tiled(config: Any, number: int) -> Picture:
 
 
 def shrunk(config: Any, rows: int, columns: int) -> tuple[int, int]:
-    """The size to which OneVision shrinks a picture that is larger than a number of tiles."""
+    """The size to which OneVision shrinks an image that exceeds the maximum number of tiles."""
     aspect = getattr(config, "vision_aspect_ratio", None)
     if aspect is None:
         return rows, columns
@@ -255,7 +255,7 @@ FRAMES = 3
 def _video(per_frame: int, end: int, side: int) -> Callable[[Any, int], Picture]:
     def picture(config: Any, number: int) -> Picture:
         values = pixels((1, FRAMES, 3, side, side), number)
-        values[:, 1, ..., : side // 2, :] = values[:, 0, ..., : side // 2, :]  # what does not move
+        values[:, 1, ..., : side // 2, :] = values[:, 0, ..., : side // 2, :]  # the static part
         return Picture([VIDEO] * (FRAMES * per_frame + end), {"pixel_values_videos": values})
 
     return picture
@@ -365,7 +365,7 @@ def _internvl() -> Any:
 
 
 def _internvl_picture(config: Any, number: int) -> Picture:
-    """One tile, or two of them, as the processor cuts them."""
+    """One tile or two, as the processor cuts them."""
     tiles = 1 + number % 2
     return Picture([IMAGE] * (16 * tiles), {"pixel_values": pixels((tiles, 3, 8 * PATCH, 8 * PATCH), number)})
 

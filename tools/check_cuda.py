@@ -1,21 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Static evidence about the CUDA kernels, on a machine without a GPU.
+"""Static analysis of the CUDA kernels on a machine without a GPU.
 
 Compiles every csrc/*/cuda*.cu for every target with warnings as errors and prints of each kernel: instructions,
 registers, shared memory, spills, 16-byte accesses and matrix instructions in loops. Then the launches at the shapes of
 mustdrop_kernels/bench/shapes.py: blocks of a multiprocessor, and waves on an H200.
 
-    python tools/check_cuda.py                       # 80, 90, 100, 120, and what a newer device makes of the PTX
+    python tools/check_cuda.py                       # 80, 90, 100, 120, and the PTX compiled for a newer device
     python tools/check_cuda.py --targets 90,80 --sources gather --json out/kernels.json
-    python tools/check_cuda.py --targets 90 --model  # cycles of the loops that cuda_static/loops.txt names
+    python tools/check_cuda.py --targets 90 --model  # cycles of the loops listed in cuda_static/loops.txt
 
-It fails on spills and local memory, on wide kernels without wide accesses, and on branches and divisions in loops where
-they cost several times the time (cuda_static/rules.py). What today's kernels have of these is in
-cuda_static/known_faults.txt, a list that only shrinks.
+It fails on spills and local memory, on wide kernels without wide accesses, and on branches and divisions in loops that
+multiply the time (cuda_static/rules.py). cuda_static/known_faults.txt lists the current exceptions; entries may only be
+removed or lowered.
 
-Needs nvcc, of the system or of the wheel nvidia-cuda-nvcc; without one it prints so and ends with status 0
-(--require: 1). nvdisasm comes with the CUDA toolkit and with Triton's wheel; without it the disassembly is left out,
-and said to be. Results are kept in build/check_cuda until a source, a flag or the compiler changes.
+Requires nvcc, of the system or of the wheel nvidia-cuda-nvcc; without it a message is printed and the exit status is 0
+(--require: 1). nvdisasm is part of the CUDA toolkit and of Triton's wheel; without it the disassembly is left out, with
+a message. Results are cached in build/check_cuda until a source, a flag or the compiler changes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TARGETS = ("80", "90", "100", "120", "ptx")
 
 
 def examine(nvcc: str, nvdisasm: str | None, source: Path, target: str) -> list[Kernel]:
-    """Compile one source for one target and read what came of it."""
+    """Compile one source for one target and analyze the result."""
     binary, said = compiling.compile_source(nvcc, source, target)
     kernels = compiling.parse_ptxas(said, target, source.parent.name)
     if nvdisasm:
@@ -52,7 +52,7 @@ def examine(nvcc: str, nvdisasm: str | None, source: Path, target: str) -> list[
 def examine_all(
     nvcc: str, nvdisasm: str | None, sources: Sequence[Path], targets: Sequence[str], jobs: int
 ) -> tuple[list[Kernel], list[str]]:
-    """All kernels, and errors of the compiler; prints its progress on stderr."""
+    """All kernels, and errors of the compiler; prints progress on stderr."""
     kernels: list[Kernel] = []
     problems: list[str] = []
     began, total = time.monotonic(), len(sources) * len(targets)
@@ -82,13 +82,13 @@ def judge(
     known: known_faults.KnownFaults,
     nvcc: str,
 ) -> list[str]:
-    """Everything that is wrong with the kernels that were compiled, and with the list of known faults."""
+    """Problems of the compiled kernels and of the list of known faults."""
     faults = rules.faults_of(kernels)
     return rules.missing(kernels, folders, targets) + known_faults.compare(known, kernels, faults, folders, nvcc)
 
 
 def show_occupancy(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
-    """Print how the launches fill an H200; the rows."""
+    """Print the occupancy of the launches on an H200; returns the rows."""
     if not any(generic(kernel.target) == launches.CAPABILITY for kernel in kernels):
         print(f"occupancy: left out, {label(launches.CAPABILITY)} is not among the targets")
         return []
@@ -103,14 +103,14 @@ def show_occupancy(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
 
 
 def show_model(nvcc: str, nvdisasm: str, target: str, folders: Sequence[str]) -> list[dict[str, object]]:
-    """Print the cycles of the named loops of some folders; the rows."""
+    """Print the cycles of the named loops of some folders; returns the rows."""
     named = [row for row in model.parse_table(model.TABLE.read_text()) if row.folder in folders]
     found: dict[str, model.Estimate] = {}
     for source in compiling.find_sources(",".join(sorted({row.folder for row in named}))):
         try:
             binary, said = compiling.compile_source(nvcc, source, target)
         except compiling.CompileError:
-            continue  # the check itself has said so, or the loops are shown as missing
+            continue  # reported by the check, or the loops are shown as missing
         kernels = compiling.parse_ptxas(said, target, source.parent.name)
         for function in disassembly.disassemble(nvdisasm, binary):
             kernel = kernels.get(function.name)
@@ -134,7 +134,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Check, print, and say what is wrong."""
+    """Run the check and print the tables and problems."""
     options = parse_options()
     nvcc = compiling.find_nvcc()
     reason = "was not found (set MUSTDROP_NVCC or CUDA_HOME, or pip install nvidia-cuda-nvcc)"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every Triton kernel in every shipped configuration for GPUs that are not here.
+"""Cross-compile every Triton kernel in every shipped configuration.
 
-Prints what each needs (registers, shared memory, stack) and fails where a kernel does not fit its target.
+Prints the resources of each (registers, shared memory, stack) and fails if a kernel does not fit its target.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ def units(target: str) -> list[crosscompile.Unit]:
 
 
 def check(job: tuple[str, int]) -> dict[str, Any]:
-    """Compile one kernel for one target; what it is, what it needs, and what is wrong with that."""
+    """Compile one kernel for one target. Returns its name, resources and problem."""
     target, number = job
     unit = units(target)[number]
     row: dict[str, Any] = {"target": target, "kernel": unit.name, "problem": None}
     try:
         needs = crosscompile.compile_unit(unit, target)
-    except Exception as error:  # the compiler raises many kinds; all of them count, none hides the next kernel
+    except Exception as error:  # the compiler raises many types; report each and go on with the next kernel
         return {**row, "problem": f"{type(error).__name__}: {error}"}
     return {**row, **asdict(needs), "problem": crosscompile.problem(needs, target)}
 
 
 def check_all(jobs: list[tuple[str, int]], processes: int) -> list[dict[str, Any]]:
-    """All rows, in order; prints its progress from time to time."""
+    """All rows, in order; prints progress from time to time."""
     rows, said = [], time.monotonic()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(check, jobs, chunksize=4):
@@ -56,7 +56,7 @@ def check_all(jobs: list[tuple[str, int]], processes: int) -> list[dict[str, Any
 
 
 def summary(rows: list[dict[str, Any]], target: str) -> str:
-    """The most that a target's kernels need, and how many do not fit."""
+    """Maximum resources of a target's kernels, and the number of those that do not fit."""
     own = [row for row in rows if row["target"] == target]
     sizes = [row for row in own if "registers" in row]
     most = {name: max((row[name] for row in sizes), default=0) for name in ("registers", "shared", "spilled")}
@@ -69,7 +69,7 @@ def summary(rows: list[dict[str, Any]], target: str) -> str:
 
 
 def main() -> int:
-    """Check, print, and say what is wrong."""
+    """Run the check and print resources and problems."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ",".join(crosscompile.TARGETS)
     parser.add_argument("--targets", default=known, help="with commas between (default: %(default)s)")

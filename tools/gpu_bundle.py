@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything for bench/run_on_gpu.sh that can be made without a GPU, in one folder to carry to the machine with one.
+"""Bundle for bench/run_on_gpu.sh: everything that can be prepared without a GPU, in a folder for the GPU machine.
 
-The CUDA library for its GPU, the wheels of the benchmark's baselines, and with --triton the compiled Triton kernels.
-There bench/run_on_gpu.sh unpacks the folder; what does not fit (other sources, another Triton) is left out, with a
-reason.
+The CUDA library for that GPU, the wheels of the benchmark's baselines, and with --triton the compiled Triton kernels.
+bench/run_on_gpu.sh unpacks the folder there and skips, with a reason, parts that do not match (other sources, another
+Triton).
 MUSTDROP_GPU_BUNDLE names another folder than gpu-bundle/.
 """
 
@@ -29,12 +29,12 @@ INSTALLED = ROOT / "mustdrop_kernels" / "lib"
 DOCUMENT, FAILED, WHEELS, LIBRARIES = "bundle.json", "failed.txt", "wheels", "lib"
 BASELINES = ("flash-colreduce==0.2.2", "flash-colsum==0.1.0")
 MOST_BYTES = 40 << 20
-CORES = 16  # of the machine that the command lines are printed for
+CORES = 16  # of the GPU machine, for the printed command lines
 
 
 @dataclasses.dataclass
 class Unpacked:
-    """Contents of the folder that can be used here."""
+    """Usable contents of the bundle."""
 
     commit: str | None = None
     site_packages: list[Path] = dataclasses.field(default_factory=list)
@@ -42,11 +42,11 @@ class Unpacked:
     remarks: list[str] = dataclasses.field(default_factory=list)
 
 
-# ------------------------------------------------------------------------------------------------ where it is used
+# ------------------------------------------------------------------------------------------------- use
 
 
 def unpack(site: Path) -> Unpacked:
-    """Put the library in its place and the wheels into ``site``; nothing where there is no folder."""
+    """Install the library in place and the wheels into ``site``, if there is a bundle."""
     if not (FOLDER / DOCUMENT).is_file():
         return Unpacked()
     found = Unpacked(commit=json.loads((FOLDER / DOCUMENT).read_text())["commit"])
@@ -69,18 +69,18 @@ def unpack(site: Path) -> Unpacked:
 
 
 def is_prebuilt(archs: list[str]) -> bool:
-    """True where the CUDA library for these targets, in place or in the folder, is of the sources here."""
+    """True if the CUDA library for these targets, in place or in the bundle, was built from these sources."""
     return any(
         (SOURCES["record"](folder) or {}).get("cuda_archs") and SOURCES["made_of_these"](folder, ROOT, archs)
         for folder in (INSTALLED, FOLDER / LIBRARIES)
     )
 
 
-# ------------------------------------------------------------------------------------------------ where it is made
+# ------------------------------------------------------------------------------------------------- creation
 
 
 def git_commit() -> str | None:
-    """The commit of this tree, with "+" where files differ from it; None where there is no history."""
+    """The commit of this tree, with "+" if files differ from it; None without a history."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
@@ -92,7 +92,7 @@ def git_commit() -> str | None:
 
 
 def add_library(archs: str) -> str:
-    """Build the libraries for CUDA targets, beside those that are in use."""
+    """Build the libraries for CUDA targets, beside those in use."""
     folder = FOLDER / LIBRARIES
     if not SOURCES["made_of_these"](folder, ROOT, archs.split(";")):
         built = ROOT / "build" / "gpu-bundle"
@@ -104,7 +104,7 @@ def add_library(archs: str) -> str:
 
 
 def add_wheels() -> str:
-    """Download the wheels of baselines; a baseline that cannot be had is left out of the benchmark."""
+    """Download the wheels of baselines; an unavailable baseline is left out of the benchmark."""
     folder = FOLDER / WHEELS
     folder.mkdir(exist_ok=True)
     missing = [one for one in BASELINES if not list(folder.glob(f"{one.replace('-', '_').replace('==', '-')}-*.whl"))]
@@ -115,26 +115,26 @@ def add_wheels() -> str:
 
 
 def add_triton(python: str, jobs: int) -> str:
-    """Compile the Triton kernels with the Python and Triton of the machine that they are for."""
+    """Compile the Triton kernels with the Python and Triton of the GPU machine."""
     command = [python, "tools/precompile_triton.py", "--target", "sm90", "--out", str(FOLDER), "--jobs", str(jobs)]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     return "compiled Triton kernels"
 
 
 def size(folder: Path) -> int:
-    """Bytes of its files."""
+    """Size of the files in bytes."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def command_lines(commit: str | None) -> str:
-    """Command lines for the machine."""
+    """Command lines for the GPU machine."""
     variable = f"MUSTDROP_COMMIT={shlex.quote(commit)} " if commit else ""
     runs = "".join(f"  {variable}bench/run_on_gpu.sh {run}\n" for run in ("first", "second"))
     return f"Carry {FOLDER.name}/. On a machine with {CORES} cores (tests run in {CORES - 2} workers):\n{runs}"
 
 
 def main() -> int:
-    """Make the folder and print how to use it."""
+    """Create the bundle and print its usage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", default="90", help="CUDA targets (default: %(default)s)")
     parser.add_argument("--triton", metavar="PYTHON", help="compile the Triton kernels too, with this interpreter")

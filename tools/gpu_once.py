@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls for bench/run_on_gpu.sh on a device, beside the tests and the benchmark.
+"""Calls on a device for bench/run_on_gpu.sh, in addition to the tests and the benchmark.
 
-compute-sanitizer --tool racecheck python tools/gpu_once.py   # every operator once, in each of its ways
-python tools/gpu_once.py --coverage    # the same, and whether every CUDA kernel of csrc/ was launched by it
+compute-sanitizer --tool racecheck python tools/gpu_once.py   # every operator, every variant once
+python tools/gpu_once.py --coverage    # the same, and a check that it launches every CUDA kernel of csrc/
 python tools/gpu_once.py --graph       # three stages in one CUDA graph, replayed on new contents
 python tools/gpu_once.py --facts       # versions, tools, the GPU, and the backends that serve it, as JSON
-compute-sanitizer --tool memcheck python tools/gpu_once.py planted_write   # has to find a fault; so with planted_race
+compute-sanitizer --tool memcheck python tools/gpu_once.py planted_write   # must find a fault; likewise planted_race
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def prompt(batch: int, length: int, queries: int) -> torch.Tensor:
-    """Text, a picture, text that votes."""
+    """Token types: text, an image, text queries."""
     types = torch.full((batch, length), TokenType.VISION, dtype=torch.uint8, device=DEVICE)
     types[:, :5] = TokenType.TEXT
     types[:, length - queries :] = TokenType.QUERY
@@ -48,12 +48,12 @@ def attention(dtype: torch.dtype, heads: tuple[int, int], rows: int, length: int
 
 
 def numbers(values: list[int]) -> torch.Tensor:
-    """Lengths, as the operators take them."""
+    """int32 tensor of lengths."""
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def samples() -> None:
-    """The sample call of every operator that has a backend on the device."""
+    """Sample call of every operator that is served on the device."""
     for op in backends.OPS:
         if backends.serving(op, DEVICE):
             for dtype in FLOATS:
@@ -80,7 +80,7 @@ def scores() -> None:
             mustdrop.cls_attention(q[:, :4, 0], k, dim**-0.5)
             mustdrop.cls_attention(q[:, :4, 0], k, dim**-0.5, counts=numbers([150, 0]))
         q, k, types = attention(dtype, (8, 8), 300, 700, 64)
-        types[:, -200:] = TokenType.QUERY  # more rows than one tile of them
+        types[:, -200:] = TokenType.QUERY  # more than one tile of query rows
         mustdrop.text_vision_scores(q, k, types, 0.125)
 
 
@@ -111,7 +111,7 @@ def selecting() -> None:
 
 
 def moving() -> None:
-    """Every size of a piece; few layers and many; few heads and long; dense and paged, at the front and at the end."""
+    """Every access size; few and many layers; few long heads; dense and paged, at the front and at the end."""
     keep, counts = torch.arange(0, 3900, 3, device=DEVICE).expand(2, -1).contiguous(), numbers([1300, 700])
     for dtype in (torch.bfloat16, torch.float32, torch.uint8):
         for dim in (64, 3, 1):
@@ -150,7 +150,7 @@ extern "C" __global__ void mustdrop_planted_race(int* out) {  // [64]; no barrie
 
 
 def planted(name: str) -> None:
-    """A kernel with a fault for a sanitizer to find. Its name is one that the sanitizers look at."""
+    """Launch a kernel with a fault that the sanitizer must find. Its name matches the sanitizers' filter."""
     out = torch.zeros(64, dtype=torch.int32, device=DEVICE)
     torch.cuda._compile_kernel(PLANTED, name)(grid=(1, 1, 1), block=(64, 1, 1), args=[out])
 
@@ -170,7 +170,7 @@ PARTS = {**OPERATORS, "planted_write": planted_write, "planted_race": planted_ra
 
 
 def once(names: list[str]) -> None:
-    """The operators, each in its ways."""
+    """All variants of the operators."""
     for name in names:
         print(name, flush=True)
         PARTS[name]()
@@ -217,21 +217,21 @@ class Stages:
             tensor.copy_(torch.randn(tensor.shape, generator=generator, device=DEVICE))
 
     def run(self) -> list[torch.Tensor]:
-        """Merge, score the patches, choose the key set; score, select, take the tokens; cut the caches."""
+        """Merge, score the patches, choose the key set; score, select, gather the tokens; compact the caches."""
         merged = mustdrop.spatial_merge(self.x, [24, 24], [3, 3], threshold=0.1)
         votes = mustdrop.cls_attention(self.q[:, :4, 0], self.k, 0.125)
         fused = mustdrop.topk_attention_select(self.q, self.k, self.types, 0.125, 40, capacity=80)
         dual = mustdrop.select_dual(fused.total, fused.peak, self.types, 0.001, 0.01)
         taken = mustdrop.gather_tokens(self.hidden, fused.keep, fused.counts)
         mustdrop.compact_kv_(self.caches[:3], self.caches[3:], [fused.keep], [fused.counts])
-        front = [cache[:, :, :40].clone() for cache in self.caches]  # past the counts anything may be
+        front = [cache[:, :, :40].clone() for cache in self.caches]  # unspecified past the counts
         mustdrop.compact_kv_(self.long[:1], self.long[1:], [self.half[0]], [self.half[1]])
         front += [cache[:, :, :6000].clone() for cache in self.long]
         return [*merged, votes, *fused, *dual, taken, *front]
 
 
 def graph() -> None:
-    """Capture the stages, replay them on other contents, compare with the stages run without a graph."""
+    """Capture the stages, replay them on other contents, compare with runs without a graph."""
     stages = Stages()
     stages.refill(0)
     stream = torch.cuda.Stream()
@@ -254,13 +254,13 @@ def graph() -> None:
 
 
 def serving() -> list[str]:
-    """The backends that serve at least one operator on a GPU, the plain PyTorch one aside."""
+    """Backends that serve at least one operator on a GPU, except the reference."""
     names = [name for name in backends.registered() if name != "reference"]
     return [n for n in names if any(backends.registered()[n].why_not(op, "cuda") is None for op in backends.OPS)]
 
 
 def gpu() -> dict[str, object] | None:
-    """The device, its driver and clocks; None where there is none."""
+    """The device, its driver and clocks; None without a device."""
     if not torch.cuda.is_available():
         return None
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
@@ -281,7 +281,7 @@ def gpu() -> dict[str, object] | None:
 
 
 def facts() -> dict[str, object]:
-    """Versions and tools: what a part needs that fails."""
+    """Versions and tools, to diagnose failing parts."""
     modules = (
         "setuptools",
         "ninja",
@@ -306,7 +306,7 @@ def facts() -> dict[str, object]:
 
 
 def main() -> None:
-    """See the module."""
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)} (default: the operators)")
     parser.add_argument("--coverage", action="store_true")

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Parts of each run of bench/run_on_gpu.sh on a machine with a GPU, in their order, with their limits.
+"""Parts of each run of bench/run_on_gpu.sh, in order, with their time limits.
 
-The parts of `first` and `second` together take at most ``LEASE`` seconds each: a GPU may be at hand for minutes only.
+`first` and `second` take at most ``LEASE`` seconds each: a GPU may be available for minutes only.
 """
 
 from __future__ import annotations
@@ -14,31 +14,31 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 LEASE = 325  # seconds; the machine may be held for 330
-BUILD = 100  # seconds that a build may take of a lease, where no library was carried
-SUITES = ("cuda", "cupy", "triton")  # in the order of how likely each is to serve
+BUILD = 100  # maximum seconds of a lease for a build, if the bundle has no library
+SUITES = ("cuda", "cupy", "triton")  # by likelihood of serving the GPU
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Something that is run, and what its end means."""
+    """A step of a run, and the interpretation of its exit status."""
 
     name: str
-    seconds: int  # at most; what the parts before left of theirs comes on top
-    commands: tuple[tuple[str, ...], ...]  # one after the other
+    seconds: int  # at most; unused time of earlier parts is added
+    commands: tuple[tuple[str, ...], ...]  # in sequence
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     tests: bool = False  # a pytest run, whose tests are counted
-    finds: tuple[str, ...] = ()  # a planted fault: each command has to end with FOUND, and to say so in these words
-    backend: str | None = None  # left out where this backend does not serve the GPU
+    finds: tuple[str, ...] = ()  # a planted fault: each command must end with status FOUND and print these words
+    backend: str | None = None  # left out if this backend does not serve the GPU
     why_not: str | None = None  # left out, with this reason
-    scaled: bool = True  # takes less where the sum has to fit
+    scaled: bool = True  # its limit may be reduced to fit the lease
 
 
-FOUND = 9  # exit status of compute-sanitizer where it has found something
+FOUND = 9  # exit status of compute-sanitizer if it has found an error
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Facts that the commands depend on."""
+    """Properties of the machine that the commands depend on."""
 
     python: str
     out: Path
@@ -47,17 +47,17 @@ class Machine:
     prebuilt: bool  # the library in place was made of these sources
     failed_before: Path  # node ids of tests that failed in an earlier run, if any
     sanitizer: str | None  # compute-sanitizer
-    filtered: bool = True  # it has a filter of kernels
+    filtered: bool = True  # it supports --kernel-name
 
 
 def find_sanitizer() -> str | None:
-    """compute-sanitizer, on the PATH or of the toolkit."""
+    """Path of compute-sanitizer, on the PATH or in the toolkit."""
     toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin", "compute-sanitizer")
     return shutil.which("compute-sanitizer") or (str(toolkit) if os.access(toolkit, os.X_OK) else None)
 
 
 def filters_kernels(sanitizer: str) -> bool:
-    """True where it has the option --kernel-name."""
+    """True if it has the option --kernel-name."""
     try:
         said = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
@@ -78,12 +78,12 @@ class Parts:
         return self.python("tools/gpu_once.py", *words)
 
     def library(self, build_seconds: int) -> Part:
-        """Use the carried library, else build it."""
+        """Use the library of the bundle, else build it."""
         seconds = 10 if self.machine.prebuilt else build_seconds
         return Part("library", seconds, (self.python("setup.py", "-q", "build_ext", "--inplace"),), scaled=False)
 
     def facts(self) -> Part:
-        """The first import of torch, from a cold disk; versions, driver, clocks, and who serves."""
+        """Versions, driver, clocks and serving backends, after the first import of torch from a cold disk."""
         return Part("facts", 90, (self.once("--facts"),), scaled=False)
 
     def coverage(self, seconds: int) -> Part:
@@ -93,20 +93,20 @@ class Parts:
         return Part("graph", seconds, (self.once("--graph"),))
 
     def pytest(self, *words: str) -> tuple[str, ...]:
-        """With short tracebacks and an end to them: a log of megabytes does not come back."""
+        """pytest with short tracebacks and a limit of failures, which bounds the size of the log."""
         workers = ("-n", str(self.machine.cores - 2 if self.machine.cores > 4 else 2)) if self.machine.xdist else ()
         options = ("-q", *workers, "-p", "no:cacheprovider", "--tb=short", "--maxfail=60")
         return self.python("-m", "pytest", *options, *words)
 
     def suite(self, backend: str, seconds: int, *more: str) -> Part:
-        """tests/ops on one backend. Tests of what no backend computes are run with the CUDA kernels alone."""
+        """tests/ops on one backend. Tests without a backend run with the CUDA kernels only."""
         only = "cuda" if backend == "cuda" else f"{backend}-cuda"
         command = self.pytest(*more, "-k", only, "tests/ops")
         environment = {"MUSTDROP_TEST_BACKENDS": backend}
         return Part(f"suite-{backend}", seconds, (command,), environment, tests=True, backend=backend)
 
     def tokens(self, seconds: int) -> Part:
-        """End-to-end tests: tokens, threads with different shapes, other packages' arrays; the benchmark's captures."""
+        """End-to-end tests: tokens, threads with different shapes, arrays of other packages, CUDA graph captures."""
         files = (
             "tests/integrations/test_compiled.py",
             "tests/frameworks/test_dlpack.py",
@@ -132,9 +132,9 @@ class Parts:
     def sanitizer(self, tool: str, seconds: int) -> Part:
         """Every operator under one tool of compute-sanitizer.
 
-        memcheck and initcheck see nothing of what lies inside a segment of torch's caching allocator, so they run
-        without it. initcheck has to see the kernels that write the inputs too, so all kernels are instrumented, and
-        only what moves and selects is called: the others' workspaces are read where they were written.
+        memcheck and initcheck do not check inside the segments of torch's caching allocator, so they run without it.
+        initcheck requires that the kernels which write the inputs are instrumented too, so all kernels are, and only
+        selections and moves are called: the workspaces of the others are read only where they were written.
         """
         allocator = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if tool in ("memcheck", "initcheck") else {}
         only = ("moving", "selecting") if tool == "initcheck" else ()
@@ -142,7 +142,7 @@ class Parts:
         return Part(tool, seconds, (command,), allocator, why_not=self._without_sanitizer())
 
     def planted(self, seconds: int) -> Part:
-        """A write out of bounds and a race that the same commands have to find: then silence means clean."""
+        """An out-of-bounds write and a race that the same commands must find, to validate their clean results."""
         commands = (self.sanitized("memcheck", "planted_write"), self.sanitized("racecheck", "planted_race"))
         words = ("Invalid __global__ write", "Race reported")
         environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
@@ -169,7 +169,7 @@ _MOVED_MOST = ("spatial_merge", "text_vision_scores", "cls_attention", "select_t
 
 
 def first(at: Parts) -> list[Part]:
-    """Correctness: does each kernel run, is it right, is it clean; then the other backends."""
+    """Correctness of each kernel, sanitizer runs; then the other backends."""
     return [
         at.library(BUILD), at.facts(), at.coverage(18), at.graph(12), at.suite("cuda", 60, "-m", "not slow"),
         at.planted(20), at.sanitizer("memcheck", 30), at.sanitizer("racecheck", 30), at.tokens(25),
@@ -178,7 +178,7 @@ def first(at: Parts) -> list[Part]:
 
 
 def second(at: Parts) -> list[Part]:
-    """Tests that failed before; then times."""
+    """Tests that failed before; then timings."""
     shapes = "llava-1.5,llava-next,video-gqa"
     return [
         at.library(BUILD), at.again(55), at.sanitizer("synccheck", 25),
@@ -189,7 +189,7 @@ def second(at: Parts) -> list[Part]:
 
 
 def suite(at: Parts) -> list[Part]:
-    """Every GPU test, the slow ones too, on every backend."""
+    """Every GPU test, including the slow ones, on every backend."""
     return [at.library(300), at.facts(), *(at.suite(backend, 300) for backend in SUITES), at.tokens(120)]
 
 
@@ -232,13 +232,13 @@ SHORT = ("first", "second")  # take LEASE at most
 
 
 def parts_of(run: str, machine: Machine) -> list[Part]:
-    """The parts of a run; those of a short one fit into the lease, whatever has to be built."""
+    """The parts of a run; short runs fit into the lease, including a build."""
     parts = RUNS[run](Parts(machine))
     return fitted(parts, LEASE) if run in SHORT else parts
 
 
 def fitted(parts: Sequence[Part], most: int) -> list[Part]:
-    """The parts with their limits cut in proportion, where their sum is more than ``most`` seconds."""
+    """The parts, with limits reduced in proportion if their sum exceeds ``most`` seconds."""
     fixed = total(part for part in parts if not part.scaled)
     rest = total(part for part in parts if part.scaled)
     if fixed + rest <= most:
@@ -248,5 +248,5 @@ def fitted(parts: Sequence[Part], most: int) -> list[Part]:
 
 
 def total(parts: Iterable[Part]) -> int:
-    """Seconds that they take at most."""
+    """Sum of the limits in seconds."""
     return sum(part.seconds for part in parts)

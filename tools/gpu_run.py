@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the parts of tools/gpu_parts.py on a machine with a GPU. bench/run_on_gpu.sh starts this; see there.
+"""Run the parts of tools/gpu_parts.py on a machine with a GPU. Started by bench/run_on_gpu.sh; see there.
 
-What happened stands in the summary after each part, so that it comes back whatever ends the run.
+The summary is written after each part, so that an aborted run has one too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import gpu_parts  # noqa: E402
 from gpu_parts import FOUND, Part  # noqa: E402
 from record import read as read_tests  # noqa: E402
 
-GRACE = 5  # seconds between the interrupt of a part that takes too long and its end
-LOG_HEAD, LOG_TAIL = 96 << 10, 160 << 10  # bytes of a part that are kept; all logs together stay far below 16 MiB
+GRACE = 5  # seconds between the interrupt of a part that exceeds its limit and its kill
+LOG_HEAD, LOG_TAIL = 96 << 10, 160 << 10  # bytes of a part's log that are kept; all logs together stay far below 16 MiB
 MOST_NAMES = 200  # of failed tests in the summary
 
 
@@ -59,21 +59,21 @@ class Ended:
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM came."""
+    """SIGINT or SIGTERM was received."""
 
 
 class Runner:
     """Runs parts and writes the summary."""
 
     def __init__(self, machine: gpu_parts.Machine, environment: dict[str, str], began: float) -> None:
-        """``began``: when the first part's time began to run, for what was unpacked since."""
+        """``began``: start of the first part's time, which includes unpacking."""
         self.machine, self.environment, self.began = machine, environment, began
         self.facts: dict[str, Any] | None = None
         self.ended: list[Ended] = []
         self.out = machine.out
 
     def run(self, names: list[str]) -> bool:
-        """All parts of the runs; True where nothing failed and everything was reached."""
+        """Run all parts; True if none failed and all were reached."""
         todo = [(name, part) for name in names for part in gpu_parts.parts_of(name, self.machine)]
         self._write(todo)
         running, deadline = names[0], self.began
@@ -120,7 +120,7 @@ class Runner:
         return ended
 
     def _does_not_serve(self, backend: str | None) -> str | None:
-        """The reason to leave out a backend; without facts every backend is tried."""
+        """The reason to leave out a backend, or None; without facts every backend is tried."""
         if backend is None or self.facts is None or backend in self.facts.get("backends", []):
             return None
         return f"{backend} does not serve the GPU"
@@ -128,7 +128,7 @@ class Runner:
     def _command(
         self, part: Part, command: tuple[str, ...], environment: dict[str, str], deadline: float
     ) -> tuple[int | None, str]:
-        """(exit status, None where it took too long; what it said). An interrupt comes before the end."""
+        """(exit status, or None on a timeout; output). A timeout sends an interrupt before the kill."""
         path = self.out / "part.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
@@ -157,7 +157,7 @@ class Runner:
 
     @staticmethod
     def _wrong(part: Part, i: int, status: int | None, said: str) -> str | None:
-        """Error of the i-th command of a part; None where it ended as it should."""
+        """Error of the i-th command of a part; None if it ended as expected."""
         if status is None:
             return f"it took longer than {part.seconds} s and what was left of the parts before"
         if not part.finds:
@@ -184,7 +184,7 @@ class Runner:
 
 
 def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
-    """True where a process ends before a time of the monotonic clock."""
+    """True if a process ends before a time of the monotonic clock."""
     while process.poll() is None:
         if time.monotonic() >= deadline:
             return False
@@ -193,7 +193,7 @@ def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """The process and its children, the workers of tests too."""
+    """Kill the process and its children, such as test workers."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -204,7 +204,7 @@ def _show_end(said: str) -> None:
 
 
 def _facts(said: str) -> dict[str, Any] | None:
-    """The JSON that `gpu_once.py --facts` printed, None where it did not get there."""
+    """The JSON that `gpu_once.py --facts` printed; None if it failed."""
     try:
         found = json.loads(said[said.index("{\n") :])
     except ValueError:
@@ -227,14 +227,14 @@ def environment_of(bundle: gpu_bundle.Unpacked) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         "PYTHONUNBUFFERED": "1",
         "HF_HUB_OFFLINE": "1",
-        "MUSTDROP_EMULATION_SAMPLE": "0",  # the device itself is here
+        "MUSTDROP_EMULATION_SAMPLE": "0",  # a real device is present
         **({"MUSTDROP_COMMIT": commit} if commit else {}),
         **({"TRITON_CACHE_DIR": str(bundle.triton_cache)} if bundle.triton_cache else {}),
     }
 
 
 def describe_machine(prebuilt: bool, dry: bool) -> gpu_parts.Machine:
-    """This machine; in a dry run everything that the parts may ask for is there."""
+    """Properties of this machine; in a dry run all tools are assumed to be present."""
     sanitizer = gpu_parts.find_sanitizer() or ("compute-sanitizer" if dry else None)
     return gpu_parts.Machine(
         python=os.environ.get("PYTHON") or sys.executable,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draw the pictures of docs/method.md from what the operators compute: python tools/method_figures.py [FOLDER]"""
+"""Draw the figures of docs/method.md from results of the operators: python tools/method_figures.py [FOLDER]"""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def cell(ax: Any, left: float, top: float, color: Any, size: float = 1, **style:
 
 
 def scene() -> torch.Tensor:  # (SIDE, SIDE, 3), colors from 0 to 1
-    """A sky, a field, and something with details in the middle."""
+    """A sky, a field, and an object with details in the middle."""
     generator = torch.Generator().manual_seed(3)
     picture = torch.empty(SIDE, SIDE, 3)
     picture[:5], picture[5:] = torch.tensor([0.55, 0.75, 0.95]), torch.tensor([0.45, 0.65, 0.35])
@@ -47,7 +47,7 @@ def scene() -> torch.Tensor:  # (SIDE, SIDE, 3), colors from 0 to 1
 
 
 def merge() -> Figure:
-    """Stage 1: windows with their similarities, and what the operator makes of them."""
+    """Stage 1: windows with their similarities, and the merged tokens."""
     picture = scene()
     merged = mk.spatial_merge(picture.view(1, -1, 3), [SIDE, SIDE], [WINDOW, WINDOW], THRESHOLD, num_prefix_tokens=0)
     unit = torch.nn.functional.normalize(picture, dim=-1)
@@ -82,7 +82,7 @@ def select() -> Figure:
     generator = torch.Generator().manual_seed(5)
     count, rows, share, least_peak = 90, 12, 0.008, 0.03
     total = torch.randn(1, count, generator=generator).exp()
-    total *= rows / total.sum()  # each row of text hands out 1
+    total *= rows / total.sum()  # the attention of each text row sums to 1
     peak = total * torch.rand(1, count, generator=generator).mul(torch.tensor(float(rows)).log()).neg().exp()
     protected = torch.rand(1, count, generator=generator) < 0.1
     types = torch.full((1, count), int(mk.TokenType.VISION), dtype=torch.uint8)
@@ -142,7 +142,7 @@ def compact() -> Figure:
 
 
 def main(folder: Path) -> None:
-    """Write all of them."""
+    """Write all figures."""
     mpl.rcParams |= {"svg.hashsalt": "mustdrop", "svg.fonttype": "path", "font.family": "DejaVu Sans"}
     folder.mkdir(parents=True, exist_ok=True)
     for draw in (merge, select, compact):

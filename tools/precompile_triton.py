@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill a Triton cache for a GPU that is not here, so that a short run on such a GPU compiles nothing.
+"""Fill a Triton cache for a GPU that is not present, so that a short run on such a GPU compiles nothing.
 
     python tools/precompile_triton.py --target sm90 --out FOLDER
 
-Compiled are the launches of the operators' tests (their cases for this backend that are not slow) and of the
-benchmark's shapes, recorded on CPU tensors. FOLDER gets triton-cache-TARGET.tar.xz and, beside it, a JSON file that
-says what the cache depends on. Run it with the Python and the Triton of the machine that the cache is for, where
-`tools/triton_cache.py` unpacks it; Triton finds the entries in a folder of the same path only (--cache).
+Compiles the launches of the operators' tests (the cases of this backend that are not slow) and of the benchmark's
+shapes, recorded on CPU tensors. Writes triton-cache-TARGET.tar.xz to FOLDER and, beside it, a JSON file with the
+versions that the cache depends on. Must be run with the Python and the Triton of the GPU machine, where
+`tools/triton_cache.py` unpacks it; Triton finds the entries only in a folder of the same path (--cache).
 
-What the folder of --cache holds already is not compiled again: a run that was interrupted goes on.
+Kernels that the folder of --cache already contains are not compiled again, so an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDED = "triton-recorded"
 DTYPES = ("bfloat16", "float16", "float32")
-SAID_EVERY = 10.0  # seconds, where there is no bar
+SAID_EVERY = 10.0  # seconds between progress lines without a bar
 
 
 @dataclass(frozen=True)
 class Source:
-    """Launches to record on a target: those of one test file, or of one benchmark case."""
+    """Source of launches to record for a target: one test file or one benchmark case."""
 
     target: str
     processors: int | None
@@ -57,7 +57,7 @@ class Source:
 
 
 def recorded_backend() -> backends.Backend:
-    """This backend's host code, whose launches are recorded, with results of the CPU: so the tests go on."""
+    """The Triton backend's host code with recorded launches; returns results of the CPU, so that tests proceed."""
     cpu = backends.get("cpu")
 
     def implementation(op: str) -> Callable[..., object]:
@@ -75,7 +75,7 @@ def recorded_backend() -> backends.Backend:
 
 
 def run_tests(tests: str) -> list[str]:
-    """Run tests on the recorded backend; complaints."""
+    """Run tests on the recorded backend; returns problems."""
     import pytest
 
     backends.register_backend(recorded_backend(), replace=True)
@@ -91,7 +91,7 @@ def run_tests(tests: str) -> list[str]:
 
 
 def run_shape(shape: str, dtype: str) -> list[str]:
-    """Call every operator with the benchmark's inputs, in every variant; complaints."""
+    """Call every operator with the benchmark's inputs, in every variant; returns problems."""
     import torch
 
     from mustdrop_kernels.bench.cases import CASES, FLOAT32_ONLY, Case
@@ -106,7 +106,7 @@ def run_shape(shape: str, dtype: str) -> list[str]:
 
 
 def record(source: Source) -> tuple[list[Unit], list[str]]:
-    """Launches of a source on its target, and complaints."""
+    """Launches of a source on its target, and problems."""
     from mustdrop_kernels.backends.triton import crosscompile
 
     with crosscompile.recording(source.target, source.processors) as units:
@@ -115,7 +115,7 @@ def record(source: Source) -> tuple[list[Unit], list[str]]:
 
 
 def compile_one(job: tuple[str, Unit]) -> tuple[str, bool, str | None]:
-    """Compile one launch: its folder in the cache, whether that was there already, and what is wrong."""
+    """Compile one launch. Returns its cache folder, whether it was cached, and the error if any."""
     from mustdrop_kernels.backends.triton import precompile
 
     target, unit = job
@@ -123,14 +123,14 @@ def compile_one(job: tuple[str, Unit]) -> tuple[str, bool, str | None]:
     with precompile.without_device(target, lambda folder, hit: made.append((folder.name, hit))):
         try:
             precompile.precompile(unit)
-        except Exception as error:  # the compiler raises many kinds; none hides the next kernel
+        except Exception as error:  # the compiler raises many types; go on with the next kernel
             return "", False, f"{unit.name}: {type(error).__name__}: {error}"
     return (*made[0], None) if made else ("", True, None)
 
 
 @contextlib.contextmanager
 def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Call the result after each of ``total`` steps: a bar on a terminal, else a line from time to time."""
+    """Progress of ``total`` steps, advanced by calling the result: a bar on a terminal, else occasional lines."""
     if sys.stderr.isatty():
         from rich.console import Console
         from rich.progress import Progress
@@ -153,7 +153,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def mapping(processes: int) -> Iterator[Callable[..., Iterator[Any]]]:
-    """``map`` in some processes, or in this one alone. An interrupt leaves the jobs that have not begun."""
+    """``map`` in several processes, or in this one. An interrupt cancels jobs that have not started."""
     if processes <= 1:
         yield map
         return
@@ -175,7 +175,7 @@ def results(what: str, function: Callable[[Any], Any], jobs: Sequence[Any], proc
 
 
 def wanted(options: argparse.Namespace) -> list[Source]:
-    """All that is asked for: one for each test file, one for each shape and dtype."""
+    """Requested sources: one per test file, one per shape and dtype."""
     where = (options.target, options.multiprocessors)
     labels = [shape.label for shape in parse_shapes(options.shapes)]
     tests = [Source(*where, tests=file) for path in options.tests for file in files_of(path)]
@@ -183,14 +183,14 @@ def wanted(options: argparse.Namespace) -> list[Source]:
 
 
 def files_of(path: str) -> list[str]:
-    """Those of a folder; a file, or a test of it, as it is."""
+    """Test files of a folder; a file or a test id is returned unchanged."""
     if not (REPOSITORY / path).is_dir():
         return [path]
     return [str(file.relative_to(REPOSITORY)) for file in sorted((REPOSITORY / path).glob("test_*.py"))]
 
 
 def recorded(options: argparse.Namespace) -> tuple[list[Unit], list[str]]:
-    """The distinct launches of all sources, and complaints."""
+    """The distinct launches of all sources, and problems."""
     found = results("recorded", record, wanted(options), options.jobs)
     units = dict.fromkeys(unit for units, _ in found for unit in units)
     complaints = [complaint for _, some in found for complaint in some]
@@ -198,7 +198,7 @@ def recorded(options: argparse.Namespace) -> tuple[list[Unit], list[str]]:
 
 
 def write(options: argparse.Namespace, entries: Sequence[str]) -> Path:
-    """The archive, and beside it what it depends on."""
+    """Write the archive and its description."""
     from mustdrop_kernels.backends.triton import crosscompile
 
     archive = options.out / f"triton-cache-{options.target}.tar.xz"
@@ -216,7 +216,7 @@ def write(options: argparse.Namespace, entries: Sequence[str]) -> Path:
 
 
 def command_line() -> argparse.Namespace:
-    """The command line; what is wrong with it, or with the installation, ends the process."""
+    """The command line; errors in it or in the installation end the process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="sm90", help="the GPU (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the folder that the archive goes to")
@@ -237,7 +237,7 @@ def command_line() -> argparse.Namespace:
 
 
 def check(options: argparse.Namespace, error: Callable[[str], Any]) -> None:
-    """Refuse values of options that do not exist."""
+    """Check the values of options."""
     from mustdrop_kernels.backends.triton import crosscompile
 
     known = [name for name, target in crosscompile.TARGETS.items() if target.backend == "cuda"]
@@ -256,7 +256,7 @@ def check(options: argparse.Namespace, error: Callable[[str], Any]) -> None:
 
 
 def compiled(options: argparse.Namespace, units: Sequence[Unit]) -> tuple[list[str], list[str]]:
-    """The cache's folders of all launches, and complaints."""
+    """Cache folders of all launches, and problems."""
     begin = time.monotonic()
     made = results("compiled", compile_one, [(options.target, unit) for unit in units], options.jobs)
     entries = sorted({folder for folder, *_ in made if folder})
@@ -266,7 +266,7 @@ def compiled(options: argparse.Namespace, units: Sequence[Unit]) -> tuple[list[s
 
 
 def main() -> int:
-    """Record, compile, write; complaints do not keep the rest from being written."""
+    """Record, compile, write; problems of single kernels do not prevent the archive."""
     options = command_line()
     options.cache = options.cache.absolute()
     os.environ["TRITON_CACHE_DIR"] = str(options.cache)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unpack a Triton cache that tools/precompile_triton.py has filled on another machine, where Triton can use it.
+"""Unpack a Triton cache that tools/precompile_triton.py has filled on another machine.
 
     TRITON_CACHE_DIR=$(python tools/triton_cache.py FOLDER/triton-cache-sm90.json) && export TRITON_CACHE_DIR
 
-Prints the cache's folder. Where Triton would not find its entries, prints why on standard error, unpacks nothing and
-exits with 1. Needs Triton and nothing else: neither torch nor this package is imported.
+Prints the cache's folder. If Triton would not find its entries, prints the reason on standard error, unpacks nothing
+and exits with 1. Requires only Triton: neither torch nor this package is imported.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SOURCES = Path(__file__).resolve().parents[1] / "mustdrop_kernels" / "backends" 
 
 
 def installed(arch: int) -> dict[str, Any]:
-    """Inputs of cache keys for an NVIDIA GPU beside the kernels: Triton with its libraries, ptxas, variables."""
+    """Inputs of the cache keys for an NVIDIA GPU other than the kernels: Triton and its libraries, ptxas, variables."""
     import triton
     from triton._C.libtriton import get_cache_invalidating_env_vars
     from triton.backends import backends
@@ -46,7 +46,7 @@ def installed(arch: int) -> dict[str, Any]:
 
 
 def sources() -> str:
-    """A digest of the files that hold the kernels."""
+    """Digest of the files with the kernels."""
     digest = hashlib.sha256()
     for file in sorted(SOURCES.glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -54,11 +54,11 @@ def sources() -> str:
 
 
 def pack(cache: Path, entries: Iterable[str], archive: Path) -> None:
-    """Write entries of a cache into an archive: binaries and descriptions, which are all that a launch reads."""
+    """Write entries of a cache into an archive: the binaries and descriptions that a launch reads."""
     files = [file for entry in entries for file in (cache / entry).iterdir() if file.suffix in KEPT]
     with tarfile.open(archive, "w:xz", preset=9) as tar:
-        # Similar files lie together; lists of files come last, so that an archive that was cut off leaves no list of
-        # files that are not there.
+        # Similar files are adjacent, for compression; file lists come last, so that a truncated archive gives no list
+        # of missing files.
         for file in sorted(files, key=lambda file: (_is_list(file), file.name, file)):
             contents = _without_the_rest(file) if _is_list(file) else file.read_bytes()
             entry = tarfile.TarInfo(str(file.relative_to(cache)))
@@ -67,21 +67,21 @@ def pack(cache: Path, entries: Iterable[str], archive: Path) -> None:
 
 
 def _is_list(file: Path) -> bool:
-    """Index of an entry's files, with their absolute paths."""
+    """True for the index of an entry's files, which holds absolute paths."""
     return file.name.startswith("__grp__")
 
 
 def _without_the_rest(file: Path) -> bytes:
-    """The list of an entry's files, of those that are kept: newer versions of Triton require all listed files."""
+    """The index restricted to the files that are kept: newer versions of Triton require all listed files."""
     paths = json.loads(file.read_text())["child_paths"]
     return json.dumps({"child_paths": {name: at for name, at in paths.items() if Path(name).suffix in KEPT}}).encode()
 
 
 def read(document: Path) -> dict[str, Any]:
-    """The description of an archive.
+    """Read the description of an archive.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is not a description.
         OSError: it cannot be read.
     """
     found = json.loads(document.read_text())
@@ -91,7 +91,7 @@ def read(document: Path) -> dict[str, Any]:
 
 
 def why_not(document: dict[str, Any]) -> str | None:
-    """The reason that Triton would find no entry on this machine; None where it would."""
+    """The reason that Triton would find no entry on this machine, or None."""
     for name, here in installed(document["arch"]).items():
         if document[name] != here:
             return f"{name}: the cache was filled with {document[name]!r}, here is {here!r}"
@@ -99,7 +99,7 @@ def why_not(document: dict[str, Any]) -> str | None:
 
 
 def unpack(document: dict[str, Any], folder: Path) -> Path:
-    """Put the entries where they were: their descriptions hold absolute paths."""
+    """Unpack the entries to their original path, since their descriptions hold absolute paths."""
     cache = Path(document["cache"])
     cache.mkdir(parents=True, exist_ok=True)
     with tarfile.open(folder / document["archive"], "r:xz") as tar:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Projector and language model learn to answer; the tower is frozen.
+"""Training of the projector and the language model on questions, with a frozen vision tower.
 
-A dozen questions share one picture: each sees the picture and itself, so the picture is read once. Pictures of few
-boxes come first, and of all but the last only patches with boxes and some others are given, at their own places. At
-first every token from the word on that says what is asked for is told the answer, and half of the heads of four layers
-are told which patches to look at. Both fade out. Without them the model stays for long at "some digit that is there";
-and layers 2 to 5 of 12 being told, questions are read there and not in the first layers.
+About a dozen questions are packed behind one image: each attends to the image and itself, so the image is encoded once.
+Images with few boxes come first, and all stages except the last use a subset of the patches, those with boxes and some
+others, at their own positions. Two auxiliary losses fade out: a hint, the answer as target of every token from the word
+on that determines the question, and an attention loss, which supervises half of the heads of four layers with the
+patches that show the answer. Without them training stays for long at "some digit of the image"; since layers 2 to 5 of
+12 are supervised, questions are resolved there and not in the first layers.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ _HARD = {**_EVEN, "digit at place": 3, "digit right of colour": 3, "presence": 1
 
 @dataclass(frozen=True)
 class Lessons(Stage):
-    """See the module."""
+    """A stage of this training."""
 
-    tokens: int = GRID * GRID  # of a picture
-    hint: tuple[float, float] = (0.0, 0.0)  # weight of the hint, at the begin and at the end of the stage
-    look: tuple[float, float] = (0.0, 0.0)  # weight of being told where to look, the same way
-    asked: Mapping[str, int] = field(default_factory=lambda: _HARD)  # of one picture, by kind
+    tokens: int = GRID * GRID  # per image
+    hint: tuple[float, float] = (0.0, 0.0)  # weight of the hint at the begin and at the end of the stage
+    look: tuple[float, float] = (0.0, 0.0)  # weight of the attention loss, likewise
+    asked: Mapping[str, int] = field(default_factory=lambda: _HARD)  # questions per image, by kind
     boxes: tuple[int, int] = BOXES
     tilt: float = 10.0  # degrees
-    pool: int | None = None  # so many pictures come again and again, with other questions; None: always new ones
+    pool: int | None = None  # number of images, reused with other questions; None: always new ones
 
 
 RECIPE = [
@@ -54,12 +55,12 @@ RECIPE = [
     Lessons("whole pictures", 200, 4, 4e-4, final=0.02, warm_up=10),
 ]  # fmt: skip
 
-# Where to look is told to these: late enough for the words of a question to have come together.
+# Layers and heads with the attention loss: late enough for the words of a question to be combined.
 _TOLD_LAYERS, _TOLD_HEADS = ((2, 3), (4, 5)), 2  # layers of the first step and of the second
 
 
 class Looks:
-    """Targets of attention of the question tokens, and the loss to them."""
+    """Attention loss: targets of the question tokens' attention, and the loss to them."""
 
     def __init__(self, wanted: Sequence[Tensor]):  # for each step (B, T, L) bool, all False where there is no question
         self.wanted = wanted
@@ -67,7 +68,7 @@ class Looks:
         self.losses: list[Tensor] = []
 
     def add(self, layer: int, query: Tensor, key: Tensor, mask: Tensor, scale: float) -> None:
-        """Notes minus the logarithm of the attention that falls where it should."""
+        """Record the negative logarithm of the attention on the target patches."""
         step = next((i for i, layers in enumerate(_TOLD_LAYERS) if layer in layers), None)
         if step is None:
             return
@@ -78,7 +79,7 @@ class Looks:
         self.losses.append((everywhere - there).mean(1)[self.asking].mean())
 
     def loss(self) -> Tensor:
-        """Over all layers that are told."""
+        """Mean over all supervised layers."""
         return sum(self.losses, torch.zeros(())) / max(1, len(self.losses))
 
 
@@ -87,11 +88,11 @@ def packed_attention(
     query: Tensor,  # (B, H, L, D)
     key: Tensor,  # (B, H, L, D)
     value: Tensor,  # (B, H, L, D)
-    attention_mask: Tensor,  # (B, 1, T, L) bool: what the last T tokens, the text, may see
+    attention_mask: Tensor,  # (B, 1, T, L) bool: visible keys of the last T tokens, the text
     looks: Looks | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Causal in the picture; the questions after it as the mask says."""
+    """Attention that is causal in the image and masked in the questions after it."""
     head = query.shape[2] - attention_mask.shape[2]
     picture = F.scaled_dot_product_attention(query[:, :, :head], key[:, :, :head], value[:, :, :head], is_causal=True)
     text = F.scaled_dot_product_attention(query[:, :, head:], key, value, attn_mask=attention_mask)
@@ -105,13 +106,13 @@ AttentionInterface.register("packed", packed_attention)
 
 @dataclass
 class Pack:
-    """The questions about a batch of pictures, one after the other."""
+    """Packed questions about a batch of images."""
 
     ids: Tensor  # (B, T) int64
     places: Tensor  # (B, T) int64, within the question
-    block: Tensor  # (B, T) int64, number of the question, -1: padding
-    answer: Tensor  # (B, T) int64, what comes next, -100: no question
-    hint: Tensor  # (B, T) int64, the answer, at the tokens that may be told it
+    block: Tensor  # (B, T) int64, index of the question, -1: padding
+    answer: Tensor  # (B, T) int64, next token, -100: no question
+    hint: Tensor  # (B, T) int64, the answer, at the tokens that have the hint loss
     questions: list[list[Question]]
 
 
@@ -126,7 +127,7 @@ class Words:
         return self.tokenizer(text)["input_ids"]
 
     def pack(self, asked: list[list[Question]]) -> Pack:
-        """One row a picture."""
+        """One row per image."""
         rows = []
         for questions in asked:
             row: list[list[int]] = []
@@ -143,7 +144,7 @@ class Words:
 
 
 class LanguageTask:
-    """See the module."""
+    """Training task of projector and language model."""
 
     name = "language"
 
@@ -160,7 +161,7 @@ class LanguageTask:
             self.validation.append((seen, questions(seen, _EVEN, np.random.default_rng((seed, i, 3)))))
 
     def trained(self) -> Iterable[nn.Parameter]:
-        """All but the tower."""
+        """All parameters except the tower's."""
         return [weight for weight in self.module.parameters() if weight.requires_grad]
 
     def loss(self, stage: Lessons, first: int, done: float) -> Tensor:
@@ -178,9 +179,9 @@ class LanguageTask:
         return loss if looks is None else loss + told * looks.loss()
 
     def _wanted(self, seen: list[Scene], at: Tensor, pack: Pack) -> list[Tensor]:  # (B, T, L) bool, twice
-        """The patches that show the answer, for the tokens from the one on that says what is asked for.
+        """The patches that show the answer, for the tokens from the word on that determines the question.
 
-        Where one box leads to another, the one that is named comes first and the one that is meant second.
+        For questions about a box relative to another, the named box is the first step and the target the second.
         """
         first = len(self.words.prefix)
         shape = *pack.ids.shape, first + at.shape[1] + pack.ids.shape[1]
@@ -199,7 +200,7 @@ class LanguageTask:
         return F.cross_entropy(self.module.lm_head(hidden[asked]), labels[asked])
 
     def _pictures(self, stage: Lessons, numbers: range) -> tuple[list[Scene], Tensor]:
-        """Scenes, and their features (B, 576, width)."""
+        """Scenes and their features (B, 576, width)."""
         if stage.pool is None:
             seen = [scene("train", self.seed + 1, i, stage.boxes, stage.tilt) for i in numbers]
             return seen, self.features(seen)
@@ -214,13 +215,13 @@ class LanguageTask:
 
     @torch.no_grad()
     def features(self, seen: list[Scene]) -> Tensor:
-        """Features of pictures from the frozen tower, (B, 576, width)."""
+        """Image features of the frozen tower, (B, 576, width)."""
         x = torch.stack([patches(each.pixels) for each in seen])
         whole = torch.arange(GRID * GRID).expand(len(seen), -1)
         return encode(self.vision, x, whole, last=False)[-1][:, 1:]
 
     def hidden(self, features: Tensor, at: Tensor, pack: Pack, looks: Looks | None = None) -> Tensor:
-        """The text's last hidden states, (B, T, width), where the picture's tokens `at` (B, N) are given."""
+        """Last hidden states of the text, (B, T, width), given the image tokens `at` (B, N)."""
         features = features.gather(1, at[..., None].expand(-1, -1, features.shape[2]))
         embed = self.language.embed_tokens
         prefix = embed(torch.tensor(self.words.prefix)).expand(len(at), -1, -1)
@@ -237,7 +238,7 @@ class LanguageTask:
         return self.language.norm(x[:, head:])
 
     def validate(self) -> dict[str, float]:
-        """Shares right by kind, all tokens given."""
+        """Accuracy by kind, with all image tokens."""
         right, total = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0)
         for begin in range(0, len(self.validation), 5):
             seen, asked = map(list, zip(*self.validation[begin : begin + 5], strict=True))
@@ -254,13 +255,13 @@ class LanguageTask:
 
 
 def questions(seen: Scene, asked: Mapping[str, int], draw: np.random.Generator) -> list[Question]:
-    """Questions of each kind in these numbers, where the scene has an answer."""
+    """The given number of questions of each kind, if the scene has an answer."""
     found = [ask(seen, kind, draw) for kind, count in asked.items() for _ in range(count)]
     return [question for question in found if question is not None]
 
 
 def _chosen(seen: Scene, tokens: int, draw: np.random.Generator) -> np.ndarray:
-    """Indices of patches: those that show boxes, then any others."""
+    """Indices of patches: those that show boxes, then random others."""
     share = np.max([box.coverage().reshape(-1) for box in seen.boxes], axis=0)
     first = (share >= 0.25) + draw.random(share.shape)
     return np.sort(np.argsort(-first)[:tokens])

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: stages of steps, checkpoints to go on from, a log, a progress bar.
+"""Training loop: stages of steps, checkpoints, a log, a progress bar.
 
-What a step learns from depends on the seed, the stage and the step alone, so a run that was stopped and resumed ends
-with the weights of one that was not.
+The data of a step depends on the seed, the stage and the step only, so a resumed run gives the same weights as an
+uninterrupted one.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ class Stage:
     name: str
     steps: int
     pictures: int  # per step
-    rate: float  # of learning, at its highest
-    final: float = 0.05  # the last rate, as a share of the highest
+    rate: float  # peak learning rate
+    final: float = 0.05  # final rate as a share of the peak
     warm_up: int = 50
 
     def rate_at(self, step: int) -> float:
-        """A linear rise, then a cosine."""
+        """Linear warmup, then cosine decay."""
         if step < self.warm_up:
             return self.rate * (step + 1) / self.warm_up
         done = (step - self.warm_up) / max(1, self.steps - self.warm_up)
@@ -57,7 +57,7 @@ class Task(Protocol):
         """Loss of the pictures from number `first` on, after a share `done` of the stage."""
 
     def validate(self) -> dict[str, float]:
-        """Shares right on the validation split."""
+        """Accuracies on the validation split."""
 
 
 def fit(
@@ -68,17 +68,17 @@ def fit(
     until: int | None = None,
     log: Callable[[str], None] = print,
 ) -> bool:
-    """Trains to the end of the last stage, from the last checkpoint on if there is one.
+    """Train to the end of the last stage, starting from the last checkpoint if there is one.
 
     Args:
-        task: what is trained.
+        task: model and losses.
         folder: of checkpoints and the log.
-        every_s: seconds from checkpoint to checkpoint.
-        until: stop after so many steps of this task, all stages together.
-        log: is given a line at each checkpoint.
+        every_s: seconds between checkpoints.
+        until: maximum number of steps of this task, over all stages.
+        log: called with a line at each checkpoint.
 
     Returns:
-        Whether the last stage is done.
+        True if the last stage is done.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(list(task.trained()), lr=1e-3, betas=(0.9, 0.98), weight_decay=0.02, fused=True)

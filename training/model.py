@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The small LLaVA before training: its configuration, tokenizer and processor, and how it is written to a folder."""
+"""The small LLaVA before training: its configuration, tokenizer and processor, and its export to a folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A word a token, in lower case."""
+    """Tokenizer with a token per lower-case word."""
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -56,7 +56,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def processor() -> LlavaProcessor:
-    """Makes a model's inputs of pictures and text."""
+    """Processor of images and text."""
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
         tokenizer=tokenizer(),
@@ -69,7 +69,7 @@ def processor() -> LlavaProcessor:
 
 
 def build(seed: int, *, layers: int, width: int, vision_layers: int) -> LlavaForConditionalGeneration:
-    """Random weights."""
+    """Build the model with random weights."""
     heads = width // 32
     vision = CLIPVisionConfig(
         hidden_size=width,
@@ -107,7 +107,7 @@ def build(seed: int, *, layers: int, width: int, vision_layers: int) -> LlavaFor
     with torch.no_grad():
         language = model.model.language_model
         language.embed_tokens.weight.normal_(0.0, 0.3)
-        for layer in language.layers:  # what a layer adds stays small beside what it was given
+        for layer in language.layers:  # the update of a layer stays small relative to the residual stream
             layer.self_attn.o_proj.weight.mul_((2 * layers) ** -0.5)
             layer.mlp.down_proj.weight.mul_((2 * layers) ** -0.5)
         tower(model).embeddings.position_embedding.weight[1:] = _places(width)
@@ -123,9 +123,9 @@ def tower(model: LlavaForConditionalGeneration) -> torch.nn.Module:
 
 
 def _places(width: int) -> torch.Tensor:  # (576, width) float32
-    """Sines and cosines of rows and columns: a start from which attention to neighbors is soon learned.
+    """Initial position embeddings: sines and cosines of rows and columns, which speed up attention to neighbors.
 
-    They are as large as what the patches bring, else places drown in colors.
+    Their scale is that of the patch embeddings, which would dominate otherwise.
     """
     waves = torch.logspace(math.log2(2.5), math.log2(4 * GRID), width // 4, base=2)  # in patches
     angles = torch.arange(GRID)[:, None] * 2 * math.pi / waves
@@ -135,7 +135,7 @@ def _places(width: int) -> torch.Tensor:  # (576, width) float32
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """float16 weights under the hub's names, with all that `from_pretrained` needs."""
+    """Write float16 weights under the hub's names, with all files that `from_pretrained` requires."""
     with folder_written_whole(folder) as scratch:
         _save(model, scratch)
 
@@ -146,7 +146,7 @@ def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
     model.to(dtype)
     both = processor()
     both.save_pretrained(folder)
-    both.image_processor.save_pretrained(folder)  # where transformers 4 looks for it
+    both.image_processor.save_pretrained(folder)  # path that transformers 4 reads
     _edit(folder / "config.json", lambda config: config["text_config"].update(rope_theta=_THETA))
     _edit(
         folder / "tokenizer_config.json",
@@ -160,14 +160,14 @@ def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
 
 
 def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Fields that transformers 5 writes under other names than 4 reads."""
+    """Edit fields that transformers 5 writes under other names than 4 reads."""
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _hub_name(name: str) -> str:
-    """transformers 5 writes shorter names than the hub's checkpoints have, and other engines read only those."""
+    """Parameter name of the hub's checkpoints, which engines require, for the shorter one of transformers 5."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)

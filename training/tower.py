@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training of the vision tower: every patch predicts its digit, color and cell, the CLS token the picture's contents.
+"""Training of the vision tower: every patch predicts its digit, color and cell, the CLS token the image's contents.
 
-Windows of a few patches come first, then mosaics of more and more of them, each in its place, and the whole picture
-last: attention to a box's other patches is learned from few tokens, which cost little.
+Curriculum: windows of a few patches, then mosaics of more and more windows at their positions, then the whole image.
+Attention to a box's other patches is learned from few tokens at low cost.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import nn
 
 from mustdrop_kernels.evaluation.pictures import CELLS, COLOURS, DIGITS, GRID, PATCH, Scene, scene
 
-NONE = 10  # the label of a patch without a box, for digits as for colors
+NONE = 10  # label of a patch without a box, for digits and colors
 IGNORED = -100
 _MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073])
 _DEVIATION = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 _CELL = GRID // CELLS  # patches
-_COVERED = 0.4  # a patch shows a box from this share on; below it, it is not asked
+_COVERED = 0.4  # minimum coverage of a patch by a box; patches with less are ignored
 
 
 @dataclass(frozen=True)
 class Windows(Stage):
-    """Every picture is cut into cells, of which `group` make a sample, each seen through a window."""
+    """Stage in which a sample consists of windows into `group` cells of an image."""
 
     group: int = 16
     window: int = 6  # patches along an edge; 6 is the whole cell
@@ -51,7 +51,7 @@ RECIPE = [
 
 
 def patches(pixels: np.ndarray) -> torch.Tensor:  # (336, 336, 3) uint8 -> (576, 588) float32
-    """Inputs of the patch embedding's convolution, a row a patch, normalized as by CLIP's processor."""
+    """Inputs of the patch embedding's convolution, a row per patch, normalized as in CLIP's processor."""
     x = torch.from_numpy(pixels).float().div_(255).sub_(_MEAN).div_(_DEVIATION)
     return x.view(GRID, PATCH, GRID, PATCH, 3).permute(0, 2, 4, 1, 3).reshape(GRID * GRID, -1)
 
@@ -70,13 +70,13 @@ def labels(seen: Scene) -> torch.Tensor:  # (3, 576) int64
 
 
 def encode(vision: nn.Module, x: torch.Tensor, at: torch.Tensor, last: bool = True) -> list[torch.Tensor]:
-    """All hidden states [samples, 1 + T, width] of some of a picture's patches.
+    """All hidden states [samples, 1 + T, width] of some of an image's patches.
 
     Args:
         vision: the CLIP tower.
         x: patches, [samples, T, 588].
-        at: their indices in the picture, [samples, T].
-        last: whether the last layer runs too.
+        at: their indices in the image, [samples, T].
+        last: whether to run the last layer.
     """
     embed = vision.embeddings
     hidden = F.linear(x, embed.patch_embedding.weight.flatten(1)) + embed.position_embedding.weight[1 + at]
@@ -89,7 +89,7 @@ def encode(vision: nn.Module, x: torch.Tensor, at: torch.Tensor, last: bool = Tr
 
 
 class Heads(nn.Module):
-    """Linear readers, thrown away after training."""
+    """Linear probes, discarded after training."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -103,7 +103,7 @@ class Heads(nn.Module):
 
 
 class TowerTask:
-    """See the module."""
+    """Training task of the vision tower."""
 
     name = "tower"
 
@@ -113,11 +113,11 @@ class TowerTask:
         self.validation = [scene("validation", seed, i) for i in range(validation)]
 
     def trained(self) -> Iterable[nn.Parameter]:
-        """Everything."""
+        """All parameters."""
         return self.module.parameters()
 
     def loss(self, stage: Windows, first: int, done: float) -> torch.Tensor:
-        """Cross entropy of patches, and of the contents that CLS predicts."""
+        """Cross entropy of the patches, and of the contents that CLS predicts."""
         seen = [scene("train", self.seed, first + i, stage.boxes, stage.tilt) for i in range(stage.pictures)]
         draw = np.random.default_rng((self.seed, first, 2))
         x, at, y = sample(seen, stage.group, stage.window, draw)
@@ -129,7 +129,7 @@ class TowerTask:
         total = hidden.new_zeros(())
         for logits, label, weight in terms:
             on_box = y[:, 0] < NONE
-            # Most patches are background: boxes count as much as all of it together.
+            # Most patches are background: boxes and background get equal weight.
             each = F.cross_entropy(logits.transpose(1, 2), label, ignore_index=IGNORED, reduction="none")
             asked = label != IGNORED
             for group in (on_box & asked, ~on_box & asked):
@@ -143,7 +143,7 @@ class TowerTask:
         return losses[0] + losses[1]
 
     def validate(self) -> dict[str, float]:
-        """Over the patches of whole pictures."""
+        """Accuracies over the patches of whole images."""
         right = torch.zeros(5)
         asked = torch.zeros(5)
         for seen in self.validation:
@@ -155,7 +155,7 @@ class TowerTask:
             for i, (kind, where) in enumerate(((0, on_box), (1, on_box), (2, on_box), (0, off_box))):
                 right[i] += (found[kind] == y[:, kind])[where].sum()
                 asked[i] += where.sum()
-            for box in seen.boxes:  # a box's digit by the vote of its patches
+            for box in seen.boxes:  # a box's digit by majority vote of its patches
                 mine = torch.from_numpy(box.coverage().reshape(-1) >= _COVERED)[at[0]]
                 right[4] += logits[0][0, mine, :NONE].sum(0).argmax() == DIGITS.index(box.digit)
                 asked[4] += 1
@@ -178,7 +178,7 @@ def sample(
 
 
 def _window(seen: Scene, cell: int, window: int, draw: np.random.Generator) -> np.ndarray:
-    """Patch indices of a window in this cell; it holds the cell's box whole where the box has room in it."""
+    """Patch indices of a window in this cell, which contains the whole box of the cell if it fits."""
     row, column = divmod(int(cell), CELLS)
     room = _CELL - window
     offsets = draw.integers(0, room + 1, 2)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains the small LLaVA that `mustdrop demo` and `mustdrop eval` run, from random weights, on a CPU.
+"""Train the small LLaVA of `mustdrop demo` and `mustdrop eval` from random weights on a CPU.
 
-python training/train.py --out out/accuracy     # about 70 minutes on one core; stop it and run it again to go on
+python training/train.py --out out/accuracy     # about 70 minutes on one core; an interrupted run resumes
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of checkpoints, the log and the trained model.")] = Path(
         "out/accuracy"
     ),
-    seed: Annotated[int, typer.Option(help="Of weights, pictures and questions.")] = 0,
-    layers: Annotated[int, typer.Option(min=2, help="Of the language model.")] = 12,
-    width: Annotated[int, typer.Option(min=32, help="Of tower and language model, a multiple of 32.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of weights, images and questions.")] = 0,
+    layers: Annotated[int, typer.Option(min=2, help="Layers of the language model.")] = 12,
+    width: Annotated[int, typer.Option(min=32, help="Width of tower and language model, a multiple of 32.")] = 128,
     vision_layers: Annotated[int, typer.Option(min=2, help="Of the tower.")] = 5,
     threads: Annotated[int, typer.Option(min=1, help="Of torch.")] = 1,
-    every: Annotated[float, typer.Option(help="Seconds from checkpoint to checkpoint.")] = 120.0,
-    steps: Annotated[int | None, typer.Option(help="Of each stage, instead of the recipe's: to try it out.")] = None,
-    until: Annotated[str | None, typer.Option(help="Stop after so many steps: tower:N or language:N.")] = None,
-    validation: Annotated[int, typer.Option(min=1, help="Pictures to validate on.")] = 30,
+    every: Annotated[float, typer.Option(help="Seconds between checkpoints.")] = 120.0,
+    steps: Annotated[int | None, typer.Option(help="Steps of each stage instead of the recipe's, for tests.")] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after N steps: tower:N or language:N.")] = None,
+    validation: Annotated[int, typer.Option(min=1, help="Number of validation images.")] = 30,
 ) -> None:
-    """Train, or go on training, the small LLaVA."""
+    """Train the small LLaVA, or resume its training."""
     torch.set_num_threads(threads)
     model = build(seed, layers=layers, width=width, vision_layers=vision_layers)
     name, _, count = (until or "").partition(":")

@@ -20,7 +20,7 @@ int main(int argc, char** argv) {
   }
   const auto merge = c10::Dispatcher::singleton().findSchemaOrThrow("mustdrop::spatial_merge", "").typed<Merge>();
 
-  const at::Tensor x = at::ones({1, 17, 8});  // CLS and 4 x 4 patches, all alike
+  const at::Tensor x = at::ones({1, 17, 8});  // CLS and 4 x 4 equal patches
   const c10::SymInt grid[] = {4, 4};
   const int64_t window[] = {2, 2};
   const auto [tokens, counts, assignment, sizes] = merge.call(x, grid, window, 0.8, std::nullopt, false, 1, {}, false);

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The backends of this package; ``mustdrop_kernels.ops.registry`` takes those of third parties."""
+"""The built-in backends. Third-party backends are registered through ``mustdrop_kernels.ops.registry``."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def _has_kernel(op: str, dispatch_key: str) -> bool:
 
 
 def _library_kernels(dispatch_key: str) -> dict[str, Implementation]:
-    """The C++ libraries' kernels. Taken at import: another backend may be put on this dispatch key later."""
+    """Kernels of the C++ libraries, looked up at import: another backend may be registered on this key later."""
     ops = filter(lambda op: _has_kernel(op, dispatch_key), OPS if _load.core.loaded else ())
     return {op: _boxed(torch.library.get_kernel(f"{NAMESPACE}::{op}", dispatch_key), dispatch_key) for op in ops}
 
 
 def _boxed(kernel: object, dispatch_key: str) -> Implementation:
-    """A dispatcher kernel as a function of the schema's arguments."""
+    """Wrap a dispatcher kernel as a function of the schema's arguments."""
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, dispatch_key))
 
     def call(*args: object, **kwargs: object) -> object:
@@ -59,7 +59,7 @@ def _boxed(kernel: object, dispatch_key: str) -> Implementation:
 
 
 def _builtin(device_type: str, library: _load.Library, description: str) -> Backend:
-    """What a C++ library has registered for a device, under the device's name."""
+    """Backend of a C++ library's kernels for a device, named after the device."""
     kernels = _library_kernels(device_type.upper())
 
     def why_not(op: str, on: str) -> str | None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""For backends whose kernels are behind an import that costs seconds: it happens when an operator is first called."""
+"""Deferred imports, for backends whose kernel modules take seconds to import."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 
 def when_called(find: Callable[[], Callable[..., object]]) -> Callable[..., object]:
-    """The function that ``find`` returns, found when it is first called and kept from then on."""
+    """Wrap ``find``: the first call resolves the function that it returns and caches it."""
     found: Callable[..., object] | None = None
 
     def call(*args: object, **kwargs: object) -> object:

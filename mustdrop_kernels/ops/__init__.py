@@ -18,7 +18,7 @@ result types, documented functions, argument checks and fakes.
 
 from __future__ import annotations
 
-# ruff: noqa: F403, I001  (imported in the order of the stages, which OPS keeps)
+# ruff: noqa: F403, I001  (OPS follows this order, that of the stages)
 from . import merge, cls_attention as cls, scores, select, attention_select, gather, compact
 from .contract import CONTRACTS
 from .token_types import TokenType
@@ -31,7 +31,7 @@ from .gather import *
 from .compact import *
 
 OPS = tuple(CONTRACTS)
-"""The operators' names."""
+"""Names of all operators."""
 
 __all__ = [
     "OPS",

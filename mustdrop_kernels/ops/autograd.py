@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients of the operators, and clear errors of those without one.
+"""Gradients of the operators, and errors for those without one.
 
 One autograd.Function serves torch.ops (registered on the Autograd key) and explicitly chosen backends.
 """
@@ -19,7 +19,7 @@ _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 
 def needs_gradient(args: Sequence[object], kwargs: dict[str, object]) -> bool:
-    """Whether autograd records a call with these arguments."""
+    """True if autograd records a call with these arguments."""
     if not torch.is_grad_enabled():
         return False
     for value in (*args, *kwargs.values()):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Vocabulary of the argument checks. ``csrc/common`` has the same conditions and words in C++.
+"""Argument checks. ``csrc/common`` has the same conditions and messages in C++.
 
-A refusal is a RuntimeError that names the operator, the argument, what it is and what it must be. Sizes may be
+A failed check raises a RuntimeError that names the operator, the argument, its requirement and its value. Sizes may be
 symbolic.
 """
 
@@ -18,7 +18,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class Checker:
-    """Refuses arguments of one operator."""
+    """Argument checks of one call of an operator."""
 
     def __init__(self, call: Call, like: Tensor) -> None:
         """``like``: the tensor whose device the others must share."""

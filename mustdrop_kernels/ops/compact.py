@@ -114,7 +114,7 @@ def _check_paged(a: Call) -> None:
 
 
 def _check_caches(check: Checker, a: Call, shape: Sequence[str], shared: int, any_strides: bool) -> None:
-    """Check pairs of caches: 4-D, equal but for head_dim, not expanded; layers agree in ``shared`` dimensions."""
+    """Check pairs of caches: 4-D, equal except for head_dim, not expanded; layers agree in ``shared`` dimensions."""
     keys, values = a.keys, a.values
     check(len(values) == len(keys), "values", f"must hold as many tensors as keys ({len(keys)}), got {len(values)}")
     for i, (key, value) in enumerate(zip(keys, values, strict=True)):
@@ -147,9 +147,9 @@ def _check_keep(check: Checker, a: Call, batch: int, heads: Sequence[int]) -> No
 
 
 def _check_disjoint(check: Checker, a: Call) -> None:
-    """Refuse caches that share memory with one another or with the tensors that direct the moves.
+    """Check that caches do not share memory with one another or with index tensors.
 
-    Tensors without an address (symbolic ones) are left to the kernel.
+    Tensors without an address (symbolic ones) are checked by the kernel.
     """
     claims = list(_claims(a))
     if all(overlap.has_address(t) for _, t, _ in claims):

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contracts: the argument checks, result shapes and gradient of each operator, under one name.
+"""Contracts: the argument checks, result shapes and gradient of each operator.
 
-A family file (``merge.py``, ``scores.py``, ...) defines an operator's documented function and hands it to ``define``
-together with its check and its fake. Both take a bound call: one object with the arguments by their schema names.
+A family file (``merge.py``, ``scores.py``, ...) passes an operator's documented function to ``define`` together with
+its check and its fake. Both take a bound call, one object with the arguments by their schema names.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Gradient(NamedTuple):
     """The gradient of an operator with respect to its first argument."""
 
     saved: Callable[[Call, tuple[Tensor, ...]], tuple[Tensor | None, ...]]
-    """From the call and its results to the tensors that ``backward`` reads."""
+    """(call, results) -> the tensors to save for ``backward``."""
     backward: Callable[[Call, torch.Size, Tensor, tuple[Tensor | None, ...]], Tensor]
-    """From the call without its tensors, the argument's shape, the gradient of the first result, the saved tensors."""
+    """(call without its tensors, the argument's shape, gradient of the first result, saved tensors) -> gradient."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Contract:
         name: ``torch.ops.mustdrop.<name>``.
         family: the module of ``mustdrop_kernels.ops`` that defines it; backends name their files after it.
         defaults: its arguments in the schema's order, ``inspect.Parameter.empty`` where they are required.
-        check: raises a RuntimeError that names the operator, the argument, what it is and what it must be.
+        check: raises a RuntimeError that names the operator, the argument, its requirement and its value.
         fake: empty results of the right shapes, dtypes and device.
-        writes: the arguments (lists of tensors) that it changes in place.
-        float_results: whether a result is floating-point, so that a gradient could be asked for.
-        gradient: None where it has none.
-        composite: computes it by other operators of the same backend, for backends without a kernel of their own:
+        writes: the arguments (lists of tensors) that are modified in place.
+        float_results: whether a result is floating-point, so that it could require a gradient.
+        gradient: None if the operator has none.
+        composite: composes it of other operators of the same backend, for backends without a kernel of their own:
             (from an operator's name to its implementation, the call) -> results.
         parts: the operators that ``composite`` calls.
     """
@@ -81,7 +81,7 @@ CONTRACTS: dict[str, Contract] = {}
 def define(
     function: Callable[..., Any], check: Callable[[Call], None], fake: Callable[[Call], Any], **more: Any
 ) -> None:
-    """Add the contract of the operator that a documented function calls; ``more``: further fields of ``Contract``."""
+    """Register the contract of a documented function; ``more``: further fields of ``Contract``."""
     parameters = inspect.signature(function).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items() if name != "backend"}
     name, family = function.__name__, function.__module__.rpartition(".")[2]
@@ -92,14 +92,14 @@ def check(op: str, *args: Any, **kwargs: Any) -> None:
     """Check the arguments of a call.
 
     Raises:
-        RuntimeError: an argument is wrong; the message names it.
+        RuntimeError: an argument is invalid; the message names it.
     """
     contract = CONTRACTS[op]
     contract.check(contract.bind(args, kwargs))
 
 
 def checked(op: str, implementation: Implementation) -> Implementation:
-    """An implementation that checks its arguments first."""
+    """Wrap an implementation with the argument checks."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         check(op, *args, **kwargs)
@@ -109,7 +109,7 @@ def checked(op: str, implementation: Implementation) -> Implementation:
 
 
 def fake(op: str) -> Implementation:
-    """The operator on fake tensors: checks, and results without contents."""
+    """The operator on fake tensors: argument checks, and results without contents."""
     contract = CONTRACTS[op]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -129,7 +129,7 @@ def register_fakes() -> None:
 def composed(op: str, implementation: Callable[[str], Implementation]) -> Implementation:
     """The composite of an operator over a backend's implementations of its parts.
 
-    The parts check their arguments; where one refuses, the composite refuses in its own name.
+    The parts check their arguments; their errors are raised under the composite's name.
     """
     contract = CONTRACTS[op]
     composite = contract.composite

@@ -17,16 +17,16 @@ def call(op: str, backend: str | None, on: Tensor, *args: Any, **kwargs: Any) ->
     """Call an operator.
 
     Args:
-        op: its name.
-        backend: an explicit backend; None: that of ``use_backend``, else ``torch.ops.mustdrop``.
-        on: the tensor whose device decides where the operator runs, one of ``args`` or the first of a list there.
-        args: its arguments, as the schema orders them.
-        kwargs: its keyword arguments.
+        op: name of the operator.
+        backend: name of an explicit backend; None: that of ``use_backend``, else ``torch.ops.mustdrop``.
+        on: the tensor whose device the operator runs on, one of ``args`` or the first of a list there.
+        args: positional arguments in the schema's order.
+        kwargs: keyword arguments.
 
     Raises:
         TypeError: ``on`` is not a tensor.
         BackendError: the explicit backend does not exist or does not serve the operator on this device.
-        RuntimeError: an argument is wrong, or the operator library is not loaded.
+        RuntimeError: an argument is invalid, or the operator library is not loaded.
     """
     if not isinstance(on, Tensor):
         _refuse_type(op, on, args)

@@ -58,7 +58,7 @@ def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
-    """Each kept row's gradient goes back to the row that it was taken from; a row taken twice gets the sum."""
+    """Scatter-add of the kept rows' gradients to their source rows."""
     keep, counts = saved  # [B, K], [B]
     assert keep is not None
     assert counts is not None
@@ -71,7 +71,7 @@ def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | No
     trailing = prod(shape[2:])
     flat = grad.to(torch.promote_types(grad.dtype, torch.float32)).reshape(shape[0], capacity, trailing)
     rows = flat.gather(1, slot[..., None].expand_as(flat)).masked_fill(~valid[..., None], 0.0)
-    target = torch.where(valid, keep, length)  # the row past the end collects what is not valid
+    target = torch.where(valid, keep, length)  # one extra row collects the invalid entries
     out = flat.new_zeros(shape[0], length + 1, trailing)
     return out.scatter_add(1, target[..., None].expand_as(rows), rows)[:, :length].reshape(shape)
 

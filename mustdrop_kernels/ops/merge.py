@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``spatial_merge``: windows of similar tokens become one token each (MustDrop, stage 1)."""
+"""``spatial_merge``: merging of windows of similar tokens (MustDrop, stage 1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SpatialMerge(NamedTuple):
     tokens: Tensor  # (B, P+N', C)
     counts: Tensor  # (B) int32, prefix included
     assignment: Tensor  # (B, P+N) int64: the row of `tokens` that each input token went into
-    sizes: Tensor  # (B, P+N') float32: number of input tokens that each token stands for
+    sizes: Tensor  # (B, P+N') float32: number of input tokens that each token represents
 
 
 def spatial_merge(
@@ -124,7 +124,7 @@ def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
-    """d tokens[assignment[i]] / d x[i] = s_i / size of the token that i went into; exactly 1 where i stayed alone."""
+    """d tokens[assignment[i]] / d x[i] = s_i / size of the merged token; exactly 1 if i is not merged."""
     assignment, sizes, out_sizes = saved  # [B, P+N], [B, P+N], [B, P+N']
     assert assignment is not None
     assert out_sizes is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether strided tensors share memory: exact. csrc/common/overlap.h is the same in C++."""
+"""Exact overlap test of strided tensors. csrc/common/overlap.h is the same in C++."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from torch import Tensor
 _MOST_STEPS = 1 << 16
 
 Shape = tuple[int, ...]
-# (bytes that lie together, ((size, stride in bytes), ...) of the other dimensions by falling stride)
+# (contiguous bytes, ((size, stride in bytes), ...) of the other dimensions by descending stride)
 Form = tuple[int, tuple[tuple[int, int], ...]]
 
 
 def has_address(t: Tensor) -> bool:
-    """Whether a tensor has memory to look at: a fake one, a meta one, a subclass that holds others, have none."""
+    """True if a tensor has memory; fake and meta tensors and wrapper subclasses have none."""
     return type(t).__torch_dispatch__ is Tensor.__torch_dispatch__ and t.device.type != "meta"
 
 
 @functools.lru_cache(maxsize=1024)
 def form(shape: Shape, strides: Shape, element: int) -> Form:
-    """What a view's bytes look like, from its first one on. A dimension of stride 0 names the same bytes again."""
+    """Byte layout of a view, relative to its first byte. Dimensions of stride 0 are left out."""
     kept = sorted((s * element, n) for n, s in zip(shape, strides, strict=True) if n != 1 and s != 0)
     run, inner = element, 0
     while inner < len(kept) and kept[inner][0] == run:
@@ -32,14 +32,14 @@ def form(shape: Shape, strides: Shape, element: int) -> Form:
 
 
 def extent(view: Form) -> int:
-    """Bytes from a view's first to behind its last."""
+    """Bytes from a view's first byte to past its last."""
     run, dims = view
     return run + sum((n - 1) * s for n, s in dims)
 
 
 @functools.lru_cache(maxsize=1024)
 def overlaps_itself(view: Form) -> bool:
-    """Whether two elements lie at one address, or within each other."""
+    """True if two elements of the view share a byte."""
     inner, dims = view
     if len({s for _, s in dims}) < len(dims):
         return True
@@ -52,17 +52,17 @@ def overlaps_itself(view: Form) -> bool:
 
 @functools.lru_cache(maxsize=16384)
 def share_memory(first: Form, second: Form, distance: int) -> bool:
-    """Whether two views share a byte; `distance`: from the first's first byte to the second's."""
+    """True if two views share a byte; `distance`: from the first view's first byte to the second's."""
     if distance >= extent(first) or -distance >= extent(second):
         return False
     return _reach(first, second, distance, trivial=True)
 
 
 def _reach(first: Form, second: Form, target: int, *, trivial: bool) -> bool:
-    """Whether a sum of i_d * stride_d + byte of one minus the same of the other is `target`.
+    """True if sum(i_d * stride_d) + byte of the first minus the same of the second can equal `target`.
 
-    `trivial`: whether the sum whose numbers are all 0, but for the bytes', counts. What is not decided in so many steps
-    (no layout that anybody uses) counts as shared.
+    `trivial`: whether the solution with all indices equal counts. Layouts that are not decided within _MOST_STEPS steps
+    (none in use) count as shared.
     """
     ranges: dict[int, tuple[int, int]] = {}
     for n, s in first[1]:
@@ -73,7 +73,7 @@ def _reach(first: Form, second: Form, target: int, *, trivial: bool) -> bool:
         ranges[s] = low - (n - 1), high
     terms = [(s, *ranges[s]) for s in sorted(ranges, reverse=True)]
     bytes_low, bytes_high = 1 - second[0], first[0] - 1
-    least, most = [bytes_low], [bytes_high]  # of the terms behind each
+    least, most = [bytes_low], [bytes_high]  # bounds of the sum of the terms after each
     for s, low, high in reversed(terms):
         least.insert(0, least[0] + s * low)
         most.insert(0, most[0] + s * high)
@@ -94,14 +94,14 @@ def _reach(first: Form, second: Form, target: int, *, trivial: bool) -> bool:
 
 
 Claim = tuple[str, Tensor, bool]
-"""What a tensor is called, the tensor, and whether it is written."""
+"""(argument name, tensor, whether it is written)."""
 
 
 class Layout:
-    """How the tensors of a call lie in memory, but for their addresses."""
+    """Memory layout of the tensors of a call, without their addresses."""
 
     def __init__(self, claims: Sequence[Claim]) -> None:
-        """Tensors without elements claim nothing."""
+        """Tensors without elements are ignored."""
         numbered = [(i, claim) for i, claim in enumerate(claims) if claim[1].numel()]
         self.numbers = [i for i, _ in numbered]
         self.names = [name for _, (name, _, _) in numbered]
@@ -110,9 +110,9 @@ class Layout:
         self.extents = [extent(view) for view in self.forms]
 
     def shared(self, addresses: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Pairs of tensors (numbers within ``names``, the lower first) of which one is written and a byte is shared.
+        """Pairs of tensors (indices into ``names``, ascending) that share a byte and of which one is written.
 
-        `addresses`: of the first element of each tensor of the call.
+        `addresses`: data pointer of each tensor of the call.
         """
         placed = sorted((addresses[number], i) for i, number in enumerate(self.numbers))
         for i, (begin, one) in enumerate(placed):
@@ -126,12 +126,12 @@ class Layout:
                     yield min(one, other), max(one, other)
 
     def disjoint(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether tensors of this layout share nothing that is written."""
+        """True if tensors of this layout share no memory that is written."""
         return next(self.shared([t.data_ptr() for t in tensors]), None) is None
 
 
 def conflicts(claims: Sequence[Claim]) -> Iterator[tuple[str, str]]:
-    """Pairs (name, what is wrong) in a call: overlaps of what is written with itself and with the others."""
+    """Pairs (argument, message) for overlaps of written tensors with themselves and with others."""
     layout = Layout(claims)
     for i, view in enumerate(layout.forms):
         if layout.writes[i] and overlaps_itself(view):

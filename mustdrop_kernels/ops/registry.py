@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Registered backends, the choice between them, and which one serves an operator on a device.
+"""Registry of backends, and the choice of the one that serves an operator on a device.
 
 For each operator and device one backend serves ``torch.ops.mustdrop.*``: the one that the environment variable
 ``MUSTDROP_BACKEND`` names (read once, when the package is imported), else the first of the device's order below that
-has the operator. An explicit choice never falls back: an operator that it does not serve raises.
+has the operator. An explicit choice never falls back: a call of an operator that it does not serve raises.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class BackendError(RuntimeError):
 class Backend:
     """A set of implementations of the operators.
 
-    A composite operator (``dual_attention_select``, ``topk_attention_select``) needs no implementation: a backend that
-    serves its parts serves it.
+    A composite operator (``dual_attention_select``, ``topk_attention_select``) requires no implementation: a backend
+    that serves its parts serves it.
 
     Args:
         name: its name in ``backend=``, ``use_backend`` and ``MUSTDROP_BACKEND``.
-        implementation: from an operator's name (one of ``OPS``) to a callable with the schema's arguments.
-        why_not: from an operator's name and a device type ("cpu", "cuda") to the reason why this backend does not serve
-            it there, None where it does. Cheap; touches no device.
+        implementation: maps an operator's name (one of ``OPS``) to a callable with the schema's arguments.
+        why_not: maps an operator's name and a device type ("cpu", "cuda") to the reason that this backend does not
+            serve it there, or None. Must be cheap and touch no device.
         description: one line for ``mustdrop doctor``.
-        in_dispatcher: the C++ library has registered it with torch's dispatcher already.
+        in_dispatcher: the C++ library has already registered it with torch's dispatcher.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Backend:
         object.__setattr__(self, "_composes", composes)
 
     def composes(self, op: str) -> bool:
-        """Whether it computes a composite operator by its parts, having no implementation of its own."""
+        """True if it composes an operator of its parts, without an implementation of its own."""
         return bool(self._composes(op))  # type: ignore[attr-defined]
 
 
 _registered: dict[str, Backend] = {}
 _serving: dict[tuple[str, str], str] = {}  # (operator, device type) -> backend behind torch.ops.mustdrop.*
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("mustdrop_backend", default=None)
-# The same for torch.compile, which cannot trace a ContextVar but compiles again when a global has changed.
+# The same for torch.compile, which cannot trace a ContextVar but recompiles when a global has changed.
 _traced_choice: str | None = None
 _libraries: list[torch.library.Library] = []  # kept alive: a registration lives as long as its Library
 
@@ -92,7 +92,7 @@ def register_backend(backend: Backend, *, replace: bool = False) -> None:
     """Make a backend available by name.
 
     Raises:
-        ValueError: the name is taken and ``replace`` is not set.
+        ValueError: the name is already registered and ``replace`` is not set.
     """
     if backend.name in _registered and not replace:
         raise ValueError(f"a backend named {backend.name!r} is registered already; pass replace=True to replace it")
@@ -105,10 +105,10 @@ def registered() -> Mapping[str, Backend]:
 
 
 def get(name: str) -> Backend:
-    """The backend of this name.
+    """Return the backend of this name.
 
     Raises:
-        BackendError: no backend has it.
+        BackendError: there is no backend of this name.
     """
     if name not in _registered:
         raise BackendError(_unknown(name))
@@ -121,7 +121,7 @@ def _unknown(name: str) -> str:
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[Backend]:
-    """Within the context the functions of ``mustdrop_kernels`` use this backend (``torch.ops.mustdrop.*`` do not).
+    """Context in which the functions of ``mustdrop_kernels`` use this backend (``torch.ops.mustdrop.*`` do not).
 
     Raises:
         BackendError: there is no backend of this name.
@@ -138,7 +138,7 @@ def use_backend(name: str) -> Iterator[Backend]:
 
 
 def serving(op: str, device_type: str) -> str | None:
-    """The name of the backend behind ``torch.ops.mustdrop.<op>`` on a device, None where no backend serves it."""
+    """Name of the backend behind ``torch.ops.mustdrop.<op>`` on a device; None if no backend serves it."""
     return _serving.get((op, device_type))
 
 
@@ -147,10 +147,10 @@ def _chosen_now() -> str | None:
 
 
 def explicit(op: str, device_type: str, name: str | None) -> Implementation | None:
-    """The implementation that ``backend=`` or ``use_backend`` chooses, None where that is ``torch.ops.mustdrop``.
+    """The implementation that ``backend=`` or ``use_backend`` chooses; None for ``torch.ops.mustdrop``.
 
     Raises:
-        BackendError: the choice does not exist or does not serve this operator on this device.
+        BackendError: the chosen backend does not exist or does not serve this operator on this device.
     """
     name = name or _chosen_now()
     if name is None or name == _serving.get((op, device_type)):
@@ -188,7 +188,7 @@ def _serve(library: torch.library.Library, op: str, device_type: str, asked: str
 
 
 def _refusing(op: str, device_type: str, name: str) -> Implementation:
-    """The implementation of an operator that MUSTDROP_BACKEND does not serve: a call raises, the import does not."""
+    """Implementation that raises, for operators that MUSTDROP_BACKEND does not serve; the import still succeeds."""
 
     def refuse(*args: object, **kwargs: object) -> object:
         reason = _registered[name].why_not(op, device_type) if name in _registered else _unknown(name)

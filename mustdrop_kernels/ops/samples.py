@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ordinary call of each operator: what ``mustdrop doctor``, the tests and the tools for GPUs run.
+"""Sample calls: one of each operator, run by ``mustdrop doctor``, the tests and the GPU tools.
 
-Small, with every option in use: two sequences of 14 positions (the second padded on the left), 4 query heads on 2 key
+Small, with every option set: two sequences of 14 positions (the second padded on the left), 4 query heads and 2 key
 heads of 8 channels, images of 4x6 patches, pages of 4 slots.
 """
 
@@ -22,14 +22,14 @@ Arguments = dict[str, Any]
 
 
 def sample(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Arguments:
-    """The arguments of a call by name; the same values in each process, new tensors in each call."""
+    """Arguments of a call by name: fixed values, new tensors in each call."""
     return _SAMPLES[op](_Make(device, dtype))
 
 
 def outcome(op: str, arguments: Arguments, result: Any) -> dict[str, Tensor]:
-    """The part of a call's results that the contract defines, by name: of a compacted cache the bits of the kept slots.
+    """The specified part of a call's results by name; of a compacted cache, the bits of the kept slots.
 
-    ``arguments``: those of the call, whose caches it has changed; ``keep`` and ``counts`` are shared by all layers.
+    ``arguments``: those of the call, with modified caches; ``keep`` and ``counts`` are shared by all layers.
     """
     if not CONTRACTS[op].writes:
         return {"result": result} if isinstance(result, Tensor) else dict(zip(result._fields, result, strict=True))
@@ -47,7 +47,7 @@ def outcome(op: str, arguments: Arguments, result: Any) -> dict[str, Tensor]:
 
 
 class _Make:
-    """Tensors on a device; ``dtype`` is that of what operators compute with."""
+    """Factory of tensors on a device; ``dtype`` is that of floating-point inputs."""
 
     def __init__(self, device: str, dtype: torch.dtype) -> None:
         self.device, self.dtype = device, dtype
@@ -57,7 +57,7 @@ class _Make:
         return values.to(dtype or self.dtype).to(self.device)
 
     def bits(self, seed: int, *shape: int) -> Tensor:
-        """Any pattern that a float16 can hold, NaN included: a move must keep them."""
+        """Random float16 bit patterns, NaN included: moves must preserve them."""
         values = torch.randint(-(2**15), 2**15, shape, generator=torch.Generator().manual_seed(seed))
         return values.to(torch.int16).view(torch.float16).to(self.device)
 
@@ -65,7 +65,7 @@ class _Make:
         return torch.tensor(values, dtype=dtype, device=self.device)
 
     def types(self, *lengths: int, padding: int = 0) -> Tensor:
-        """(len(lengths), longest) text, an image, text queries; the last sequence begins with padding."""
+        """(len(lengths), longest): text, an image, text queries; the last sequence begins with padding."""
         rows = []
         for number, length in enumerate(lengths):
             pad = padding if number == len(lengths) - 1 else 0
@@ -94,7 +94,7 @@ def _dense(make: _Make) -> Arguments:
 
 
 def _packed(make: _Make) -> Arguments:
-    """What packed and paged batches share: sequences of 8 and 6 positions, 5 and 4 rows."""
+    """Common arguments of packed and paged batches: sequences of 8 and 6 positions, 5 and 4 rows."""
     q, lse = make.normal(1, 9, 4, 8), torch.full((4, 9), 2.0, device=make.device)
     return {"q": q, "cu_seqlens_q": make.ints([0, 5, 9]), "max_seqlen_q": 5, "scale": 0.3, "lse": lse}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Selection of the vision tokens that stay, by two thresholds or by a budget (MustDrop, stage 2)."""
+"""Selection of the vision tokens to keep, by two thresholds or by a budget (MustDrop, stage 2)."""
 
 from __future__ import annotations
 

@@ -13,4 +13,4 @@ class TokenType(IntEnum):
     TEXT = 1
     VISION = 2
     QUERY = 3
-    """Text whose attention decides which vision tokens stay."""
+    """Text whose attention scores the vision tokens."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of bfloat16 in AMX's registers: their plain twin, and the instructions as compiled."""
+"""AMX tiles of bfloat16: the scalar emulation, and the compiled instructions."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def test_the_library_multiplies_tiles() -> None:
 
 @pytest.fixture(scope="module")
 def site() -> Path:
-    """The library with plain tiles."""
+    """A build of the library with emulated tiles."""
     if _load.cpu_capability() != "avx512_bf16":
         pytest.skip(f"tiles are added to avx512_bf16, this machine has {_load.cpu_capability()}")
     return variants.build("amx")
 
 
 @pytest.mark.slow
-def test_other_sums_than_those_of_pairs(site: Path, tmp_path: Path) -> None:
-    """Which shows that tiles were used: they add even and odd products apart."""
+def test_tiles_are_used(site: Path, tmp_path: Path) -> None:
+    """Tiles sum even and odd products separately, so that the results differ from avx512_bf16."""
     totals = []
     for level in ("amx_bf16", "avx512_bf16"):
         environment = variants.environment_with(site, MUSTDROP_CPU_CAPABILITY=level)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CPU kernels are compiled once per instruction set: the conformance suite on each that this machine has."""
+"""Conformance suite of the CPU kernels on each instruction set of this machine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mustdrop_kernels import _load
 
 REPOSITORY = Path(__file__).parents[2]
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-"""From the least to the best."""
+"""In ascending order."""
 COMPILED = (
     "golden",
     "spatial_merge",
@@ -33,7 +33,7 @@ def test_conformance(level: str) -> None:
     if best not in LEVELS or LEVELS.index(level) > LEVELS.index(best):
         pytest.skip(f"this machine has {best}")
     if level == best:
-        pytest.skip("the suite itself runs on it")
+        pytest.skip("the main suite runs on it")
     files = [f"tests/ops/test_{name}.py" for name in COMPILED]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files],

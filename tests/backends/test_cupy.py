@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The backend `cupy` without a GPU.
 
-Its launchers run on the emulation (here, and in tests/ops as `cupy_emulated`); NVRTC compiles its kernels for every
-target. What stays for a GPU is what CuPy and the driver do with both.
+Its launchers run on the emulation (here, and in tests/ops as `cupy_emulated`), and NVRTC compiles its kernels for every
+target. Loading and launching by CuPy and the driver require a GPU.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ compiles = pytest.mark.skipif(
 )
 
 
-# ------------------------------------------------------------------------------------------------ who serves
+# ------------------------------------------------------------------------------------------------ selection
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ compiles = pytest.mark.skipif(
         ("cuda", "13.0", True, True, None),
     ],
 )
-def test_it_says_why_it_does_not_serve(device, cuda, library, installed, reason, monkeypatch, tmp_path):
+def test_why_not(device, cuda, library, installed, reason, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(cupy, "find_spec", lambda name: object() if installed else None)
     monkeypatch.setattr(_load.nvrtc, "path", tmp_path / "libmustdrop_nvrtc.so")
@@ -55,7 +55,7 @@ def test_it_says_why_it_does_not_serve(device, cuda, library, installed, reason,
     assert said is None if reason is None else reason in said
 
 
-def test_it_is_the_last_of_the_order():
+def test_it_is_last_in_the_order():
     assert backends.ORDER["cuda"][-1] == "cupy"
     assert "cupy" in backends.registered()
 
@@ -65,7 +65,7 @@ def test_it_is_the_last_of_the_order():
 
 @pytest.fixture
 def launched():
-    """The emulated launchers, on a device with clusters; a test may connect them to another machine."""
+    """Emulated launchers on a device with clusters; a test may connect them to another machine."""
     nvrtc.connected()
     nvrtc.backend.configure(seed=1, capability=90)
     yield nvrtc.connected()
@@ -73,7 +73,7 @@ def launched():
 
 
 @emulated
-def test_the_launchers_know_the_kernels_of_the_cuda_library(launched):
+def test_launchers_cover_the_kernels_of_the_cuda_library(launched):
     library, machine, _ = launched
     assert {name.replace("mustdrop::", "") for name in launchers.kernels(library)} == set(machine.kernels)
 
@@ -90,7 +90,7 @@ def test_clusters_reach_the_driver(launched):
 
 @emulated
 @pytest.mark.parametrize("hook", ["facts", "find"])
-def test_what_python_says_reaches_the_caller(hook, launched, monkeypatch):
+def test_python_errors_reach_the_caller(hook, launched, monkeypatch):
     def fail(*args):
         raise OSError("the disk is full")
 
@@ -103,7 +103,7 @@ def test_what_python_says_reaches_the_caller(hook, launched, monkeypatch):
 
 @emulated
 def test_a_thread_without_a_context_gets_one(launched, monkeypatch):
-    """The driver's error 201: the device is made current, and the launch made again."""
+    """On the driver's error 201 the device is made current and the launch repeated."""
     library, machine, _ = launched
     real = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(machine.launch)
     said, made = [201], []
@@ -124,7 +124,7 @@ def test_a_thread_without_a_context_gets_one(launched, monkeypatch):
 @emulated
 @pytest.mark.parametrize("capability", [80, 90])
 def test_a_row_of_half_a_billion_tokens_is_planned(capability, launched, monkeypatch):
-    """Four bytes for each of 2^29 tokens are more than 2^31: the keys stay out of shared memory."""
+    """4 * 2^29 bytes overflow int32: the keys must not be placed in shared memory."""
     library, machine, _ = launched
     nvrtc.backend.configure(seed=1, capability=capability)
     shared = []
@@ -136,7 +136,7 @@ def test_a_row_of_half_a_billion_tokens_is_planned(capability, launched, monkeyp
     hook = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(record)
     monkeypatch.setattr(machine, "launch", ctypes.cast(hook, ctypes.c_void_p).value)
     hooks = launchers.connect(library, machine)
-    scores = torch.empty(1, 2**29, dtype=torch.float16)  # never touched, so it takes no memory
+    scores = torch.empty(1, 2**29, dtype=torch.float16)  # never written, so it takes no memory
     types = torch.empty(1, 2**29, dtype=torch.uint8)
     torch.ops.mustdrop_nvrtc_emulated.select_topk(scores, types, 64, capacity=64)
     assert len(shared) == 1
@@ -149,7 +149,7 @@ def test_the_driver_s_structures_are_those_of_cuda_h(tmp_path: Path):
     triton = find_spec("triton")
     include = Path(triton.origin).parent / "backends" / "nvidia" / "include" if triton and triton.origin else None
     if include is None or not (include / "cuda.h").is_file():
-        pytest.skip("Triton's wheel brings cuda.h, and is not installed")
+        pytest.skip("Triton's wheel, which contains cuda.h, is not installed")
     pairs = {
         "sharedMemBytes": "shared_bytes",
         "hStream": "stream",
@@ -189,7 +189,7 @@ def kernels() -> list[str]:
 
 
 def one_of_each_family() -> list[str]:
-    """A kernel of each name, with the most vector-like arguments."""
+    """One instantiation per kernel name, the one with the widest vector arguments."""
     return list({name.split("<")[0]: name for name in kernels()}.values())
 
 
@@ -223,7 +223,7 @@ def test_every_kernel_compiles(target):
 
 @pytest.fixture
 def compiling(monkeypatch, tmp_path):
-    """The compile module with an empty cache, and what it compiles."""
+    """The compile module with an empty cache, and the list of kernels that it compiles."""
     pytest.importorskip("cupy")
     from mustdrop_kernels.backends.cupy import compile
 
@@ -257,7 +257,7 @@ def test_a_changed_header_is_another_kernel(compiling, monkeypatch):
 
 @built
 @compiles
-def test_a_cache_that_cannot_be_written_is_done_without(compiling, monkeypatch, tmp_path):
+def test_read_only_cache_folder(compiling, monkeypatch, tmp_path):
     compile, compiled = compiling
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "file"))
@@ -268,7 +268,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(compiling, monkeypatch, 
 
 @built
 @compiles
-def test_what_nvrtc_refuses_comes_with_its_log(compiling):
+def test_compile_errors_contain_the_log(compiling):
     compile, _ = compiling
     with pytest.raises(compile.CompileError, match=r"no_such_kernel.* for sm_80(.|\n)*error"):
         compile.compiled("no_such_kernel", "sm_80")
@@ -290,7 +290,7 @@ def test_a_newer_device_gets_ptx(compiling, monkeypatch):
 @built
 @compiles
 def test_a_kernel_is_loaded_with_all_shared_memory(compiling, monkeypatch):
-    """The calls of CuPy, in order, on a device that is made up; CuPy's own words say in which order arguments go."""
+    """CuPy's calls in order on a stub device; the order of arguments is that of CuPy's docstrings."""
     from mustdrop_kernels.backends.cupy import gpu
 
     words = {"moduleLoadData": "(bytes image)", "moduleGetFunction": "(intptr_t module, str funcname)"}
@@ -304,20 +304,20 @@ def test_a_kernel_is_loaded_with_all_shared_memory(compiling, monkeypatch):
     device[gpu.runtime.cudaDevAttrMaxSharedMemoryPerBlockOptin] = 232448
     calls = []
 
-    def play(name, result):
+    def stub(name, result):
         return lambda *args: calls.append((name, *args)) or result
 
     class Driver:
-        moduleLoadData = staticmethod(play("load", 11))
-        moduleGetFunction = staticmethod(play("get", 22))
-        funcGetAttribute = staticmethod(play("ask", 1024))
-        funcSetAttribute = staticmethod(play("set", None))
+        moduleLoadData = staticmethod(stub("load", 11))
+        moduleGetFunction = staticmethod(stub("get", 22))
+        funcGetAttribute = staticmethod(stub("attribute", 1024))
+        funcSetAttribute = staticmethod(stub("set", None))
 
     monkeypatch.setattr(gpu, "driver", Driver)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     monkeypatch.setattr(gpu.runtime, "deviceGetAttribute", lambda which, index: device[which])
-    monkeypatch.setattr(gpu.runtime, "setDevice", play("current", None))
-    machine = object.__new__(gpu.Gpu)  # its constructor wants the driver's library
+    monkeypatch.setattr(gpu.runtime, "setDevice", stub("current", None))
+    machine = object.__new__(gpu.Gpu)  # its constructor requires the driver's library
     assert machine.facts(1) == (90, 132, 232448)
     assert machine.find(1, "mustdrop::select_kernel<float>") == 22
     code = compiling[0].compiled("mustdrop::select_kernel<float>", "sm_90")
@@ -325,7 +325,7 @@ def test_a_kernel_is_loaded_with_all_shared_memory(compiling, monkeypatch):
         ("current", 1),
         ("load", code.image),
         ("get", 11, code.name),
-        ("ask", 1, 22),
+        ("attribute", 1, 22),
         ("set", 22, 8, 232448 - 1024),
     ]
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))

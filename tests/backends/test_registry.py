@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes: chosen by argument, context manager or MUSTDROP_BACKEND, and never someone else in silence."""
+"""Choice of the backend by argument, context manager or MUSTDROP_BACKEND, without silent fallbacks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gather_arguments() -> tuple:
 
 
 class Recorder:
-    """A third party's backend: it serves gather_tokens on CPU tensors, and remembers that it was asked."""
+    """A third-party backend that serves gather_tokens on CPU tensors and counts its calls."""
 
     def __init__(self, name: str = "recorder") -> None:
         self.calls: list[str] = []
@@ -51,7 +51,7 @@ def recorder(monkeypatch) -> Recorder:
     return third_party
 
 
-def test_what_is_there():
+def test_registered_backends():
     assert {"reference", "cpu", "cuda"} <= set(backends.registered())
     assert "tensors" in backends.registered()["cpu"].why_not("gather_tokens", "cuda")
     assert "tensors" in backends.registered()["cuda"].why_not("gather_tokens", "cpu")
@@ -85,7 +85,7 @@ def test_by_context(recorder):
             assert torch.equal(mk.gather_tokens(*arguments), plain)
         assert torch.equal(mk.gather_tokens(*arguments), plain + 100)
         assert torch.equal(mk.gather_tokens(*arguments, backend="reference"), plain), "the argument wins"
-        assert torch.equal(torch.ops.mustdrop.gather_tokens(*arguments), plain), "torch.ops do not listen"
+        assert torch.equal(torch.ops.mustdrop.gather_tokens(*arguments), plain), "torch.ops ignores the context"
     assert torch.equal(mk.gather_tokens(*arguments), plain)
     assert len(recorder.calls) == 2
 
@@ -112,7 +112,7 @@ def test_context_is_per_thread(recorder):
 
 
 def test_never_a_silent_fallback(recorder):
-    """A backend that does not serve an op says so; nobody steps in."""
+    """A backend that does not serve an op raises; no other backend is used."""
     scores, types = torch.rand(1, 4), torch.full((1, 4), 2, dtype=torch.uint8)
     with pytest.raises(backends.BackendError, match=r"recorder.*select_topk.*cpu.*it only gathers"):
         mk.select_topk(scores, types, 2, backend="recorder")
@@ -126,15 +126,15 @@ def test_never_a_silent_fallback(recorder):
 
 def test_unknown_names(recorder):
     for attempt in (
-        lambda: mk.gather_tokens(*gather_arguments(), backend="nobody"),
-        lambda: mk.use_backend("nobody").__enter__(),
-        lambda: backends.get("nobody"),
+        lambda: mk.gather_tokens(*gather_arguments(), backend="missing"),
+        lambda: mk.use_backend("missing").__enter__(),
+        lambda: backends.get("missing"),
     ):
-        with pytest.raises(backends.BackendError, match=r"nobody.*recorder"):
+        with pytest.raises(backends.BackendError, match=r"missing.*recorder"):
             attempt()
 
 
-def test_names_are_taken_once(recorder):
+def test_names_are_unique(recorder):
     with pytest.raises(ValueError, match="recorder"):
         mk.register_backend(Recorder().backend)
     other = Recorder()
@@ -144,7 +144,7 @@ def test_names_are_taken_once(recorder):
 
 
 def test_third_party_gets_gradients(recorder):
-    """Autograd belongs to the op, not to the backend."""
+    """Autograd is registered per op, independent of the backend."""
     x, keep, counts = gather_arguments()
     x.requires_grad_()
     mk.gather_tokens(x, keep, counts, backend="recorder").sum().backward()
@@ -201,9 +201,9 @@ def test_default_is_the_cpu_library(environment):
     assert outcome(**environment) == ["cpu", "False", "ok", "ok"]
 
 
-@pytest.mark.parametrize("name", ["cuda", "nobody"])
-def test_variable_names_one_that_does_not_serve(name):
-    """The import works, so that the choice can be looked into; every op refuses, with the reason."""
+@pytest.mark.parametrize("name", ["cuda", "missing"])
+def test_variable_names_a_backend_that_does_not_serve(name):
+    """The import succeeds; every op raises with the reason."""
     serving, reference_ran, *refusals = outcome(MUSTDROP_BACKEND=name)
     assert (serving, reference_ran) == ("None", "False")
     assert len(refusals) == 2
@@ -213,7 +213,7 @@ def test_variable_names_one_that_does_not_serve(name):
 
 
 def test_conformance_suite_runs_on_a_third_party(tmp_path):
-    """A package of one's own registers itself, and the suite tests it: what it serves, and nothing else."""
+    """A third-party package registers a backend, and the suite tests the ops that it serves."""
     (tmp_path / "mine.py").write_text(
         "from mustdrop_kernels import register_backend\n"
         "from mustdrop_kernels.backends import Backend, registered\n"
@@ -240,7 +240,7 @@ def test_conformance_suite_runs_on_a_third_party(tmp_path):
     assert "typo" in unknown.stdout + unknown.stderr
 
 
-# ------------------------------------------------------------------------------------------- one backend an operator
+# ------------------------------------------------------------------------------------------- one backend per operator
 
 
 class Registered:
@@ -254,7 +254,7 @@ class Registered:
 
 
 def test_a_backend_without_an_operator_serves_the_others(monkeypatch):
-    """The next backend of the order serves what the first one lacks, and only that."""
+    """The next backend in the order serves exactly the operators that the first one lacks."""
     first = backends.Backend("first", lambda op: "first", lambda op, _: "no kernel" if op == "gather_tokens" else None)
     second = backends.Backend("second", lambda op: "second", lambda op, _: None)
     monkeypatch.setattr(registry, "_registered", {"first": first, "second": second})
@@ -268,8 +268,8 @@ def test_a_backend_without_an_operator_serves_the_others(monkeypatch):
     assert library.impls == served
 
 
-def test_an_operator_that_no_backend_has_takes_nothing_from_the_others(monkeypatch):
-    """As a new operator before its CUDA kernel: the library goes on serving, and nothing is put over its kernels."""
+def test_an_operator_without_a_backend_does_not_affect_the_others(monkeypatch):
+    """A new operator without a CUDA kernel: the library still serves the others, without overrides."""
     compiled = backends.Backend(
         "compiled",
         lambda op: "compiled",
@@ -287,7 +287,7 @@ def test_an_operator_that_no_backend_has_takes_nothing_from_the_others(monkeypat
     assert {backends.serving(op, "cuda") for op in backends.OPS if op != "gather_tokens"} == {"compiled"}
 
 
-def test_an_explicit_choice_refuses_only_what_it_lacks(monkeypatch):
+def test_an_explicit_choice_raises_only_for_missing_operators(monkeypatch):
     partial = backends.Backend("partial", lambda op: "partial", lambda op, _: "absent" if op == "select_topk" else None)
     monkeypatch.setattr(registry, "_registered", {"partial": partial})
     monkeypatch.setattr(registry, "_serving", {})
@@ -305,7 +305,7 @@ def test_an_explicit_choice_refuses_only_what_it_lacks(monkeypatch):
     ("op", "part"), [("dual_attention_select", "select_dual"), ("topk_attention_select", "select_topk")]
 )
 def test_a_backend_with_the_parts_has_the_composite(op, part, monkeypatch):
-    """A third party's scores and selection are its fused form; a refusal is in the fused form's name."""
+    """A third party's scores and selection give its fused form; errors carry the name of the fused form."""
     reference, calls = backends.get("reference"), []
 
     def implementation(name):

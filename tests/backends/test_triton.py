@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is special about the Triton backend: when it serves, and paths that only large inputs take.
+"""Tests specific to the Triton backend: its availability, and paths that only large inputs take.
 
 The conformance suite runs on it with TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton; so do most tests here.
 """
@@ -24,7 +24,7 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
-# ---------------------------------------------------------------------------------------------- when it serves
+# ---------------------------------------------------------------------------------------------- availability
 
 
 LAUNCHERS = [path.read_text() for path in (Path(__file__).parents[2] / "csrc").glob("*/cuda.cu")]
@@ -70,8 +70,8 @@ def test_why_not(monkeypatch, interpret, cuda, version, device, word):
 @pytest.mark.parametrize(
     ("hidden", "reason"), [(True, "triton is not installed"), (False, "this torch is built without CUDA")]
 )
-def test_doctor_says_why(hidden, reason):
-    """On a machine without Triton, or without a GPU, each operator's row names the reason; the package works."""
+def test_doctor_shows_the_reason(hidden, reason):
+    """Without Triton, or without a GPU, each operator's row names the reason; the package works."""
     if not hidden and (torch.version.cuda or torch.version.hip):
         pytest.skip("this torch is built with CUDA or ROCm")
     hide = (
@@ -107,7 +107,7 @@ def test_importing_the_package_does_not_import_triton():
 
 @pytest.fixture
 def fresh_plans():
-    """Plans made under other limits must not be found."""
+    """Clear the plans, which depend on the limits."""
     from mustdrop_kernels.backends.triton.launch import Plans
 
     Plans.forget_all()
@@ -124,7 +124,7 @@ def equal(got, want) -> None:
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("processors", [1, 64])
 def test_many_query_rows(monkeypatch, processors):
-    """More query rows than the workspace shares, with the heads in one program and divided among several."""
+    """More query rows than the workspace holds, with the heads in one program and split among several."""
     from mustdrop_kernels.backends.triton import configs, scores
 
     monkeypatch.setattr(scores, "SHARED_ROWS", 32)
@@ -155,7 +155,7 @@ def test_more_layers_than_a_launch_holds(monkeypatch):
 @pytest.mark.usefixtures("fresh_plans")
 @pytest.mark.parametrize("drop_multiple", [1, 7])
 def test_selection_in_several_tiles(monkeypatch, drop_multiple):
-    """Rows longer than a tile: ranks and positions go on from one tile to the next."""
+    """Rows longer than a tile: ranks and positions continue across tiles."""
     from mustdrop_kernels.backends.triton import configs, select
 
     small = configs.Config((("BLOCK", 16),), num_warps=1)
@@ -174,7 +174,7 @@ def test_selection_in_several_tiles(monkeypatch, drop_multiple):
 @needs_interpreter
 @pytest.mark.usefixtures("fresh_plans")
 def test_entries_that_are_skipped_do_not_disturb_the_order():
-    """Holes in keep make some moves go the other way: both ways are safe in one call."""
+    """Gaps in keep reverse the direction of some moves: both directions are safe in one call."""
     keep = [torch.tensor([[-1, -1, -1, 0, 1, 2, 99, 9, 15, 17]])]
     counts = [torch.tensor([10], dtype=torch.int32)]
     for align_end in (False, True):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MUSTDROP_AUTOTUNE=1: what is searched, what is kept, and where; with a clock that a test sets."""
+"""MUSTDROP_AUTOTUNE=1: the search, its results and their file; with a fake clock."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def call(operator) -> None:
 
 
 def new_process():
-    """What a process that starts now would use."""
+    """Configurations that a new process would use."""
     configs.TUNED.clear()
     configs.SEEN.clear()
     Plans.forget_all()
@@ -62,14 +62,14 @@ def test_the_fastest_is_kept_and_remembered(measured):
     assert tuple(measured) == TRIED
     assert configs.TUNED == {KEY: BEST}
     call(operator)
-    assert len(measured) == len(TRIED), "what was searched is not searched again"
+    assert len(measured) == len(TRIED), "a tuned entry is not searched again"
     call(new_process())
     assert configs.TUNED == {KEY: BEST}
     assert len(measured) == len(TRIED)
 
 
 def test_the_file_is_of_this_version(measured, monkeypatch):
-    """Other kernels or another compiler: what was fastest with them says nothing."""
+    """Results of other versions of this package or of Triton are not used."""
     call(autotune.tuned(gather.gather_tokens))
     name = autotune.cache_file().name
     assert mustdrop_kernels.__version__ in name
@@ -91,7 +91,7 @@ def test_a_broken_file_is_searched_again(measured, text):
 
 
 def test_the_file_changes_in_one_step(measured, monkeypatch):
-    """It is replaced, never written into, and what another process has added since stays."""
+    """The file is replaced atomically, and entries added by another process are kept."""
     call(autotune.tuned(gather.gather_tokens))
     file = autotune.cache_file()
     before = file.read_text()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel in every shipped configuration compiles for GPUs that are not here, and fits them.
+"""Cross-compilation: every Triton kernel in every shipped configuration compiles for every target and fits it.
 
-Some kernels here; all of them, for all targets, in the slow tests and in `make check-triton`.
+A sample of kernels here; all of them, for all targets, in the slow tests and in `make check-triton`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def one_of(target: str, kernel: str, **constants: int) -> crosscompile.Unit:
 
 
 @pytest.mark.parametrize("target", ["sm90", "gfx942", "gfx1100"])
-def test_what_a_kernel_needs_is_read(target):
+def test_resources_are_read(target):
     needs = crosscompile.compile_unit(one_of(target, "scores_kernel", D=128, SLOTS=16), target)
     assert 32 < needs.registers <= crosscompile.TARGETS[target].registers
     assert needs.shared > 4096, "tiles of q and k are multiplied from there"
@@ -65,7 +65,7 @@ def test_what_a_kernel_needs_is_read(target):
     ids=str,
 )
 def test_rows_move_in_16_bytes(kernel, constants):
-    """What the mask of a tile hides from the compiler costs eight times the instructions."""
+    """Accesses have 16 bytes; a mask that hides the alignment from the compiler costs eight times the instructions."""
     ptx = crosscompile.compiled(one_of("sm90", kernel, **constants), "sm90").asm["ptx"]
     assert "ld.global.v4.b32" in ptx
     assert not re.search(r"ld\.global\.(b16|b8)\b", ptx)
@@ -77,8 +77,10 @@ def test_rows_move_in_16_bytes(kernel, constants):
     ids=str,
 )
 def test_barriers_order_global_memory(kernel, constants):
-    """A tile is loaded before it is overwritten, and what one warp has stored is there when another loads it: on AMD
-    that takes fences of all memory around the barrier, of shared memory alone is not enough."""
+    """Loads precede the stores that overwrite them, and stores of one warp are visible to loads of another.
+
+    On AMD this requires fences of all memory around the barrier, not of shared memory only.
+    """
     unit = one_of("gfx942", kernel, **constants)
     lines = crosscompile.compiled(unit, "gfx942").asm["llir"].splitlines()
     code = [line.strip() for line in lines if " fence " in f" {line}" or "@llvm.amdgcn.s.barrier()" in line]
@@ -96,7 +98,7 @@ def test_barriers_order_global_memory(kernel, constants):
 
 @pytest.mark.parametrize("target", sorted(crosscompile.TARGETS))
 def test_every_shipped_configuration_is_compiled(target, monkeypatch):
-    """The calls that are compiled reach each entry of the tables: none is shipped unseen."""
+    """The compiled calls reach each entry of the tables."""
     monkeypatch.setattr(configs, "SEEN", set())
     assert crosscompile.units(target)
     used = {(kernel, shape) for _, kernel, shape in configs.SEEN}
@@ -105,7 +107,7 @@ def test_every_shipped_configuration_is_compiled(target, monkeypatch):
     assert {(kernel, shape) for arch, kernel, shape in configs.SPECIAL if arch == target} <= shipped
 
 
-def test_what_does_not_fit_is_told():
+def test_exceeded_limits_are_reported():
     def needs(shared: int = 0, registers: int = 128, spilled: int = 0, num_warps: int = 4) -> crosscompile.Resources:
         return crosscompile.Resources(shared, registers, spilled, num_warps)
 
@@ -122,7 +124,7 @@ def test_what_does_not_fit_is_told():
 
 
 def test_the_command(tmp_path):
-    """Rows for each kernel and target; the exit status says whether one does not fit."""
+    """A row per kernel and target; the exit status is 1 if one does not fit."""
     file = tmp_path / "rows.json"
     code = (
         "import sys; from mustdrop_kernels.backends.triton import crosscompile; sys.path.insert(0, 'tools')\n"

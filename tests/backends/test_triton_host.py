@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host does in a call: it reads nothing from the device, and allocates by shapes alone.
+"""Host code of a call: it does not synchronize with the device, and its allocations depend on shapes only.
 
-Kernels are not launched here. Tensors are fakes on a GPU that need not exist: whatever asks for their contents raises.
-So a call can be captured in a CUDA graph once its kernels are compiled.
+Kernels are not launched. Tensors are fakes on a CUDA device, so reading their contents raises. A call without such
+reads can be captured in a CUDA graph once its kernels are compiled.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mustdrop_kernels.ops import checks
 TRITON = backends.registered()["triton"]
 SERVED = [op for op in backends.OPS if backend.defined(op) or TRITON.composes(op)]
 aten = torch.ops.aten
-# Allocations whose size the host knows, views, and the one thing that is written without a kernel of ours.
+# Allocations of sizes known to the host, views, and the only write without a kernel of this package.
 HARMLESS = {
     aten.empty.memory_format, aten.empty_like.default, aten.new_empty.default, aten.zeros.default, aten.zero_.default,
     aten.view.default, aten.view.dtype, aten.select.int, aten.unbind.int, aten.as_strided.default,
@@ -39,7 +39,7 @@ HARMLESS = {
 
 
 class Watch(TorchDispatchMode):
-    """Notes what torch is asked to do."""
+    """Records the torch operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class Watch(TorchDispatchMode):
 
 @contextmanager
 def no_launches():
-    """Nothing runs; yields the pointers of each launch that would have been made."""
+    """Disable launches; yields the pointers of each launch that would have been made."""
     made: list[tuple] = []
     launch.Plans.forget_all()
     with (
@@ -66,7 +66,7 @@ def no_launches():
 
 
 def _address(tensor: torch.Tensor) -> int:
-    """The host knows addresses; those of fakes are made up."""
+    """Addresses of fake tensors are invented."""
     return id(tensor)
 
 
@@ -88,14 +88,14 @@ def test_no_step_on_the_host(op, dtype):
                 TRITON.implementation(op)(**on_gpu)
             assert {function for function, _ in watch.calls} <= HARMLESS
             seen.append(watch.calls)
-        assert seen[1] == seen[2], "a call with the same shapes does the same"
+        assert seen[1] == seen[2], "a call with the same shapes repeats the same operators"
     assert made
     assert all(p.device.type == "cuda" for _, pointers in made for p in pointers if isinstance(p, torch.Tensor))
 
 
 @pytest.mark.parametrize("op", SERVED)
 def test_a_plan_is_made_once(op):
-    """The second call of a kind checks nothing and makes no plan: same launches, same objects."""
+    """The second call with the same signature makes no checks and no plan: same launches, same objects."""
     with no_launches() as made:
         arguments = sample(op)
         TRITON.implementation(op)(**arguments)
@@ -107,7 +107,7 @@ def test_a_plan_is_made_once(op):
 
 
 def test_contents_do_not_choose_sizes():
-    """Other data of the same shapes: the same allocations in the same order."""
+    """Different contents of the same shapes: the same allocations in the same order."""
     with no_launches():
         seen = []
         for value in (0, 3):

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What Triton's interpreter cannot show: the list, and proof of what can be proved about it.
+"""Limits of Triton's interpreter: the list, and tests of those that can be tested.
 
-Where the newest interpreter learns something, a test here fails: strike the entry, and the detour around it.
+If a newer interpreter lifts a limit, a test here fails: remove the entry and its workaround.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import triton.language as tl
 from mustdrop_kernels.backends.triton.numbers import narrow, widen
 
 LIMITS = {
-    "bfloat16 arithmetic": "it works on the bits: numbers.py converts by hand there, so Triton's own conversion, and "
+    "bfloat16 arithmetic": "it works on bits: numbers.py has its own conversions there, so Triton's conversion, and "
     "matrix products of bfloat16, run on a GPU only",
-    "matrix instructions": "a product is NumPy's, in float32: layouts and the order of sums are the compiler's",
-    "races": "programs and threads take turns: barriers are read in the compiled code (test_triton_compile.py)",
-    "launches": "the way past Triton's argument analysis is not taken: test_triton_launch.py has a driver for it",
-    "graphs and streams": "there is no stream: what the host does in a call is proved in test_triton_host.py",
+    "matrix instructions": "products use NumPy in float32; layouts and the order of sums depend on the compiler",
+    "races": "programs and threads run in turn: barriers are checked in the compiled code (test_triton_compile.py)",
+    "launches": "the bypass of Triton's argument analysis is not used: see test_triton_launch.py",
+    "graphs and streams": "there is no stream: test_triton_host.py checks the host code of a call",
 }
 
 
@@ -64,13 +64,13 @@ def test_bfloat16_arithmetic_is_still_a_limit():
     assert not torch.equal(out, x + x)
 
 
-def test_bfloat16_is_still_cut():
+def test_bfloat16_is_still_truncated():
     x, out = torch.tensor([1.01171875, 2.0, 3.0, 4.0]), torch.zeros(4, dtype=torch.bfloat16)
     _to_bfloat16[(1,)](x, out, 4)
     assert not torch.equal(out, x.bfloat16())
 
 
-def test_the_detour_rounds_as_torch_does():
+def test_the_workaround_rounds_as_torch_does():
     inf, nan = float("inf"), float("nan")
     special = torch.tensor([inf, -inf, nan, 0.0, -0.0, 1e-40, 3.4e38, 1.01171875, 1.00390625, 65280.0])
     x = torch.cat([special, torch.randn(246) * 10.0 ** torch.randint(-38, 38, (246,))])

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A kernel's cache key depends on the kernel alone, so a process finds what an earlier one has compiled.
+"""Cache keys depend on the kernel only, so that a process reuses the kernels that an earlier one compiled.
 
-In Triton 3.6 a function that kernels call, and that reads a variable of its module, gives them keys that depend on
-which of them was compiled first; `make test-triton-3.6` runs these tests with that version. In 3.4 and 3.9 the keys are
-equal in any case.
+In Triton 3.6 a device function that reads a module variable makes the keys of its callers depend on which of them was
+compiled first; `make test-triton-3.6` runs these tests with that version. In 3.4 and 3.9 the keys are always equal.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ import triton_keys
 
 
 def ask(command: str, direction: str, cache: Path) -> Any:
-    """What a process of its own says."""
+    """Output of triton_keys.py in a separate process."""
     script = Path(triton_keys.__file__)
     environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
     done = subprocess.run(
@@ -41,8 +40,8 @@ def ask(command: str, direction: str, cache: Path) -> Any:
 
 
 def test_keys_do_not_depend_on_the_order(tmp_path):
-    """Asked forward, backward, at random, and with each function first; with the files imported in two orders."""
-    keys: dict[str, dict[str, str]] = {}  # of a function: each key, and which function was asked first
+    """Keys computed forward, backward, in random order, and with each function first; two import orders."""
+    keys: dict[str, dict[str, str]] = {}  # of a function: each key, and the function whose key was computed first
     for direction in ("forward", "reversed"):
         for row in ask("keys", direction, tmp_path):
             for name, key in row["keys"].items():
@@ -53,14 +52,14 @@ def test_keys_do_not_depend_on_the_order(tmp_path):
 
 
 def _reads(function: Any) -> dict[str, Any]:
-    """The variables of its module that a function reads."""
+    """Module variables that a function reads."""
     names = {node.id for node in ast.walk(function.parse()) if isinstance(node, ast.Name)}
     known = function.fn.__globals__
     return {name: known[name] for name in names - set(function.fn.__code__.co_varnames) if name in known}
 
 
 def test_called_functions_read_no_variables():
-    """What keeps the keys equal, in every version: variables are for launched kernels alone to read."""
+    """Only launched kernels may read module variables, which keeps the keys equal in every version."""
     functions = triton_keys.functions().values()
     called = {id(value) for f in functions for value in _reads(f).values()}
     helpers = [f for f in functions if id(f) in called]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The way past Triton's argument analysis: compiled for a real target, launched on a driver that only writes down.
+"""Launches that bypass Triton's argument analysis, compiled for a real target and recorded by a stub driver.
 
-No kernel runs here; what would be handed to the GPU's driver is compared between Triton's own path and ours.
+No kernel runs; the arguments of the GPU driver are compared between Triton's own path and the bypass.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ STREAM = 7
 
 
 class Driver:
-    """Loads nothing, launches nothing, notes everything. CPU tensors say that their device is -1."""
+    """Stub driver that records loads and launches. The device index of CPU tensors is -1."""
 
     def __init__(self) -> None:
         self.launches: list[tuple] = []
@@ -72,18 +72,18 @@ def compiled_functions() -> list[triton.runtime.JITFunction]:
 def driver():
     fake = Driver()
     triton.runtime.driver.set_active(fake)
-    for function in compiled_functions():  # what they have compiled is bound to the driver of that time
+    for function in compiled_functions():  # compiled kernels are bound to the driver at compile time
         function.device_caches.clear()
     launch.Plans.forget_all()
     yield fake
     launch.Plans.forget_all()
-    with contextlib.suppress(RuntimeError):  # where there is no GPU there is no driver to go back to
+    with contextlib.suppress(RuntimeError):  # without a GPU there is no driver to restore
         triton.runtime.driver.reset_active()
 
 
 @pytest.fixture
-def arguments_analysed(monkeypatch):
-    """How often Triton's own launch path runs."""
+def arguments_analyzed(monkeypatch):
+    """Records the runs of Triton's own launch path."""
     calls = []
     run = triton.runtime.JITFunction.run
     monkeypatch.setattr(
@@ -104,10 +104,10 @@ def call(op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["gather", "select", "compact"])
-def test_second_launch_hands_over_the_same(driver, arguments_analysed, op):
+def test_second_launch_hands_over_the_same(driver, arguments_analyzed, op):
     call(op)
     call(op)
-    assert len(arguments_analysed) == 1, "Triton's own path runs once for one kind of call"
+    assert len(arguments_analyzed) == 1, "Triton's own path runs once per signature"
     assert len(driver.loaded) == 1
     first, second = driver.launches
     assert first[:4] == second[:4]
@@ -119,20 +119,20 @@ def test_second_launch_hands_over_the_same(driver, arguments_analysed, op):
             assert a == b
 
 
-def test_alignment_chooses_the_kernel(driver, arguments_analysed):
+def test_alignment_chooses_the_kernel(driver, arguments_analyzed):
     keep, counts = torch.tensor([[1, 4]]), torch.tensor([2], dtype=torch.int32)
     buffer = torch.zeros(9 * 64 + 16, dtype=torch.float16)
     for shift in (0, 1, 8, 3, 16):  # of 2 bytes each: 0, 8 and 16 are aligned
         gather_tokens(buffer[shift : shift + 9 * 64].view(1, 9, 64), keep, counts)
-    assert len(arguments_analysed) == 2
+    assert len(arguments_analyzed) == 2
     assert [entry[2] for entry in driver.launches] == [1, 2, 1, 2, 1]
 
 
-def test_a_profiler_sees_every_launch(driver, arguments_analysed, monkeypatch):
+def test_a_profiler_sees_every_launch(driver, arguments_analyzed, monkeypatch):
     call("gather")
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda *_: None)
     call("gather")
-    assert len(arguments_analysed) == 2
+    assert len(arguments_analyzed) == 2
     assert len(driver.launches) == 2
 
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offsets past 32 bits: every stride that a kernel multiplies by, more than 2**31 elements large.
+"""Offsets that exceed 32 bits, for every stride that a kernel uses.
 
-The storages are gigabytes of which only the pages that are touched exist.
+The storages have gigabytes of virtual memory, of which only the pages that are written are allocated.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENDS = torch.tensor([0, 2], dtype=torch.int32)
 
 
 def far(t: Tensor, axis: int) -> Tensor:
-    """The same values, neighbours along ``axis`` more than 2**31 elements apart. Untouched memory costs nothing."""
+    """The same values with a stride of more than 2**31 elements along ``axis``."""
     strides = list(t.contiguous().stride())
     strides[axis] = 2**31 + 32
     span = 1 + sum((n - 1) * s for n, s in zip(t.shape, strides, strict=True))
@@ -31,7 +31,7 @@ def far(t: Tensor, axis: int) -> Tensor:
 
 @pytest.fixture
 def storages_stay(monkeypatch):
-    """The interpreter copies each argument's whole storage onto itself: not these."""
+    """Prevent the interpreter from copying each argument's whole storage onto itself."""
     copy = torch.UntypedStorage.copy_
 
     def copy_unless_same(self, other, *args, **kwargs):

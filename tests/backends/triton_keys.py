@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a process of its own says about the Triton kernels' cache keys, as JSON; test_triton_keys.py starts it.
+"""Cache keys of the Triton kernels as JSON, computed in a process that test_triton_keys.py starts.
 
 python tests/backends/triton_keys.py keys forward|reversed
 python tests/backends/triton_keys.py compile forward|reversed
@@ -24,13 +24,13 @@ SHUFFLED = 6  # random orders beside those that start with each function in turn
 
 
 def modules(backwards: bool) -> list[ModuleType]:
-    """Every file of the backend, imported in one order or the other."""
+    """Every file of the backend, imported in forward or reversed order."""
     names = sorted((module.name for module in pkgutil.iter_modules(backend.__path__)), reverse=backwards)
     return [importlib.import_module(f"{backend.__name__}.{name}") for name in names]
 
 
 def functions(backwards: bool = False) -> dict[str, JITFunction]:
-    """Every kernel and every function that kernels call, by name, in the order of the files."""
+    """Every kernel and device function by name, in the order of the files."""
     found = [f for module in modules(backwards) for f in vars(module).values() if isinstance(f, JITFunction)]
     return {f"{f.__module__.rpartition('.')[2]}.{f.__name__}": f for f in found}
 
@@ -48,7 +48,7 @@ def _orders(names: list[str]) -> list[list[str]]:
 
 
 def keys(backwards: bool) -> list[dict[str, Any]]:
-    """The keys in each order, every time by a child that has not asked for any yet."""
+    """The keys in each order, each computed in a new child process."""
     result = []
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for order in _orders(list(functions(backwards))):
@@ -57,7 +57,7 @@ def keys(backwards: bool) -> list[dict[str, Any]]:
 
 
 def compile_some(backwards: bool) -> dict[str, bool]:
-    """Compile what one call of each kind launches, first call first or last call first: whether the cache had it."""
+    """Compile the launches of one call of each op, in forward or reversed order. Kernel -> whether the cache had it."""
     from mustdrop_kernels.backends.triton import crosscompile_calls, precompile
 
     result: dict[str, bool] = {}

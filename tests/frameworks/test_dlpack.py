@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of other frameworks go through the operators without a copy, by DLPack."""
+"""Arrays of other frameworks, exchanged with DLPack without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_numpy_both_ways() -> None:
     merged = torch.ops.mustdrop.spatial_merge(shared, [4, 4], [2, 2], 0.0)
     tokens = np.from_dlpack(merged[0])
     assert tokens.ctypes.data == merged[0].data_ptr()
-    assert np.array_equal(tokens[:, 0], x[:, 0])  # the prefix token passes
+    assert np.array_equal(tokens[:, 0], x[:, 0])  # the prefix token is unchanged
 
 
 def test_a_numpy_cache_is_compacted_in_place() -> None:
@@ -42,7 +42,7 @@ def test_jax_both_ways() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="CuPy's arrays live on a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CuPy's arrays require a GPU")
 def test_cupy_both_ways() -> None:
     cupy = pytest.importorskip("cupy")
     x = cupy.random.standard_normal((1, 17, 8), dtype=cupy.float32)

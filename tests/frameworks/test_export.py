@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A part of a model that holds the operators is exported, and compiled ahead of time to run without this Python."""
+"""torch.export and ahead-of-time compilation of a module that calls the operators."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def same(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]) -> b
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_export_keeps_the_operators_whole(batch: int, tmp_path: Path) -> None:
+def test_export_preserves_the_operators(batch: int, tmp_path: Path) -> None:
     program = exported()
     called = [str(node.target) for node in program.graph.nodes if "mustdrop" in str(node.target)]
     assert called == [f"mustdrop.{op}.default" for op in ("spatial_merge", "select_topk", "gather_tokens")]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz``; the tests' folder becomes importable, as pytest makes it."""
+"""``python -m tests.fuzz``. Makes the tests' folder importable, as pytest does."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m fuzz.child BACKEND``: computes the cases that come in, one a line, until there are no more."""
+"""``python -m fuzz.child BACKEND``: computes the cases of standard input, one per line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .players import call_of
 
 
 def main() -> None:
-    """Answers on what was standard output; whatever else prints goes to standard error."""
+    """Write results to the original standard output; redirect other prints to standard error."""
     (backend,) = sys.argv[1:]
     out = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz``: every operator on everybody who can play here, with a bar, a table and a record."""
+"""``python -m tests.fuzz``: every operator on every available backend, with a progress bar, a table and a record."""
 
 from __future__ import annotations
 
@@ -29,19 +29,17 @@ from .players import Here, available, child, closing
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
-Ops = Annotated[str, typer.Option(help="Names with commas between. Default: all.")]
-Cases = Annotated[int, typer.Option(min=1, help="Cases of each operator.")]
-Minutes = Annotated[float, typer.Option(help="Stop after so many, whatever is left.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed draws the same cases. Default: another each time.")]
+Ops = Annotated[str, typer.Option(help="Comma-separated names. Default: all.")]
+Cases = Annotated[int, typer.Option(min=1, help="Cases per operator.")]
+Minutes = Annotated[float, typer.Option(help="Time limit.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed draws the same cases. Default: random.")]
 Backends = Annotated[
-    str, typer.Option(help="NAME or NAME=SHARE of the cases, with commas between. Default: who can play here.")
+    str, typer.Option(help="Comma-separated NAME or NAME=SHARE of the cases. Default: all that are available.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write a record of the run here.")]
 Save = Annotated[Path, typer.Option(help="Folder for shrunk failures.")]
-Fast = Annotated[
-    bool, typer.Option("--fast", help="cpu and reference without processes of their own: a crash ends the run.")
-]
-Jobs = Annotated[int, typer.Option(min=1, help="Operators at a time, each with processes of its own.")]
+Fast = Annotated[bool, typer.Option("--fast", help="Run cpu and reference in this process: a crash ends the run.")]
+Jobs = Annotated[int, typer.Option(min=1, help="Operators in parallel, each with its own processes.")]
 
 
 @app.command()
@@ -56,9 +54,9 @@ def fuzz(
     jobs: Jobs = 1,
     fast: Fast = False,
 ) -> None:
-    """Draw cases, compare everybody with the float64 oracle and with one another, shrink and keep what differs.
+    """Generate cases, compare all backends with the float64 oracle and with each other, shrink and save failures.
 
-    Ends with status 1 if something differs.
+    Exits with status 1 on a mismatch.
     """
     console = Console()
     try:
@@ -69,7 +67,7 @@ def fuzz(
         raise typer.Exit(2) from None
     drawn = int.from_bytes(os.urandom(3), "big") if seed is None else seed
     for name, reason in missing.items():
-        console.print(f"{name} does not play: {reason}", style="dim", markup=False, highlight=False)
+        console.print(f"{name} is not available: {reason}", style="dim", markup=False, highlight=False)
     begin = time.monotonic()
     tallies = _run(wanted, shares, cases, drawn, begin + 60 * minutes, jobs, fast)
     console.print(_table(tallies))
@@ -92,7 +90,7 @@ def _ops(text: str) -> list[str]:
 
 
 def _shares(text: str) -> tuple[dict[str, float | None], dict[str, str]]:
-    """Who plays, with what share (None: the usual one); and who does not, and why."""
+    """Backends under test with their shares (None: the default), and the unavailable ones with the reason."""
     there = available()
     missing = {name: reason for name, reason in there.items() if reason is not None}
     if not text:
@@ -103,7 +101,7 @@ def _shares(text: str) -> tuple[dict[str, float | None], dict[str, str]]:
         if name not in there:
             raise ValueError(f"there is no backend {name!r}; there are {', '.join(there)}")
         if name in missing:
-            raise ValueError(f"{name} cannot play here: {missing[name]}")
+            raise ValueError(f"{name} is not available: {missing[name]}")
         shares[name] = float(share) if share else None
     return shares, {}
 
@@ -111,7 +109,7 @@ def _shares(text: str) -> tuple[dict[str, float | None], dict[str, str]]:
 def _hunt(
     op: str, shares: dict[str, float | None], cases: int, seed: int, seconds: float, told: Any, fast: bool
 ) -> Tally:
-    """One operator, in a process of its own where several are hunted at a time."""
+    """Fuzz one operator, in a separate process if several run in parallel."""
     torch.set_num_threads(1)
     here = ("cpu", "reference") if fast else ()
     chosen = [Here(n, 1.0 if s is None else s) if n in here else child(n, s) for n, s in shares.items()]
@@ -133,7 +131,7 @@ def _run(
     ):
         told = manager.Queue()
         tasks = {op: progress.add_task(op, total=cases, start=False) for op in ops}
-        # Time that is left is shared by the operators that are left, as many at a time as there are jobs.
+        # The remaining time is divided among the remaining operators, ``jobs`` at a time.
         waiting, running = list(ops), {}
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -168,7 +166,7 @@ def _table(tallies: list[Tally]) -> Table:
 def _record(
     tallies: list[Tally], shares: dict[str, float | None], missing: dict[str, str], seed: int, begin: float
 ) -> dict[str, Any]:
-    """Plain JSON types: what was run, where, and what came of it."""
+    """Configuration, machine and results of the run in plain JSON types."""
     total: Counter[str] = sum((tally.by_player for tally in tallies), Counter())
     return {
         "command": " ".join(["python -m tests.fuzz", *sys.argv[1:]]),

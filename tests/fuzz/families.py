@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator's family."""
+"""The families of all operators."""
 
 from __future__ import annotations
 

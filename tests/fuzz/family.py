@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fuzzer needs to know of an operator, and how a case is computed by somebody."""
+"""Interface of an operator for the fuzzer, and the computation of a case by a backend."""
 
 from __future__ import annotations
 
@@ -16,32 +16,32 @@ from torch import Tensor
 from .inputs import Case
 
 NEAR = 1e-4
-"""Relative distance from a threshold within which float32 may decide either way. Such cases are counted."""
+"""Relative distance from a threshold within which float32 may decide either way. Near cases are counted."""
 
 
 class Mismatch(AssertionError):
-    """Somebody's answer is not the oracle's."""
+    """A backend's result differs from the oracle's."""
 
 
 @dataclass
 class Answer:
-    """What somebody made of a case."""
+    """A backend's result for a case."""
 
     tensors: list[Tensor] = field(default_factory=list)
-    problem: str | None = None  # raised, died, or wrote where nobody may write
+    problem: str | None = None  # raised, crashed, or wrote out of bounds
 
 
 @dataclass(frozen=True)
 class Family:
-    """One operator.
+    """Fuzzer interface of one operator.
 
     Args:
-        op: its name.
-        strategy: draws descriptions.
-        build: the operator's arguments by name, new ones for each call.
-        judge: (description, arguments, what the oracle needs only once, answer) -> whether the case was near a
-            threshold; raises an AssertionError on any difference that nearness does not explain.
-        in_place: arguments whose tensors the operator changes; they are the answer.
+        op: name of the operator.
+        strategy: generates descriptions.
+        build: description -> new arguments of the operator by name.
+        judge: (description, arguments, cache of the oracle's results, answer) -> whether the case was near a threshold;
+            raises an AssertionError on any difference that nearness does not explain.
+        in_place: arguments whose tensors the operator modifies; they are the answer.
     """
 
     op: str
@@ -51,11 +51,11 @@ class Family:
     in_place: tuple[str, ...] = ()
 
     def changed(self, arguments: dict[str, Any]) -> list[Tensor]:
-        """The tensors that a call changes."""
+        """The tensors that a call modifies."""
         return [t for name in self.in_place for t in arguments[name]]
 
     def compute(self, case: Case, call: Callable[..., Any]) -> Answer:
-        """Build the case, call the operator, look for writes outside."""
+        """Build the case, call the operator, check for out-of-bounds writes."""
         arguments = self.build(case)
         changed = self.changed(arguments)
         inputs = [t for t in tensors_in(arguments) if not any(t is c for c in changed)]

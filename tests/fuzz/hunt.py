@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Draws cases, lets everybody compute them, compares; shrinks what differs and keeps it."""
+"""Search for mismatches: generates cases, computes them on all backends, compares, and shrinks failures."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .players import Player, takes
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 BLOCK = 250
-"""Cases of one hypothesis run; a failure ends its block."""
+"""Cases per hypothesis run; a failure ends its block."""
 
 
 @dataclass
 class Failure:
-    """A shrunk case on which somebody differs."""
+    """A shrunk case on which a backend differs."""
 
     player: str
     message: str
     case: Case
 
     def save(self, folder: Path) -> Path:
-        """As a file that the regression test replays."""
+        """Write a file that the regression test replays."""
         text = json.dumps(self.case, sort_keys=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.case['op']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
@@ -50,14 +50,14 @@ class Failure:
 
 @dataclass
 class Tally:
-    """What came of an operator's cases."""
+    """Statistics of an operator's cases."""
 
     op: str
     cases: int = 0
-    shrinking: int = 0  # cases that were tried to make a failure smaller
+    shrinking: int = 0  # cases tried while shrinking
     by_player: Counter[str] = field(default_factory=Counter)
-    near: Counter[str] = field(default_factory=Counter)  # cases that nearness to a threshold explains
-    kinds: Counter[str] = field(default_factory=Counter)  # what the cases had in them
+    near: Counter[str] = field(default_factory=Counter)  # cases near a threshold
+    kinds: Counter[str] = field(default_factory=Counter)  # features of the cases
     failures: list[Failure] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -76,14 +76,14 @@ class Tally:
 
 
 def compare(family: Family, case: Case, players: Sequence[Player]) -> dict[str, bool]:
-    """Player -> whether the case was near for it.
+    """Compare a case on all backends. Returns backend -> whether the case was near a threshold.
 
     Raises:
-        Mismatch: somebody differs from the oracle, or two of them from each other; `player` says who.
+        Mismatch: a backend differs from the oracle, or two from each other; its attribute `player` names it.
     """
     for player in players:
         player.ask(case)
-    answers = {player.name: player.answer(family, case) for player in players}  # all, so that no pipe keeps any
+    answers = {player.name: player.answer(family, case) for player in players}  # all: no pipe may hold a stale one
     arguments = family.build(case)
     memo: dict[str, Any] = {}
     near = {}
@@ -91,7 +91,7 @@ def compare(family: Family, case: Case, players: Sequence[Player]) -> dict[str, 
         try:
             assert answer.problem is None, answer.problem
             near[name] = family.judge(case, arguments, memo, answer.tensors)
-        except Exception as error:  # of the judge's own too: one case must not end the run
+        except Exception as error:  # errors of the check itself included: one case must not end the run
             what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             mismatch = Mismatch(f"{name}: {what}")
             mismatch.player = name  # type: ignore[attr-defined]
@@ -102,9 +102,9 @@ def compare(family: Family, case: Case, players: Sequence[Player]) -> dict[str, 
 
 
 def _agree(family: Family, answers: dict[str, list[Tensor]]) -> None:
-    """Decisions of any two are the same. (Their floats are each within a tolerance of the oracle's.)"""
+    """Check that all backends make equal decisions. (Floats are each within a tolerance of the oracle's.)"""
     if family.in_place:
-        return  # what is specified has been compared bit by bit; the rest is anybody's
+        return  # specified slots have been compared bit by bit; the others are arbitrary
     first, *others = answers
     for other in others:
         for i, (a, b) in enumerate(zip(answers[first], answers[other], strict=True)):
@@ -118,7 +118,7 @@ def _agree(family: Family, answers: dict[str, list[Tensor]]) -> None:
 
 
 def kinds_of(case: Case) -> list[str]:
-    """What a case has in it, for the record."""
+    """Features of a case, for the record."""
     found = [str(case["dtype"])]
     text = json.dumps(case)
     found += [name for name in ("inf", "nan", "rubbish", "bad_blocks", "merged_first", "align_end") if _has(case, name)]
@@ -139,7 +139,7 @@ def _has(case: Case, name: str) -> bool:
 
 
 class _Trial:
-    """One block's cases. After a failure the player that failed takes every case, so that shrinking goes on with it."""
+    """Cases of one block. After a failure the failing backend takes every case, so that it is used for shrinking."""
 
     def __init__(self, family: Family, players: Sequence[Player], tally: Tally) -> None:
         self.family, self.players, self.tally = family, players, tally
@@ -151,7 +151,7 @@ class _Trial:
         if self.failed is None:
             chosen = [p for p in self.players if takes(p, case)]
         else:
-            # Beside the one that failed, one to compare it with.
+            # The failing backend, and one to compare it with.
             chosen = [p for p in self.players if p.name == self.failed or p is self.players[0]]
         try:
             near = compare(self.family, case, chosen)
@@ -178,9 +178,9 @@ def hunt(
     most_failures: int = 5,
     tell: Callable[[Tally], None] = lambda tally: None,
 ) -> Tally:
-    """Tries `cases` cases, or stops at the time `until` (of time.monotonic) or with so many failures.
+    """Try `cases` cases, or stop at the time `until` (of time.monotonic) or after the maximum number of failures.
 
-    The same seed draws the same cases.
+    The same seed generates the same cases.
     """
     tally, begin, block = Tally(family.op), time.monotonic(), 0
     while tally.cases < cases and time.monotonic() < until and len(tally.failures) < most_failures:
@@ -208,18 +208,18 @@ def _run_block(trial: _Trial, cases: int, seed: int) -> Failure | None:
         with with_reporter(lambda text: None):
             attempt()
     except Mismatch:
-        return trial.last  # the last that failed is the smallest
+        return trial.last  # the last failure is the smallest
     except FlakyFailure:
         assert trial.last is not None
-        trial.last.message = f"not every time: {trial.last.message}"
+        trial.last.message = f"flaky: {trial.last.message}"
         return trial.last
     return None
 
 
 def replay(path: Path, family: Family, players: Sequence[Player]) -> None:
-    """Compare a kept case again.
+    """Compare a stored case again.
 
     Raises:
-        Mismatch: somebody differs still.
+        Mismatch: a backend still differs.
     """
     compare(family, json.loads(path.read_text())["case"], players)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensors from descriptions, and the strategies that draw descriptions.
+"""Tensors built from descriptions, and the strategies that generate descriptions.
 
-NumPy's generators are used, whose streams do not change with the machine or with torch.
+NumPy's generators are used, because their streams do not depend on the machine or on torch.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SPECIAL = (0.0, -0.0, 1.0, -1.0, 0.5, 1e-40, -1e-40, 3e38, math.inf, -math.inf, 
 
 
 def sizes(least: int, *edges: int) -> st.SearchStrategy[int]:
-    """Most sizes are small, since a small case says as much and says it sooner; some lie around what kernels cut by.
+    """Sizes that are mostly small and sometimes around the tile sizes of kernels.
 
-    One draw from one rising list, so that hypothesis can make a size smaller whatever it was.
+    A single draw from an ascending list, so that hypothesis can shrink any size.
     """
     return st.sampled_from(sorted([*range(least, 10), *range(least, 41), *edges]))
 
@@ -46,7 +46,7 @@ def dtype_of(name: str) -> torch.dtype:
 
 
 def numbers(*seed: int) -> np.random.Generator:
-    """A stream of its own for each seed."""
+    """A generator per seed."""
     return np.random.Generator(np.random.PCG64(list(seed)))
 
 
@@ -56,7 +56,7 @@ def normal(shape: Sequence[int], seed: int, dtype: str, gain: float = 1.0) -> Te
 
 
 def random_bits(shape: Sequence[int], seed: int, dtype: str) -> Tensor:
-    """Any bit pattern that the element type can hold."""
+    """Random bit patterns of the element type."""
     if dtype == "bool":
         return torch.from_numpy(numbers(seed).integers(0, 2, tuple(shape), dtype=np.uint8)).bool()
     if 0 in shape:
@@ -67,7 +67,7 @@ def random_bits(shape: Sequence[int], seed: int, dtype: str) -> Tensor:
 
 
 def integers(values: Any, dtype: torch.dtype = torch.int32, shape: Sequence[int] | None = None) -> Tensor:
-    """A tensor of whole numbers; `shape` where it cannot be seen from empty lists."""
+    """An integer tensor; `shape` for empty lists, which do not determine it."""
     t = torch.tensor(values, dtype=dtype)
     return t if shape is None else t.reshape(tuple(shape))
 
@@ -77,8 +77,10 @@ def integers(values: Any, dtype: torch.dtype = torch.int32, shape: Sequence[int]
 
 @st.composite
 def layouts(draw: st.DrawFn, axes: int, last: bool = True) -> Case | None:
-    """How a tensor lies in memory: None as torch makes it; else stored in another order of its axes, inside a larger
-    buffer, behind an odd number of elements. `last`: the last axis stays the innermost."""
+    """Memory layout of a tensor: None for contiguous; else permuted axes, inside a larger buffer, at an odd offset.
+
+    `last`: the last axis stays the innermost.
+    """
     if draw(st.integers(0, 2)) == 0:
         return None
     free = axes - 1 if last else axes
@@ -91,7 +93,7 @@ def layouts(draw: st.DrawFn, axes: int, last: bool = True) -> Case | None:
 
 
 def laid(t: Tensor, layout: Case | None) -> Tensor:
-    """The tensor in this layout. An expanded one holds its first entry of that axis everywhere."""
+    """The tensor in this layout. An expanded one repeats its first entry along that axis."""
     if layout is None:
         return t
     if "expand" in layout:
@@ -101,7 +103,7 @@ def laid(t: Tensor, layout: Case | None) -> Tensor:
 
 
 def laid_in_place(shape: Sequence[int], seed: int, dtype: str, layout: Case | None) -> Tensor:
-    """A cache inside a buffer of random bits: each element has its own place."""
+    """A cache inside a buffer of random bits, without overlapping elements."""
     if layout is None or "expand" in layout:
         return random_bits(shape, seed, dtype)
     order, margin = layout["order"], layout["margin"]
@@ -116,7 +118,7 @@ def laid_in_place(shape: Sequence[int], seed: int, dtype: str, layout: Case | No
 
 @st.composite
 def type_styles(draw: st.DrawFn) -> Case:
-    """How the kinds of tokens are spread."""
+    """Distribution of the token types."""
     return {"style": draw(st.sampled_from(["mixed", "prompt", "padded", "same"])), "seed": draw(SEEDS)}
 
 
@@ -147,7 +149,7 @@ def _type_row(length: int, style: str, seed: int, row: int) -> list[int]:
 
 @st.composite
 def value_styles(draw: st.DrawFn) -> Case:
-    """Where scores come from: a continuum, a few values with many ties, or what is special about floats."""
+    """Distribution of scores: continuous, a few values with many ties, or special floats."""
     style = draw(st.sampled_from(["normal", "steps", "special", "positive"]))
     return {"style": style, "steps": draw(st.integers(1, 9)), "seed": draw(SEEDS)}
 
@@ -166,5 +168,5 @@ def values(shape: Sequence[int], described: Case, dtype: str) -> Tensor:
 
 
 def protected_of(batch: int, length: int, seed: int | None) -> Tensor | None:
-    """(batch, length) bool, about a quarter of it true; of every kind of token."""
+    """(batch, length) bool, about a quarter of it true, for tokens of every type."""
     return None if seed is None else torch.from_numpy(numbers(seed).random((batch, length)) < 0.25)

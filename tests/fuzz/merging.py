@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""spatial_merge. What came out must follow from the assignment to one rounding; the assignment must be the
-oracle's, but for windows whose similarity lies near the threshold or near the last one that the budget reaches."""
+"""spatial_merge. The tokens must follow from the assignment up to one rounding; the assignment must be the oracle's,
+except for windows whose similarity is near the threshold or near the cut of the budget."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _cases(draw: st.DrawFn) -> Case:
         "threshold": draw(st.one_of(st.floats(-0.5, 1, width=32), st.sampled_from([0.0, 1.0, 0.8, -2.0, 2.0]))),
         "on": draw(st.one_of(st.none(), st.none(), st.integers(0, 2**16))),  # the threshold is a window's similarity
         "alike": draw(st.sampled_from([0.0, 0.5, 2.0])),
-        "copies": draw(st.integers(0, 3)),  # windows that hold what another one holds: exact ties
+        "copies": draw(st.integers(0, 3)),  # windows that are copies of another one: exact ties
         "special": draw(st.sampled_from([None, None, None, "zero", "nan", "inf", "tiny", "large"])),
         "sizes": draw(st.sampled_from([None, None, "whole", "with zeros"])),
         "layouts": [draw(layouts(3)), draw(layouts(2))],
@@ -79,7 +79,7 @@ def _build(case: Case) -> dict[str, Any]:
 
 
 def _tokens(case: Case) -> Tensor:
-    """(B, P+N, C): noise, more or less of which all tokens share; copies of windows; what is special."""
+    """(B, P+N, C): noise with a variable common part; copies of windows; special values."""
     batch, prefix, length = case["batch"], case["prefix"], case["prefix"] + math.prod(case["grid"])
     x = normal((batch, length, case["channels"]), case["seed"], "float32")
     if length > prefix:
@@ -101,7 +101,7 @@ def _tokens(case: Case) -> Tensor:
     return x.to(getattr(torch, case["dtype"]))
 
 
-# ---------------------------------------------------------------------------------------------- judging
+# ---------------------------------------------------------------------------------------------- checks
 
 
 def _judge(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
@@ -131,13 +131,13 @@ def _judge(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: 
 
 
 def _contents(x: Tensor, prefix: int, members: list[list[int]]) -> list[list[bytes]]:
-    """Per image what each window holds, to know equal windows."""
+    """Bytes of each window per image, to identify equal windows."""
     flat = f64(x)
     return [[flat[b, [prefix + t for t in m]].tobytes() for m in members] for b in range(len(x))]
 
 
 def _follows(x, weight, assignment, count: int, tokens, sizes, dtype: torch.dtype) -> None:
-    """One image: rows are the weighted means of what went into them, and zero past the count."""
+    """Check one image: rows are the weighted means of their tokens, and zero past the count."""
     assert sorted(set(assignment.tolist())) == list(range(count)), (
         f"rows {sorted(set(assignment.tolist()))}, count {count}"
     )
@@ -158,11 +158,11 @@ def _follows(x, weight, assignment, count: int, tokens, sizes, dtype: torch.dtyp
             off = np.abs(tokens[row] - mean) - (half * (1 + 1e-3) + MEAN_RTOL * size)
         finite = np.isfinite(mean)
         assert (off[finite] <= 0).all(), f"row {row}: {off[finite].max()} beyond one rounding"
-        assert np.array_equal(tokens[row][~finite], mean[~finite], equal_nan=True), f"row {row}: not IEEE's answer"
+        assert np.array_equal(tokens[row][~finite], mean[~finite], equal_nan=True), f"row {row}: not the IEEE result"
 
 
 def _explained(case: Case, threshold: float, memo: dict[str, Any], assignment: np.ndarray) -> None:
-    """An assignment that is not the oracle's must be one that float32 may come to."""
+    """Check that an assignment that differs from the oracle's is possible in float32."""
     members, prefix, similarity = memo["members"], case["prefix"], _ranked(memo["want"].similarity)
     limit = float(np.float32(threshold))
     merged = []
@@ -180,13 +180,13 @@ def _explained(case: Case, threshold: float, memo: dict[str, Any], assignment: n
     for b, own in enumerate(merged):
         if case["mode"] == "threshold":
             wrong = [w for w in set(own) ^ set(memo["want"].merged[b]) if abs(similarity[b][w] - limit) > _slack(limit)]
-            assert not wrong, f"image {b}: windows {wrong} were decided otherwise, though clear"
+            assert not wrong, f"image {b}: windows {wrong} differ from the oracle without being near"
         else:
             assert case["mode"] == "uniform" or len(own) == case["budget"], f"image {b}: {len(own)} windows merge"
             for w in own:
                 for other in set(whole) - set(own):
                     _in_order(similarity[b], memo["contents"][b], w, other, f"image {b}")
-        # A merged window stands where its first token stood; or the merged ones come first, by falling similarity.
+        # A merged window takes the place of its first token; or merged windows come first, by descending similarity.
         standing = {w: int(assignment[b][prefix + members[w][0]]) for w in own}
         by_row = np.array([-standing.get(w, 0) for w in range(len(members))], dtype=np.float64)
         groups = oracle.output_order(members, own, by_row, prefix, assignment.shape[1], case["merged_first"])
@@ -199,7 +199,7 @@ def _explained(case: Case, threshold: float, memo: dict[str, Any], assignment: n
 
 
 def _ranked(similarity: np.ndarray) -> np.ndarray:
-    """NaN ranks lowest."""
+    """Similarities with NaN as the lowest."""
     return np.where(np.isnan(similarity), -1e9, similarity)
 
 
@@ -208,7 +208,7 @@ def _slack(value: float) -> float:
 
 
 def _in_order(similarity: np.ndarray, contents: list[bytes], first: int, second: int, where: str) -> None:
-    """The first window is at least as alike as the second; of equal windows it is the lower one."""
+    """Check that the first window is at least as similar as the second, and has the lower index if they are equal."""
     ahead = similarity[first] - similarity[second]
     assert ahead >= -_slack(similarity[second]), f"{where}: window {second} should come before {first}"
     assert first < second or contents[first] != contents[second], (

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gather_tokens, compact_kv_, compact_paged_kv_: bits move, and every comparison is exact."""
+"""gather_tokens, compact_kv_, compact_paged_kv_: every comparison is bit by bit."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _gathers(draw: st.DrawFn) -> Case:
         "layout": draw(layouts(2 + len(trailing), last=bool(trailing))),
         "capacity": capacity,
         "keep_layout": draw(layouts(2)),
-        "reach": draw(st.sampled_from([0, 0, 2, 2**40])),  # how far indices go beyond the sequence
+        "reach": draw(st.sampled_from([0, 0, 2, 2**40])),  # how far indices exceed the sequence
         "counts": draw(st.lists(st.integers(-3, capacity + 4), min_size=batch, max_size=batch)),
         "align_end": draw(st.booleans()),
         "seed": draw(SEEDS),
@@ -57,7 +57,7 @@ def _build_gather(case: Case) -> dict[str, Any]:
 
 
 def _rows(x: Tensor) -> np.ndarray:
-    """(B, L, ...) as the bytes of each token, (B, L, bytes)."""
+    """(B, L, ...) -> (B, L, bytes)."""
     return as_bytes(x.reshape(*x.shape[:2], math.prod(x.shape[2:])))
 
 
@@ -68,7 +68,7 @@ def _judge_gather(case: Case, arguments: dict[str, Any], memo: dict[str, Any], a
     (got,) = answer
     assert got.dtype == x.dtype, f"dtype {got.dtype}"
     assert tuple(got.shape) == (x.shape[0], keep.shape[1], *x.shape[2:]), f"shape {tuple(got.shape)}"
-    assert (_rows(got) == memo["want"]).all(), "other bits than the kept tokens'"
+    assert (_rows(got) == memo["want"]).all(), "bits differ from those of the kept tokens"
     return False
 
 
@@ -77,21 +77,21 @@ def _judge_gather(case: Case, arguments: dict[str, Any], memo: dict[str, Any], a
 
 @st.composite
 def _keep_sets(draw: st.DrawFn, batch: int) -> Case:
-    """How sets of kept positions are drawn: shared or per layer, for all heads or each its own."""
+    """Keep sets: shared or per layer, for all heads or per head."""
     return {
         "per_layer": draw(st.booleans()),
         "per_head": draw(st.booleans()),
         "capacity": draw(st.integers(0, 70)),
         "share": draw(st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0])),
-        "tail": draw(st.sampled_from([-1, -1, *HUGE, 0])),  # what stands past the chosen positions
-        "excess": draw(st.sampled_from([0, 0, 0, 3, 10**9])),  # counts beyond what was chosen
+        "tail": draw(st.sampled_from([-1, -1, *HUGE, 0])),  # entries past the chosen positions
+        "excess": draw(st.sampled_from([0, 0, 0, 3, 10**9])),  # counts beyond the chosen positions
         "rubbish": draw(st.integers(0, 9)) == 0,  # any indices in any order: only the outside is compared
         "seed": draw(SEEDS),
     }
 
 
 def _build_keep(described: Case, layer: int, batch: int, heads: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
-    """keep (B, K) or (B, Hk, K), counts (B) or (B, Hk); positions lie below each sequence's length."""
+    """keep (B, K) or (B, Hk, K), counts (B) or (B, Hk); positions are below each sequence's length."""
     rng = numbers(described["seed"], layer)
     lead = (batch, heads) if described["per_head"] else (batch,)
     capacity = described["capacity"]
@@ -101,7 +101,7 @@ def _build_keep(described: Case, layer: int, batch: int, heads: int, lengths: li
         length = lengths[place[0]]
         chosen = min(capacity, length, int(rng.integers(0, int(described["share"] * length) + 1)))
         keep[place][:chosen] = np.sort(rng.permutation(length)[:chosen])
-        # A tail of zeros would be a set that does not ascend: then nothing past the chosen is counted.
+        # A tail of zeros does not ascend: counts must not exceed the chosen positions then.
         counts[place] = chosen + (described["excess"] if described["tail"] != 0 else 0)
     if described["rubbish"]:
         keep = rng.choice(np.array([*HUGE, -1, 0, 1, 2, 3, 5, 8, 13, 40, 70]), keep.shape)
@@ -133,7 +133,7 @@ def _compactions(draw: st.DrawFn) -> Case:
 
 
 def _pair(shape: list[int], dims: list[int], seed: int, dtype: str, layout: Case | None, interleaved: str | None):
-    """Keys and values of a layer; as views of one buffer where they are interleaved."""
+    """Keys and values of a layer; views of one buffer if they are interleaved."""
     if interleaved is None:
         return tuple(laid_in_place([*shape, dim], seed + i, dtype, layout) for i, dim in enumerate(dims))
     dim = dims[0]
@@ -158,7 +158,7 @@ def _build_compaction(case: Case) -> dict[str, Any]:
         keys.append(key)
         values.append(value)
         if layer == 0 or case["keep"]["per_layer"]:
-            # One set for layers of different length has positions that the shorter ones do not have: none of those.
+            # One set for layers of different length: positions are within the shortest one.
             longest = length if case["keep"]["per_layer"] else min(case["lengths"])
             k, c = _build_keep(case["keep"], layer, batch, heads, [longest] * batch)
             keep.append(k)
@@ -180,8 +180,11 @@ def _judge_compaction(case: Case, arguments: dict[str, Any], memo: dict[str, Any
 
 
 def _unspecified(case: Case) -> bool:
-    """Whether only the outside is compared: sets that do not ascend; or that end in positions which are not there, so
-    that with `align_end` the others would not all move towards the end."""
+    """True if only memory outside of the caches is compared.
+
+    The contents are unspecified for sets that do not ascend, or that end in invalid positions, so that with
+    `align_end` the others would not all move towards the end.
+    """
     keep = case["keep"]
     return keep["rubbish"] or (case["align_end"] and keep["excess"] > 0 and keep["tail"] != 0)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who computes a case: in this process, or in one of their own that may crash, hang or need another environment."""
+"""Backends under test, in this process or in a child process that may crash, hang or require another environment."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from .family import Answer, Family
 from .inputs import Case
 
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
-"""Instruction sets of the CPU kernels, from the least to the best."""
+"""Instruction sets of the CPU kernels in ascending order."""
 TESTS = Path(__file__).parents[1]
 EMULATED = {cuda_emulation.NAME: cuda_emulation.emulated, nvrtc.NAME: nvrtc.emulated}
 
 
 class Player(Protocol):
-    """Computes cases. `share`: of how many cases in one."""
+    """A backend under test. `share`: fraction of the cases that it computes."""
 
     name: str
     share: float
 
     def ask(self, case: Case) -> None:
-        """Begin with a case."""
+        """Start the computation of a case."""
 
     def answer(self, family: Family, case: Case) -> Answer:
-        """What became of it."""
+        """Wait for the result."""
 
     def close(self) -> None:
-        """No more cases."""
+        """Release resources."""
 
 
 def call_of(backend: str, op: str, case: Case) -> Callable[..., Any]:
-    """The operator of a backend; the emulated device is configured by the case."""
+    """The operator of a backend; a hash of the case configures the emulated device."""
     if backend in EMULATED:
         if backend not in backends.registered():
             backends.register_backend(EMULATED[backend]())
@@ -60,26 +60,26 @@ def call_of(backend: str, op: str, case: Case) -> Callable[..., Any]:
 
 @dataclass
 class Here:
-    """In this process. `call` replaces a backend, for tests of the fuzzer."""
+    """A backend in this process. `call` replaces a backend, for tests of the fuzzer."""
 
     name: str
     share: float = 1.0
     call: Callable[[str, Case], Callable[..., Any]] | None = None
 
     def ask(self, case: Case) -> None:
-        """Computes when it is asked for the answer."""
+        """Does nothing: `answer` computes."""
 
     def answer(self, family: Family, case: Case) -> Answer:
         call = call_of(self.name, family.op, case) if self.call is None else self.call(family.op, case)
         return family.compute(case, call)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing."""
 
 
 @dataclass
 class Child:
-    """In a process of its own (``child.py``): a line of JSON goes in; a line of JSON and safetensors come out."""
+    """A backend in a child process (``child.py``): reads lines of JSON, writes a line of JSON and safetensors each."""
 
     name: str
     backend: str
@@ -98,7 +98,7 @@ class Child:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment,
             )  # fmt: skip
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # the answer will tell
+        with contextlib.suppress(BrokenPipeError):  # `answer` reports the exit status
             self._process.stdin.write(json.dumps(case).encode() + b"\n")
             self._process.stdin.flush()
 
@@ -128,7 +128,7 @@ class Child:
 
 
 def takes(player: Player, case: Case) -> bool:
-    """Whether a case is among the player's share: always the same for the same case."""
+    """True if a case belongs to the player's share; deterministic per case."""
     return zlib.crc32(json.dumps(case, sort_keys=True).encode()) % 10_000 < player.share * 10_000
 
 
@@ -137,7 +137,7 @@ LEVEL_SHARE = 0.25
 
 
 def available() -> dict[str, str | None]:
-    """Name -> None, or why nobody of this name plays here. "cpu" plays on the best instruction set."""
+    """Name -> None, or the reason that it is not available. "cpu" uses the best instruction set."""
     best = _load.cpu_capability()
     names: dict[str, str | None] = dict.fromkeys(("cpu", "reference"))
     for level in LEVELS[:-1]:
@@ -150,7 +150,7 @@ def available() -> dict[str, str | None]:
 
 
 def child(name: str, share: float | None = None) -> Child:
-    """A player of `available`, in a process of its own."""
+    """A player of `available` in a child process."""
     backend, _, level = name.partition(":")
     environment = {"OMP_NUM_THREADS": "1"}
     if level:
@@ -163,7 +163,7 @@ def child(name: str, share: float | None = None) -> Child:
 
 @contextlib.contextmanager
 def closing(players: list[Player]) -> Iterator[list[Player]]:
-    """Ends their processes."""
+    """Close the players at the end of the context."""
     try:
         yield players
     finally:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The family of an operator that has none of its own: its sample call with other values in other layouts.
+"""Default family of an operator: its sample call with other values in other layouts.
 
-The reference backend takes the oracle's place.
+The reference backend replaces the oracle.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .inputs import FLOATS, SEEDS, Case, dtype_of, numbers
 
 
 def sampled(op: str) -> Family:
-    """The operator's family, made of its sample."""
+    """Family of an operator, built from its sample call."""
 
     def build(case: Case) -> dict[str, Any]:
         arguments = sample(op, dtype=dtype_of(case["dtype"]))
         draw = numbers(case["seed"])
 
         def vary(t: Tensor) -> Tensor:
-            """Rows in another order, as a view of a larger buffer."""
+            """Permute the rows and return a view of a larger buffer."""
             if t.dim() == 0:
                 return t
             t = t[torch.from_numpy(draw.permutation(t.shape[0]))]

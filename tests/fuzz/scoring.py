@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators that look at attention rows. Probabilities have the suite's tolerance; the fused operators' decisions
-are the oracle's on the scores that they return, and on the oracle's own scores where nothing is near."""
+"""The operators on attention rows. Probabilities have the suite's tolerance; the fused operators' decisions must be the
+oracle's on the scores that they return, and on the oracle's scores unless a decision is near."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ from .inputs import (
 
 GAIN = 1.5
 PLACES = st.sampled_from([None, None, None, None, "q", "k"])
-"""Where a NaN stands."""
+"""Location of a NaN."""
 
 
 @st.composite
 def _attention(draw: st.DrawFn) -> Case:
-    """What all of them share."""
+    """Common part of all descriptions."""
     return {
         "dtype": draw(FLOATS),
         "heads": [draw(st.integers(1, 3)), draw(st.sampled_from([1, 1, 2, 3, 4, 0]))],  # of k; of q for each of them
@@ -136,7 +136,7 @@ def _build_dense(case: Case) -> dict[str, Any]:
 
 
 def _lse(case: Case, q: Tensor, k: Tensor, types: Tensor) -> Tensor | None:
-    """(B, Hq, Lq): the true normalisers; some made -inf, as of a row that sees nothing."""
+    """(B, Hq, Lq): the true normalizers; some set to -inf, as of a row without visible keys."""
     if case["lse"] is None:
         return None
     rows = [oracle.log_sum_exp(f64(q[b]), f64(k[b]), types[b].numpy(), _scale(case)) for b in range(len(q))]
@@ -213,7 +213,7 @@ def _build_fused(case: Case) -> dict[str, Any]:
     if "thresholds" not in case:
         budgets = None if case["budgets"] is None else integers(case["budgets"], shape=(case["batch"],))
         return {**arguments, "budget": case["budget"], "budgets": budgets}
-    # A threshold "on a value" sits on the oracle's: as near as float32 comes.
+    # A threshold "on a value" is the oracle's value rounded to float32.
     on = case["thresholds"]["on"] is not None
     total, peak = _dense_scores(arguments, {}) if on else (np.zeros((0, 0)), np.zeros((0, 0)))
     limits = selecting.build_thresholds(case["thresholds"], total, peak)
@@ -231,13 +231,12 @@ def _judge_fused_topk(case: Case, arguments: dict[str, Any], memo: dict[str, Any
         memo["near"] = _order_is_near(scores[0], arguments["token_types"].numpy())
     if own == memo["want"]:
         return False
-    assert memo["near"], "decided otherwise than on the oracle's scores, though clear"
+    assert memo["near"], "decisions differ from those on the oracle's scores without being near"
     return True
 
 
 def _order_is_near(total: np.ndarray, types: np.ndarray) -> bool:
-    """Whether two vision tokens of a row differ so little that float32 may rank them the other way round, ties too:
-    equal sums of different terms."""
+    """True if float32 may swap two vision tokens of a row; also for ties, which are sums of different terms."""
     for b, row in enumerate(total):
         ranked = np.sort(row[types[b] == VISION])
         ranked = ranked[np.isfinite(ranked)]
@@ -263,12 +262,12 @@ def _judge_fused_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any
     if own == memo["want"]:
         return False
     near_order = multiple > 1 and _order_is_near(scores[0], types)
-    assert memo["near"] or near_order, "decided otherwise than on the oracle's scores, though clear"
+    assert memo["near"] or near_order, "decisions differ from those on the oracle's scores without being near"
     return True
 
 
 def _threshold_is_near(total: np.ndarray, peak: np.ndarray, arguments: dict[str, Any]) -> bool:
-    """Whether a vision token's total or peak is near its threshold; two exact zeros are not."""
+    """True if a vision token's total or peak is near its threshold; two exact zeros are not."""
     individual = float(np.float32(arguments["individual_threshold"]))
     for b, types in enumerate(arguments["token_types"].numpy()):
         with np.errstate(all="ignore"):
@@ -291,7 +290,7 @@ def _packed_lengths(draw: st.DrawFn) -> list[list[int]]:
 
 @st.composite
 def _bad_bounds(draw: st.DrawFn, entries: int) -> list[list[int]]:
-    """[place, value]: cumulative lengths that run backwards or out of the tensors."""
+    """[index, value]: cumulative lengths that decrease or exceed the tensors."""
     if draw(st.integers(0, 4)):
         return []
     value = st.sampled_from([0, 1, 5, 99, -5, 2**31 - 1, -(2**31)])
@@ -308,7 +307,7 @@ def _varlen_cases(draw: st.DrawFn) -> Case:
         "layouts": [draw(layouts(3)), draw(layouts(3)), draw(layouts(1))],
         "bad_q": draw(_bad_bounds(len(lengths) + 1)),
         "bad_k": draw(_bad_bounds(len(lengths) + 1)),
-        "margins": [draw(st.integers(0, 3)), draw(st.integers(0, 3))],  # foreign rows around the packed ones
+        "margins": [draw(st.integers(0, 3)), draw(st.integers(0, 3))],  # unused rows around the packed ones
         "bound": draw(st.sampled_from(["exact", "exact", "large", "small"])),
         "lse": draw(st.booleans()),
     }
@@ -336,7 +335,7 @@ def _build_varlen(case: Case) -> dict[str, Any]:
     cu_q = _bounds([q for q, _ in case["lengths"]], margins[0], case["bad_q"])
     cu_k = _bounds([k for _, k in case["lengths"]], margins[1], case["bad_k"])
     lse = None
-    if case["lse"]:  # any normaliser is taken as given
+    if case["lse"]:  # any normalizer is valid
         lse = 2 + normal((kv_heads * group, total_q), case["seed"] + 2, "float32")
     return {
         "q": laid(q, case["layouts"][0]),
@@ -359,7 +358,7 @@ def _judge_varlen(case: Case, arguments: dict[str, Any], memo: dict[str, Any], a
         taken[begin:end] += 1
     _forms(answer, (len(types),), types)
     if case["bound"] == "small" or (taken > 1).any():
-        return False  # not upper bounds; or two sequences claim one place
+        return False  # not upper bounds; or two sequences overlap
     if "want" not in memo:
         memo["want"] = oracle.text_vision_scores_varlen(
             f64(arguments["q"]),
@@ -375,7 +374,7 @@ def _judge_varlen(case: Case, arguments: dict[str, Any], memo: dict[str, Any], a
 
 
 def _forms(answer: list[Tensor], shape: tuple[int, ...], types: np.ndarray) -> None:
-    """What holds whatever the bounds are: shapes, dtypes, and zeros where there is no vision token."""
+    """Check properties that hold for any bounds: shapes, dtypes, and zeros except at vision tokens."""
     for name, t in zip(("total", "peak"), answer, strict=True):
         assert t.dtype == torch.float32, f"{name} is {t.dtype}"
         assert tuple(t.shape) == shape, f"{name} has shape {tuple(t.shape)}"

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""select_dual and select_topk. Top-k only compares, so it is exact; so is a threshold on `peak`. The other threshold is
-multiplied with a sum: near it, float32 may decide either way."""
+"""select_dual and select_topk. Top-k and the threshold on `peak` only compare and are exact. The threshold on `total`
+is multiplied by a sum: near it, float32 may decide either way."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ BUDGETS = st.integers(-2, 70)
 
 @st.composite
 def options(draw: st.DrawFn) -> Case:
-    """What all selections share."""
+    """Common options of the selections."""
     return {
         "protected": draw(st.one_of(st.none(), SEEDS)),
         "capacity": draw(CAPACITIES),
@@ -50,12 +50,12 @@ def build_options(described: Case, batch: int, length: int) -> dict[str, Any]:
 
 
 def array(t: Tensor | None) -> np.ndarray | None:
-    """As the oracle takes it."""
+    """Array for the oracle."""
     return None if t is None else t.numpy()
 
 
 def same_selection(answer: list[Tensor], kept: list[list[int]], capacity: int) -> None:
-    """keep and counts of an answer are these."""
+    """Check keep and counts of an answer."""
     keep, counts = oracle.as_keep(kept, capacity)
     assert answer[0].dtype == torch.int64, f"keep is {answer[0].dtype}"
     assert answer[1].dtype == torch.int32, f"counts is {answer[1].dtype}"
@@ -119,17 +119,17 @@ def _judge_topk(case: Case, arguments: dict[str, Any], memo: dict[str, Any], ans
 # ---------------------------------------------------------------------------------------------- select_dual
 
 THRESHOLDS = st.one_of(
-    st.integers(0, 64).map(lambda n: n / 256),  # times a sum of small whole numbers: exact
+    st.integers(0, 64).map(lambda n: n / 256),  # times a sum of small integers: exact
     st.floats(0, 1, width=32),
     st.sampled_from([0.0, -1.0, 1.0, 2.0, 0.001, 0.0012, 0.011, 1e-40]),
     st.sampled_from(["inf", "nan"]),
 )
-"""JSON has no infinity and no NaN: they go by their names."""
+"""Infinity and NaN by name, which JSON lacks."""
 
 
 @st.composite
 def dual_thresholds(draw: st.DrawFn) -> Case:
-    """Two thresholds; or `on`: the places of values that they shall be equal to."""
+    """Two thresholds; or `on`: the indices of values that they are equal to."""
     return {
         "global": draw(THRESHOLDS),
         "individual": draw(THRESHOLDS),
@@ -138,7 +138,7 @@ def dual_thresholds(draw: st.DrawFn) -> Case:
 
 
 def build_thresholds(described: Case, total: np.ndarray, peak: np.ndarray) -> tuple[float, float]:
-    """The numbers. A threshold that sits on a value is that value (peak), or that value's share of its row (total)."""
+    """The thresholds. One `on` a value equals that value (peak), or that value's share of its row's sum (total)."""
     thresholds = float(described["global"]), float(described["individual"])
     if described["on"] is None or not total.size:
         return thresholds
@@ -167,7 +167,7 @@ def _build_dual(case: Case) -> dict[str, Any]:
     batch, length = case["batch"], case["length"]
     total, peak = (values((batch, length), case[name], case["dtype"]) for name in ("total", "peak"))
     if case["total"]["style"] == "special":
-        total = torch.where(total.abs() > 1e30, torch.sign(total) * torch.inf, total)  # no sum that float32 cannot hold
+        total = torch.where(total.abs() > 1e30, torch.sign(total) * torch.inf, total)  # avoids overflow of float32 sums
     total, peak = laid(total, case["layouts"][0]), laid(peak, case["layouts"][1])
     limits = build_thresholds(case["thresholds"], f64(total), f64(peak))
     return {
@@ -195,9 +195,9 @@ def dual_kept(total: np.ndarray, peak: np.ndarray, arguments: dict[str, Any], dr
 
 
 def near_total(total: np.ndarray, peak: np.ndarray, arguments: dict[str, Any]) -> list[set[int]]:
-    """Per row the vision tokens whose total lies so near to its limit that float32 may decide either way.
+    """Per row the vision tokens whose total is so near to its limit that float32 may decide either way.
 
-    What is exact is never near (whole numbers whose sum and product float32 holds), nor what `peak` keeps anyway.
+    Exact values (integers whose sum and product float32 represents) are never near, nor are tokens that `peak` keeps.
     """
     share = float(np.float32(arguments["global_threshold"]))
     decided = (arguments["token_types"].numpy() == VISION) & (peak < np.float32(arguments["individual_threshold"]))
@@ -211,7 +211,7 @@ def near_total(total: np.ndarray, peak: np.ndarray, arguments: dict[str, Any]) -
         if exact or not np.isfinite(limit):
             near.append(set())
             continue
-        # A sum of terms of both signs is off by its terms' sizes, not by its own.
+        # The error of a sum of terms of both signs is relative to the magnitudes of its terms.
         slack = NEAR * max(abs(limit), abs(share) * float(np.abs(row).sum()))
         near.append({int(j) for j in np.flatnonzero(decided[b]) if abs(row[j] - limit) <= slack})
     return near
@@ -222,7 +222,7 @@ def _whole(row: np.ndarray) -> bool:
 
 
 def check_near(answer: list[Tensor], kept: list[list[int]], near: list[set[int]], types: np.ndarray, case: Case):
-    """Decided otherwise only where it was near; and what does not hang on it holds."""
+    """Check that decisions differ only for near tokens, and the properties that do not depend on them."""
     multiple, capacity = case["drop_multiple"], case["capacity"]
     counts = answer[1].tolist()
     for b, expected in enumerate(kept):
@@ -232,7 +232,7 @@ def check_near(answer: list[Tensor], kept: list[list[int]], near: list[set[int]]
         assert got == sorted(set(got)), f"row {b}: keep does not ascend"
         if multiple == 1 and (capacity is None or capacity >= len(types[b])):
             wrong = set(got) ^ set(expected)
-            assert wrong <= near[b], f"row {b}: decided otherwise, though clear: {sorted(wrong - near[b])}"
+            assert wrong <= near[b], f"row {b}: differs from the oracle without being near: {sorted(wrong - near[b])}"
 
 
 def _judge_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:

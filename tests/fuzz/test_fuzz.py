@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A short run of the fuzzer on the backends of this process; `make fuzz` runs it for longer, on more of them.
+"""A short run of the fuzzer on the backends of this process; `make fuzz` runs longer, on more backends.
 
-MUSTDROP_FUZZ_CASES: cases of each operator.
+MUSTDROP_FUZZ_CASES: cases per operator.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SEED = int(os.environ.get("MUSTDROP_FUZZ_SEED", "1"))
 
 
 @pytest.mark.parametrize("op", FAMILIES)
-def test_everybody_agrees_with_the_oracle(op, monkeypatch):
+def test_every_backend_agrees_with_the_oracle(op, monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # the emulation registers itself
     players = [Here("cpu"), Here("reference")]
     if cuda_emulation.emulated().why_not(op, "cpu") is None:
@@ -31,7 +31,7 @@ def test_everybody_agrees_with_the_oracle(op, monkeypatch):
     tally = hunt(FAMILIES[op], players, CASES, SEED)
     assert not tally.failures, "\n".join(f"{f.message}\n  {f.case}" for f in tally.failures)
     assert tally.cases == tally.by_player["cpu"] == tally.by_player["reference"] == CASES
-    assert sum(tally.near.values()) <= 0.2 * CASES * len(players), "too many cases say little"
+    assert sum(tally.near.values()) <= 0.2 * CASES * len(players), "too many cases are near a threshold"
 
 
 @pytest.mark.parametrize("op", FAMILIES)

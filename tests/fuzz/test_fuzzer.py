@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fuzzer finds what is planted, makes it small, keeps it, and plays it again."""
+"""Tests of the fuzzer: planted bugs are found, shrunk, stored and replayed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CASES = 400
 
 
 def planted(op, change):
-    """A backend that is the reference but for what `change` does to its answer or its arguments."""
+    """The reference backend with `change` applied to its results or arguments."""
 
     def call(name, case):
         def run(**arguments):
@@ -93,7 +93,7 @@ def test_a_planted_bug_is_found_shrunk_kept_and_replayed(op, change, tmp_path):
     replay(path, family, [Here("reference")])
 
 
-def test_the_same_seed_draws_the_same_cases():
+def test_the_same_seed_generates_the_same_cases():
     drawn = []
     for _ in range(2):
         seen = []
@@ -108,7 +108,7 @@ def test_the_same_seed_draws_the_same_cases():
     assert len(set(drawn[0])) > 15
 
 
-def test_a_share_is_a_share():
+def test_share():
     cases = [{"op": "x", "seed": i} for i in range(2000)]
     taken = sum(takes(Here("x", share=0.1), case) for case in cases)
     assert 120 < taken < 280
@@ -128,11 +128,11 @@ def test_a_process_that_crashes_or_hangs_is_a_mismatch(code, told):
 
 
 def select_topk_case():
-    """The smallest there is."""
+    """The minimal case."""
     return find(FAMILIES["select_topk"].strategy, lambda case: True, settings=settings(database=None))
 
 
-def test_a_process_of_its_own_answers_as_this_one():
+def test_a_child_process_gives_the_same_result():
     player = Child("cpu", "cpu", environment={"OMP_NUM_THREADS": "1"})
     try:
         for op in ("gather_tokens", "compact_kv_", "spatial_merge"):
@@ -143,7 +143,7 @@ def test_a_process_of_its_own_answers_as_this_one():
         player.close()
 
 
-def test_a_kept_case_has_its_name_from_what_it_says(tmp_path: Path):
+def test_the_file_name_is_a_hash_of_the_case(tmp_path: Path):
     failure = Failure("cpu", "cpu: differs", {"op": "select_topk", "length": 3})
     assert failure.save(tmp_path) == failure.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases on which somebody once differed: shrunk, kept, and compared on every backend for ever."""
+"""Replay of stored cases on which a backend differed, on every backend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KEPT = sorted(REGRESSIONS.glob("*.json"))
 
 
 @pytest.mark.parametrize("path", KEPT, ids=lambda path: path.stem)
-def test_nobody_differs_any_more(path):
+def test_no_backend_differs(path):
     op = json.loads(path.read_text())["case"]["op"]
     names = [pair.name for pair in pairs() if pair.device == "cpu"]
     replay(path, FAMILIES[op], [Here(name) for name in names])

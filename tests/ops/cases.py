@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inputs for the conformance tests: seeded, on the device asked for, as views, with margins around every decision."""
+"""Inputs of the conformance tests: seeded, on a given device, as views, with margins around every decision."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOVABLE = (
     torch.float8_e4m3fn,
     torch.complex64,
 )
-GARBAGE = 0x5A  # every byte of a sentinel in a tensor of whole numbers: 90, or True
+GARBAGE = 0x5A  # every byte of a sentinel in an integer tensor: 90, or True
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -48,7 +48,7 @@ def normal(shape: Sequence[int], seed: int, dtype=torch.float32, device="cpu", g
 
 
 def random_bits(shape: Sequence[int], seed: int, dtype: torch.dtype, device="cpu") -> Tensor:
-    """Any bit pattern the element type can hold: NaN payloads and -0.0 too, since a move must keep them."""
+    """Random bit patterns, including NaN payloads and -0.0, which moves must preserve."""
     if dtype == torch.bool:
         return torch.randint(0, 2, tuple(shape), generator=generator(seed)).bool().to(device)
     size = torch.empty((), dtype=dtype).element_size()
@@ -57,8 +57,8 @@ def random_bits(shape: Sequence[int], seed: int, dtype: torch.dtype, device="cpu
 
 
 def in_buffer(t: Tensor, order: Sequence[int] | None = None, margin: int = 1) -> Tensor:
-    """The same values as a view inside a larger buffer, stored in the axis order given, with `margin` foreign
-    elements on each side of each axis. Foreign floats are NaN, so reading one shows in the result."""
+    """The same values as a view inside a larger buffer, stored in the given axis order, with `margin` sentinel
+    elements on each side of each axis. Float sentinels are NaN, so that reading one shows in the result."""
     order = list(range(t.dim())) if order is None else list(order)
     shape = [t.shape[a] + 2 * margin for a in order]
     buffer = torch.empty(shape, dtype=t.dtype, device=t.device)
@@ -74,12 +74,12 @@ def in_buffer(t: Tensor, order: Sequence[int] | None = None, margin: int = 1) ->
 
 
 def f64(t: Tensor) -> np.ndarray:
-    """The values as they are after rounding to the tensor's dtype."""
+    """The values after rounding to the tensor's dtype, as float64."""
     return t.detach().cpu().to(torch.float64).numpy()
 
 
 def as_bytes(t: Tensor) -> np.ndarray:
-    """(..., D) -> (..., D * itemsize) uint8; a tensor of no axis or of no element stays countable."""
+    """(..., D) -> (..., D * itemsize) uint8, also for 0-D and empty tensors."""
     t = t.detach().cpu().clone(memory_format=torch.contiguous_format)  # an axis of one element may have any stride
     if t.dim() == 0:
         t = t.reshape(1)
@@ -93,7 +93,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 class Watch:
-    """Remembers every byte of the storages behind some tensors, to tell what a call has written."""
+    """Snapshot of the storages behind some tensors, to detect writes of a call."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.tensors = [t for t in tensors if isinstance(t, Tensor)]
@@ -108,7 +108,7 @@ class Watch:
         return all(torch.equal(self._flat(t), old) for t, old in zip(self.tensors, self.before, strict=True))
 
     def outside_unchanged(self, *views: Tensor) -> bool:
-        """No byte changed but those that belong to an element of `views` (or of the tensors watched)."""
+        """True if no byte outside the elements of `views` (default: the tensors watched) has changed."""
         for t, old in zip(self.tensors, self.before, strict=True):
             allowed = torch.zeros_like(old, dtype=torch.bool)
             for view in views or self.tensors:
@@ -129,8 +129,10 @@ def expected(array: np.ndarray, device="cpu") -> Tensor:
 
 
 def prompt(length: int, *, queries: int = 0, images: int = 1, pad: int = 0, side: str = "left") -> list[int]:
-    """Text, `images` pictures with text before each, and text that votes: after the last picture, and between
-    pictures too. `queries` counts the voting rows at the end; 0 takes about a seventh of the sequence."""
+    """Text, `images` images with text before each, and query text after the last image and between images.
+
+    `queries` is the number of query rows at the end; 0: about a seventh of the sequence.
+    """
     body = length - pad
     if body <= 0:
         return [PADDING] * length
@@ -140,7 +142,7 @@ def prompt(length: int, *, queries: int = 0, images: int = 1, pad: int = 0, side
     for image in range(images):
         chunk = front // images + (image < front % images)
         lead = min(max(0, chunk - 1), 1 + chunk // 9)
-        # Anything that is not padding, vision or query counts as text.
+        # Any other value counts as text.
         words = [TEXT if (image + i) % 3 else 7 for i in range(lead)]
         if image and lead > 1:
             words[-1] = QUERY
@@ -172,7 +174,7 @@ class Attention:
         return self.q, self.k, self.types, self.scale
 
     def lse(self) -> Tensor:
-        """Row normalisers (B, Hq, Lq) float32, as an attention kernel would hand them over."""
+        """Row normalizers (B, Hq, Lq) float32, as an attention kernel returns them."""
         if "lse" not in self._cache:
             rows = [
                 oracle.log_sum_exp(f64(self.q[b]), f64(self.k[b]), self.types[b].cpu().numpy(), self.scale)
@@ -246,7 +248,7 @@ def threshold_between(values: np.ndarray, quantile: float, gap: float = 1e-3) ->
 def dual_thresholds(
     total: np.ndarray, peak: np.ndarray, types: np.ndarray, quantiles: tuple[float, float]
 ) -> tuple[float, float]:
-    """Thresholds for a whole batch whose decisions are clear in every row."""
+    """Thresholds with a margin around every decision of the batch."""
     vision = types == VISION
     sums = total.sum(1, keepdims=True)
     shares = np.divide(total, sums, out=np.zeros_like(total), where=sums > 0)
@@ -257,7 +259,7 @@ def dual_thresholds(
 
 
 def dual_margin(total, peak, types, global_threshold: float, individual_threshold: float) -> float:
-    """Smallest relative distance of a vision token's value from its threshold."""
+    """Minimum relative distance of a vision token's value from its threshold."""
     closest = math.inf
     for b in range(len(total)):
         limit = float(np.float32(global_threshold)) * total[b].sum()
@@ -268,7 +270,7 @@ def dual_margin(total, peak, types, global_threshold: float, individual_threshol
 
 
 def order_margin(values: np.ndarray) -> float:
-    """Smallest relative gap between two neighbours in sorted order."""
+    """Minimum relative gap between two neighbors in sorted order."""
     ordered = np.sort(values)
     gaps = [relative_gap(a, b) for a, b in itertools.pairwise(ordered)]
     return min(gaps, default=math.inf)
@@ -288,12 +290,14 @@ def pictures(
     dtype=torch.float32,
     device="cpu",
     threshold: float | None = 0.8,
-    alike: float = 0.5,
+    share: float = 0.5,
 ) -> Tensor:
-    """(B, P+N, C) whose windows have similarities spread over [0, 1), about `alike` of them at or above 0.8; every one
-    at least 1e-3 away from `threshold`, and two of one picture at least 1e-5 apart (2e-6 where there are many)."""
+    """(B, P+N, C) whose windows have similarities spread over [0, 1), `share` of them at or above 0.8.
+
+    Each is at least 1e-3 away from `threshold`, and two of one image are at least 1e-5 apart (2e-6 if there are many).
+    """
     for attempt in range(200):
-        x = _pictures(batch, grid, window, channels, prefix, 1000 * seed + attempt, alike).to(dtype)
+        x = _pictures(batch, grid, window, channels, prefix, 1000 * seed + attempt, share).to(dtype)
         members, _ = oracle.window_members(list(grid), list(window))
         similar = [
             [oracle.window_similarity(f64(x[b, [prefix + t for t in m]])) for m in members if len(m) > 1]
@@ -304,7 +308,7 @@ def pictures(
         near = 1.0 if threshold is None or not flat.size else np.abs(flat - np.float32(threshold)).min()
         if near > 1e-3 and apart > (1e-5 if len(members) < 70 else 2e-6):
             return x.to(device)
-    raise AssertionError("no picture with these margins: choose another size or seed")
+    raise AssertionError("no image with these margins: choose another size or seed")
 
 
 def order_margin_abs(values: Sequence[float]) -> float:
@@ -312,7 +316,7 @@ def order_margin_abs(values: Sequence[float]) -> float:
     return float(gaps.min()) if gaps.size else math.inf
 
 
-def _pictures(batch, grid, window, channels, prefix, seed, alike) -> Tensor:
+def _pictures(batch, grid, window, channels, prefix, seed, share) -> Tensor:
     g = generator(seed)
     count = math.prod(grid)
     x = torch.randn(batch, prefix + count, channels, generator=g)
@@ -322,7 +326,7 @@ def _pictures(batch, grid, window, channels, prefix, seed, alike) -> Tensor:
             base = torch.randn(channels, generator=g)
             mix = torch.rand((), generator=g)
             # The mean cosine of base + s * noise is about 1 / (1 + s * s).
-            wanted = 0.81 + 0.17 * mix if torch.rand((), generator=g) < alike else 0.75 * mix + 0.03
+            wanted = 0.81 + 0.17 * mix if torch.rand((), generator=g) < share else 0.75 * mix + 0.03
             spread = torch.sqrt(1 / wanted - 1)
             noise = torch.randn(len(m), channels, generator=g)
             length = torch.empty(len(m), 1).uniform_(0.5, 2.0, generator=g)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `backend` fixture: every registered backend on every device present, for each op that it serves there.
+"""The `backend` fixture: every registered backend on every available device, for each op that it serves there.
 
-A new backend only registers itself; no test names one. MUSTDROP_TEST_BACKENDS=a,b tests those alone.
+A new backend only has to register itself. MUSTDROP_TEST_BACKENDS=a,b restricts the tests to those.
 
-The CUDA kernels take part without a GPU too, emulated on the host (tests/cuda_emulation), by their own launchers and by
-those of the backend `cupy`, and with TRITON_INTERPRET=1 the Triton kernels in Triton's interpreter. All of these are
-slow: of each test some cases run there, the rest is marked slow.
-MUSTDROP_EMULATION_SAMPLE=n takes one case in n of the emulation (1: all; 0: none).
+Without a GPU the CUDA kernels are emulated on the host (tests/cuda_emulation), with their own launchers and with those
+of the backend `cupy`, and TRITON_INTERPRET=1 runs the Triton kernels in Triton's interpreter. These are slow: a sample
+of each test's cases runs on them, the rest is marked slow.
+MUSTDROP_EMULATION_SAMPLE=n selects one case in n for the emulation (1: all; 0: none).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 
 
 class BackendUnderTest:
-    """The public functions bound to one backend and device; skips, with its reason, what the backend does not serve."""
+    """The public functions bound to one backend and device; skips the test for an op that the backend lacks."""
 
     def __init__(self, name: str, device: str) -> None:
         self.name, self.device = name, device
@@ -50,7 +50,7 @@ class BackendUnderTest:
 
 
 def candidates() -> Mapping[str, backends.Backend]:
-    """All backends. The emulated ones are registered for the length of their tests alone (``_emulation``)."""
+    """All backends. The emulated ones are registered only while their tests run (``_emulation``)."""
     emulated = (cuda_emulation.emulated(), nvrtc.emulated()) if SAMPLE else ()
     return {**backends.registered(), **{backend.name: backend for backend in emulated}}
 
@@ -68,14 +68,14 @@ def backends_to_test() -> list[str]:
 
 
 def pairs() -> list[BackendUnderTest]:
-    """Pairs of backend and device with at least one op; one pair that serves nothing would only add skipped tests."""
+    """Pairs of backend and device that serve at least one op."""
     found = [BackendUnderTest(name, device) for device in DEVICES for name in backends_to_test()]
     registry = candidates()
     return [p for p in found if any(registry[p.name].why_not(op, p.device) is None for op in OPS)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`backend` brings its device; `device` alone is for tests of what no backend computes (fakes, schemas)."""
+    """Parametrize `backend`; `device` alone is for tests without a backend (fakes, schemas)."""
     if "backend" in metafunc.fixturenames:
         metafunc.parametrize("backend", pairs(), ids=repr)
     elif "device" in metafunc.fixturenames:
@@ -84,7 +84,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of CPU threads, and puts it back."""
+    """Setter of the number of CPU threads, restored after the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -104,9 +104,9 @@ def _backend_of(item: pytest.Item) -> str:
 EMULATED, LAUNCHED, INTERPRETED = f"{cuda_emulation.NAME}-cpu", f"{nvrtc.NAME}-cpu", "triton-cpu"
 
 
-@pytest.hookimpl(tryfirst=True)  # before -m is looked at
+@pytest.hookimpl(tryfirst=True)  # before -m is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the cases of each test on a slow player the first stays, and a sample of the others; the rest is slow."""
+    """Mark as slow all cases of a test on a slow backend except the first and a sample of the others."""
     seen: set[tuple[str, str]] = set()
     for item in items:
         player = _backend_of(item)
@@ -115,7 +115,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test = (item.nodeid.split("[")[0], player)
         first = test not in seen
         drawn = SAMPLE > 0 and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
-        # LAUNCHED plays the same kernels as EMULATED, so a part of the tests shows that it launches them.
+        # LAUNCHED runs the same kernels as EMULATED, so a part of the tests suffices for its launches.
         if not {EMULATED: first or drawn, LAUNCHED: first and drawn, INTERPRETED: first}[player]:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
@@ -123,7 +123,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Registers an emulated backend while a test of it runs, with that test's own order of threads and device."""
+    """Register an emulated backend while its test runs, with a thread order and device derived from the test."""
     if _backend_of(request.node) not in (EMULATED, LAUNCHED):
         return
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))

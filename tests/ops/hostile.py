@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hostile input: what a caller can pass wrongly, what happens, and a check of it on a backend.
+"""Invalid and adversarial inputs: for each, the specified outcome and its check on a backend.
 
-The outcome is a named error or defined behavior, never a wrong write. Which views share memory is decided exactly
-(mustdrop_kernels/overlap.py, csrc/common/overlap.h): interleaved views with disjoint elements are legal, one shared
-byte is refused.
+The outcome is a specific error or defined behavior, never an out-of-bounds write. The overlap test is exact
+(mustdrop_kernels/ops/overlap.py, csrc/common/overlap.h): interleaved views with disjoint elements are legal, a single
+shared byte is an error.
 """
 
 from __future__ import annotations
@@ -63,21 +63,21 @@ def compact(backend, keys, values, keep=((1, 3),), counts=(2,)) -> None:
 
 
 def refused(backend, op: str, argument: str, given: dict) -> None:
-    """In words that name the argument, before any work."""
+    """Check that the call raises an error that names the argument, before any work."""
     expect_refusal(getattr(backend, op), op, argument, given)
 
 
 def table_rows(backend, ways: tuple[str, ...]) -> None:
-    """Those rows of the table of refusals."""
+    """Check these rows of the table of invalid arguments."""
     found = [(op, argument, wrong) for op, argument, wrong in ROWS if wrong.startswith(ways)]
-    assert len({op for op, _, _ in found}) >= 2, "the table of refusals has other names now"
+    assert len({op for op, _, _ in found}) >= 2, "the table of invalid arguments has other names now"
     for op, argument, wrong in found:
         refused(backend, op, argument, broken(op, argument, wrong, backend.device))
 
 
 # ---------------------------------------------------------------------------------------------- of another kind
 
-KIND = "Arguments of another kind"
+KIND = "Arguments of the wrong kind"
 NAMED = "`RuntimeError` that names the operator and the argument, before any work"
 
 
@@ -128,9 +128,9 @@ def stacked(backend):
     assert all(same_bits(key[:, :, :2], old) for key, old in zip(keys, want, strict=True))
 
 
-@row(KIND, "a sparse, nested or quantized tensor", "an error that names the operator: torch's, or ours")
+@row(KIND, "a sparse, nested or quantized tensor", "an error of torch or of this package that names the operator")
 def not_strided(backend):
-    warnings.simplefilter("ignore")  # both kinds are on their way out of torch
+    warnings.simplefilter("ignore")  # both kinds are deprecated in torch
     nested = torch.nested.nested_tensor([torch.zeros(2, 3), torch.zeros(3, 3)])
     quantized = torch.quantize_per_tensor(torch.zeros(1, 3, 4), 0.1, 0, torch.qint8)
     for x in (torch.eye(4)[None].to_sparse(), nested, quantized):
@@ -141,7 +141,7 @@ def not_strided(backend):
 @row(
     KIND,
     "a lazy conjugate or negative (`x.conj()`, its `.imag`)",
-    "made real by torch, or refused by name; in place always refused, the memory untouched",
+    "materialized by torch, or an error that names the argument; in place always an error, memory unchanged",
 )
 def lazy(backend):
     x = torch.complex(torch.randn(1, 3, 4), torch.randn(1, 3, 4)).conj()
@@ -162,8 +162,8 @@ def lazy(backend):
 @row(
     KIND,
     "tensors that require a gradient",
-    "`spatial_merge` and `gather_tokens` have one in `x`; the others say in `backward` that they have none; in-place"
-    " operators refuse at once",
+    "`spatial_merge` and `gather_tokens` have a gradient in `x`; the others raise in `backward`; in-place operators"
+    " raise immediately",
 )
 def requires_grad(backend):
     x = torch.randn(1, 3, 4, requires_grad=True)
@@ -185,7 +185,7 @@ class Plain(torch.Tensor):
     """A subclass that changes nothing."""
 
 
-@row(KIND, "a subclass of `Tensor`; an `nn.Parameter`", "as the tensor that it is; overlaps are seen all the same")
+@row(KIND, "a subclass of `Tensor`; an `nn.Parameter`", "treated as a plain tensor; overlaps are detected")
 def subclass(backend):
     x = torch.randn(1, 3, 4)
     assert torch.equal(gather(backend, x.as_subclass(Plain)), gather(backend, x))
@@ -195,7 +195,7 @@ def subclass(backend):
         compact(backend, [cache], [cache.data])
 
 
-@row(KIND, "tensors made in `torch.inference_mode`, used outside of it", "works, in place too")
+@row(KIND, "tensors made in `torch.inference_mode`, used outside of it", "supported, also in place")
 def inference(backend):
     with torch.inference_mode():
         key, value = torch.randn(1, 1, 4, 2), torch.randn(1, 1, 4, 2)
@@ -204,7 +204,7 @@ def inference(backend):
     assert same_bits(key[:, :, :2], want)
 
 
-@row(KIND, "meta tensors", "by `torch.ops`: the shapes and dtypes of the results; by `backend=`: an error that says so")
+@row(KIND, "meta tensors", "by `torch.ops`: the shapes and dtypes of the results; by `backend=`: an error")
 def meta(backend):
     for op in OPS:
         given = {name: _to_meta(value) for name, value in sample(op).items()}
@@ -229,7 +229,7 @@ def _flat(result: Any) -> list[torch.Tensor]:
 @row(KIND, "tensors on several devices", NAMED)
 def devices(backend):
     if backend.name.endswith("_emulated"):
-        pytest.skip("an emulated library knows no tensors of other devices")
+        pytest.skip("an emulated library has no other devices")
     for op in OPS:
         given = sample(op)
         for name, value in given.items():
@@ -246,11 +246,11 @@ def devices(backend):
 
 
 @row(
-    KIND, "a backend that does not exist, or does not serve the device", "`BackendError` that says who there is, or why"
+    KIND, "a backend that does not exist, or does not serve the device", "`BackendError` with the names, or the reason"
 )
 def backends(backend):
     with pytest.raises(mk.backends.BackendError, match="there are"):
-        mk.gather_tokens(torch.zeros(1, 2, 2), ints([[0]], torch.int64), ints([1]), backend="nobody")
+        mk.gather_tokens(torch.zeros(1, 2, 2), ints([[0]], torch.int64), ints([1]), backend="missing")
     with pytest.raises(mk.backends.BackendError, match="serves CUDA tensors"):
         mk.gather_tokens(torch.zeros(1, 2, 2), ints([[0]], torch.int64), ints([1]), backend="cuda")
 
@@ -273,7 +273,7 @@ def key_as_value(backend):
         refused(backend, op, "values[1]", given)
 
 
-@row(MEMORY, "views that truly overlap, of whatever strides", NAMED)
+@row(MEMORY, "views that overlap, with any strides", NAMED)
 def overlap(backend):
     buffer = random_bits((2, 3, 20, 12), 1, torch.float32)
     flat = random_bits((500,), 2, torch.float32)
@@ -284,7 +284,7 @@ def overlap(backend):
     ]
     for key, value in pairs:
         before = key.clone()
-        # The same layouts elsewhere are legal; that they have been seen must not make these legal.
+        # The same layouts are legal at other addresses; a cached layout must not make these legal.
         apart = [torch.empty_strided(t.shape, t.stride()).copy_(t) for t in (key, value)]
         compact(backend, *[[t] for t in apart], [[1, 3]] * len(key), [2] * len(key))
         with pytest.raises(RuntimeError, match=r"compact_kv_: values\[0\] must not share memory with keys\[0\]"):
@@ -292,7 +292,7 @@ def overlap(backend):
         assert same_bits(key, before)
 
 
-@row(MEMORY, "interleaved views whose elements are disjoint", "legal: neither disturbs the other")
+@row(MEMORY, "interleaved views whose elements are disjoint", "legal: independent of each other")
 def interleaved(backend):
     buffer = random_bits((2, 3, 20, 2, 8), 1, torch.float32)
     want = buffer[:, :, [1, 3]].clone()
@@ -335,10 +335,10 @@ def overlapping_inputs(backend):
 
 # ---------------------------------------------------------------------------------------------- values
 
-VALUES = "Values that only the device knows: nothing outside is read or written"
+VALUES = "Values on the device: nothing out of bounds is read or written"
 
 
-@row(VALUES, "`keep` negative or past the end", "`gather_tokens`: zeros; compaction: this move is left out")
+@row(VALUES, "`keep` negative or past the end", "`gather_tokens`: zeros; compaction: this move is skipped")
 def keep_outside(backend):
     for bad in (-1, 3, 2**62, -(2**63)):
         got = gather(backend, keep=((2, bad),))
@@ -366,14 +366,14 @@ def _bounded(backend, op: str, changes: dict) -> None:
     assert inputs.nothing_changed()
 
 
-@row(VALUES, "`keep` repeated or not ascending", "`gather_tokens`: as it says; compaction: some of the old contents")
+@row(VALUES, "`keep` repeated or not ascending", "`gather_tokens`: in that order; compaction: some of the old contents")
 def keep_unsorted(backend):
     assert gather(backend, keep=((2, 2, 0),), counts=(3,))[0, :, 0].tolist() == [8.0, 8.0, 0.0]
     for op in IN_PLACE:
         _bounded(backend, op, {"keep": [ints([[9, 4, 4, 0], [3, 3, 8, 1]], torch.int64)], "counts": [ints([4, 4])]})
 
 
-@row(VALUES, "`counts` negative or above the capacity of `keep`", "taken as 0, as the capacity")
+@row(VALUES, "`counts` negative or above the capacity of `keep`", "clamped to 0, to the capacity")
 def counts_outside(backend):
     assert not gather(backend, counts=(-7,)).any()
     assert torch.equal(gather(backend, counts=(2**31 - 1,)), gather(backend))
@@ -381,7 +381,7 @@ def counts_outside(backend):
         _bounded(backend, op, {"counts": [ints([2**31 - 1, -(2**31)])]})
 
 
-@row(VALUES, "`block_table` that names blocks which are not there", "as padding (scores); such moves are left out")
+@row(VALUES, "`block_table` with blocks that do not exist", "padding (scores); such moves are skipped")
 def table_outside(backend):
     bad = ints([[10**6, -1, 2], [2**31 - 1, -(2**31), 6]])
     _bounded(backend, "compact_paged_kv_", {"block_table": bad})
@@ -390,7 +390,7 @@ def table_outside(backend):
     assert got.total.isfinite().all()
 
 
-@row(VALUES, "`block_table` that names a block twice", "compaction: some of the old contents, nothing outside")
+@row(VALUES, "`block_table` with a block listed twice", "compaction: some of the old contents, nothing outside")
 def table_twice(backend):
     try:
         _bounded(backend, "compact_paged_kv_", {"block_table": ints([[5, 5, 5], [5, 3, 3]])})
@@ -398,7 +398,7 @@ def table_twice(backend):
         assert "cuda_emulation: a race" in str(error)  # noqa: PT017
 
 
-@row(VALUES, "`seq_lens` negative or beyond the table", "clamped to what the table can name")
+@row(VALUES, "`seq_lens` negative or beyond the table", "clamped to the extent of the table")
 def seq_lens_outside(backend):
     for lengths in ([2**31 - 1, -(2**31)], [99, -1]):
         _bounded(backend, "compact_paged_kv_", {"seq_lens": ints(lengths)})
@@ -407,7 +407,7 @@ def seq_lens_outside(backend):
         assert backend.text_vision_scores_paged(**given).total.isfinite().all()
 
 
-@row(VALUES, "`cu_seqlens` that run backwards or out of the tensors", "clamped; a sequence that ends first is empty")
+@row(VALUES, "`cu_seqlens` that decrease or exceed the tensors", "clamped; a sequence of negative length is empty")
 def cu_seqlens(backend):
     for bounds in ([0, 99, 200], [9, 3, 14], [-5, 4, 2**31 - 1], [14, 8, 0]):
         given = {**sample("text_vision_scores_varlen"), "lse": None}
@@ -418,20 +418,24 @@ def cu_seqlens(backend):
         assert watch.nothing_changed()
 
 
-@row(VALUES, "`max_seqlen_*` below a length", "rows past the bound are left out, nothing outside is touched")
+@row(VALUES, "`max_seqlen_*` below a length", "rows past the bound are ignored, nothing outside is accessed")
 def bounds_too_small(backend):
     for longest in (0, 1):
         given = {**sample("text_vision_scores_varlen"), "max_seqlen_q": longest, "max_seqlen_k": longest}
         assert backend.text_vision_scores_varlen(**given).total.isfinite().all()
 
 
-@row(VALUES, "`token_types` other than 0 to 3", "text: stays, does not vote")
+@row(VALUES, "`token_types` other than 0 to 3", "text: kept, no query row")
 def other_types(backend):
     types = torch.tensor([[7, 2, 255, 0]], dtype=torch.uint8)
     assert backend.select_topk(torch.zeros(1, 4), types, 0).keep.tolist() == [[0, 2, -1, -1]]
 
 
-@row(VALUES, "NaN or infinity in scores", "top-k: NaN ranks lowest; thresholds: a NaN in `total` keeps its sequence")
+@row(
+    VALUES,
+    "NaN or infinity in scores",
+    "top-k: NaN ranks lowest; thresholds: a NaN in `total` keeps the whole sequence",
+)
 def nan_scores(backend):
     types = torch.full((1, 4), 2, dtype=torch.uint8)
     scores = torch.tensor([[torch.nan, -torch.inf, torch.inf, 0.0]])
@@ -439,7 +443,7 @@ def nan_scores(backend):
     assert backend.select_dual(scores, torch.zeros(1, 4), types, 1.0, 1.0).counts.tolist() == [4]
 
 
-@row(VALUES, "NaN or infinity as a threshold", "compared as IEEE says: nothing is below NaN")
+@row(VALUES, "NaN or infinity as a threshold", "IEEE comparison: nothing is below NaN")
 def nan_threshold(backend):
     types, total = torch.full((1, 3), 2, dtype=torch.uint8), torch.ones(1, 3)
     assert backend.select_dual(total, total, types, torch.nan, 5.0).counts.tolist() == [3]
@@ -448,14 +452,14 @@ def nan_threshold(backend):
     assert merged.counts.tolist() == [4]
 
 
-@row(VALUES, "`budgets` negative or above the number of tokens", "taken as 0, as all")
+@row(VALUES, "`budgets` negative or above the number of tokens", "clamped to 0, to all")
 def budgets_outside(backend):
     types = torch.full((2, 3), 2, dtype=torch.uint8)
     got = backend.select_topk(torch.zeros(2, 3), types, 1, budgets=ints([-(2**31), 2**31 - 1]))
     assert got.counts.tolist() == [0, 3]
 
 
-@row(VALUES, "`sizes` of zero in a whole window", "0 / 0: the merged token is NaN, its neighbours are untouched")
+@row(VALUES, "`sizes` of zero in a whole window", "0 / 0: the merged token is NaN, its neighbors are unaffected")
 def zero_sizes(backend):
     sizes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
     got = backend.spatial_merge(torch.ones(1, 4, 2), [1, 4], [1, 2], -1.0, num_prefix_tokens=0, sizes=sizes)
@@ -486,7 +490,7 @@ def huge_prefix(backend):
 @row(
     SIZES,
     "`window` larger than the grid, up to 2^63 - 1",
-    "the border cuts it; no memory is asked for what is not there",
+    "cut at the border; no memory is allocated beyond the grid",
 )
 def huge_window(backend):
     x = torch.ones(1, 4, 4)
@@ -499,7 +503,7 @@ def huge_window(backend):
 @row(
     SIZES,
     "a sequence of 2^40 positions (expanded)",
-    "CPU and reference: addressed with 64 bits; CUDA: refused above 2^31",
+    "CPU and reference: 64-bit addressing; CUDA: an error above 2^31",
 )
 def huge_length(backend):
     x = torch.arange(4.0).expand(1, 2**40, 4)
@@ -517,8 +521,8 @@ def huge_length(backend):
 
 @row(
     SIZES,
-    "results that no memory holds (`capacity`, `max_query`, expanded batches)",
-    "`RuntimeError`; nothing is changed",
+    "results that exceed memory (`capacity`, `max_query`, expanded batches)",
+    "`RuntimeError`; nothing is modified",
 )
 def huge_results(backend):
     types = torch.full((1, 5), 2, dtype=torch.uint8)
@@ -532,7 +536,7 @@ def huge_results(backend):
         backend.cls_attention(q, k, 1.0)
 
 
-@row(SIZES, "`max_seqlen_*` up to 2^62", "an upper bound like any other: no memory is asked for it")
+@row(SIZES, "`max_seqlen_*` up to 2^62", "a valid upper bound: nothing of that size is allocated")
 def huge_bounds(backend):
     for op, names in (
         ("text_vision_scores_varlen", ("max_seqlen_q", "max_seqlen_k")),
@@ -544,14 +548,14 @@ def huge_bounds(backend):
         torch.testing.assert_close(exact.total, loose.total, rtol=2e-5, atol=1e-6)
 
 
-@row(SIZES, "`k` or `drop_multiple` up to 2^63 - 1", "numbers like any other")
+@row(SIZES, "`k` or `drop_multiple` up to 2^63 - 1", "valid numbers")
 def huge_numbers(backend):
     types = torch.full((1, 5), 2, dtype=torch.uint8)
     assert backend.select_topk(torch.zeros(1, 5), types, 2**63 - 1).counts.tolist() == [5]
     assert backend.select_topk(torch.zeros(1, 5), types, 0, drop_multiple=2**63 - 1).counts.tolist() == [5]
 
 
-@row(SIZES, "empty everything: batch, sequence, heads, channels, lists", "an empty result, or zeros")
+@row(SIZES, "empty batch, sequence, heads, channels, lists", "an empty result, or zeros")
 def empty(backend):
     backend.compact_kv_([], [], [], [])
     empty_batch = torch.from_numpy(np.zeros((0, 3, 4), dtype=np.float32))  # all strides are 0

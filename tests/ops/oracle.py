@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators in float64 NumPy, written straight from their formulas, the slow and obvious way.
+"""The operators in float64 NumPy, transcribed from their formulas without optimization.
 
-Nothing here knows a backend or torch: inputs are arrays whose values are already rounded to the dtype under test.
-Thresholds are rounded to float32 first, as the contract says. Moves work on arrays of bytes.
+Independent of torch and of the backends: inputs are arrays whose values are already rounded to the dtype under test.
+Thresholds are rounded to float32 first, as specified. Moves work on arrays of bytes.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def window_similarity(tokens: np.ndarray) -> float:
 
 
 def falling(values: list[float], candidates: list[int]) -> list[int]:
-    """Candidates by falling value; equal values by rising index; NaN last."""
+    """Candidates by descending value; ties by ascending index; NaN last."""
 
     def key(index: int) -> tuple:
         value = float(values[index])
@@ -121,7 +121,7 @@ def spatial_merge(
 def output_order(
     members: list[list[int]], chosen: list[int], similarity: np.ndarray, prefix: int, length: int, merged_first: bool
 ) -> list[list[int]]:
-    """Groups of input rows in the order in which they come out; a group of one is a token that did not merge."""
+    """Groups of input rows in output order; a group of one is an unmerged token."""
     groups = {members[w][0]: [prefix + t for t in members[w]] for w in chosen}
     inside = {t for w in chosen for t in members[w]}
     order = [[p] for p in range(prefix)]
@@ -156,7 +156,7 @@ def cls_attention(
 
 
 def softmax(scores: np.ndarray) -> np.ndarray:
-    """Softmax of one row; a row of nothing but -inf gives zeros."""
+    """Softmax of one row; a row of -inf only gives zeros."""
     top = scores.max() if scores.size else -math.inf
     if top == -math.inf:
         return np.zeros_like(scores)
@@ -165,7 +165,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def log_sum_exp(q: np.ndarray, k: np.ndarray, types: np.ndarray, scale: float) -> np.ndarray:
-    """q (Hq, Lq, D), k (Hk, Lk, D), types (Lk) -> (Hq, Lq): the row normalisers under the contract's mask."""
+    """q (Hq, Lq, D), k (Hk, Lk, D), types (Lk) -> (Hq, Lq): the row normalizers under the contract's mask."""
     heads, rows, _ = q.shape
     group = heads // max(k.shape[0], 1)
     out = np.full((heads, rows), -math.inf)
@@ -180,7 +180,7 @@ def log_sum_exp(q: np.ndarray, k: np.ndarray, types: np.ndarray, scale: float) -
 
 
 def visible(position: int, types: np.ndarray) -> np.ndarray:
-    """Columns a row at this position attends to: none after it, no padding."""
+    """Columns that a row at this position attends to: none after it, no padding."""
     return np.array([j for j in range(len(types)) if j <= position and types[j] != PADDING], dtype=np.int64)
 
 
@@ -189,7 +189,7 @@ def attention_map(
 ) -> np.ndarray:
     """One sequence: q (Hq, Lq, D), k (Hk, Lk, D), types (Lk), lse (Hq, Lq) -> (query rows, Lk), the head mean.
 
-    Row i of q stands at position Lk - Lq + i; a row before the sequence (Lq > Lk) is no query row and sees nothing.
+    The position of row i of q is Lk - Lq + i; a row before the sequence (Lq > Lk) is no query row and has no keys.
     """
     heads, rows, _ = q.shape
     length = len(types)
@@ -281,7 +281,7 @@ def text_vision_scores_paged(q, k_cache, block_table, seq_lens, token_types, cu_
 
 
 def select_dual(total, peak, token_types, global_threshold, individual_threshold, protected=None, drop_multiple=1):
-    """-> per sequence the kept positions, ascending. The product of threshold and sum is not rounded here."""
+    """-> per sequence the kept positions, ascending. The product of threshold and sum is not rounded."""
     kept = []
     for b in range(len(total)):
         limit = float(np.float32(global_threshold)) * float(total[b].sum())
@@ -318,7 +318,7 @@ def keep_all_but(drop: list[int], values: np.ndarray, types: np.ndarray, drop_mu
 
 
 def as_keep(kept: list[list[int]], capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """The lists as `keep` (B, capacity), -1 past the end, and `counts` (B), which may exceed the capacity."""
+    """The lists as `keep` (B, capacity), padded with -1, and `counts` (B), which may exceed the capacity."""
     keep = np.full((len(kept), capacity), -1, dtype=np.int64)
     for b, positions in enumerate(kept):
         keep[b, : len(positions)] = positions[:capacity]
@@ -341,14 +341,14 @@ def gather_tokens(x: np.ndarray, keep: np.ndarray, counts: np.ndarray, align_end
 
 
 def moves(keep: np.ndarray, count: int, end: int, align_end: bool) -> list[tuple[int, int]]:
-    """(source, destination) of one stream's moves; those outside the tensor are left to the caller to skip."""
+    """(source, destination) of one stream's moves; the caller skips those outside the tensor."""
     n = max(0, min(int(count), len(keep)))
     start = end - n if align_end else 0
     return [(int(keep[i]), start + i) for i in range(n)]
 
 
 def compact_kv(cache: np.ndarray, keep: np.ndarray, counts: np.ndarray, align_end: bool) -> tuple:
-    """cache (B, Hk, L, bytes), keep (B, K) or (B, Hk, K) -> (what it holds after, which slots are specified)."""
+    """cache (B, Hk, L, bytes), keep (B, K) or (B, Hk, K) -> (contents after the call, mask of specified slots)."""
     batch, heads, length, _ = cache.shape
     after, told = cache.copy(), np.zeros((batch, heads, length), dtype=bool)
     for b in range(batch):
@@ -371,10 +371,10 @@ def compact_paged_kv(
     seq_lens: np.ndarray | None,
     align_end: bool,
 ) -> tuple:
-    """cache (blocks, slots, Hk, bytes) -> (what it holds after, which slots are specified).
+    """cache (blocks, slots, Hk, bytes) -> (contents after the call, mask of specified slots).
 
-    Unspecified are only positions of a listed block from which the survivors have gone: past `counts`, or before the
-    aligned end. Blocks that no sequence lists, and positions past an aligned end, stay as they are.
+    Only the vacated positions of listed blocks are unspecified: past `counts`, or before the aligned end. Blocks that
+    no sequence lists, and positions past an aligned end, are unchanged.
     """
     blocks, slots, heads, _ = cache.shape
     batch, max_blocks = block_table.shape

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One ordinary call of each op: the start for refusals, opcheck and gradients, which change one thing at a time."""
+"""Sample call of each op, the base of the tests of argument checks, opcheck and gradients."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The public contract: every op's schema, as its page in docs/ops holds it.
+"""The public contract: every op's schema, read from its page in docs/ops.
 
 A change of a page may add a keyword with a default; a new page adds an op.
 """
@@ -13,13 +13,13 @@ PAGES = Path(__file__).parents[2] / "docs" / "ops"
 
 
 def _schema(op: str) -> str:
-    """The block under "Schema" of an op's page, in one line."""
+    """The block under "Schema" of an op's page, on one line."""
     (block,) = re.findall(
         r"^## Schema\n\n```text\n(.*?)```", (PAGES / f"{op}.md").read_text(), re.DOTALL | re.MULTILINE
     )
     return " ".join(block.split())
 
 
-# In the order of the table on the first page, which is that of the stages.
+# In the order of the table of docs/ops/index.md, which is that of the stages.
 OPS = tuple(re.findall(r"\]\((\w+)\.md\)", (PAGES / "index.md").read_text()))
 SCHEMAS = {op: _schema(op) for op in OPS}

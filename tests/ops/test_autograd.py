@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients; for the ops without one a clear error, and only where one is asked for.
+"""Gradients, and errors in backward for the ops without one.
 
-Those of test_gather.py are there."""
+gather_tokens' gradient is tested in test_gather.py."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_spatial_merge(backend, dtype, with_sizes, options):
 
 
 def test_spatial_merge_finite_differences(backend):
-    """Steps too small to change a decision: the op is linear there, so large steps are as good as small ones."""
+    """Finite differences: with a fixed assignment the op is linear, so the step size does not matter."""
     x = pictures(1, [4, 6], [2, 2], 6, device=backend.device).requires_grad_()
     weights = normal((1, 25, 6), 5, device=backend.device)
 
@@ -65,7 +65,7 @@ def test_spatial_merge_finite_differences(backend):
 
 
 def test_spatial_merge_strided_gradients(backend):
-    """x as a view, and an expanded gradient coming in."""
+    """x as a view, and an expanded incoming gradient."""
     x = in_buffer(pictures(2, [4, 6], [2, 2], 8, device=backend.device)).requires_grad_()
     backend.spatial_merge(x, [4, 6], [2, 2]).tokens.sum().backward()
     torch.testing.assert_close(
@@ -74,8 +74,8 @@ def test_spatial_merge_strided_gradients(backend):
 
 
 @pytest.mark.parametrize("op", WITHOUT_GRADIENT)
-def test_no_gradient_says_so(backend, op):
-    """The forward works on tensors that require a gradient; asking for it names the op."""
+def test_backward_without_gradient_raises(backend, op):
+    """The forward accepts tensors that require a gradient; the backward raises an error that names the op."""
     given = sample(op, backend.device)
     plain = getattr(backend, op)(**given)
     given["q"].requires_grad_()
@@ -84,13 +84,13 @@ def test_no_gradient_says_so(backend, op):
         torch.testing.assert_close(a, b.detach(), rtol=0, atol=0)
     floats = [t for t in (result if isinstance(result, tuple) else (result,)) if t.is_floating_point()]
     for t in floats:
-        assert t.requires_grad, "a result that silently has no gradient hides the mistake"
+        assert t.requires_grad, "a result without requires_grad would hide the mistake"
         with pytest.raises(RuntimeError, match=f"mustdrop::{op} has no gradient"):
             t.sum().backward()
 
 
 @pytest.mark.parametrize("op", ["select_dual", "select_topk"])
-def test_selections_are_whole_numbers(backend, op):
+def test_selections_are_integers(backend, op):
     given = sample(op, backend.device)
     for name in ("total", "peak", "scores"):
         if name in given:
@@ -115,7 +115,7 @@ def test_compaction_refuses_tensors_that_require_grad(backend, op, which):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_gradients(backend, op, mode):
-    """Under no_grad and inference_mode every op runs, on inference tensors and on parameters."""
+    """Every op runs under no_grad and inference_mode, on inference tensors and on parameters."""
     given = sample(op, backend.device)
     if op.endswith("_"):
         with mode():
@@ -132,7 +132,7 @@ def test_without_gradients(backend, op, mode):
 
 
 def test_gradient_through_the_dispatcher(device):
-    """torch.ops itself differentiates, too."""
+    """torch.ops is differentiable as well."""
     x = normal((1, 5, 4), 1, device=device).requires_grad_()
     tokens, _, _, _ = torch.ops.mustdrop.spatial_merge(x, [2, 2], [2, 2], -1.0)
     tokens.sum().backward()

@@ -50,12 +50,12 @@ def test_large(backend, dtype):
 
 @pytest.mark.parametrize("prefix", [0, 1, 5, 20, 25])
 def test_prefix(backend, prefix):
-    """The prefix stays in the denominator and is zero in the result, even where it is all there is."""
+    """The prefix is part of the denominator and zero in the result, even without other tokens."""
     check(backend, *inputs(device=backend.device), num_prefix_tokens=prefix)
 
 
 def test_counts(backend):
-    """Columns past `counts` do not exist: clamped to [0, S], and what stands there is not read into the result."""
+    """`counts` is clamped to [0, S]; columns past it do not affect the result."""
     q, k, scale = inputs(6, 2, 20, 8, device=backend.device)
     counts = torch.tensor([0, 1, 7, 20, 99, -3], dtype=torch.int32, device=backend.device)
     for b, n in enumerate([0, 1, 7, 20, 20, 0]):
@@ -78,7 +78,7 @@ def test_views(backend, dtype, order):
 
 
 def test_views_of_one_projection(backend):
-    """q and k as a vision tower has them: slices of one packed [B, S, 3, H, D] projection, and an expanded batch."""
+    """q and k as slices of one packed [B, S, 3, H, D] projection, as in a vision tower, and an expanded batch."""
     qkv = normal((2, 17, 3, 4, 8), 1, device=backend.device)
     check(backend, qkv[:, 0, 0], qkv[:, :, 1].transpose(1, 2), 0.4)
     check(backend, qkv[:1, 0, 0].expand(3, -1, -1), qkv[:1, :, 1].transpose(1, 2).expand(3, -1, -1, -1), 0.4)
@@ -113,7 +113,7 @@ def test_nan_stays_in_its_row(backend):
 
 
 def test_minus_infinity(backend):
-    """A column at -inf gets nothing; the others share its part."""
+    """A column at -inf gets zero; the others sum to one."""
     q, k, scale = inputs(2, 2, 12, 4, device=backend.device)
     q[..., 0] = 1.0
     k[0, :, 5, 0] = -math.inf
@@ -134,7 +134,7 @@ def test_same_bits_every_run(backend, threads, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_key_set(backend, dtype):
-    """select_topk of it is the key set: prefix as text, patches as vision, the rest as padding."""
+    """select_topk of the result is the key set: prefix as text, patches as vision, the rest as padding."""
     q, k, scale = inputs(2, 4, 60, 16, dtype, backend.device)
     counts = torch.tensor([60, 41], dtype=torch.int32, device=backend.device)
     attention = backend.cls_attention(q, k, scale, counts=counts)

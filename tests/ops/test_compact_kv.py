@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compact_kv_: in place, all layers at once, nothing written outside the caches."""
+"""compact_kv_ against the oracle: in place, all layers in one call, no writes outside the caches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def counts_of(lead: Sequence[int], top: int, seed: int) -> Tensor:
 
 
 def verify(before: list, after: list, keeps: list, counts: list, align_end: bool) -> None:
-    """Every slot that the contract specifies, bit for bit."""
+    """Compare every specified slot bit for bit."""
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         keep = keeps[layer if len(keeps) > 1 else 0].cpu().numpy()
         count = counts[layer if len(counts) > 1 else 0].cpu().numpy()
@@ -135,7 +135,7 @@ def test_layers_differ(backend, align_end):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("axis", ["layer", "batch", "slot", "element"])
 def test_interleaved_keys_and_values(backend, axis, align_end):
-    """K and V halves of one buffer are disjoint views of it: legal, and neither disturbs the other."""
+    """K and V as disjoint interleaved views of one buffer."""
     batch, heads, length, dim, device = 2, 3, 20, 8, backend.device
     if axis == "layer":
         pool = random_bits((2, 3, batch, heads, length, dim), 1, torch.bfloat16, device)
@@ -160,7 +160,7 @@ def test_keep_views(backend, align_end):
     counts = counts_of((2,), 9, 1).to(backend.device)
     keep = ascending((2,), 20, 12, counts.cpu(), 1).to(backend.device)
     check(backend, keys, values, [in_buffer(keep)], [counts.repeat_interleave(2)[::2]], align_end)
-    one = keep[:1].expand(2, -1)  # every sequence keeps the same
+    one = keep[:1].expand(2, -1)  # the same set for every sequence
     check(backend, keys, values, [one], [counts[:1].expand(2)], align_end)
     per_head = keep[:, None].expand(-1, 3, -1)
     check(backend, keys, values, [per_head], [counts[:, None].expand(-1, 3)], align_end)
@@ -199,7 +199,7 @@ def test_patterns(backend, pattern, align_end):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("counts", [[99, -4], [2**31 - 1, -(2**31)], [6, 0]], ids=str)
 def test_counts_out_of_range(backend, counts, align_end):
-    """What is used is max(0, min(counts, capacity))."""
+    """counts is clamped to [0, capacity]."""
     keys, values = caches(2, (2, 2, 20, 8), torch.float32, backend.device)
     keep = ascending((2,), 20, 6, torch.tensor(counts), 1)
     numbers = torch.tensor(counts, dtype=torch.int32, device=backend.device)
@@ -209,7 +209,7 @@ def test_counts_out_of_range(backend, counts, align_end):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("bad", [20, 2**62, -1])
 def test_moves_from_outside_are_skipped(backend, bad, align_end):
-    """An index that is not in the sequence moves nothing; the moves before it are done."""
+    """An index outside the sequence is skipped; the moves before it are made."""
     keys, values = caches(2, (1, 2, 20, 8), torch.float32, backend.device)
     keep = torch.tensor([[1, 4, 5, 9, bad, bad]], device=backend.device)
     counts = torch.tensor([6], dtype=torch.int32, device=backend.device)
@@ -218,7 +218,7 @@ def test_moves_from_outside_are_skipped(backend, bad, align_end):
 
 @pytest.mark.parametrize("align_end", [False, True])
 def test_capacity_above_length(backend, align_end):
-    """More slots in `keep` than the cache has: nothing lands outside."""
+    """A `keep` longer than the cache: no writes outside."""
     keys, values = caches(2, (1, 2, 6, 8), torch.float32, backend.device)
     keep = torch.arange(12, device=backend.device)[None]
     for count in (5, 6, 9, 12):
@@ -231,7 +231,7 @@ def test_capacity_above_length(backend, align_end):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("seed", range(5))
 def test_garbage_on_the_device(backend, seed, align_end):
-    """Indices of any value in any order, any counts: what ends up inside is unspecified, outside nothing changes."""
+    """Any indices in any order, any counts: the contents are unspecified, nothing outside changes."""
     keys, values = caches(2, (2, 3, 20, 8), torch.bfloat16, backend.device, order=(0, 2, 1, 3))
     keep = torch.randint(-(2**62), 2**62, (2, 30), generator=generator(seed))
     keep[:, ::2] = torch.randint(-30, 50, (2, 15), generator=generator(seed + 50))
@@ -245,7 +245,7 @@ def test_garbage_on_the_device(backend, seed, align_end):
 
 
 def test_only_listed_sequences_change(backend):
-    """A count of zero moves nothing in its sequence, and a neighbour's moves do not reach into it."""
+    """A sequence with a count of zero is unchanged by the moves of its neighbors."""
     keys, values = caches(1, (3, 2, 20, 8), torch.float32, backend.device)
     counts = torch.tensor([4, 0, 4], dtype=torch.int32)
     keep = ascending((3,), 20, 4, counts, 1).to(backend.device)
@@ -264,7 +264,7 @@ def test_empty(backend, shape):
 
 
 def test_many_layers(backend):
-    """As many layers as models have, each with its own numbering."""
+    """As many layers as models have, each with its own keep set."""
     layers, device = 48, backend.device
     keys, values = caches(layers, (1, 2, 30, 8), torch.bfloat16, device)
     counts = [counts_of((1,), 5 + i % 20, i).to(device) for i in range(layers)]
@@ -285,7 +285,7 @@ def test_large(backend, order, align_end):
 
 
 def test_align_end_is_left_padding(backend):
-    """The survivors end at the last slot: what a left-padded batch needs."""
+    """The kept tokens end at the last slot, as a left-padded batch requires."""
     cache = torch.arange(6, dtype=torch.float32, device=backend.device).reshape(1, 1, 6, 1)
     keys, values = [cache.clone()], [cache.clone() + 100]
     keep = torch.tensor([[0, 2, 5]], device=backend.device)

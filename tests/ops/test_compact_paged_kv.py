@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compact_paged_kv_: in place in an engine's pool, in any layout, never outside the blocks that the table names."""
+"""compact_paged_kv_ against the oracle: in place, in any layout, no writes outside the listed blocks."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def cache(shape, dtype, device, seed, layout="NHD") -> Tensor:
 def pool(
     lengths, slots=4, heads=2, dims=(8, 8), layers=2, dtype=torch.float16, device="cpu", layout="NHD", spare=3, seed=0
 ) -> Pool:
-    """Shuffled blocks, some that nobody lists; the table's unused tail holds rubbish out of range."""
+    """Shuffled blocks, some of them unlisted; the unused tail of the table holds out-of-range values."""
     needed = [-(-n // slots) for n in lengths]
     blocks = sum(needed) + spare
     order = torch.randperm(blocks, generator=generator(seed))
@@ -75,11 +75,11 @@ def check(backend, p: Pool, keeps: list, counts: list, align_end: bool = False) 
         keep = keeps[layer if len(keeps) > 1 else 0].cpu().numpy()
         count = counts[layer if len(counts) > 1 else 0].cpu().numpy()
         want, told = oracle.compact_paged_kv(old, p.table.cpu().numpy(), keep, count, lengths, align_end)
-        assert (as_bytes(new) == want)[told].all(), f"layer {layer}: specified slots, or blocks that no table names"
+        assert (as_bytes(new) == want)[told].all(), f"layer {layer}: specified slots, or unlisted blocks"
 
 
 def chosen(p: Pool, lead, share: float, seed: int, capacity: int | None = None) -> tuple[Tensor, Tensor]:
-    """A set for each sequence (or head) within the sequence's length."""
+    """A keep set for each sequence (or head) within the sequence's length."""
     lengths = p.seq_lens.cpu().tolist()
     width = max(lengths, default=0) if capacity is None else capacity
     keep = torch.full((*lead, width), -1, dtype=torch.int64)
@@ -121,7 +121,7 @@ def test_mixed_layouts(backend, dim, align_end):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("axis", ["block", "slot", "head", "element"])
 def test_interleaved_keys_and_values(backend, axis, align_end):
-    """[blocks, 2, ...], [.., 2, D] and the like: K and V as views of one buffer."""
+    """K and V as views of one buffer: [blocks, 2, ...], [..., 2, D] and similar."""
     p = pool([21, 9], 4, device=backend.device)
     n, device, dtype = p.blocks, backend.device, torch.bfloat16
     if axis == "block":
@@ -181,7 +181,7 @@ def test_one_block_at_a_time_is_dense(backend):
 
 @pytest.mark.parametrize("slots", [1, 4, 16])
 def test_aligned_end_frees_leading_blocks(backend, slots):
-    """With `drop_multiple` = slots the leading blocks are free, and a read of the shifted table finds the survivors."""
+    """With `drop_multiple` = slots the leading blocks are free, and the shifted table addresses the kept tokens."""
     lengths = [48, 33, 64]
     p = pool(lengths, slots, device=backend.device)
     types = torch.zeros(3, 64, dtype=torch.uint8)
@@ -205,8 +205,8 @@ def test_aligned_end_frees_leading_blocks(backend, slots):
 
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("bad_block", [-1, 10**6, -(2**31), 2**31 - 1])
-def test_blocks_that_are_not_there(backend, bad_block, align_end):
-    """A move from or to such a block is skipped, the others are done."""
+def test_nonexistent_blocks(backend, bad_block, align_end):
+    """A move from or to such a block is skipped, the others are made."""
     p = pool([20, 9], 4, device=backend.device)
     keep = torch.tensor([[1, 5, 8, 9, 13, 14, 19, -1, -1], [0, 1, 2, 3, 4, 5, 6, 7, 8]], device=backend.device)
     counts = torch.tensor([7, 9], dtype=torch.int32, device=backend.device)
@@ -226,7 +226,7 @@ def test_counts_out_of_range(backend, counts, align_end):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_garbage_on_the_device(backend, seed, align_end):
-    """Rubbish in every tensor that only the device knows: nothing outside the caches changes."""
+    """Arbitrary values in every device tensor: nothing outside the caches changes."""
     p = pool([20, 9], 4, device=backend.device, layout=["NHD", "HND", "transposed"][seed % 3])
     keep = torch.randint(-(2**62), 2**62, (2, 30), generator=generator(seed))
     keep[:, ::2] = torch.randint(-30, 50, (2, 15), generator=generator(seed + 50))
@@ -245,7 +245,7 @@ def test_garbage_on_the_device(backend, seed, align_end):
 
 
 def test_seq_lens_without_align_end_changes_nothing(backend):
-    """seq_lens says where the end is; without align_end nobody asks."""
+    """seq_lens is unused without align_end."""
     results = []
     for given in (False, True):
         p = pool([20, 9], 4, device=backend.device)
@@ -302,7 +302,7 @@ def test_same_bits_every_run(backend, threads, align_end):
 
 
 def test_slot_pool(backend):
-    """A pool of single slots with the request's slots in a table: SGLang's way, as a view of [slots, Hk, D]."""
+    """A pool of single slots, as in SGLang, as a view of [slots, Hk, D]."""
     slots = random_bits((40, 2, 8), 1, torch.bfloat16, backend.device)
     table = torch.randperm(40, generator=generator(1))[:30].reshape(2, 15).int().to(backend.device)
     keys, values = [slots.clone()], [slots.clone()]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""torch.compile(fullgraph=True) with dynamic shapes: one graph serves all sizes, and computes what eager does."""
+"""torch.compile(fullgraph=True) with dynamic shapes: one graph for all sizes, with the results of eager mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .test_text_vision_packed import packed, paged
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler():
-    """Without duck shapes: two sizes that happen to be equal in the first call need not be so in the second."""
+    """Disable duck shapes: sizes that are equal in the first call may differ in the second."""
     torch._dynamo.reset()
     with torch.fx.experimental._config.patch(use_duck_shape=False):
         yield
@@ -29,7 +29,7 @@ def _fresh_compiler():
 
 
 def one_graph(function: Callable, calls: list[tuple], exact: bool = True) -> None:
-    """Every call gives eager's bits, and what the first call compiled serves them all."""
+    """Check that every call matches eager mode and that only the first one compiles."""
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=counter)
     compiled(*calls[0])
@@ -42,7 +42,7 @@ def one_graph(function: Callable, calls: list[tuple], exact: bool = True) -> Non
                 assert same_bits(a, b)
             else:
                 torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-6)
-    assert counter.frame_count == after_first, "another size was compiled again"
+    assert counter.frame_count == after_first, "recompiled for another size"
 
 
 def flat(result: Any) -> list[torch.Tensor]:
@@ -63,7 +63,7 @@ def test_spatial_merge(device, options):
 
 
 def test_spatial_merge_budget(device):
-    """The budget is a size too: the result's length is P + N - r (n - 1)."""
+    """The result's length depends on the budget: P + N - r (n - 1)."""
 
     def merge(x, height, width, budget, sizes):
         return mk.spatial_merge(x, [height, width], [2, 2], budget=budget, sizes=sizes)
@@ -185,7 +185,7 @@ def test_compact_paged(device):
     for blocks, slots, heads, d in ((8, 2, 2, 8), (12, 3, 4, 16), (20, 4, 3, 24)):
         table = torch.arange(2 * (blocks // 2), dtype=torch.int32, device=device).view(2, -1)
         length = slots * (blocks // 2)
-        # What is gone is unspecified: keep everything, so that all of the pool is comparable.
+        # Dropped slots are unspecified: keep everything, so that the whole pool is comparable.
         keep = torch.arange(length, device=device).expand(2, -1).contiguous()
         counts = torch.full((2,), length, dtype=torch.int32, device=device)
         caches = [
@@ -196,7 +196,7 @@ def test_compact_paged(device):
 
 
 def pipeline(q, k, types, hidden, cache, budget, capacity):
-    """A pruning layer: score, select, cut the hidden states, compact the cache."""
+    """A pruning layer: score, select, gather the hidden states, compact the cache."""
     chosen = mk.topk_attention_select(q, k, types, 0.25, budget, capacity=capacity)
     kept = mk.gather_tokens(hidden, chosen.keep, chosen.counts)
     cache = cache.clone()
@@ -220,7 +220,7 @@ def test_pipeline(device):
 
 
 def test_pipeline_inductor(device):
-    """The same through the default compiler, once."""
+    """The same with the default compiler, once."""
     compiled = torch.compile(pipeline, fullgraph=True, dynamic=True)
     for arguments in pipeline_calls(device)[:2]:
         for a, b in zip(flat(pipeline(*arguments)), flat(compiled(*arguments)), strict=True):
@@ -246,11 +246,11 @@ def test_gradient_in_a_graph(device):
         torch.testing.assert_close(weights[0].grad, weights[1].grad, rtol=1e-5, atol=1e-5)
         counts.append(counter.frame_count)
     assert counts[0] > 0
-    assert len(set(counts)) == 1, "another size was compiled again"
+    assert len(set(counts)) == 1, "recompiled for another size"
 
 
 def test_choice_of_a_backend_is_traced(device, monkeypatch):
-    """`backend=` and `use_backend` hold for compiled functions, also where another choice was compiled before."""
+    """`backend=` and `use_backend` apply to compiled functions, also after compilation with another choice."""
 
     def sevens(q, k, token_types, scale, *, lse=None):
         return token_types.float() * 0 + 7, token_types.float() * 0 + 7

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""dual_attention_select and topk_attention_select: scores as the scoring op's, decisions as the oracle's."""
+"""dual_attention_select and topk_attention_select: scores of the scoring op, decisions of the oracle."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .tolerance import assert_probabilities
 
 
 def clear_budget(total: np.ndarray, types: np.ndarray, wanted: int, protected=None, drop_multiple: int = 1) -> int:
-    """The budget nearest to the one wanted that no close pair decides, in any sequence, also after drop_multiple."""
+    """The budget nearest to ``wanted`` whose cut has a margin in every sequence, also after drop_multiple."""
 
     def clear(budget: int) -> bool:
         for b in range(len(total)):
@@ -171,7 +171,7 @@ def test_budgets(backend, budgets):
     ids=str,
 )
 def test_token_types(backend, types):
-    """No vision, no vote, nothing at all: what is kept and what the scores are stays defined."""
+    """Sequences without vision tokens, without query rows, or empty: results stay defined."""
     case = attention(1, (4, 2), None, 6, 8, device=backend.device, types=[types])
     got = backend.dual_attention_select(*case.arguments, 0.1, 0.1)
     total, peak = case.oracle_scores()
@@ -180,8 +180,8 @@ def test_token_types(backend, types):
     check_topk(backend, case, 2)
 
 
-def test_without_votes(backend):
-    """Scores are all zero, so no total is below 0 = threshold * sum: the dual rule keeps all, top-k the first."""
+def test_without_query_rows(backend):
+    """All scores are zero, so no total is below 0 = threshold * sum: the dual rule keeps all, top-k the first."""
     types = [[TEXT, VISION, VISION, VISION, TEXT]]
     case = attention(1, (4, 2), None, 5, 8, device=backend.device, types=types)
     assert backend.dual_attention_select(*case.arguments, 0.5, 0.5).keep.tolist() == [[0, 1, 2, 3, 4]]

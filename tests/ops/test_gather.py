@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""gather_tokens: bits move, whatever they mean."""
+"""gather_tokens against the oracle, bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from .sample_calls import sample
 def sets(
     batch: int, length: int, capacity: int, counts: list[int], seed: int = 0, device="cpu"
 ) -> tuple[Tensor, Tensor]:
-    """Ascending positions, -1 past the counts (which may be out of range themselves)."""
+    """Ascending positions, -1 past the counts (which may be out of range)."""
     keep = torch.full((batch, capacity), -1, dtype=torch.int64)
     for b, count in enumerate(counts):
         n = max(0, min(count, capacity, length))
@@ -39,7 +39,7 @@ def sets(
 
 
 def rows(x: Tensor) -> np.ndarray:
-    """(B, L, ...) as the bytes of each token, (B, L, bytes)."""
+    """(B, L, ...) -> (B, L, bytes)."""
     return as_bytes(x.reshape(*x.shape[:2], math.prod(x.shape[2:])))
 
 
@@ -85,7 +85,7 @@ def test_large(backend, dtype):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("counts", [[9, 99, -5, 6], [2**31 - 1, -(2**31), 0, 7]], ids=str)
 def test_counts_out_of_range(backend, counts, align_end):
-    """What is used is max(0, min(counts, capacity))."""
+    """counts is clamped to [0, capacity]."""
     x = random_bits((4, 20, 8), 1, torch.float32, backend.device)
     keep, lengths = sets(4, 20, 6, counts, device=backend.device)
     check(backend, x, keep, lengths, align_end)
@@ -103,7 +103,7 @@ def test_indices_out_of_range_give_zeros(backend, bad, align_end):
 
 
 def test_any_order_and_repeats(backend):
-    """The set need not ascend: a token can be taken twice, or before an earlier one."""
+    """Indices may repeat and need not ascend."""
     x = random_bits((1, 5, 3), 1, torch.float32, backend.device)
     keep = torch.tensor([[4, 0, 4, 4, 2, 1, 0]], device=backend.device)
     check(backend, x, keep, torch.tensor([7], dtype=torch.int32, device=backend.device))
@@ -141,7 +141,7 @@ def test_views(backend, dtype, align_end):
 
 @pytest.mark.parametrize("align_end", [False, True])
 def test_position_ids_and_masks(backend, align_end):
-    """Tensors of two axes, as views: expanded position ids, a slice of a mask."""
+    """2-D tensors as views: expanded position ids, a slice of a mask."""
     keep, counts = sets(3, 20, 9, [9, 4, 0], device=backend.device)
     positions = torch.arange(20, device=backend.device).expand(3, -1)
     got = check(backend, positions, keep, counts, align_end)
@@ -149,7 +149,7 @@ def test_position_ids_and_masks(backend, align_end):
         assert got[0].tolist() == keep[0].tolist()
     check(backend, in_buffer(positions), keep, counts, align_end)
     check(backend, torch.ones(3, 30, dtype=torch.bool, device=backend.device)[:, 5:25], keep, counts, align_end)
-    # The axis that is gathered over may have any stride: nothing is contiguous along it.
+    # The gathered axis may have any stride.
     check(backend, torch.arange(120, device=backend.device).view(3, 40)[:, ::2], keep, counts, align_end)
     check(backend, torch.arange(60, device=backend.device).view(20, 3).t(), keep, counts, align_end)
 
@@ -175,7 +175,7 @@ def test_empty(backend, shape, capacity):
 
 
 def test_after_select(backend):
-    """keep and counts as a selection hands them over, with a capacity below the number of tokens kept."""
+    """keep and counts as returned by a selection, with a capacity below the number of tokens kept."""
     types = torch.full((2, 12), 2, dtype=torch.uint8, device=backend.device)
     scores = torch.randn(2, 12, generator=generator(1)).to(backend.device)
     x = random_bits((2, 12, 4), 3, torch.float16, backend.device)
@@ -207,7 +207,7 @@ def test_negative_zero_and_nan_payload(backend):
 @pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=dtype_id)
 def test_gradient(backend, dtype, align_end):
-    """Gradients go back to where the rows came from; a row taken twice gets the sum, one out of range nothing."""
+    """Gradients are scattered to the source rows; repeated rows get the sum, out-of-range ones zero."""
     x = normal((3, 10, 6), 1, dtype, backend.device).requires_grad_()
     keep = torch.tensor([[0, 3, 3, 9], [2, 50, -1, 5], [7, 8, 9, 1]], device=backend.device)
     counts = torch.tensor([4, 3, -1], dtype=torch.int32, device=backend.device)
@@ -228,7 +228,7 @@ def test_gradient(backend, dtype, align_end):
 
 @pytest.mark.parametrize("align_end", [False, True])
 def test_gradcheck(backend, align_end):
-    """In float64, against finite differences of the op itself."""
+    """In float64, against finite differences."""
     x = torch.randn(2, 6, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(backend.device)
     keep = torch.tensor([[1, 1, 5], [0, 4, -1]], device=backend.device)
     counts = torch.tensor([3, 2], dtype=torch.int32, device=backend.device)
@@ -248,8 +248,8 @@ def test_empty_gradients(backend, shape, capacity):
         assert float(x.grad.sum()) == capacity * math.prod((shape[0], *shape[2:]))
 
 
-def test_whole_numbers_have_no_gradient(backend):
-    """Nothing to differentiate, nothing in the way."""
+def test_integers_have_no_gradient(backend):
+    """Integer inputs give results that require no gradient."""
     given = sample("gather_tokens", backend.device)
     given["x"] = given["x"].long()
     assert not backend.gather_tokens(**given).requires_grad

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the published code computes (tests/golden/README.md): merge, key set, dual attention filter."""
+"""Agreement with the published code (tests/golden/README.md): merge, key set, dual attention filter."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ def test_merge(backend, case):
     assert got.assignment.tolist() == data("source_row").tolist()
     np.testing.assert_array_equal(f64(got.sizes)[:, :length], f64(data("size"))[..., 0])
     np.testing.assert_allclose(f64(got.tokens)[:, :length], f64(data("merged")), rtol=1e-5, atol=1e-6)
-    # Merged windows in their order: the row after the prefix that their bottom-right token went to.
+    # Merged windows in output order: the row after the prefix that their bottom-right token is assigned to.
     for b in range(case["B"]):
         rows = got.assignment[b].cpu()[1 + data("dst_idx")[b].long()]
         assert rows.tolist() == list(range(1, 1 + case["r"]))
-    # The same windows with the number given instead of the threshold.
+    # The same windows with a budget instead of the threshold.
     fixed = backend.spatial_merge(data("x").to(backend.device), grid, window, budget=case["r"], merged_first=True)
     assert fixed.assignment.tolist() == data("source_row").tolist()
     assert fixed.tokens.shape[1] == length
@@ -70,7 +70,7 @@ def test_key_set(backend, case):
     assert counts.tolist() == [1 + case["k"]] * case["B"]
     for b in range(case["B"]):
         assert keep[b, 1 : 1 + case["k"]].tolist() == sorted(1 + i for i in data("key_set")[b].tolist())
-    # Falling score: the key set is what the budgets 1, 2, 3, ... add.
+    # Descending score: the key set is the sequence of tokens that the budgets 1, 2, 3, ... add.
     for rank in (1, 2, case["k"] // 2):
         few = backend.select_topk(attention, types.to(backend.device), rank)
         assert few.keep[0, 1 : 1 + rank].tolist() == sorted(1 + i for i in data("key_set")[0, :rank].tolist())

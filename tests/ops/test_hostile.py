@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of hostile input on every backend; and overlap itself, against the addresses of all bytes."""
+"""Every row of hostile.py on every backend, and the overlap test against the addresses of all bytes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def views(draw):
 
 
 def addresses(view) -> np.ndarray:
-    """Of every byte of every element."""
+    """Addresses of every byte of every element."""
     shape, strides, offset, element = view
     places = np.array(offset)
     for n, s in zip(shape, strides, strict=True):
@@ -64,7 +64,7 @@ def test_overlap_is_exact(first, second):
 @settings(max_examples=150)
 @given(st.data())
 def test_overlap_in_the_operator(backend, data):
-    """Two 4-D views of one buffer: refused exactly where a byte is shared, in every backend alike."""
+    """Two 4-D views of one buffer raise an error if and only if they share a byte, on every backend."""
     if backend.device != "cpu":
         pytest.skip("the same check of addresses")
     shape = [data.draw(st.integers(1, 3)) for _ in range(3)]
@@ -89,7 +89,7 @@ def test_overlap_in_the_operator(backend, data):
 
 @pytest.mark.parametrize("layers", [1, 40])
 def test_layers_between_each_other(layers):
-    """All layers, keys and values in one buffer, block by block: each lies between the others, and none overlaps."""
+    """Keys and values of all layers interleaved in one buffer block by block: no overlap."""
     buffer = torch.zeros(6, layers, 2, 4, 2, 8)
     keys, values = ([buffer[:, i, part] for i in range(layers)] for part in (0, 1))
     table, keep = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int64)

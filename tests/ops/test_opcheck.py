@@ -32,7 +32,7 @@ def test_opcheck(op, device, dtype):
 
 @pytest.mark.parametrize("op", OPS)
 def test_opcheck_without_options(op, device):
-    """With the defaults of every keyword; and merging with a budget, whose output has another shape."""
+    """With default keywords; and merging with a budget, whose output has another shape."""
     given = sample(op, device)
     required = [a.name for a in torch._C.parse_schema(SCHEMAS[op]).arguments if not a.kwarg_only]
     check(op, {name: given[name] for name in required if name in given})
@@ -50,7 +50,7 @@ def test_opcheck_with_gradient(op, device):
 
 @pytest.mark.parametrize("op", ["compact_kv_", "compact_paged_kv_"])
 def test_in_place_ops_bump_versions(op, device):
-    """Autograd and functionalization see that keys and values changed, and that nothing else did."""
+    """In-place ops bump the version counters of keys and values, and of no other tensor."""
     given = sample(op, device)
     before = [t._version for t in tensors_in(given)]
     getattr(torch.ops.mustdrop, op)(**given)
@@ -61,7 +61,7 @@ def test_in_place_ops_bump_versions(op, device):
 
 @pytest.mark.parametrize("op", [op for op in OPS if not op.endswith("_")])
 def test_fake_agrees_with_real(op, device):
-    """Shape, dtype, device and strides of what comes out, without running."""
+    """Fakes give the shape, dtype, device and strides of the real results."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     given = sample(op, device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bad arguments: refused before any work, with a RuntimeError that names the op and the argument; nothing is changed.
+"""Invalid arguments raise a RuntimeError that names the op and the argument, before any work.
 
-A table: for each op, each argument, each way of being wrong. Every backend raises the message of the reference backend,
-word for word, and so do the fakes, which torch.compile calls.
+A table lists the invalid values of each argument of each op. Every backend raises the same message as the reference
+backend, and so do the fakes, which torch.compile calls.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ INT, DOUBLE, HALF = cast(torch.int64), cast(torch.float64), cast(torch.float16)
 
 
 def dtypes_but(*served: torch.dtype) -> dict[str, Change]:
-    """A row for each other dtype that torch's stable ABI knows."""
+    """A row for each other dtype of torch's stable ABI."""
     floats = [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e5m2, torch.float8_e4m3fn]
     floats += [torch.float8_e5m2fnuz, torch.float8_e4m3fnuz]
     integers = [torch.int8, torch.int16, torch.int32, torch.int64]
@@ -69,7 +69,7 @@ def dtypes_but(*served: torch.dtype) -> dict[str, Change]:
     return {str(dtype).removeprefix("torch."): cast(dtype) for dtype in every if dtype not in served}
 
 
-# op -> argument -> {what is wrong: the changed argument}; a tuple changes other arguments too, by name.
+# op -> argument -> {description: the changed argument}; a tuple changes other arguments too, by name.
 QUERY = {
     "rank 3": shape(2, 4, 8),
     "rank 5": shape(2, 4, 12, 8, 1),
@@ -311,11 +311,11 @@ TABLE: dict[str, dict[str, dict[str, Change]]] = {
     },
 }
 
-# An op whose rows are not above has them in its own test file, as REFUSALS.
+# Other ops have their rows in their own test files, as REFUSALS.
 for op in set(OPS) - set(TABLE):
     TABLE[op] = importlib.import_module(f".test_{op}", __package__).REFUSALS
 
-# Arguments that are wrong together: the changes, and the argument that is named.
+# Invalid combinations: the changes, and the argument that the error names.
 TOGETHER = [
     ("spatial_merge", "uniform", {"budget": 1, "uniform": True}),
     ("spatial_merge", "window", {"budget": 1, "window": [3, 3]}),
@@ -343,7 +343,7 @@ def broken_together(op: str, changes: dict[str, Any], device: str) -> dict[str, 
 
 
 def refusal(op: str, given: dict) -> str | None:
-    """The message of the reference backend, None where it accepts the call."""
+    """The message of the reference backend; None if it accepts the call."""
     try:
         getattr(mustdrop_kernels, op)(**given, backend="reference")
     except RuntimeError as error:
@@ -352,7 +352,7 @@ def refusal(op: str, given: dict) -> str | None:
 
 
 def expect_refusal(call: Callable, op: str, argument: str, given: dict, expected: str | None = None) -> None:
-    """``expected``: the reference backend's message, where it cannot be asked with the same tensors."""
+    """``expected``: the reference backend's message, if it cannot be called with the same tensors."""
     watch = Watch(*tensors_in(given)) if all(type(t) is torch.Tensor for t in tensors_in(given)) else None
     with pytest.raises(RuntimeError) as refused:
         call(**given)
@@ -360,13 +360,13 @@ def expect_refusal(call: Callable, op: str, argument: str, given: dict, expected
     assert message.startswith(f"mustdrop::{op}: {argument}"), message
     rest = message.removeprefix(f"mustdrop::{op}: {argument}")
     assert rest[0] in " [", f"must name {argument}: {message}"
-    assert len(rest) > 10, f"must say what is wrong: {message}"
+    assert len(rest) > 10, f"must describe the error: {message}"
     assert watch is None or watch.nothing_changed()
     assert message == (refusal(op, given) if expected is None else expected)
 
 
 def test_table_is_complete():
-    """Each op and each of its arguments that can be wrong; any float is a scale or a threshold, any bool a flag."""
+    """The table covers every argument of every op except floats and bools, which accept any value."""
     assert set(TABLE) == set(OPS)
     for op in OPS:
         arguments = getattr(torch.ops.mustdrop, op).default._schema.arguments
@@ -391,7 +391,7 @@ def test_refused_together(backend, op, argument, changes):
 
 @pytest.mark.parametrize("op", OPS)
 def test_the_same_argument_is_refused_first(backend, op):
-    """Two wrong arguments at once, every pair of rows: the reference backend's order of checks is everyone's."""
+    """Two invalid arguments at once, every pair of rows: all backends check in the reference backend's order."""
     rows = [(argument, wrong) for argument, ways in TABLE[op].items() for wrong in ways]
     for (first_name, first_wrong), (second_name, second_wrong) in itertools.combinations(rows, 2):
         if first_name == second_name:
@@ -399,7 +399,7 @@ def test_the_same_argument_is_refused_first(backend, op):
         given = broken(op, first_name, first_wrong, backend.device)
         given[second_name] = TABLE[op][second_name][second_wrong](given.get(second_name))
         expected = refusal(op, given)
-        if expected is None:  # two changes that agree with each other
+        if expected is None:  # two changes that are consistent with each other
             continue
         with pytest.raises(RuntimeError) as refused:
             getattr(backend, op)(**given)
@@ -408,7 +408,7 @@ def test_the_same_argument_is_refused_first(backend, op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_refused_on_fakes(op, device):
-    """The whole table on fake tensors, but for what only an address shows."""
+    """The whole table on fake tensors, except for errors that depend on addresses."""
     mode = FakeTensorMode()
 
     def fake(t: Any) -> Any:
@@ -455,7 +455,7 @@ def test_the_same_memory_as_key_and_value(backend):
 
 
 def test_positional_types_are_torchs_own_refusal(backend):
-    """What the schema's types exclude never reaches an op."""
+    """Arguments of types that the schema excludes never reach an op."""
     with pytest.raises((RuntimeError, TypeError)):
         torch.ops.mustdrop.select_topk("scores", None, 3)
     with pytest.raises((RuntimeError, TypeError)):

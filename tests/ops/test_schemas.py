@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The contract's signatures, and that the Python functions, the registry and the backends agree with them."""
+"""Agreement of the Python functions, the registry and the backends with the schemas of the contract."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_token_type_constants():
 
 @pytest.mark.parametrize("op", OPS)
 def test_python_function_has_the_schema_s_arguments(op):
-    """Same names, order and defaults, keyword-only where the schema says so, and one keyword more: backend."""
+    """Same names, order, defaults and keyword-only arguments as the schema, plus the keyword backend."""
     parameters = list(inspect.signature(getattr(mustdrop_kernels, op)).parameters.values())
     arguments = torch._C.parse_schema(SCHEMAS[op]).arguments
     assert [p.name for p in parameters] == [a.name for a in arguments] + ["backend"]
@@ -85,7 +85,7 @@ def test_python_function_names_its_results(op, device):
 
 @pytest.mark.parametrize("op", OPS)
 def test_backend_takes_the_schema_s_arguments(backend, op):
-    """A backend's implementation is called with the op's arguments by position, and keyword-only ones by name."""
+    """A backend's implementation takes the op's arguments by position, and keyword-only ones by name."""
     registered = backends.registered()[backend.name]
     if registered.why_not(op, backend.device) is not None:
         pytest.skip(registered.why_not(op, backend.device))
@@ -100,7 +100,7 @@ def test_backend_takes_the_schema_s_arguments(backend, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_every_backend_serves_or_says_why(op, device):
+def test_every_backend_serves_or_gives_a_reason(op, device):
     for name, registered in backends.registered().items():
         reason = registered.why_not(op, device)
         assert reason is None or (isinstance(reason, str) and reason.strip()), name

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""select_dual and select_topk: decisions equal the oracle's, position by position."""
+"""select_dual and select_topk: exact agreement with the oracle."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def values_for(batch: int, length: int, seed: int, dtype=torch.float32, device="
 
 
 def protect(types: Tensor, share: float, seed: int) -> Tensor:
-    """Some tokens of every kind: protecting padding or text must change nothing."""
+    """Random tokens of every type: protecting padding or text has no effect."""
     return (torch.rand(types.shape, generator=generator(seed)) < share).to(types.device)
 
 
@@ -134,7 +134,7 @@ def test_dual_published_thresholds(backend):
 
 
 def test_dual_comparisons_are_strict(backend):
-    """Equal to a threshold is kept. The sum is a power of two, so that the products are exact."""
+    """A value equal to its threshold is kept. The sum is a power of two, so that the products are exact."""
     types = types_tensor([[VISION] * 4 + [QUERY]], backend.device)
     total = torch.tensor([[0.25, 0.5, 0.125, 1.125, 0.0]], device=backend.device)
     peak = torch.tensor([[0.125, 0.0625, 0.25, 0.0625, 0.0]], device=backend.device)
@@ -158,7 +158,7 @@ def test_dual_thresholds_are_float32(backend):
 
 
 def test_dual_sum_runs_over_the_whole_row(backend):
-    """Also over what is no vision token."""
+    """The sum includes tokens other than vision."""
     types = types_tensor([[TEXT, VISION, VISION, QUERY, PADDING]], backend.device)
     peak = torch.zeros(1, 5, device=backend.device)
     total = torch.tensor([[8.0, 1.0, 2.0, 4.0, 1.0]], device=backend.device)  # 16 in all, 3 on vision tokens
@@ -179,7 +179,7 @@ def test_dual_all_equal(backend, thresholds, fill):
 
 
 def test_dual_nan_and_infinity(backend):
-    """A NaN in total makes the sum NaN and keeps the whole sequence; a NaN peak keeps its token alone."""
+    """A NaN in total makes the sum NaN and keeps the whole sequence; a NaN peak keeps only its token."""
     types = types_for(4, 30, backend.device)
     total, peak = values_for(4, 30, 1, device=backend.device), values_for(4, 30, 2, device=backend.device)
     total[0, 4] = math.nan
@@ -227,7 +227,7 @@ def test_drop_multiple(backend, op, drop_multiple):
 
 @pytest.mark.parametrize("op", ["dual", "topk"])
 def test_drop_multiple_ties_and_nan(backend, op):
-    """The spared are the best of the dropped: ties to the lower index, NaN last."""
+    """The tokens kept for the multiple are the best of the dropped: ties to the lower index, NaN last."""
     types = types_tensor([[VISION] * 12 + [QUERY]] * 3, backend.device)
     total = torch.zeros(3, 13, device=backend.device)
     total[1, :6] = -1.0
@@ -248,7 +248,7 @@ def test_drop_multiple_ties_and_nan(backend, op):
 @pytest.mark.parametrize("capacity", [0, 1, 7, 30, 65, 80])
 @pytest.mark.parametrize("op", ["dual", "topk"])
 def test_capacity(backend, op, capacity):
-    """counts stays the true number, keep holds the first of them."""
+    """counts may exceed the capacity; keep holds the first tokens."""
     total, peak, types, thresholds = dual_case(3, 65, device=backend.device)
     if op == "dual":
         check_dual(backend, total, peak, types, thresholds, capacity=capacity)
@@ -293,7 +293,7 @@ def test_topk_all_equal(backend, fill, dtype, length):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_topk_order_of_special_values(backend, dtype):
-    """inf, normal, subnormal, the two zeros as one, negative, -inf, NaN."""
+    """inf, normal, subnormal, equal zeros of both signs, negative, -inf, NaN."""
     tiny = torch.finfo(dtype).tiny / 4
     order = [math.inf, 2.0, 1.0, tiny, 0.0, -0.0, 0.0, -tiny, -1.0, -2.0, -math.inf, math.nan, -math.nan]
     n = len(order)
@@ -307,7 +307,7 @@ def test_topk_order_of_special_values(backend, dtype):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_topk_many_ties(backend, dtype):
-    """Few distinct values, so that every budget cuts through a tie."""
+    """Few distinct values, so that every budget splits a tie."""
     types = types_for(2, 300, backend.device)
     scores = torch.randint(0, 4, (2, 300), generator=generator(5)).to(dtype).to(backend.device)
     for k in (1, 50, 100, 137, 200):
@@ -317,7 +317,7 @@ def test_topk_many_ties(backend, dtype):
 @pytest.mark.parametrize("step", [8, 16, 32, 64])
 @pytest.mark.parametrize("high", [True, False])
 def test_topk_regular_patterns(backend, step, high):
-    """Whoever looks at every n-th score first is misled by one that stands out there, and must find out."""
+    """Outliers at every n-th score, which mislead a selection that samples with that stride."""
     length = 1500
     scores = torch.rand(1, length, generator=generator(step))
     scores[:, ::step] += 10.0 if high else -10.0
@@ -326,8 +326,8 @@ def test_topk_regular_patterns(backend, step, high):
         check_topk(backend, scores.to(backend.device), types.to(backend.device), k)
 
 
-def test_topk_neighbours_in_float32(backend):
-    """Values one unit in the last place apart are told apart, of either sign."""
+def test_topk_neighbors_in_float32(backend):
+    """Values of either sign that are one unit in the last place apart are ordered."""
     base = torch.tensor([1.0, -1.0, 1e-38, 3e38])
     bits = base.view(torch.int32)[:, None] + torch.arange(20, dtype=torch.int32)
     scores = bits.view(torch.float32).reshape(1, -1)
@@ -338,7 +338,7 @@ def test_topk_neighbours_in_float32(backend):
 
 
 def test_topk_only_vision_competes(backend):
-    """The scores of text and padding, the highest of all, take no place."""
+    """Text and padding do not count toward k, even with the highest scores."""
     types = types_for(3, 40, backend.device)
     scores = torch.randn(3, 40, generator=generator(1)).to(backend.device)
     scores[types != VISION] = math.inf
@@ -350,7 +350,7 @@ def test_topk_only_vision_competes(backend):
 @pytest.mark.parametrize("budgets", [[0, 5, 100], [-3, 1, 7], [2**31 - 1, -(2**31), 3]], ids=str)
 @pytest.mark.parametrize("capacity", [None, 20])
 def test_topk_budgets_on_the_device(backend, budgets, capacity):
-    """One budget a sequence, in place of k; below 0 counts as 0."""
+    """One budget per sequence instead of k; negative ones count as 0."""
     types = types_for(3, 50, backend.device)
     scores = torch.randn(3, 50, generator=generator(1)).to(backend.device)
     per_row = torch.tensor(budgets, dtype=torch.int32, device=backend.device)
@@ -362,7 +362,7 @@ def test_topk_budgets_on_the_device(backend, budgets, capacity):
 @pytest.mark.parametrize("k", [0, 3, 20, 100])
 @pytest.mark.parametrize("share", [0.1, 0.5, 1.0])
 def test_topk_protected(backend, k, share):
-    """Protected tokens come first and all stay, even where they exceed k."""
+    """Protected tokens come first and are all kept, even if they exceed k."""
     types = types_for(3, 65, backend.device)
     scores = torch.randn(3, 65, generator=generator(1)).to(backend.device)
     protected = protect(types, share, 9)

@@ -15,7 +15,7 @@ from .tolerance import assert_rounded_once
 
 
 def check(backend, x, grid, window, **options) -> oracle.Merge:
-    """Run the op, compare everything it returns, and hand back the oracle's answer."""
+    """Run the op, compare all results, and return the oracle's."""
     sizes = options.get("sizes")
     watch = Watch(x, sizes)
     got = backend.spatial_merge(x, grid, window, **options)
@@ -36,7 +36,7 @@ def check(backend, x, grid, window, **options) -> oracle.Merge:
 
 
 def check_rows(tokens, x, want: oracle.Merge, sizes) -> None:
-    """Rows that stayed alone bit for bit, merged rows rounded once, zero past the counts."""
+    """Unmerged rows bit for bit, merged rows rounded once, zero past the counts."""
     length = x.shape[1]
     weight = np.ones((len(x), length)) if sizes is None else sizes
     for b in range(len(x)):
@@ -128,7 +128,7 @@ def test_clip_size(backend, dtype):
 @pytest.mark.parametrize("window", [[5, 100], [500, 700]], ids=str)
 @pytest.mark.parametrize("uniform", [False, True])
 def test_windows_larger_than_the_grid(backend, window, uniform):
-    """The border cuts them; no memory is asked for tokens that are not there."""
+    """They are cut at the border; no memory is allocated beyond the grid."""
     x = pictures(2, [5, 4], [5, 4], 8, device=backend.device)
     check(backend, x, [5, 4], window, uniform=uniform, threshold=-1.0)
 
@@ -146,12 +146,12 @@ def test_clip_large(backend, batch, mode, dtype):
 @pytest.mark.parametrize("channels", [1023, 1024])
 @pytest.mark.parametrize("budget", [None, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
-def test_a_batch_is_its_images(backend, channels, budget, dtype):
-    """The same bits, also where the result is larger than caches and is written past them."""
+def test_batch_equals_single_images(backend, channels, budget, dtype):
+    """The same bits, also if the result exceeds the CPU caches and is written with streaming stores."""
     if backend.name not in ("cpu", "cuda"):
         pytest.skip("large")
     one = pictures(1, [24, 24], [3, 3], channels, seed=2, dtype=dtype, device=backend.device)
-    x = torch.cat([one * 2.0**i for i in range(10)])  # as similar to each other as before
+    x = torch.cat([one * 2.0**i for i in range(10)])  # the similarities are unchanged
     whole = backend.spatial_merge(x, [24, 24], [3, 3], budget=budget)
     assert whole[0].nbytes > 8 << 20
     for b in range(len(x)):
@@ -171,7 +171,7 @@ def test_sizes(backend, dtype, mode):
 
 
 def test_sizes_chain(backend):
-    """Merging what was merged: the mean over the original tokens, whatever the order of merging."""
+    """Repeated merging gives the mean over the original tokens, in any order of merging."""
     x = normal((1, 16, 6), 1, device=backend.device)
     tokens, counts, _, sizes = backend.spatial_merge(x, [4, 4], [2, 2], -1.0, num_prefix_tokens=0)
     assert counts.tolist() == [4]
@@ -183,7 +183,7 @@ def test_sizes_chain(backend):
 
 
 def test_all_sizes_zero(backend):
-    """The quotient of a window of size zero is what IEEE gives; its neighbours are untouched."""
+    """The quotient of a window of size zero follows IEEE; its neighbors are unaffected."""
     x = pictures(1, [2, 4], [2, 2], 6, prefix=0, device=backend.device)
     sizes = torch.tensor([[0.0, 0.0, 1, 1, 0.0, 0.0, 1, 1]], device=backend.device)
     tokens, counts, assignment, out_sizes = backend.spatial_merge(
@@ -199,7 +199,7 @@ def test_all_sizes_zero(backend):
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 0}, {"budget": 6}], ids=str)
 @pytest.mark.parametrize("merged_first", [False, True])
 def test_identical_windows_tie(backend, mode, merged_first):
-    """All windows alike, all at similarity 1: ties go to the lower window."""
+    """Identical windows of similarity 1: ties go to the lower index."""
     x = normal((1, 1, 8), 3, device=backend.device).expand(2, 1 + 24, 8).contiguous()
     check(backend, x, [4, 6], [2, 2], merged_first=merged_first, threshold=0.99, **mode)
     if "budget" not in mode:
@@ -208,7 +208,7 @@ def test_identical_windows_tie(backend, mode, merged_first):
 
 @pytest.mark.parametrize("merged_first", [False, True])
 def test_exact_ties_at_the_budget(backend, merged_first):
-    """Copies of one window tie exactly; a budget that cuts through them takes the lower windows."""
+    """Copies of one window tie exactly; a budget that splits them merges those with the lower indices."""
     x = pictures(1, [4, 8], [2, 2], 8, prefix=0, seed=4, device=backend.device)
     members, _ = oracle.window_members([4, 8], [2, 2])
     best = int(np.argmax(oracle.spatial_merge(f64(x), [4, 8], [2, 2], num_prefix_tokens=0).similarity[0]))
@@ -231,7 +231,7 @@ def test_threshold_is_inclusive(backend):
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 5}], ids=str)
 @pytest.mark.parametrize("merged_first", [False, True])
 def test_zero_vectors(backend, mode, merged_first):
-    """A zero vector has cosine 0 with everything: its window is less alike, not undefined."""
+    """A zero vector has cosine 0 with every vector, so that the similarity of its window stays defined."""
     x = pictures(2, [4, 6], [2, 2], 8, seed=6, device=backend.device)
     x[0, 1] = 0
     x[1, [1, 2, 7, 8]] = 0  # one whole window
@@ -241,13 +241,13 @@ def test_zero_vectors(backend, mode, merged_first):
 
 
 def test_tiny_and_huge_vectors(backend):
-    """Lengths far from 1 do not matter, down to 1e-8 where the norm is clamped."""
+    """Norms have no effect down to 1e-8, where they are clamped."""
     x = pictures(1, [4, 6], [2, 2], 8, seed=7, device=backend.device)
     check(backend, x * 1e-4, [4, 6], [2, 2])
     check(backend, x * 1e6, [4, 6], [2, 2])
     tiny = torch.full((1, 4, 4), 1e-10, device=backend.device)
     got = backend.spatial_merge(tiny, [2, 2], [2, 2], 0.01, num_prefix_tokens=0)
-    assert got.counts.tolist() == [4], "vectors below 1e-8 are not alike"
+    assert got.counts.tolist() == [4], "vectors below 1e-8 are not similar"
 
 
 @pytest.mark.parametrize("where", [1, 9, 24])
@@ -267,7 +267,7 @@ def test_nan_ranks_lowest(backend, merged_first):
     x = pictures(2, [4, 6], [2, 2], 8, seed=8, device=backend.device)
     x[0, 1] = math.nan
     got = backend.spatial_merge(x, [4, 6], [2, 2], budget=5, merged_first=merged_first)
-    assert len(set(got.assignment[0, [1, 2, 7, 8]].tolist())) == 4, "the window with NaN is the one that stays"
+    assert len(set(got.assignment[0, [1, 2, 7, 8]].tolist())) == 4, "the window with NaN does not merge"
     everything = backend.spatial_merge(x, [4, 6], [2, 2], budget=6, merged_first=merged_first)
     row = int(everything.assignment[0, 1])
     assert everything.tokens[0, row].isnan().all()
@@ -278,13 +278,13 @@ def test_nan_ranks_lowest(backend, merged_first):
 
 def test_uniform_takes_the_smallest_count(backend):
     x = pictures(3, [6, 6], [3, 3], 8, seed=9, device=backend.device)
-    x[1] = normal((37, 8), 5, device=backend.device)  # nothing alike in one picture stops the others
+    x[1] = normal((37, 8), 5, device=backend.device)  # no similar windows in one image: none merge in the others
     want = check(backend, x, [6, 6], [3, 3], uniform=True)
     assert want.counts.tolist() == [37, 37, 37]
 
 
 def test_cut_windows(backend):
-    """At the border a window is smaller: it merges by threshold, not with `uniform`."""
+    """Smaller windows at the border merge by threshold, not with `uniform`."""
     x = torch.ones(1, 25, 4, device=backend.device)
     by_threshold = backend.spatial_merge(x, [5, 5], [2, 2], num_prefix_tokens=0)
     assert by_threshold.counts.tolist() == [9], "four whole windows, four cut ones, one corner of one token"
@@ -296,7 +296,7 @@ def test_cut_windows(backend):
 @pytest.mark.parametrize("patch", [0, 12, 24])
 @pytest.mark.parametrize("uniform", [False, True])
 def test_nan_with_cut_windows(backend, patch, uniform):
-    """A NaN concerns the window that it is in, and no other."""
+    """A NaN affects only its own window."""
     x = torch.ones(2, 25, 4, device=backend.device)
     x[0, patch, 1] = math.nan
     check(backend, x, [5, 5], [2, 2], num_prefix_tokens=0, uniform=uniform)

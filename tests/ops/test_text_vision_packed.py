@@ -65,7 +65,7 @@ class Packed:
 def packed(
     lengths: list[tuple[int, int]], heads=(4, 2), dim=16, dtype=torch.float32, device="cpu", seed=0, types=None
 ) -> Packed:
-    """One (length_q, length_k) a sequence."""
+    """``lengths``: (length_q, length_k) per sequence."""
     total_q, total_k = sum(q for q, _ in lengths), sum(k for _, k in lengths)
     if types is None:
         types = [prompt(k, images=1 + i % 2, pad=min(k // 3, i), side="right") for i, (_, k) in enumerate(lengths)]
@@ -117,7 +117,7 @@ def test_varlen_shapes(backend, heads, dim, dtype, with_lse):
         [(1, 1)],
         [(0, 5), (3, 3)],
         [(5, 5), (0, 0), (4, 9), (0, 7)],
-        [(7, 3), (2, 2)],  # more rows than keys: the first rows stand before the sequence
+        [(7, 3), (2, 2)],  # more rows than keys: the first rows precede the sequence
         [(3, 0), (4, 4)],
         [(65, 65), (63, 130)],
     ],
@@ -130,7 +130,7 @@ def test_varlen_lengths(backend, lengths):
 
 
 def test_varlen_equals_dense(backend):
-    """One sequence packed is the dense op's sequence."""
+    """A packed batch of one sequence equals the dense op."""
     case = packed([(40, 50)], (4, 2), 32, device=backend.device)
     dense = backend.text_vision_scores(
         case.q.transpose(0, 1)[None], case.k.transpose(0, 1)[None], case.types[None], case.scale
@@ -150,7 +150,7 @@ def test_varlen_views(backend, dtype):
 
 
 def test_varlen_outside_every_sequence(backend):
-    """Rows before the first, after the last: not read, and zero in the result."""
+    """Rows before the first and after the last sequence are not read, and zero in the result."""
     case = packed([(6, 8), (4, 4)], device=backend.device, types=[prompt(8), prompt(4)])
     start = torch.full((3, 4, 16), math.nan, device=backend.device)
     case.q = torch.cat([start, case.q, start])
@@ -163,7 +163,7 @@ def test_varlen_outside_every_sequence(backend):
 
 
 def test_varlen_larger_maxima(backend):
-    """max_seqlen_* are upper bounds (of a graph's shape class), not sizes."""
+    """max_seqlen_* are upper bounds, not sizes."""
     case = packed([(6, 8), (4, 4)], device=backend.device)
     q, k, types, cu_q, cu_k, _, _, scale = case.arguments
     exact = backend.text_vision_scores_varlen(*case.arguments)
@@ -177,12 +177,12 @@ def test_varlen_larger_maxima(backend):
 )
 @pytest.mark.parametrize("cu_k", [[0, 8, 12], [0, 99, 200], [9, 3, 12], [-7, 5, 12], [2**31 - 1, -(2**31), 3]])
 def test_varlen_garbage_on_the_device(backend, cu_q, cu_k):
-    """Lengths that run backwards or out of the tensors: clamped, and nothing outside is read (it is NaN) or written."""
+    """Lengths that decrease or exceed the tensors are clamped; nothing outside is read (it is NaN) or written."""
     case = packed([(6, 8), (4, 4)], device=backend.device, types=[prompt(8), prompt(4)])
     case.q, case.k, case.types = in_buffer(case.q), in_buffer(case.k), in_buffer(case.types)
     case.cu_q = torch.tensor(cu_q, dtype=torch.int32, device=backend.device)
     case.cu_k = torch.tensor(cu_k, dtype=torch.int32, device=backend.device)
-    case.lengths = [(10, 12)]  # the bounds that the clamped lengths keep
+    case.lengths = [(10, 12)]  # bounds that hold for the clamped lengths
     check(backend, case)
     watch = Watch(case.q, case.k, case.types, case.cu_q, case.cu_k)
     q, k, types, cq, ck, _, _, scale = case.arguments
@@ -215,7 +215,7 @@ class Paged:
 def paged(
     lengths: list[tuple[int, int]], heads=(4, 2), dim=16, slots=4, dtype=torch.float32, device="cpu", seed=0, spare=3
 ) -> Paged:
-    """Shuffled blocks; blocks that no table names and slots past the end hold NaN; the table's tail holds rubbish."""
+    """Shuffled blocks; unlisted blocks and slots past the end hold NaN, the table's tail out-of-range values."""
     batch = len(lengths)
     max_len = max((k for _, k in lengths), default=0) + 2
     max_blocks = -(-max_len // slots) + 1
@@ -304,7 +304,7 @@ def test_paged_lengths(backend, lengths, slots):
 
 
 def layouts(cache: Tensor) -> dict[str, Tensor]:
-    """The same cache as engines store it: block-major heads, transposed keys, one half of an interleaved buffer."""
+    """The same cache in the layouts of engines: block-major heads, transposed keys, half of an interleaved buffer."""
     blocks, slots, heads, dim = cache.shape
     interleaved = torch.full((blocks, 2, slots, heads, dim), math.nan, dtype=cache.dtype, device=cache.device)
     interleaved[:, 0] = cache
@@ -355,12 +355,12 @@ def test_paged_shared_blocks(backend):
 @pytest.mark.parametrize("seq_lens", [[20, 9], [99, 9], [-4, 9], [2**31 - 1, -(2**31)], [0, 0]], ids=str)
 @pytest.mark.parametrize("bad_block", [-1, 10**6, -(2**31), 2**31 - 1])
 def test_paged_garbage_on_the_device(backend, seq_lens, bad_block):
-    """Lengths out of range are clamped; a position in a block that is not there is padding, as key and as query."""
+    """Lengths out of range are clamped; positions in nonexistent blocks are padding, as key and as query."""
     case = paged([(6, 20), (4, 9)], device=backend.device)
     case.k_cache.nan_to_num_(0.5)
     case.table[:, 5:] = 0
     case.table[0, 2] = bad_block
-    case.table[1, 2] = bad_block  # position 8, the last row of the second sequence: its vote is gone
+    case.table[1, 2] = bad_block  # position 8, the last row of the second sequence, no query row then
     case.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=backend.device)
     case.k_cache = in_buffer(case.k_cache)
     total = check_paged(backend, case)
@@ -376,7 +376,7 @@ def test_paged_backward_rows(backend):
 
 
 def test_paged_types_wider_than_the_table(backend):
-    """max_len may exceed what the table can name: positions past it hold nothing."""
+    """max_len may exceed the extent of the table: positions past it are padding."""
     case = paged([(6, 8)], slots=4, device=backend.device)
     case.table = case.table[:, :2].contiguous()
     case.types = torch.full((1, 30), VISION, dtype=torch.uint8, device=backend.device)

@@ -41,7 +41,7 @@ def check(backend, case: Attention, lse=None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def query_rows(case: Attention) -> int:
-    """The largest number of query rows of one sequence that are among the rows of q."""
+    """Maximum number of query rows of a sequence within the rows of q."""
     rows = case.q.shape[2]
     return int((case.types[:, case.types.shape[1] - rows :] == QUERY).sum(1).max()) if len(case.q) else 0
 
@@ -86,7 +86,7 @@ def test_long(backend, dtype, heads):
 
 @pytest.mark.slow
 def test_many_query_rows(backend):
-    """More query rows than any tile holds."""
+    """More query rows than fit into any tile."""
     types = [prompt(700, queries=400), prompt(700, queries=129, pad=50, side="right")]
     case = attention(2, (4, 2), None, 700, 64, device=backend.device, types=types)
     check(backend, case)
@@ -96,7 +96,7 @@ def test_many_query_rows(backend):
 @pytest.mark.parametrize("layout", ["window", "blhd"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_views(backend, dtype, layout):
-    """Foreign values around every tensor are NaN: reading one of them shows."""
+    """The values around every view are NaN, so that reading one shows in the result."""
     case = attention(2, (4, 2), 15, 20, 24, dtype=dtype, device=backend.device, layout=layout)
     check(backend, case)
     check(backend, case, in_buffer(case.lse(), (2, 0, 1)))
@@ -112,7 +112,7 @@ def test_views_of_one_projection(backend):
 
 
 def test_head_dim_one_with_any_stride(backend):
-    """A last dimension of one element is contiguous whatever its stride says."""
+    """A last dimension of one element is contiguous with any stride."""
     case = attention(1, (2, 2), None, 9, 1, device=backend.device)
     q = torch.empty_strided(case.q.shape, (99, 33, 3, 7), device=backend.device).copy_(case.q)
     k = torch.empty_strided(case.k.shape, (99, 1, 5, 13), device=backend.device).copy_(case.k)
@@ -122,7 +122,7 @@ def test_head_dim_one_with_any_stride(backend):
 @pytest.mark.parametrize("rows", [1, 2, 9, 23])
 @pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
 def test_last_rows_only(backend, rows, with_lse):
-    """Lq < Lk: row i stands at Lk - Lq + i, and query rows before that do not vote."""
+    """Lq < Lk: the position of row i is Lk - Lq + i, and query rows before q are ignored."""
     types = [prompt(24, images=2, queries=4), prompt(24, queries=20), prompt(24, queries=3, pad=2, side="right")]
     case = attention(3, (4, 2), rows, 24, 16, device=backend.device, types=types)
     check(backend, case, case.lse() if with_lse else None)
@@ -137,7 +137,7 @@ def test_no_rows(backend):
 
 @pytest.mark.parametrize("pieces", [[24], [10, 14], [1] * 24, [7, 16, 1]], ids=str)
 def test_scoring_in_parts(backend, pieces):
-    """A prompt that comes in pieces: totals add, peaks take the maximum."""
+    """A prompt in chunks: totals add, peaks take the maximum."""
     types = [prompt(24, images=2, queries=6), prompt(24, pad=5, queries=3)]
     whole = attention(2, (4, 2), None, 24, 16, device=backend.device, types=types)
     total, peak = torch.zeros(2, 24, device=backend.device), torch.zeros(2, 24, device=backend.device)
@@ -184,7 +184,7 @@ def test_token_types(backend, name, with_lse):
 
 
 def test_batch_rows_are_independent(backend):
-    """Different token types per sequence, one of them without a vote and one without vision."""
+    """Different token types per sequence, one of them without query rows and one without vision."""
     types = [prompt(20), [TEXT] * 20, [VISION] * 20, [PADDING] * 20, prompt(20, images=3, pad=6, side="right")]
     check(backend, attention(5, (4, 2), None, 20, 16, device=backend.device, types=types))
 
@@ -203,19 +203,19 @@ def test_scales(backend, scale):
 
 
 def test_sharp_attention(backend):
-    """Scores far beyond exp's range: one column takes all."""
+    """Scores far beyond exp's range: one column gets all of the attention."""
     case = attention(2, (4, 2), None, 30, 16, device=backend.device, gain=60.0)
     got = backend.text_vision_scores(*case.arguments)
     assert got.total.isfinite().all()
     assert got.peak.isfinite().all()
     assert float(got.peak.max()) <= 1 + 1e-6
     total, _ = case.oracle_scores()
-    # Scores of thousands are known to a few 1e-4: compare what that leaves, loosely, and exactly where it is clear.
+    # Scores of thousands have an error of a few 1e-4: compare loosely, and exactly where the margin is large.
     np.testing.assert_allclose(f64(got.total), total, rtol=5e-3, atol=5e-3)
 
 
 def test_equal_scores(backend):
-    """q = 0: each row spreads evenly over what it sees."""
+    """q = 0: uniform attention over the visible keys."""
     case = attention(1, (4, 2), None, 16, 8, device=backend.device, types=[prompt(16, queries=1)])
     got = backend.text_vision_scores(torch.zeros_like(case.q), case.k, case.types, case.scale)
     vision = case.types[0] == VISION
@@ -225,7 +225,7 @@ def test_equal_scores(backend):
 
 
 def test_padding_is_not_read(backend):
-    """Whatever stands in padding, in rows that do not vote and after the last vote has no effect."""
+    """Values in padding, in rows other than query rows and after the last query row have no effect."""
     types = [[PADDING] * 3 + [TEXT, VISION, VISION, TEXT, QUERY, QUERY, VISION, TEXT]]
     case = attention(1, (4, 2), None, 11, 8, device=backend.device, types=types)
     clean = backend.text_vision_scores(*case.arguments)
@@ -241,11 +241,11 @@ def test_padding_is_not_read(backend):
 
 @pytest.mark.parametrize("where", ["q", "k"])
 def test_nan_spreads_as_in_the_formula(backend, where):
-    """A NaN makes its row NaN for all that the row sees, and peak keeps it as amax does."""
+    """A NaN propagates to all keys visible to its row, and through peak as in amax."""
     types = [[TEXT, VISION, VISION, TEXT, QUERY, VISION, QUERY], prompt(7)]
     case = attention(2, (4, 2), None, 7, 8, device=backend.device, types=types)
     if where == "q":
-        case.q[0, 1, 4, 0] = math.nan  # the first vote, which does not see the last picture token
+        case.q[0, 1, 4, 0] = math.nan  # the first query row, which does not attend to the last image token
     else:
         case.k[0, 1, 2, 0] = math.nan
     total, peak = check(backend, case)
@@ -256,7 +256,7 @@ def test_nan_spreads_as_in_the_formula(backend, where):
 
 
 def test_nan_with_lse(backend):
-    """With the normaliser given, a NaN key spoils its own column only."""
+    """With a given normalizer, a NaN key affects only its own column."""
     case = attention(1, (4, 2), None, 9, 8, device=backend.device, types=[prompt(9, queries=3)])
     lse = case.lse()
     case.k[0, 1, 3, 0] = math.nan
@@ -265,7 +265,7 @@ def test_nan_with_lse(backend):
 
 
 def test_minus_infinity(backend):
-    """A key that scores -inf in every head gets nothing; a row with nothing but -inf gives zeros."""
+    """A key with score -inf in every head gets zero; a row of -inf only gives zeros."""
     case = attention(2, (4, 2), None, 12, 8, device=backend.device, types=[prompt(12, queries=3)] * 2)
     case.q[..., 0] = 1.0
     case.k[0, :, 4, 0] = -math.inf
@@ -278,7 +278,7 @@ def test_minus_infinity(backend):
 
 
 def test_lse_of_minus_infinity(backend):
-    """A row whose normaliser says that it sees nothing gives zeros; those of rows that do not vote are not used."""
+    """A row with a normalizer of -inf gives zeros; normalizers of rows other than query rows are not used."""
     case = attention(1, (4, 2), None, 12, 8, device=backend.device, types=[prompt(12, queries=3)])
     lse = case.lse().clone()
     lse[:, :, :9] = math.nan
@@ -290,7 +290,7 @@ def test_lse_of_minus_infinity(backend):
 
 
 def test_lse_is_taken_as_given(backend):
-    """The normaliser is the caller's word: a shifted one scales the probabilities."""
+    """A given normalizer is not recomputed: a shifted one scales the probabilities."""
     case = attention(1, (4, 2), None, 12, 8, device=backend.device, types=[prompt(12, queries=3)])
     shifted = case.lse() - 1.0
     check(backend, case, shifted)
@@ -336,7 +336,7 @@ def test_map_shapes(backend, heads, length, dim, dtype, layout):
 
 @pytest.mark.parametrize("max_query", [0, 1, 2, 5, 40])
 def test_map_capacity(backend, max_query):
-    """Rows past max_query are left out, rows that are not there are zero."""
+    """Query rows past max_query are left out, unused rows are zero."""
     types = [prompt(20, queries=5), prompt(20, queries=2, images=2), [TEXT] * 20, prompt(20, queries=3, pad=4)]
     case = attention(4, (4, 2), 12, 20, 8, device=backend.device, types=types)
     check_map(backend, case, max_query)
@@ -349,7 +349,7 @@ def test_map_token_types(backend, name):
 
 
 def test_map_gives_total_and_peak(backend):
-    """Sum and maximum over the map's rows are total and peak; averaging over head groups is tensor parallelism."""
+    """Sum and maximum over the map's rows are total and peak, also of the average over groups of heads."""
     case = attention(2, (8, 4), None, 40, 16, device=backend.device)
     rows = query_rows(case)
     whole = backend.text_vision_attention(*case.arguments, rows)

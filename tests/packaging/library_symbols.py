@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Symbols that a shared library requires, and those that it may require."""
+"""Undefined symbols of a shared library, and those that are allowed."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 import subprocess
 from pathlib import Path
 
-STABLE_ABI = re.compile(r"(aoti_torch_|torch_)\w+$")  # torch's C functions; its C++ has no place here
+STABLE_ABI = re.compile(r"(aoti_torch_|torch_)\w+$")  # torch's C functions; its C++ is not allowed
 CPP_RUNTIME = re.compile(r".*@(GLIBCXX|CXXABI|GCC)_[\d.]+$")
 C_LIBRARY = re.compile(r"\w+@GLIBC_[\d.]+$")
 LINKER = re.compile(r"(_ITM_(de)?registerTMCloneTable|__gmon_start__)$")
@@ -27,12 +27,12 @@ def undefined_symbols(library: Path) -> list[str]:
 
 
 def strange_symbols(library: Path) -> list[str]:
-    """What a library asks for and may not."""
+    """Undefined symbols of a library that are not allowed."""
     return [s for s in undefined_symbols(library) if not any(allowed.match(s) for allowed in ALLOWED)]
 
 
 def needed(library: Path) -> set[str]:
-    """The libraries that a library names."""
+    """The NEEDED libraries of a library."""
     return set(re.findall(r"NEEDED.*\[(.*)\]", output_of("readelf", "-d", library)))
 
 

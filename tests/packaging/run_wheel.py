@@ -33,7 +33,7 @@ def main() -> None:
     kept = k[:, :, keep[0, : int(counts)]].clone()
     torch.ops.mustdrop.compact_kv_([k], [k.clone()], [keep], [counts])
     assert torch.equal(k[:, :, : int(counts)], kept)
-    print("every stage computes what the reference does")
+    print("every stage agrees with the reference")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/extending.md, "Add an operator": its blocks, applied to a copy of the repository, make an operator that passes.
+"""docs/extending.md, "Add an operator": its blocks, applied to a copy of the repository, give an operator that passes.
 
-A block with a title is a file or, in the language diff, a change of one: hunks end at a line "@@", lines that begin
-with a space are context.
+A block with a title is a file or, in the language diff, a patch of one: hunks end at a line "@@", lines that begin with
+a space are context.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def apply(language: str, path: Path, text: str) -> None:
 
 
 def test_an_operator_takes_seven_places() -> None:
-    """A place: a file, or a folder that the operator has to itself."""
+    """A place is a file, or a folder of the operator."""
     places = {
         str(Path(file).parent) if OP in Path(file).parts or file.startswith("docs/") else file
         for _, file, _ in blocks()

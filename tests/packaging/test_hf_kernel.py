@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The layout of a kernel of the Hugging Face hub: it loads beside the installed package, under operators of its own."""
+"""Layout of a kernel for the Hugging Face hub: it loads beside the installed package, with its own operators."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "hub" / "hf_kernel.py"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not TOOL.exists(), reason="not in a source checkout")]
 
-# As the package `kernels` does it, where that is not installed.
+# The loading of the package `kernels`, in case it is not installed.
 BY_HAND = """
 import importlib.util, json
 (variant,) = (folder / "build").iterdir()
@@ -39,7 +39,7 @@ BY_KERNELS = """
 from kernels import get_local_kernel
 hub = get_local_kernel(folder, backend="cpu")
 """
-# As a user of the hub writes it; the repository's place is told instead of downloaded.
+# A user's call; the repository's local path replaces the download.
 OF_THE_HUB = """
 import os
 os.environ |= {"LOCAL_KERNELS": f"someone/mustdrop-kernels={folder}", "HF_HUB_OFFLINE": "1"}
@@ -60,7 +60,7 @@ assert x.grad is not None and hub.backends.serving("gather_tokens", "cpu") == "c
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as it lies on the hub."""
+    """A repository in the hub's layout."""
     folder = tmp_path_factory.mktemp("hub")
     environment = {**os.environ, "MUSTDROP_CUDA_ARCHS": ""}
     subprocess.run([sys.executable, TOOL, folder], check=True, env=environment, capture_output=True)
@@ -90,7 +90,7 @@ def test_a_copy_beside_the_installed_package(load: str, repository: Path) -> Non
 
 
 @needs_kernels
-def test_its_metadata_is_what_the_hub_wants(repository: Path) -> None:
+def test_metadata_is_valid(repository: Path) -> None:
     code = """
 from pathlib import Path
 from kernels._rust import Backend, Digest, DigestAlgorithm, Metadata
@@ -105,7 +105,7 @@ assert metadata.backend.backend_type == Backend.CPU and metadata.version == 1
 
 @needs_kernels
 def test_the_documentation_s_code(repository: Path, tmp_path: Path) -> None:
-    """docs/install.md, where its command has laid the repository out."""
+    """The code of docs/install.md, in the repository that its command creates."""
     (tmp_path / "build").mkdir()
     (tmp_path / "build" / "hf").symlink_to(repository)
     (block,) = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/install.md").read_text(), re.DOTALL | re.MULTILINE)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""hub/build.toml: the project that kernel-builder of Hugging Face builds lists every source, and its flags build it.
+"""hub/build.toml, the project for Hugging Face's kernel-builder: it lists every source, and its flags build them.
 
-kernel-builder itself runs under Nix and is not run here; what it does with build.toml (a CMake file for one extension
-module) is done by hand, and its validation by the package `kernels` where that is installed.
+kernel-builder requires Nix and is not run here; the test replicates its use of build.toml (a CMake file for one
+extension module), and the package `kernels`, if installed, validates the file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TOOL = ROOT / "hub" / "hf_kernel.py"
 pytestmark = pytest.mark.skipif(not TOOL.exists(), reason="not in a source checkout")
 tomllib = pytest.importorskip("tomllib", reason="Python 3.11")
 
-# For launchers without CUDA, which the backend `cupy` needs; a kernel of the hub has the CUDA library instead.
+# For launchers without CUDA, for the backend `cupy`; a kernel of the hub has the CUDA library instead.
 LEFT_OUT = {
     f"csrc/common/{name}" for name in ("driver.h", "host_names.h", "host_types.h", "launch_nvrtc.h", "nvrtc.cpp")
 }
@@ -42,13 +42,13 @@ def build(project: Path) -> dict[str, Any]:
 
 
 def sources(build: dict[str, Any], backend: str) -> list[str]:
-    """What a variant is made of: the extension's files and those of the kernels for this backend."""
+    """Sources of a variant: the extension's files and those of the kernels for this backend."""
     kernels = [kernel for kernel in build["kernel"].values() if kernel["backend"] == backend]
     return [*build["torch"]["src"], *(path for kernel in kernels for path in kernel["src"])]
 
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
-def test_what_is_listed_is_there_once(backend: str, build: dict[str, Any], project: Path) -> None:
+def test_listed_sources_exist_and_are_unique(backend: str, build: dict[str, Any], project: Path) -> None:
     listed = sources(build, backend)
     assert [path for path in listed if not (project / path).is_file()] == []
     assert len(set(listed)) == len(listed)

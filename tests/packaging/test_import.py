@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Importing the package is quick, safe and honest in every process."""
+"""Import of the package: no side effects, and clear errors for missing or broken libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run_python(code: str, folder: Path = PACKAGE.parent, **environment: str) -> 
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=folder)
 
 
-def test_import_touches_nothing() -> None:
+def test_import_has_no_side_effects() -> None:
     code = """
 import os, sys
 before = dict(os.environ)
@@ -38,7 +38,7 @@ assert not torch.cuda.is_initialized()
     assert done.returncode == 0, done.stderr
 
 
-def test_the_plug_in_for_vllm_costs_nothing_where_there_is_none() -> None:
+def test_the_vllm_plug_in_imports_nothing_without_vllm() -> None:
     code = """
 import sys
 import mustdrop_kernels
@@ -86,7 +86,7 @@ def test_missing_library_is_named(tmp_path: Path) -> None:
     assert "libmustdrop.so was not built" in done.stderr
 
 
-def test_broken_library_gives_the_loader_s_reason(tmp_path: Path) -> None:
+def test_broken_library_gives_the_loader_error(tmp_path: Path) -> None:
     (copy_package(tmp_path) / "lib" / "libmustdrop.so").write_bytes(b"not a library")
     done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
     assert done.returncode == 1
@@ -95,8 +95,8 @@ def test_broken_library_gives_the_loader_s_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99], ids="the first {:.0%}".format)
-def test_a_library_that_was_cut_off_is_not_loaded(share: float, tmp_path: Path) -> None:
-    """The loader would map what is not there, and the process would end on a bus error."""
+def test_a_truncated_library_is_not_loaded(share: float, tmp_path: Path) -> None:
+    """The loader would map pages past the end of the file, and the process would crash with a bus error."""
     library = copy_package(tmp_path) / "lib" / "libmustdrop.so"
     whole = library.read_bytes()
     library.write_bytes(whole[: int(share * len(whole))])
@@ -140,7 +140,7 @@ def cut(library: Path) -> None:
     ],
 )
 def test_a_broken_cuda_library_gives_the_real_reason(make: Callable[[Path], None], reason: str, tmp_path: Path) -> None:
-    """And the CPU goes on; as on a torch with CUDA."""
+    """The CPU library still works, as on a torch with CUDA."""
     library = copy_package(tmp_path) / "lib" / "libmustdrop_cuda.so"
     library.unlink(missing_ok=True)
     make(library)
@@ -149,7 +149,7 @@ def test_a_broken_cuda_library_gives_the_real_reason(make: Callable[[Path], None
     assert reason in done.stdout
 
 
-def test_cpu_capability_is_obeyed_or_refused() -> None:
+def test_cpu_capability_is_applied_or_raises() -> None:
     code = "from mustdrop_kernels import _load; print(_load.cpu_capability())"
     assert run_python(code, MUSTDROP_CPU_CAPABILITY="baseline").stdout.strip() == "baseline"
     refused = run_python(code, MUSTDROP_CPU_CAPABILITY="sse9").stdout

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pip install .` as a user does it, and the build of the CUDA library where nvcc is found."""
+"""`pip install .`, the build of the CUDA library if nvcc is found, and wheels."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_the_same_build_compiles_the_cuda_library(tmp_path: Path) -> None:
     assert needed(library) <= NEEDED | NEEDED_BY_CUDA
     assert "libtorch_cuda.so" in needed(library)  # it holds the stream's function, outside the global scope
     assert b"gather_tokens" in library.read_bytes()
-    # A CPU-only torch says why it does not use the library; it does not break.
+    # A CPU-only torch reports why the library is not used.
     code = "from mustdrop_kernels import _load; print(_load.core.loaded, _load.cuda.problem)"
     env = {**os.environ, "PYTHONPATH": str(target)}
     done = subprocess.run(
@@ -83,12 +83,12 @@ def test_the_same_build_compiles_the_cuda_library(tmp_path: Path) -> None:
 
 @pytest.fixture
 def setup_script(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """setup.py's functions; the call of setup() does nothing."""
+    """Globals of setup.py, run with a stub of setup()."""
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: None)
     return runpy.run_path(str(ROOT / "setup.py"))
 
 
-def test_cuda_asked_for_without_nvcc_is_refused(setup_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_targets_without_nvcc_raise(setup_script: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     cuda_arguments = setup_script["cuda_arguments"]
     monkeypatch.setitem(cuda_arguments.__globals__, "find_nvcc", lambda: None)
     monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "80")
@@ -113,7 +113,7 @@ def test_targets_default_to_the_gpus_present(
 
 
 def build(source: Path, out: Path, *what: str, **environment: str) -> Path:
-    """`python -m build`: the one file that it makes."""
+    """Run `python -m build` and return the file that it creates."""
     pytest.importorskip("build")
     command = [sys.executable, "-m", "build", "--no-isolation", *what, "-o", str(out), str(source)]
     env = {**os.environ, "MUSTDROP_CUDA_ARCHS": "", **environment}
@@ -123,7 +123,7 @@ def build(source: Path, out: Path, *what: str, **environment: str) -> Path:
 
 
 def install_and_run(wheel: Path, target: Path) -> None:
-    """Installs a wheel where no compiler is found, and calls an operator of it."""
+    """Install a wheel in an environment without compilers, and call one of its operators."""
     command = [
         sys.executable,
         "-m",
@@ -169,7 +169,7 @@ def test_one_wheel_from_the_sdist_for_every_python(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("readelf") is None, reason="binutils are not installed")
 def test_make_wheel_names_the_oldest_system(tmp_path: Path) -> None:
-    """What auditwheel says of the libraries that are built here is what `make wheel` puts into the name."""
+    """`make wheel` puts the platform tag that auditwheel determines into the name."""
     pytest.importorskip("auditwheel")
     subprocess.run(["make", "-C", str(ROOT), "wheel", f"DIST={tmp_path}"], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
@@ -186,7 +186,7 @@ def test_a_wheel_with_cuda_has_a_version_of_its_own(
     nvcc.chmod(0o755)
     monkeypatch.setitem(options.__globals__, "find_nvcc", lambda: str(nvcc))
     monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "90")
-    assert options() == {}  # an installation from source is the version that it is
+    assert options() == {}  # an installation from source has the plain version
     monkeypatch.setitem(options.__globals__, "PORTABLE", True)
     assert options() == {"egg_info": {"tag_build": "+cu128"}}
     monkeypatch.setenv("MUSTDROP_CUDA_ARCHS", "")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each library is one binary for every torch and every Python: it asks only for what library_symbols.py lists."""
+"""Each library is one binary for every torch and Python: its undefined symbols are those of library_symbols.py."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ every_library = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: p
 
 
 @every_library
-def test_only_the_stable_abi_is_asked_of_torch(library: Path) -> None:
+def test_only_the_stable_abi_of_torch_is_used(library: Path) -> None:
     assert not strange_symbols(library)
 
 
@@ -41,12 +41,12 @@ def test_no_python_symbol(library: Path) -> None:
 def test_needs_no_torch_python_and_has_no_path_of_the_build_machine(library: Path) -> None:
     assert needed(library) <= NEEDED | (NEEDED_BY_CUDA if library == _load.cuda.path else set())
     assert not has_search_path(library)
-    if library != _load.cuda.path:  # line numbers for profilers come with paths; wheels are built without
+    if library != _load.cuda.path:  # line numbers for profilers contain paths; wheels are built without them
         assert str(ROOT).encode() not in library.read_bytes()
 
 
-def test_the_audit_sees_what_is_not_allowed(tmp_path: Path) -> None:
-    """A library that uses torch's C++ and Python is refused for both."""
+def test_the_audit_finds_symbols_that_are_not_allowed(tmp_path: Path) -> None:
+    """A library that uses torch's C++ API and Python fails for both."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler")
@@ -60,7 +60,7 @@ def test_the_audit_sees_what_is_not_allowed(tmp_path: Path) -> None:
 
 
 def test_instruction_set_levels_share_no_symbol() -> None:
-    """A function that two levels define alike would be merged by the linker: newer instructions on older machines."""
+    """The linker would merge a function that two levels define, and run newer instructions on older machines."""
     objects = sorted(ROOT.glob("build/cmake-*/CMakeFiles/mustdrop_cpu_*.dir/**/*.o"))
     if not objects:
         pytest.skip("no build folder here: this is an installed package")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Libraries that were built elsewhere from the same sources are used as they are; of other sources they are rebuilt."""
+"""Prebuilt libraries are used if they were built from the same sources, and rebuilt otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """The sources and stand-ins for the libraries, built for targets 80 and 90; there is no CMake."""
+    """The sources and stand-ins for libraries built for targets 80 and 90; there is no CMake."""
     for name in ("csrc", "python"):
         shutil.copytree(ROOT / name, tmp_path / name)
     for name in ("setup.py", "CMakeLists.txt", "pyproject.toml", "README.md", "LICENSE"):
@@ -35,7 +35,7 @@ def tree(tmp_path: Path) -> Path:
 
 
 def build(tree: Path, archs: str = "90", **environment: str) -> subprocess.CompletedProcess[str]:
-    """`setup.py build_ext --inplace`, which has no CMake and so cannot build anything."""
+    """Run `setup.py build_ext --inplace` without CMake, so that a build fails."""
     command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
     bare = {**os.environ, "MUSTDROP_CUDA_ARCHS": archs, "PATH": "/nowhere", **environment}
     stub = "import shutil; shutil.which = lambda *a, **k: None; import runpy, sys; sys.argv = sys.argv[1:]; "
@@ -71,7 +71,7 @@ def test_other_sources_targets_and_arguments_are_built(tree: Path) -> None:
     assert is_built()
 
 
-def test_the_digest_sees_every_file(tree: Path) -> None:
+def test_the_digest_covers_every_file(tree: Path) -> None:
     seen = {_sources.digest(tree)}
     for name in ("csrc/schemas.cpp", "csrc/select/kernel.cuh", "python/native.cpp", "CMakeLists.txt", "setup.py"):
         path = tree / name
@@ -83,14 +83,14 @@ def test_the_digest_sees_every_file(tree: Path) -> None:
     assert _sources.digest(tree / "mustdrop_kernels") is None
 
 
-def test_the_libraries_of_this_tree_say_what_they_are_of() -> None:
+def test_the_libraries_of_this_tree_have_a_record() -> None:
     record = _sources.record(_load.LIBRARY_FOLDER)
     assert record is not None
     assert record["sources"] == _sources.digest(ROOT)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", None])
-def test_a_record_that_is_none(text: str | None, tmp_path: Path) -> None:
+def test_invalid_record(text: str | None, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / _sources.RECORD).write_text(text)
     assert _sources.record(tmp_path) is None

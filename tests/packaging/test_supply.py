@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No pickle, no network, few dependencies: read from the sources, and tried with the network taken away."""
+"""No pickle, no network access, few dependencies: checked in the sources, and by runs without a network."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mustdrop_kernels"
 pytestmark = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not in a source checkout")
 
-# Modules that load code with data, and calls that do.
+# Modules and calls that load code with data.
 UNSAFE_MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 UNSAFE_CALLS = {("torch", "load"), ("torch", "save"), ("yaml", "load"), ("numpy", "load"), ("np", "load")}
 UNSAFE_NAMES = {"eval", "exec", "compile", "__import__"}
@@ -71,15 +71,15 @@ def test_the_search_finds(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert list(findings(path))
 
 
-def test_torch_is_all_that_is_needed() -> None:
+def test_torch_is_the_only_dependency() -> None:
     text = (ROOT / "pyproject.toml").read_text()
     found = re.search(r"^dependencies = (\[.*\])$", text, re.MULTILINE)
     assert found is not None
     assert ast.literal_eval(found[1]) == ["torch>=2.10"]
 
 
-def test_weights_come_as_safetensors_alone() -> None:
-    """Who loads a checkpoint says so; transformers would take a pickle where there is no other file."""
+def test_weights_are_loaded_from_safetensors_only() -> None:
+    """Loads of checkpoints set use_safetensors; by default transformers falls back to a pickle."""
     calls = [
         (path, node)
         for path in sources()
@@ -90,7 +90,7 @@ def test_weights_come_as_safetensors_alone() -> None:
         (path, call) for path, call in calls
         if not ast.unparse(call.func).startswith(("AutoConfig.", "AutoProcessor.", "AutoTokenizer."))
     ]  # fmt: skip
-    assert loading, "where did loading go?"
+    assert loading, "no load of a checkpoint was found"
     for path, call in loading:
         options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
         assert options.get("use_safetensors") == "True", f"{path}: {ast.unparse(call)}"

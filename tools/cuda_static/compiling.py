@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles the CUDA sources to machine code, one target at a time, and reads what ptxas reports."""
+"""Compilation of the CUDA sources to machine code, and the parser of ptxas's report."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .kernel import Kernel
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check_cuda"
 
-# "ptx" is the oldest virtual architecture assembled for a device that no machine code of ours runs on: what the driver
-# does there when it loads the library.
+# "ptx" is the oldest virtual architecture assembled for a device without machine code in the library, as the driver
+# does when it loads the library there.
 PTX = ("compute_80", "sm_103")
 
 
@@ -33,7 +33,7 @@ class CompileError(RuntimeError):
 
 
 def find_nvcc() -> str | None:
-    """nvcc of the environment, of the system, or of the wheel."""
+    """Path of nvcc of the environment, the system or the wheel."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     candidates = [
         os.environ.get("MUSTDROP_NVCC"),
@@ -46,7 +46,7 @@ def find_nvcc() -> str | None:
 
 
 def find_nvdisasm(nvcc: str) -> str | None:
-    """nvdisasm beside nvcc, on the PATH, or in Triton's wheel."""
+    """Path of nvdisasm beside nvcc, on the PATH or in Triton's wheel."""
     candidates = [
         shutil.which("nvdisasm"),
         str(Path(nvcc).resolve().parent / "nvdisasm"),
@@ -58,7 +58,7 @@ def find_nvdisasm(nvcc: str) -> str | None:
 
 
 def why_no_compiler(nvcc: str) -> str | None:
-    """The reason that nvcc compiles nothing at all (a wheel without its headers, no host compiler); None: it does."""
+    """The reason that nvcc cannot compile an empty kernel (no headers, no host compiler), or None."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "empty.cu"
         source.write_text("#include <cuda_runtime.h>\n__global__ void empty() {}\n")
@@ -92,7 +92,7 @@ def find_sources(folders: str | None) -> list[Path]:
 
 
 def compile_source(nvcc: str, source: Path, target: str) -> tuple[Path, str]:
-    """Compile to machine code for one target; the code and what ptxas said, kept until something changes."""
+    """Compile to machine code for one target. Returns the code and ptxas's report, cached until an input changes."""
     virtual, real = PTX if target == "ptx" else (f"compute_{target}", f"sm_{target}")
     flags = [
         "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Werror=all-warnings", "-DUSE_CUDA",
@@ -119,12 +119,12 @@ def compile_source(nvcc: str, source: Path, target: str) -> tuple[Path, str]:
 
 
 def name_of(source: Path) -> str:
-    """A source as messages call it."""
+    """Name of a source in messages."""
     return str(source.relative_to(ROOT)) if source.is_relative_to(ROOT) else str(source)
 
 
 def demangle(names: Sequence[str]) -> dict[str, str]:
-    """Readable names, as they are where there is no c++filt."""
+    """Demangled names; unchanged without c++filt."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None or not names:
         return {name: name for name in names}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Machine code as nvdisasm prints it: instructions, basic blocks, and the nest of loops."""
+"""Parser of nvdisasm's output: instructions, basic blocks, and the loop nest."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-# Instructions that end a basic block, or that threads of a warp wait at for each other: nothing is moved across them.
+# Instructions that end a basic block or synchronize the threads of a warp: no instruction is moved across them.
 BRANCHES = frozenset({"BRA", "BRX", "JMP", "CALL", "RET", "EXIT"})
 REGIONS = frozenset({"BSSY", "BSYNC", "BREAK", "WARPSYNC"})
 
@@ -27,7 +27,7 @@ class Instruction:
     """One machine instruction."""
 
     address: int  # bytes from the function's begin
-    guard: str  # "@P0", "@!UP1"; empty: it is always executed
+    guard: str  # "@P0", "@!UP1"; empty: unconditional
     text: str  # "LDG.E.128 R12, desc[UR6][R4.64]"
     word: int = 0  # the upper 64 bits of the encoding, where nvdisasm printed it (-hex)
 
@@ -51,14 +51,14 @@ class Instruction:
 
     @property
     def is_conditional(self) -> bool:
-        """True where the instruction after a branch may come next."""
+        """True if the instruction after a branch may be executed next."""
         predicate = re.search(r"\b!?U?P\d", self.text.split("`")[0])
         return bool(self.guard or predicate) or self.name.startswith("BRA.DIV")
 
 
 @dataclass
 class Function:
-    """One kernel: instructions in the order of their addresses, and where each label points."""
+    """One kernel: instructions in the order of their addresses, and the targets of labels."""
 
     name: str  # mangled
     code: list[Instruction] = field(default_factory=list)
@@ -66,7 +66,7 @@ class Function:
 
     @cached_property
     def loops(self) -> list[Loop]:
-        """The outermost loops, in the order of their addresses. Not before all code is there."""
+        """The outermost loops, in the order of their addresses. Requires the complete code."""
         blocks = basic_blocks(self)
         return _loops(blocks, {i: block.following for i, block in enumerate(blocks)})
 
@@ -115,7 +115,7 @@ def disassemble(nvdisasm: str, code: Path) -> Iterator[Function]:
 
 @dataclass
 class Block:
-    """Instructions without a branch between them, and the blocks that may come next."""
+    """Instructions without a branch between them, and the successor blocks."""
 
     number: int  # in the order of addresses
     code: list[Instruction]
@@ -125,8 +125,7 @@ class Block:
 def basic_blocks(function: Function) -> list[Block]:
     """A function split at its labels and after its branches.
 
-    The target of BRA.DIV is left out: that code is for warps whose threads have parted where the source says that they
-    have not.
+    The target of BRA.DIV is left out: that code handles divergent warps at places where the source implies convergence.
     """
     code = function.code
     starts = {0, *function.labels.values()}
@@ -148,32 +147,32 @@ def basic_blocks(function: Function) -> list[Block]:
 
 @dataclass
 class Loop:
-    """Blocks that a thread may come back to, and the loops inside."""
+    """Blocks of a loop, and the inner loops."""
 
-    entry: int  # number of the block that an iteration begins with
-    blocks: list[Block]  # in the order of their addresses, those of the loops inside included
-    own: list[Block]  # those that are in no loop inside
+    entry: int  # number of the first block of an iteration
+    blocks: list[Block]  # in the order of their addresses, those of inner loops included
+    own: list[Block]  # those outside of inner loops
     inner: list[Loop]
 
     @property
     def code(self) -> list[Instruction]:
-        """The instructions, those of the loops inside included."""
+        """The instructions, those of inner loops included."""
         return [instruction for block in self.blocks for instruction in block.code]
 
     @property
     def own_code(self) -> list[Instruction]:
-        """The instructions that are in no loop inside."""
+        """The instructions outside of inner loops."""
         return [instruction for block in self.own for instruction in block.code]
 
     def walk(self) -> Iterator[Loop]:
-        """This loop and those inside."""
+        """This loop and its inner loops."""
         yield self
         for loop in self.inner:
             yield from loop.walk()
 
 
 def _loops(blocks: Sequence[Block], edges: dict[int, set[int]]) -> list[Loop]:
-    """The loops of a graph: what is strongly connected; inside, what stays so without the way back to the entry."""
+    """The loops of a graph: strongly connected components; recursively, those without the back edges to the entry."""
     loops = []
     for component in _components(edges):
         if len(component) == 1 and not edges[component[0]] & set(component):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The faults that are known, in known_faults.txt beside this file, and how a run is compared with them."""
+"""Parser of known_faults.txt beside this file, and the comparison of a run with it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Known:
         return self.pattern.split("/")[0]
 
     def covers(self, rule: str, kernel: Kernel) -> bool:
-        """True where this line is about a rule and a kernel, on any target."""
+        """True if this line covers a rule and a kernel, on any target."""
         return rule == self.rule and fnmatchcase(kernel.path, self.pattern)
 
     def __str__(self) -> str:
@@ -53,7 +53,7 @@ def parse(text: str) -> KnownFaults:
     """Read the list.
 
     Raises:
-        ListError: a line is not of the form that the head of the file describes.
+        ListError: a line is not of the form described at the head of the file.
     """
     compiler, targets, lines = "", [], []
     for number, line in enumerate(text.splitlines(), 1):
@@ -77,13 +77,13 @@ def parse(text: str) -> KnownFaults:
 def compare(
     known: KnownFaults, kernels: Sequence[Kernel], faults: Iterable[Fault], folders: Iterable[str], compiler: str
 ) -> list[str]:
-    """Problems: faults that are not in the list or exceed it, and lines of the list that are too generous.
+    """Problems: faults that are not in the list or exceed it, and lines of the list with too high counts.
 
     Args:
         known: the list.
         kernels: all that were checked.
-        faults: what they have.
-        folders: whose sources were checked in full.
+        faults: the faults of these kernels.
+        folders: folders whose sources were all checked.
         compiler: release of nvcc that compiled them.
     """
     found = {(fault.rule, fault.kernel.path, fault.kernel.target): fault for fault in faults}
@@ -105,8 +105,8 @@ def _too_generous(
 ) -> list[str]:
     """Lines of the list that allow more than the kernels have.
 
-    Another compiler may count a few branches or divisions less, so that lower counts are judged with the list's own
-    compiler alone (`exact`). Faults that are gone are judged with each.
+    Another compiler may emit a few branches or divisions less, so lower counts are reported only with the list's own
+    compiler (`exact`). Faults that are gone are reported with any.
     """
     problems = []
     for target in dict.fromkeys(kernel.target for kernel in kernels):

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launches of every operator at the shapes of mustdrop_kernels/bench/shapes.py, on an H200 that is not here.
+"""Launches of every operator at the shapes of mustdrop_kernels/bench/shapes.py, recorded for an H200 without a GPU.
 
-The launchers are compiled for the host, as the tests of the backend `cupy` have them, and get a machine that reports
-the device's size and records what it is asked to launch. Grids, clusters and shared memory are those that the device
-gets.
+The launchers are compiled for the host, as in the tests of the backend `cupy`, and connected to a stub machine that
+reports the device's properties and records launches. Grids, clusters and shared memory are those of real launches.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from .compiling import BUILD, ROOT, readable
 CAPABILITY, MULTIPROCESSORS, SHARED_BYTES = "90", 132, 232448  # of an H200
 DTYPE = "bfloat16"
 SHAPES = ("llava-1.5", "llava-1.5:8", "llava-1.5:64", "llava-next", "video-mha", "video-gqa")
-VISION_ENCODER = ("spatial_merge", "cls_attention")  # run once an image, and so with large batches too
+VISION_ENCODER = ("spatial_merge", "cls_attention")  # run once per image, therefore also with large batches
 _HERE = Path(__file__).resolve().parent
 
 
@@ -77,16 +76,16 @@ class Recorder:
         self.launch = ctypes.cast(self._launch, pointer).value or 0
 
     def facts(self, device: int) -> tuple[int, int, int]:
-        """Those of the device that is played."""
+        """Properties of the simulated device."""
         return self._facts
 
     def find(self, device: int, kernel: str) -> int:
-        """A number that stands for the kernel, from 1 on."""
+        """A handle of the kernel, numbered from 1."""
         self._kernels.append(kernel)
         return len(self._kernels)
 
     def make_current(self, device: int) -> None:
-        """Nothing: there are no contexts."""
+        """Does nothing: there are no contexts."""
 
     def _record(self, config: ctypes._Pointer[_Config], function: int, *_: object) -> int:
         c = config.contents
@@ -97,7 +96,7 @@ class Recorder:
 
 
 def record_all(recorder: Recorder, shapes: Sequence[str]) -> Iterator[Launch]:
-    """The launches of every operator and variant at some shapes, once the recorder is connected."""
+    """The launches of every operator and variant at some shapes, with a connected recorder."""
     import torch
 
     from mustdrop_kernels.bench.cases import CASES, FLOAT32_ONLY, Case
@@ -121,7 +120,7 @@ def record_all(recorder: Recorder, shapes: Sequence[str]) -> Iterator[Launch]:
 
 
 def connect(recorder: Recorder) -> object:
-    """Build the launchers for CPU tensors and let a recorder serve them. What is returned has to be kept."""
+    """Build the launchers for CPU tensors and connect them to a recorder. The result must be kept alive."""
     import torch
     from cuda_emulation import building
 
@@ -149,10 +148,10 @@ def _fingerprint(shapes: Sequence[str]) -> str:
 
 
 def record(shapes: Sequence[str] = SHAPES) -> list[Launch]:
-    """All launches, recorded in a process of its own and kept until a source changes.
+    """All launches, recorded in a separate process and cached until a source changes.
 
     Raises:
-        LaunchesError: the launchers could not be built, or one refuses its inputs.
+        LaunchesError: the launchers could not be built, or one raised.
     """
     kept = BUILD / f"launches-{_fingerprint(shapes)}.json"
     if not kept.exists():

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latency model: cycles of one warp in a loop of machine code, from the control word of each instruction.
 
-An instruction's encoding says how many cycles pass before the next one is issued, which of six scoreboards it sets
-until its result is there (or its operands are read), and which it waits for. With latencies of the units that gives the
-time of one warp that issues in order, alone on its multiprocessor. It is a lower bound, an estimate and no measurement:
-nothing is in the way of another warp, no bank conflicts, no limits of bandwidth. It shows latencies that nothing hides,
-branches in unrolled loops and divisions.
+An instruction's encoding holds the cycles before the next issue, the scoreboards (of six) that it sets until its result
+is available or its operands are read, and those that it waits for. With the latencies of the units this gives the time
+of one warp that issues in order, alone on its multiprocessor. It is an estimate and a lower bound, no measurement:
+without contention by other warps, bank conflicts and bandwidth limits. It shows exposed latencies, branches in unrolled
+loops and divisions.
 
 The loops are named in loops.txt beside this file. The encoding is that of compute capability 9.0.
 """
@@ -22,8 +22,8 @@ from .disassembly import Block, Function, Instruction, Loop
 TABLE = Path(__file__).with_name("loops.txt")
 TARGET = "90"
 
-# Cycles from the issue of an instruction to its result, by the beginning of its name; the first that fits counts. Those
-# of fixed latency need none: their stall counts hold it. LDG is a hit in the level-2 cache.
+# Cycles from the issue of an instruction to its result, by prefix of its name; the first match is used. Instructions of
+# fixed latency need none: their stall counts include it. LDG is a hit in the level-2 cache.
 LATENCIES = {
     "LDSM": 33, "LDGSTS": 20, "LDGDEPBAR": 1, "LDG": 260, "LDS": 30, "LDC": 30, "LD.": 40, "STS": 20, "STG": 20,
     "ST.": 20, "MUFU": 23, "SHFL": 24, "S2R": 25, "S2UR": 25, "ULDC": 12, "I2F": 23, "F2I": 23, "HMMA": 33, "MATCH": 30,
@@ -31,7 +31,7 @@ LATENCIES = {
 }  # fmt: skip
 OTHER = 15
 READ, READ_ASYNC = 15, 25  # until an instruction's operands are read, and those of a copy to shared memory
-TAKEN = 8  # what a branch that is taken costs
+TAKEN = 8  # cost of a taken branch
 BOARDS = 6
 NONE = 7  # in place of a scoreboard's number
 
@@ -48,28 +48,28 @@ class Control:
     """Control word of one instruction."""
 
     stall: int  # cycles to the next issue
-    writes: int  # scoreboard that is set until the result is there, or NONE
+    writes: int  # scoreboard that is set until the result is available, or NONE
     reads: int  # scoreboard that is set until the operands are read, or NONE
-    waits: int  # a bit for each scoreboard that has to be free
+    waits: int  # a bit for each scoreboard that must be clear
 
     @classmethod
     def of(cls, instruction: Instruction) -> Control:
-        """From the upper 64 bits of the encoding."""
+        """Decode the upper 64 bits of the encoding."""
         word = instruction.word
         return cls(word >> 41 & 15, word >> 46 & 7, word >> 49 & 7, word >> 52 & 63)
 
 
 def latency(name: str) -> int:
-    """Cycles until the result of an instruction is there."""
+    """Cycles until the result of an instruction is available."""
     return next((cycles for begin, cycles in LATENCIES.items() if name.startswith(begin)), OTHER)
 
 
 def issue_times(path: Sequence[Instruction]) -> list[int]:
-    """When each instruction is issued, in cycles, and last when the next one could be.
+    """Issue time of each instruction in cycles, and finally that of a following one.
 
     Args:
-        path: instructions in the order of their execution. A predicated instruction counts as executed; where the next
-            one is not the next in memory, a branch was taken.
+        path: instructions in the order of execution. A predicated instruction counts as executed; if the next one is
+            not the next in memory, a branch was taken.
     """
     times, now, free = [], 0, [0] * BOARDS
     for at, instruction in enumerate(path):
@@ -93,17 +93,17 @@ def issue_times(path: Sequence[Instruction]) -> list[int]:
 
 
 def count(code: Iterable[Instruction], name: str) -> int:
-    """Instructions whose name begins so: "MUFU.EX2"."""
+    """Number of instructions whose name has this prefix, such as "MUFU.EX2"."""
     return sum(instruction.name.startswith(name) for instruction in code)
 
 
 def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
-    """The instructions of one iteration, along one of the ways through it.
+    """The instructions of one iteration, along one of the paths through it.
 
     Args:
-        loop: whose iteration.
-        most: what the way has the most of, the first name first; of equal ways the one with the fewest instructions.
-        trips: how often each loop inside is gone through.
+        loop: the loop.
+        most: prefixes whose counts the path maximizes, in order of priority; then the fewest instructions.
+        trips: number of iterations of each inner loop.
     """
     nodes: list[Block | Loop] = [*loop.own, *loop.inner]
     members = [[node] if isinstance(node, Block) else node.blocks for node in nodes]
@@ -115,12 +115,12 @@ def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
         node: {node_of[n] for n in numbers if n in node_of and n != loop.entry} - {node}
         for node, numbers in enumerate(reached)
     }
-    best: dict[int, tuple[tuple[int, ...], list[int]]] = {}  # weight and nodes of the best way to the iteration's end
-    for node in TopologicalSorter(after).static_order():  # those that come next are first
+    best: dict[int, tuple[tuple[int, ...], list[int]]] = {}  # weight and nodes of the best path to the iteration's end
+    for node in TopologicalSorter(after).static_order():  # successors first
         ways = [best[other] for other in sorted(after[node]) if other in best]
         if loop.entry in reached[node]:
             ways.append(((0,) * (len(most) + 1), []))
-        if ways:  # the others leave the loop
+        if ways:  # otherwise it leaves the loop
             weight, rest = max(ways, key=lambda way: way[0])
             best[node] = tuple(a + b for a, b in zip(weights[node], weight, strict=True)), [node, *rest]
     return [instruction for node in best[node_of[loop.entry]][1] for instruction in bodies[node]]
@@ -135,13 +135,13 @@ class Named:
 
     name: str
     kernel: str  # "folder/kernel"
-    has: tuple[str, ...]  # what the loop holds outside of the loops inside
-    lacks: tuple[str, ...]  # and what it does not
+    has: tuple[str, ...]  # instructions that the loop has outside of inner loops
+    lacks: tuple[str, ...]  # and those that it lacks
     most: tuple[str, ...]  # see iteration()
     trips: int
-    begin: str  # "LDSM": from the first; ">HMMA": from behind the last; "-": from the iteration's begin
+    begin: str  # "LDSM": from the first; ">HMMA": after the last; "-": from the iteration's begin
     end: str  # "HMMA": to the last; "-": to the iteration's end
-    unit: str  # instruction of which each stands for ``of``; "-": the whole counts
+    unit: str  # instruction of which each represents ``of``; "-": the part as a whole
     of: str
 
     @property
@@ -150,7 +150,7 @@ class Named:
         return self.kernel.split("/")[0]
 
     def find(self, function: Function) -> Loop | None:
-        """The first loop that holds what is asked for."""
+        """The first loop with these instructions."""
         for loop in function.all_loops:
             code = loop.own_code
             if all(count(code, name) for name in self.has) and not any(count(code, name) for name in self.lacks):
@@ -158,7 +158,7 @@ class Named:
         return None
 
     def cut(self, path: Sequence[Instruction]) -> list[Instruction]:
-        """The part of an iteration; empty where it has no such instructions."""
+        """The part of an iteration; empty without such instructions."""
         firsts = [at for at, i in enumerate(path) if i.name.startswith(self.begin.removeprefix(">"))]
         lasts = [at for at, i in enumerate(path) if i.name.startswith(self.end)]
         if (self.begin != "-" and not firsts) or (self.end != "-" and not lasts):
@@ -171,7 +171,7 @@ def parse_table(text: str) -> list[Named]:
     """Read the table.
 
     Raises:
-        TableError: a line has not the columns that the head of the file describes.
+        TableError: a line does not have the columns described at the head of the file.
     """
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -202,10 +202,10 @@ class Estimate:
 
 
 def estimate(named: Named, function: Function) -> Estimate | None:
-    """Cycles of a loop; None where there is none such.
+    """Cycles of a loop; None if there is no such loop.
 
-    A whole iteration is taken in the steady state, the second of three in a row, with the branch back. A part of an
-    iteration begins with nothing under way.
+    A whole iteration is taken in the steady state, the second of three, with the back edge. A part of an iteration
+    begins with idle units.
     """
     loop = named.find(function)
     path = iteration(loop, named.most, named.trips) if loop else []
@@ -222,7 +222,7 @@ def estimate(named: Named, function: Function) -> Estimate | None:
 
 
 def model_table(rows: Sequence[Named], estimates: dict[str, Estimate]) -> str:
-    """One loop a line, and what the figures are."""
+    """Table with a line per loop, and an explanation of the figures."""
     names, kernels = max(len(row.name) for row in rows), max(len(row.kernel) for row in rows)
     lines = [f"{'loop':<{names}}  {'kernel':<{kernels}} instructions  cycles     each"]
     for row in rows:

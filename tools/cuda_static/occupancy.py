@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Occupancy: blocks of a launch that a multiprocessor runs at the same time, and waves of a grid."""
+"""Occupancy: resident blocks per multiprocessor, and waves of a grid."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from .kernel import Kernel, generic
 from .launches import CAPABILITY, Launch
 
 WARP = 32
-REGISTER_UNIT = 256  # registers are given to a warp in multiples of this
-SHARED_UNIT = 128  # bytes, to a block
-SHARED_RESERVED = 1024  # bytes of each block that the system keeps
+REGISTER_UNIT = 256  # allocation unit of registers, per warp
+SHARED_UNIT = 128  # allocation unit of shared memory in bytes, per block
+SHARED_RESERVED = 1024  # bytes per block reserved by the system
 
 
 @dataclass(frozen=True)
 class Multiprocessor:
-    """Resources that the resident blocks share."""
+    """Resources shared by the resident blocks."""
 
     warps: int
     blocks: int
     shared_bytes: int
     registers: int = 65536
-    quarters: int = 4  # with a scheduler and a fourth of the registers each; a warp stays in one
+    quarters: int = 4  # partitions with a scheduler and a fourth of the registers each; a warp stays in one
 
 
 # By compute capability times ten: CUDA programming guide, technical specifications of the compute capabilities.
@@ -35,20 +35,20 @@ MULTIPROCESSORS = {
     "120": Multiprocessor(warps=48, blocks=24, shared_bytes=100 << 10),
 }
 
-# A cluster stays inside a GPC. How many multiprocessors each GPC of an H200 has differs from device to device; this is
-# the usual case, in which clusters of eight with a multiprocessor for each block leave four of 132 idle.
-# cudaOccupancyMaxActiveClusters returns that of a device.
+# A cluster stays inside a GPC. The number of multiprocessors per GPC of an H200 varies between devices; this is the
+# usual case, in which clusters of eight with a multiprocessor per block leave four of 132 idle.
+# cudaOccupancyMaxActiveClusters returns the value of a device.
 GPCS = (16,) * 6 + (18,) * 2
 
 
 def blocks_per_multiprocessor(capability: str, registers: int, shared_bytes: int, threads: int) -> int:
-    """Resident blocks.
+    """Number of resident blocks per multiprocessor.
 
     Args:
         capability: a key of ``MULTIPROCESSORS``.
-        registers: of a thread.
-        shared_bytes: of a block, static and dynamic.
-        threads: of a block.
+        registers: registers per thread.
+        shared_bytes: shared memory per block, static and dynamic.
+        threads: threads per block.
     """
     m = MULTIPROCESSORS[capability]
     warps = math.ceil(threads / WARP)
@@ -59,11 +59,11 @@ def blocks_per_multiprocessor(capability: str, registers: int, shared_bytes: int
 
 
 def slots(resident: int, cluster: int) -> int:
-    """Blocks that the whole device runs at the same time.
+    """Number of resident blocks of the device.
 
     Args:
-        resident: blocks of a multiprocessor.
-        cluster: blocks of a cluster.
+        resident: blocks per multiprocessor.
+        cluster: blocks per cluster.
     """
     if cluster == 1:
         return resident * sum(GPCS)
@@ -72,28 +72,28 @@ def slots(resident: int, cluster: int) -> int:
 
 @dataclass(frozen=True)
 class Occupancy:
-    """A launch, and how it fills the device."""
+    """A launch and its occupancy."""
 
     launch: Launch
     registers: int
     shared_bytes: int  # static and dynamic
     resident: int  # blocks of a multiprocessor
-    waves: float  # blocks of the grid over those that run at the same time; 0: the launch does not fit
+    waves: float  # blocks of the grid / resident blocks; 0: the launch does not fit
 
     @property
     def text(self) -> str:
-        """Waves as a number, and those that it takes: "1.19 (2)"."""
+        """Waves, and rounded up: "1.19 (2)"."""
         return f"{self.waves:.2f} ({math.ceil(self.waves)})" if self.waves else "does not fit"
 
 
 def occupancies(launches: Iterable[Launch], kernels: Sequence[Kernel]) -> list[Occupancy]:
-    """Each different launch of kernels that were compiled for the device's own architecture."""
+    """Occupancy of each distinct launch of kernels compiled for the device's architecture."""
     own = {kernel.name: kernel for kernel in kernels if generic(kernel.target) == CAPABILITY}
     found: dict[tuple[object, ...], Occupancy] = {}
     for launch in launches:
         kernel = own.get(launch.kernel)
         key = (launch.shape, launch.kernel, launch.grid, launch.threads, launch.shared_bytes, launch.cluster)
-        if kernel is None or key in found:  # the fused operators launch what others launch too
+        if kernel is None or key in found:  # the fused operators share kernels with others
             continue
         shared = kernel.shared_bytes + launch.shared_bytes
         resident = blocks_per_multiprocessor(CAPABILITY, kernel.registers, shared, launch.threads)
@@ -104,7 +104,7 @@ def occupancies(launches: Iterable[Launch], kernels: Sequence[Kernel]) -> list[O
 
 
 def occupancy_table(rows: Sequence[Occupancy]) -> str:
-    """One launch a line."""
+    """Table with a line per launch."""
     ops = max((len(row.launch.op) for row in rows), default=2)
     names = max((len(row.launch.kernel) for row in rows), default=6)
     head = f"{'shape':<14}{'operator':<{ops + 1}}{'kernel':<{names}}"

@@ -10,15 +10,15 @@ from .rules import RULES, Fault
 
 
 def _worst(there: Sequence[Kernel], value: Callable[[Code], float | None], choose: Callable[..., float] = max) -> str:
-    """The largest (or `choose`) value of the targets that were disassembled."""
+    """The maximum (or `choose`) over the targets that were disassembled."""
     values = [found for kernel in there if kernel.code and (found := value(kernel.code)) is not None]
     return "-" if not values else f"{choose(values):.1f}".removesuffix(".0")
 
 
 def kernel_table(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
-    """Registers by kernel and target; the largest code, shared memory, stack and spills; the fewest wide accesses.
+    """Registers by kernel and target; maximum code size, shared memory, stack and spills; minimum wide accesses.
 
-    "EX2" is the number of instructions for each exponential of an unrolled loop.
+    "EX2" is the number of instructions per exponential of an unrolled loop.
     """
     by_key = {(kernel.path, kernel.target): kernel for kernel in kernels}
     paths = sorted({kernel.path for kernel in kernels})
@@ -44,7 +44,7 @@ def kernel_table(kernels: Sequence[Kernel], targets: Sequence[str]) -> str:
 
 
 def fault_table(faults: Sequence[Fault], targets: Sequence[str]) -> str:
-    """Count of faults of each rule, by kernel and target."""
+    """Counts of the faults by rule, kernel and target."""
     counts = {(fault.rule, fault.kernel.path, fault.kernel.target): fault.count for fault in faults}
     rows = sorted({key[:2] for key in counts}, key=lambda row: (list(RULES).index(row[0]), row[1]))
     width = max((len(path) for _, path in rows), default=0)

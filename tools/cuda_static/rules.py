@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rules: counts in the disassembly of a kernel, and their limits.
+"""Rules: counts in the disassembly of a kernel and their limits.
 
-A fault of this file is a pattern that a compiler makes of innocent C++ and that costs several times the time. It shows
-in no test, since the results are right.
+A fault is a code pattern that the compiler emits for ordinary C++ and that multiplies the time. Tests do not find it,
+since results are correct.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _LOAD16 = re.compile(r"(LDG?\.[\w.]*(128|256)|LDGSTS\.[\w.]*128|UBLKCP|UTMALDG)"
 _STORE16 = re.compile(r"(STG?\.[\w.]*(128|256)|UTMASTG)")
 _MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA)\b")
 
-# A kernel that is instantiated to move 16 bytes at once says so: a piece of 16 bytes, or that many elements.
+# Template arguments of kernels that move 16 bytes at once: a 16-byte type, or the number of elements.
 _WIDE = re.compile(r"_kernel<(uint4\b|(half_t|bfloat16_t), (\(int\))?8\b|float, (\(int\))?4\b)")
-# Of those, the ones that write rows (the others write a number per row).
+# Those that write rows (the others write a number per row).
 _WRITERS = re.compile(r"(gather|compact|compact_chunks|write|cluster)_kernel<")
-# Folders whose kernels for 16-bit numbers have to use matrix instructions.
+# Folders whose kernels for 16-bit types must use matrix instructions.
 _MATRIX_FOLDERS = {"attention_scores": ("half_t", "bfloat16_t")}
 
-UNROLLED = 8  # exponentials, or matrix instructions, from which on a loop's body counts as unrolled
+UNROLLED = 8  # minimum exponentials or matrix instructions in the body of an unrolled loop
 MOST_CUTS = 1 / 4  # of the exponentials, and per matrix instruction
 
 
 def _count(code: Iterable[Instruction], name: str | re.Pattern[str]) -> int:
-    """Instructions whose name begins so."""
+    """Number of instructions whose name has this prefix or matches this pattern."""
     pattern = re.compile(name)
     return sum(bool(pattern.match(instruction.name)) for instruction in code)
 
@@ -41,7 +41,7 @@ def _is_exponential(instruction: Instruction) -> bool:
 
 
 def _is_cut(instruction: Instruction) -> bool:
-    """True where nothing is moved across it: a branch, or a place where the threads of a warp meet."""
+    """True if no instruction is moved across it: a branch, or a synchronization of a warp."""
     return instruction.opcode in BRANCHES | REGIONS
 
 
@@ -49,13 +49,13 @@ def _is_cut(instruction: Instruction) -> bool:
 
 
 def cut_exponentials(function: Function) -> int:
-    """Exponentials of unrolled loops that a branch separates from the one before.
+    """Exponentials of unrolled loops that a branch separates from the preceding one.
 
-    A test inside an unrolled loop that stays a branch puts each exponential into a region of its own (BSSY, MUFU.EX2,
-    BRA, BSYNC). Then no two are under way at the same time, and the latency of each shows. In each loop with at least
-    ``UNROLLED`` exponentials outside of its inner loops, those are counted that have a branch or a meeting point
-    between themselves and the exponential before. The first one of an iteration does not count, so that a loop's own
-    back edge is none. A loop where at most a quarter is cut off is in order: one test for several exponentials.
+    A condition inside an unrolled loop that is compiled to a branch isolates each exponential (BSSY, MUFU.EX2, BRA,
+    BSYNC), so that their latencies do not overlap. In each loop with at least ``UNROLLED`` exponentials outside of its
+    inner loops, those with a branch or warp synchronization between them and the preceding exponential are counted.
+    The first one of an iteration does not count, because of the loop's back edge. Up to a quarter is allowed: one
+    condition for several exponentials.
     """
     total = 0
     for loop in function.all_loops:
@@ -72,12 +72,12 @@ def cut_exponentials(function: Function) -> int:
 
 
 def cut_products(function: Function) -> int:
-    """Branches among the matrix instructions of loops over the depth, where there are more than one to four.
+    """Branches among the matrix instructions of loops over the depth, if there is more than one per four.
 
-    The loads of the operands (LDSM) cannot be started early across a branch or a WARPSYNC, so that the latency of each
-    shows. Counted in the basic blocks that hold LDSM or HMMA, in loops with at least ``UNROLLED`` matrix instructions
-    outside of their inner loops. Alternatives for different sizes count together: a loop whose common path is free of
-    branches stays below the limit.
+    Operand loads (LDSM) cannot be hoisted across a branch or a WARPSYNC, so that their latencies are exposed. Counted
+    in the basic blocks with LDSM or HMMA, in loops with at least ``UNROLLED`` matrix instructions outside of their
+    inner loops. Alternatives for different sizes count together: a loop whose common path has no branches stays below
+    the limit.
     """
     total = 0
     for loop in function.all_loops:
@@ -92,9 +92,9 @@ def cut_products(function: Function) -> int:
 def divisions_in_loops(function: Function) -> int:
     """Divisions and reciprocals in loops.
 
-    A division by an integer that is known at run time only is a sequence of about twenty dependent instructions: I2F,
-    MUFU.RCP, F2I and corrections. A division of floats, and a reciprocal, has the MUFU.RCP alone. Where a divisor does
-    not change, ptxas may move some of the three out of the loop; so the most frequent one counts.
+    A division by a run-time integer is a sequence of about twenty dependent instructions: I2F, MUFU.RCP, F2I and
+    corrections. A division of floats, and a reciprocal, has only the MUFU.RCP. If a divisor is loop-invariant, ptxas
+    may hoist some of the three; so the most frequent one is counted.
     """
     code = [instruction for loop in function.loops for instruction in loop.code]
     return max(_count(code, name) for name in (r"MUFU\.RCP", r"I2F\b", r"F2I\b"))
@@ -104,8 +104,8 @@ def divisions_in_loops(function: Function) -> int:
 class Rule:
     """A kind of fault."""
 
-    message: str  # of a kernel, with {count}
-    folders: tuple[str, ...]  # whose kernels it is for; empty: all
+    message: str  # for a kernel, with {count}
+    folders: tuple[str, ...]  # folders it applies to; empty: all
     count: Callable[[Function], int] | None = None  # in the disassembly; None: ptxas reports it
 
 
@@ -128,7 +128,7 @@ RULES = {
 
 
 def per_exponential(function: Function) -> float | None:
-    """Instructions for each exponential of an unrolled loop, from its first to its last; the most of all loops."""
+    """Instructions per exponential of an unrolled loop, from its first to its last; the maximum over all loops."""
     most = None
     for loop in function.all_loops:
         code = loop.own_code
@@ -139,7 +139,7 @@ def per_exponential(function: Function) -> float | None:
 
 
 def read_code(function: Function, folder: str) -> Code:
-    """All that is counted in a kernel of a folder."""
+    """Statistics of a kernel of a folder."""
     looped = [instruction for loop in function.loops for instruction in loop.code]
     rules = {name: rule for name, rule in RULES.items() if rule.count and folder in (rule.folders or (folder,))}
     counts = {name: rule.count(function) for name, rule in rules.items() if rule.count}
@@ -155,7 +155,7 @@ def read_code(function: Function, folder: str) -> Code:
 
 @dataclass(frozen=True)
 class Fault:
-    """A rule that a kernel does not keep."""
+    """Violation of a rule by a kernel."""
 
     rule: str
     kernel: Kernel
@@ -167,7 +167,7 @@ class Fault:
 
 
 def faults_of(kernels: Iterable[Kernel]) -> list[Fault]:
-    """The faults of kernels that may be known."""
+    """Faults of kernels, known ones included."""
     found = []
     for kernel in kernels:
         counts = {"spills": kernel.spill_bytes, "stack": kernel.stack_bytes}
@@ -190,7 +190,7 @@ def _lacks(kernel: Kernel) -> Iterator[str]:
 
 
 def missing(kernels: Sequence[Kernel], folders: Iterable[str], targets: Iterable[str]) -> list[str]:
-    """Instructions that kernels should have and lack: 16-byte accesses, matrix instructions."""
+    """Required instructions that kernels lack: 16-byte accesses, matrix instructions."""
     problems = [f"{label(k.target)}: {k.path} {what}" for k in kernels for what in _lacks(k)]
     for folder in folders:
         for target in targets:

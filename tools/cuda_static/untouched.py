@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Large tensors that have a shape and an address, and whose memory is never written.
+"""Large tensors with a shape and an address whose memory is never written.
 
-Planning a launch needs sizes, strides and alignment, not values. Memory that is not written takes no space.
+Planning a launch requires sizes, strides and alignment, not values. Memory that is not written is not allocated.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ def _is_large(value: object) -> bool:
 
 
 def _to_meta(value: object) -> object:
-    """A tensor without memory for a tensor, the meta device for a device."""
+    """Map a tensor to a meta tensor, a device to the meta device."""
     if isinstance(value, torch.Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
 def _to_memory(value: object) -> object:
-    """Memory of its own for a tensor that has none."""
+    """Allocate memory for a meta tensor."""
     return (
         torch.empty_strided(value.shape, value.stride(), dtype=value.dtype)
         if isinstance(value, torch.Tensor)
@@ -44,9 +44,9 @@ def _makes_large(args: Any) -> bool:
 
 
 class Untouched(TorchDispatchMode):
-    """While it is active, operators that make or take large tensors compute nothing: their results hold any values.
+    """Mode in which operators that create or take large tensors compute nothing: their results are uninitialized.
 
-    Small tensors are computed as ever, so that what decides about shapes (`nonzero`) is right. Views are views.
+    Small tensors are computed as usual, so that data-dependent shapes (`nonzero`) are correct. Views stay views.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -59,7 +59,7 @@ class Untouched(TorchDispatchMode):
         makes_large = _makes_large(args)
         if not makes_large and not tree_any(_is_large, (args, kwargs)):
             return func(*args, **kwargs)
-        if "generator" in kwargs:  # one of the CPU makes no numbers on the meta device
+        if "generator" in kwargs:  # a CPU generator does not work on the meta device
             func, kwargs = func.overloadpacket.default, {k: v for k, v in kwargs.items() if k != "generator"}
         if makes_large:
             kwargs = {**kwargs, "device": torch.device("meta")}

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA kernels for people who have a GPU and no compiler: NVRTC compiles them through CuPy on first use.
+"""The CUDA kernels without a CUDA toolkit: CuPy compiles them with NVRTC on first use.
 
-The launchers are those of the CUDA library, compiled without CUDA (``libmustdrop_nvrtc``); the kernels travel as text
-in ``lib/kernels``. Compiled kernels are kept in CuPy's cache folder. Importing this package imports no CuPy.
+The launchers are those of the CUDA library, compiled without CUDA (``libmustdrop_nvrtc``); the kernel sources ship in
+``lib/kernels``. Compiled kernels are kept in CuPy's cache folder. Importing this package does not import CuPy.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..lazy import when_called
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """Why CuPy does not serve an operator on a device, None where it does. Touches no device."""
+    """The reason that CuPy does not serve an operator on a device, or None. Touches no device."""
     if device_type != "cuda":
         return "it serves CUDA tensors"
     if torch.version.cuda is None:
@@ -31,7 +31,7 @@ def why_not(op: str, device_type: str) -> str | None:
 
 
 def _why_no_launcher(op: str) -> str | None:
-    """Why the library of the launchers has none for an operator, None where it has one. Loads the library."""
+    """The reason that there is no launcher for an operator, or None. Loads the launcher library."""
     if not _load.nvrtc.loaded:
         _load.nvrtc.load()
     if _load.nvrtc.problem is not None:
@@ -41,7 +41,7 @@ def _why_no_launcher(op: str) -> str | None:
 
 
 def implementation(op: str) -> Callable[..., object]:
-    """The operator as a function that imports CuPy and loads the launchers when it is first called."""
+    """The operator as a function that imports CuPy and loads the launchers on its first call."""
 
     def kernel() -> Callable[..., object]:
         from . import gpu, launchers

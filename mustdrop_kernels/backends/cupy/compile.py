@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles kernels with NVRTC, and keeps them on disk. Needs CuPy and NVRTC, no GPU.
+"""Compilation of kernels with NVRTC, with a cache on disk. Requires CuPy and NVRTC, no GPU.
 
-Not cupy.RawModule: it flushes subnormal numbers to zero, which the operators do not, and its cache does not see a
-change in an included file.
+cupy.RawModule is not used: it flushes subnormal numbers to zero, which the operators do not, and its cache key does
+not cover included files.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ OPTIONS = ("-std=c++17",)
 
 
 class CompileError(RuntimeError):
-    """NVRTC refused a kernel; the message is its log."""
+    """NVRTC failed to compile a kernel; the message is its log."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """A compiled kernel: its name in the image, and the image (machine code, or PTX)."""
+    """A compiled kernel: its lowered name, and the image (machine code or PTX)."""
 
     name: str
     image: bytes
@@ -38,15 +38,15 @@ class Code:
 
 @cache
 def sources() -> dict[str, str]:
-    """The kernels' files by the name under which they include each other."""
+    """Kernel sources by include path."""
     return {p.relative_to(HEADERS).as_posix(): p.read_text() for p in sorted(HEADERS.glob("*/*.*h"))}
 
 
 def architecture(capability: int) -> tuple[str, int]:
-    """What to compile for a device, and the compute capability (times ten) whose instructions the code may use.
+    """The NVRTC target for a device, and the compute capability (times ten) whose instructions the code may use.
 
-    Machine code for the device where this NVRTC knows it, else PTX of the newest that it knows, which the driver
-    translates.
+    Machine code where this NVRTC supports the device, else PTX of the newest architecture that it supports, which the
+    driver compiles.
     """
     known = [target for target in nvrtc.getSupportedArchs() if target <= capability]
     if not known:
@@ -56,12 +56,12 @@ def architecture(capability: int) -> tuple[str, int]:
 
 
 def cache_folder() -> Path:
-    """CuPy's: $CUPY_CACHE_DIR, or ~/.cupy/kernel_cache."""
+    """CuPy's cache folder: $CUPY_CACHE_DIR, or ~/.cupy/kernel_cache."""
     return Path(os.environ.get("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
 
 
 def compiled(kernel: str, target: str) -> Code:
-    """A kernel for a target, from the disk where it has been compiled before.
+    """Compile a kernel for a target, or load it from the cache.
 
     Args:
         kernel: its name, such as "mustdrop::score_kernel<float, 1>".
@@ -73,7 +73,7 @@ def compiled(kernel: str, target: str) -> Code:
         name, image = path.read_bytes().split(b"\0", 1)
     except (OSError, ValueError):
         (code,) = compile_kernels([kernel], target)
-        # A home that cannot be written to costs time, nothing else. Processes that compile it at once write the same.
+        # A read-only home only costs time. Concurrent processes write the same content.
         with contextlib.suppress(OSError), written_whole(path) as scratch:
             scratch.write_bytes(code.name.encode() + b"\0" + code.image)
         return code
@@ -81,7 +81,7 @@ def compiled(kernel: str, target: str) -> Code:
 
 
 def compile_kernels(kernels: Sequence[str], target: str) -> list[Code]:
-    """Compile without the cache; the kernels share one image.
+    """Compile kernels into one image, without the cache.
 
     Raises:
         CompileError: with NVRTC's log.

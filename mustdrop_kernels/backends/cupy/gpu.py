@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A real GPU behind the launchers: CuPy compiles and loads kernels, the driver launches them on torch's streams."""
+"""Kernel compilation and launch on a real GPU: CuPy compiles and loads, the driver launches on torch's streams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import compile
 
 OLDEST = 80  # compute capability times ten
 
-# Of cuda.h.
+# Constants of cuda.h.
 _STATIC_SHARED_BYTES = 1  # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES
 _MOST_DYNAMIC_SHARED_BYTES = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
@@ -27,7 +27,7 @@ def _most_shared_bytes(device: int) -> int:
 
 
 class Gpu:
-    """See ``launchers.Machine``."""
+    """Implementation of ``launchers.Machine`` for CUDA devices."""
 
     def __init__(self) -> None:
         libtorch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
@@ -35,12 +35,12 @@ class Gpu:
         self.launch = _address("libcuda.so.1", "cuLaunchKernelEx")
 
     def facts(self, device: int) -> tuple[int, int, int]:
-        """What the launchers plan with; the capability is that of the code that will run."""
+        """Device properties for planning; the capability is that of the compiled code."""
         multiprocessors = runtime.deviceGetAttribute(runtime.cudaDevAttrMultiProcessorCount, device)
         return self._architecture(device)[1], multiprocessors, _most_shared_bytes(device)
 
     def find(self, device: int, kernel: str) -> int:
-        """Compile, load, and allow as much shared memory as the device has."""
+        """Compile and load a kernel, and raise its dynamic shared memory limit to the device's maximum."""
         code = compile.compiled(kernel, self._architecture(device)[0])
         self.make_current(device)
         function = driver.moduleGetFunction(driver.moduleLoadData(code.image), code.name)
@@ -49,7 +49,7 @@ class Gpu:
         return int(function)
 
     def make_current(self, device: int) -> None:
-        """The context that torch uses too."""
+        """Make the primary context current, which torch uses too."""
         runtime.setDevice(device)
 
     @staticmethod

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The launchers of ``libmustdrop_nvrtc``: C++ that checks, allocates and plans, and asks this module for kernels.
+"""Launchers of ``libmustdrop_nvrtc``: C++ that checks, allocates and plans, and obtains kernels from this module.
 
-A launch goes from C++ straight to the driver; Python is called once for each kernel and device.
+Launches go from C++ straight to the driver; Python is called once per kernel and device.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ class Hooks(ctypes.Structure):
 
 
 class Machine(Protocol):
-    """Who compiles and launches. Devices are given by index."""
+    """Compiles and launches kernels. Devices are given by index."""
 
     current_stream: int  # address of a function int(int device, void** stream)
     launch: int  # address of a function like cuLaunchKernelEx
 
     def facts(self, device: int) -> tuple[int, int, int]:
-        """Compute capability times ten, multiprocessors, bytes of shared memory that a block may ask for."""
+        """Compute capability times ten, number of multiprocessors, maximum shared memory of a block in bytes."""
 
     def find(self, device: int, kernel: str) -> int:
         """The kernel of this name ("score_kernel<float, 1>") as the function that ``launch`` takes."""
 
     def make_current(self, device: int) -> None:
-        """Let this thread use the device's primary context."""
+        """Make the device's primary context current in this thread."""
 
 
 def expression(signature: str) -> str:
-    """A kernel's name as C++ writes it, from what the compiler of the launchers says about it.
+    """A kernel's C++ name, extracted from the signature string that the compiler of the launchers produces.
 
     >>> expression("const char* mustdrop::kernel_signature() [with auto kKernel = mustdrop::cls_kernel<half_t, 8>]")
     'mustdrop::cls_kernel<half_t, 8>'
@@ -60,7 +60,7 @@ def expression(signature: str) -> str:
 
 
 def kernels(library: ctypes.CDLL) -> list[str]:
-    """The names of all kernels that the launchers may ask for."""
+    """Names of all kernels that the launchers may request."""
     name = library.mustdrop_nvrtc_kernel
     name.restype = ctypes.c_char_p
     names: list[str] = []
@@ -69,25 +69,25 @@ def kernels(library: ctypes.CDLL) -> list[str]:
     return sorted(names)
 
 
-_said = threading.local()  # keeps a problem's text alive until C++ has copied it
+_error = threading.local()  # keeps the message alive until C++ has copied it
 
 
-def _telling(function: Callable[..., None]) -> Callable[..., int | None]:
-    """A callback for C++: null, or the address of what went wrong."""
+def _reporting(function: Callable[..., None]) -> Callable[..., int | None]:
+    """A callback for C++ that returns null, or the address of an error message."""
 
     def call(*args: object) -> int | None:
         try:
             function(*args)
         except Exception as error:
-            _said.text = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
-            return ctypes.addressof(_said.text)
+            _error.text = ctypes.create_string_buffer(f"{type(error).__name__}: {error}".encode())
+            return ctypes.addressof(_error.text)
         return None
 
     return call
 
 
 def connect(library: ctypes.CDLL, machine: Machine) -> Hooks:
-    """Let a machine serve the launchers of a library. The result has to live as long as they are called."""
+    """Connect the launchers of a library to a machine. The result must outlive their use."""
 
     def facts(device: int, out: ctypes.Array[ctypes.c_int]) -> None:
         out[0], out[1], out[2] = machine.facts(device)
@@ -96,9 +96,9 @@ def connect(library: ctypes.CDLL, machine: Machine) -> Hooks:
         out[0] = machine.find(device, expression(signature.decode()))
 
     hooks = Hooks(
-        FACTS(_telling(facts)),
-        FIND(_telling(find)),
-        MAKE_CURRENT(_telling(machine.make_current)),
+        FACTS(_reporting(facts)),
+        FIND(_reporting(find)),
+        MAKE_CURRENT(_reporting(machine.make_current)),
         machine.current_stream,
         machine.launch,
     )
@@ -111,10 +111,10 @@ _connecting = threading.Lock()
 
 
 def connect_once(make_machine: Callable[[], Machine]) -> None:
-    """Load the launchers, whose operators are ``torch.ops.mustdrop_nvrtc.*``, and let a machine serve them.
+    """Load the launchers, whose operators are ``torch.ops.mustdrop_nvrtc.*``, and connect them to a machine.
 
     Raises:
-        RuntimeError: the library could not be loaded; the message says why.
+        RuntimeError: the library could not be loaded; the message gives the reason.
     """
     global _connected
     with _connecting:

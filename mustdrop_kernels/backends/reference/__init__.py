@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every operator in plain PyTorch: slow, and meant to be read beside the formulas of the documentation.
+"""Reference implementations in plain PyTorch: slow, written to be read beside the formulas of the documentation.
 
-The file of an operator is that of its contract in ``mustdrop_kernels.ops``, which checks the arguments.
+Files are named after the operator families of ``mustdrop_kernels.ops``, which check the arguments.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from ...ops.contract import CONTRACTS, Implementation, checked
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """The reference serves every operator on every device, composites by their parts."""
+    """None for every operator on every device; composites are composed of their parts."""
     return "it is composed of its parts" if CONTRACTS[op].composite else None
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that only move are moved as integers: no bit of a float8 or of a signalling NaN changes."""
+"""Integer views for moving tokens: no bit of a float8 or of a signaling NaN changes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,6 @@ _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def as_integers(x: Tensor) -> Tensor:
-    """The same memory as integers, whatever it means."""
+    """View of the same memory as integers of the same size."""
     same_size = _SAME_SIZE.get(x.element_size())
     return x if same_size is None else x.view(same_size)

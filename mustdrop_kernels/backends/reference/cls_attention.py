@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of the CLS row on each key."""
+"""Attention of the CLS token on each key."""
 
 from __future__ import annotations
 

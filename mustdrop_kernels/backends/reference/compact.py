@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cutting KV caches down to the kept tokens, in place."""
+"""In-place compaction of KV caches to the kept tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _moves(
     extent: int,  # positions run over [0, extent)
     align_end: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Source and destination position of each move, and whether it is one: each [B, Hk, K]."""
+    """Source and destination position of each move, and its validity: [B, Hk, K] each."""
     if keep.dim() == 2:
         keep, counts = keep[:, None].expand(-1, heads, -1), counts[:, None].expand(-1, heads)
     kept = counts.long().clamp(0, keep.shape[-1])[..., None]
@@ -36,9 +36,9 @@ def _origin(
     valid: Tensor,  # [..., K] bool
     slots: int,
 ) -> Tensor:  # [..., slots] int64
-    """The slot that each slot takes its content from: its own, unless something moves there."""
+    """Source slot of each slot: itself, unless a move targets it."""
     origin = torch.arange(slots + 1, device=source.device).repeat(*source.shape[:-1], 1)
-    nowhere = slots  # where moves that are none go
+    nowhere = slots  # target of invalid moves
     return origin.scatter_(-1, target.where(valid, nowhere), source.where(valid, nowhere))[..., :slots]
 
 
@@ -48,7 +48,7 @@ def _physical(
     blocks: int,
     slots: int,
 ) -> tuple[Tensor, Tensor]:
-    """The slot of the whole cache that holds each position, and whether the cache has it: [B, Hk, K] each."""
+    """Slot of each position in the flattened cache, and whether it exists: [B, Hk, K] each."""
     if block_table.shape[1] == 0:
         return position, torch.zeros_like(position, dtype=torch.bool)
     column = (position // max(slots, 1)).clamp(0, block_table.shape[1] - 1)

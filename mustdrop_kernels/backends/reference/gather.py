@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Taking the kept tokens."""
+"""Gathering of the kept tokens."""
 
 from __future__ import annotations
 

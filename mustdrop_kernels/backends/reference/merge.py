@@ -28,7 +28,7 @@ def window_members(grid: Sequence[int], window: Sequence[int], device: torch.dev
 def window_similarity(x: Tensor, members: Tensor) -> Tensor:
     """(B, windows) float32: mean cosine over ordered pairs; NaN for windows of one token, which have no pair.
 
-    In float64 until the end: torch sums in an order that depends on the place in memory, and equal windows shall tie.
+    Computed in float64: torch's order of summation depends on the memory layout, and equal windows must tie.
     """
     present = members >= 0  # [windows, n]
     u = x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-8)  # [B, N, C]
@@ -53,7 +53,7 @@ def spatial_merge(
     """See ``mustdrop_kernels.spatial_merge``."""
     batch, length, channels = x.shape
     prefix, patches = num_prefix_tokens, length - num_prefix_tokens
-    # What the border cuts off in every window needs no memory; such windows are never complete.
+    # Positions that the border cuts off in every window need no memory; such windows are never complete.
     inside_grid = [min(extent, max(size, 1)) for size, extent in zip(grid, window, strict=True)]
     members = window_members(grid, inside_grid, x.device)  # [W, n]
     present = members >= 0
@@ -71,7 +71,7 @@ def spatial_merge(
             merged = rank_descending(similarity, complete.expand_as(similarity)) < fewest
     rank = rank_descending(similarity, merged)  # [B, W]: by falling similarity among the merged
 
-    # Which window a patch is in, whether that window merges, and the patch that stands for it.
+    # The window of each patch, whether that window merges, and the patch that represents it.
     window_of = members.new_zeros(patches + 1).scatter(
         0,
         torch.where(present, members, patches).flatten(),
@@ -91,7 +91,7 @@ def spatial_merge(
 
     capacity = length if budget is None else length - budget * (prod(window) - 1)
     weight = torch.ones(batch, length, device=x.device) if sizes is None else sizes
-    # A row past the end takes what is not to be written.
+    # One extra row collects the tokens that are not written.
     tokens = x.new_zeros(batch, capacity + 1, channels)
     out_sizes = weight.new_zeros(batch, capacity + 1)
     single = torch.cat([goes.new_ones(batch, prefix), ~goes], 1)  # [B, P+N]
@@ -107,7 +107,7 @@ def spatial_merge(
     target = torch.where(merged, assignment[:, prefix + members[:, 0]], capacity)  # [B, W]
     tokens.scatter_(1, target[..., None].expand(-1, -1, channels), mean.to(x.dtype))
     out_sizes.scatter_(1, target, total)
-    # The prefix, every token that stays alone and every merged window.
+    # The prefix, every unmerged token and every merged window.
     counts = prefix + stands.sum(-1)
     beyond = torch.arange(capacity, device=x.device) >= counts[:, None]
     tokens = tokens[:, :capacity].masked_fill(beyond[..., None], 0.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention of text rows on each vision token: dense, packed and paged."""
+"""Attention of text queries on each vision token: dense, packed and paged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def softmax(
     visible: Tensor,  # [..., L] bool
     lse: Tensor | None,  # [...]
 ) -> Tensor:
-    """Softmax over what is visible; a row that sees nothing gives zeros."""
+    """Masked softmax; a row without visible keys gives zeros."""
     scores = scores.masked_fill(~visible, -torch.inf)
     if lse is None:
         lse = scores.logsumexp(-1)
@@ -30,7 +30,7 @@ def _head_mean(
     scale: float,
     lse: Tensor | None,  # [B, Hq, R]
 ) -> tuple[Tensor, Tensor]:
-    """The head mean map [B, R, L] on query rows and vision columns, zero elsewhere; and which rows are query rows."""
+    """Head mean map [B, R, L] on query rows and vision columns, zero elsewhere; and the mask of query rows."""
     group = q.shape[1] // max(k.shape[1], 1)
     scores = scale * q.float() @ k.float().repeat_interleave(group, 1).transpose(-1, -2)  # [B, Hq, R, L]
     column = torch.arange(k.shape[2], device=k.device)
@@ -54,7 +54,7 @@ def _reduce(attention: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _dense_positions(q: Tensor, k: Tensor) -> Tensor:
-    """[B, Lq]: row i stands at Lk - Lq + i."""
+    """[B, Lq]: the position of row i is Lk - Lq + i."""
     return torch.arange(k.shape[2] - q.shape[2], k.shape[2], device=q.device).expand(q.shape[0], -1)
 
 
@@ -81,14 +81,14 @@ def text_vision_attention(
 ) -> Tensor:  # [B, max_query, Lk]
     """See ``mustdrop_kernels.text_vision_attention``."""
     attention, query = _head_mean(q, k, token_types, _dense_positions(q, k), scale, lse)
-    # Query rows in order, to the rows 0, 1, ...; the row past the end takes the others.
+    # Query rows in order, to the rows 0, 1, ...; one extra row collects the others.
     place = (query.cumsum(1) - 1).masked_fill(~query, max_query).clamp(max=max_query)
     out = attention.new_zeros(q.shape[0], max_query + 1, k.shape[2])
     return out.scatter_(1, place[..., None].expand_as(attention), attention)[:, :max_query].clone()
 
 
 def _sequences(cu_seqlens: Tensor, total: int, longest: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Where each sequence's tokens are in a packed tensor: index [B, longest], valid [B, longest], length [B]."""
+    """Positions of each sequence in a packed tensor: index [B, longest], valid [B, longest], length [B]."""
     begin = cu_seqlens[:-1].long().clamp(0, total)
     length = (cu_seqlens[1:].long().clamp(0, total) - begin).clamp(0, longest)
     offset = torch.arange(longest, device=cu_seqlens.device)
@@ -128,7 +128,7 @@ def text_vision_scores_varlen(
     rows, position, lse = _packed_rows(q, cu_seqlens_q, max_seqlen_q, length_k, lse)
     types = token_types[index].masked_fill(~valid, 0)
     total, peak = _reduce(_head_mean(rows, k[index].transpose(1, 2), types, position, scale, lse)[0])
-    target = torch.where(valid, index, total_k).flatten()  # the place past the end takes the padding
+    target = torch.where(valid, index, total_k).flatten()  # one extra slot collects the padding
     flat = q.new_zeros(2, total_k + 1, dtype=torch.float32)
     flat[0].scatter_(0, target, total.flatten())
     flat[1].scatter_(0, target, peak.flatten())

@@ -11,13 +11,13 @@ from .order import indices_of, rank_descending
 
 
 def _keep(
-    dropped: Tensor,  # [B, L] bool: vision tokens that would go
-    score: Tensor,  # [B, L]: which of them are the best
+    dropped: Tensor,  # [B, L] bool: vision tokens to drop
+    score: Tensor,  # [B, L]: their ranking
     token_types: Tensor,  # [B, L]
     capacity: int | None,
     drop_multiple: int,
 ) -> tuple[Tensor, Tensor]:
-    """The positions that stay once the number that goes is rounded down to a multiple."""
+    """Kept positions after the number of dropped tokens is rounded down to a multiple."""
     spared = dropped.sum(-1, keepdim=True) % drop_multiple
     dropped = dropped & (rank_descending(score, dropped) >= spared)
     return indices_of(

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators in Triton, for NVIDIA and AMD GPUs.
 
-The file of an operator is that of its contract in ``mustdrop_kernels.ops``, imported when it is first called. Importing
-this package imports no Triton and touches no device.
+Files are named after the operator families of ``mustdrop_kernels.ops`` and imported on the first call. Importing this
+package does not import Triton and touches no device.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ OLDEST = (3, 4)
 
 
 def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, on the CPU (Triton reads this once, when it defines a kernel)."""
+    """True if kernels run in Triton's interpreter on the CPU. Triton reads the variable once, at kernel definition."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 @lru_cache(None)
 def version() -> tuple[int, int] | None:
-    """Triton's version, without importing it; None where it is not installed."""
+    """Version of Triton, read without importing it; None if it is not installed."""
     spec = find_spec("triton")
     if spec is None or spec.origin is None:
         return None
@@ -40,13 +40,13 @@ def version() -> tuple[int, int] | None:
 
 @lru_cache(None)
 def defined(op: str) -> bool:
-    """Whether there is a function for an operator, without importing Triton."""
+    """True if this backend implements an operator, determined without importing Triton."""
     file = Path(__file__).with_name(f"{CONTRACTS[op].family}.py")
     return file.is_file() and f"\ndef {op}(" in file.read_text()
 
 
 def why_not(op: str, device_type: str) -> str | None:
-    """Why Triton does not serve an operator on a device, None where it does. Touches no device."""
+    """The reason that Triton does not serve an operator on a device, or None. Touches no device."""
     if device_type == "cpu" and not interpreted():
         return "it serves CUDA tensors (and CPU tensors where TRITON_INTERPRET=1 is set)"
     if device_type == "cuda":
@@ -65,7 +65,7 @@ def why_not(op: str, device_type: str) -> str | None:
 
 
 def implementation(op: str) -> Callable[..., object]:
-    """The operator as a function that imports Triton and the operator's file when it is first called."""
+    """The operator as a function that imports Triton and the operator's file on its first call."""
 
     def kernel() -> Callable[..., object]:
         found: Callable[..., object] = getattr(import_module(f"{__name__}.{CONTRACTS[op].family}"), op)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MUSTDROP_AUTOTUNE=1: search tile sizes on this device, and remember them.
+"""Autotuning of tile sizes, enabled by MUSTDROP_AUTOTUNE=1.
 
-The first call that meets a kernel in a shape class that has not been searched runs the operator with every candidate in
-turn (``configs.CANDIDATES``) and keeps the fastest. Results go to a file in ``$XDG_CACHE_HOME/mustdrop_kernels`` (else
-``~/.cache/mustdrop_kernels``) that is named after the versions of this package and of Triton: what was fastest with
-others is searched again. Entries name the architecture, so machines may share the file. Operators that work in place
-are not searched: they cannot run twice on one input.
+The first call of a kernel in a new shape class runs the operator with every candidate of ``configs.CANDIDATES`` and
+keeps the fastest. Results are stored in ``$XDG_CACHE_HOME/mustdrop_kernels`` (else ``~/.cache/mustdrop_kernels``) in a
+file named after the versions of this package and of Triton, so another version tunes again. Entries name the
+architecture, so machines may share the file. In-place operators are not tuned: they cannot run twice on one input.
 """
 
 from __future__ import annotations
@@ -29,13 +28,13 @@ from .launch import Plans
 
 
 def cache_file() -> Path:
-    """Where results are kept."""
+    """Path of the tuning results."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "mustdrop_kernels" / f"tiles-{__version__}-triton-{triton.__version__}.json"
 
 
 def _read(file: Path) -> dict[Key, Config]:
-    """Earlier results; none where the file is absent or not what `save` writes."""
+    """Stored results; empty if the file is absent or malformed."""
     try:
         text = json.loads(file.read_text())
         return {
@@ -50,12 +49,12 @@ def _read(file: Path) -> dict[Key, Config]:
 
 
 def load() -> None:
-    """Take over earlier results."""
+    """Load stored results."""
     configs.TUNED.update(_read(cache_file()))
 
 
 def save() -> None:
-    """Write all results, in one step: another process may read, and may have added some."""
+    """Merge with results that other processes have stored, and replace the file atomically."""
     file = cache_file()
     found = {**_read(file), **configs.TUNED}
     text = {
@@ -66,12 +65,12 @@ def save() -> None:
 
 
 def measure(run: Callable[[], Any]) -> float:
-    """Milliseconds of one run."""
+    """Time of one run in milliseconds."""
     return float(triton.testing.do_bench(run, return_mode="median"))
 
 
 def tuned(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, searching for what its calls meet for the first time."""
+    """Wrap an operator: its calls tune kernels in shape classes without an entry."""
     load()
 
     @functools.wraps(operator)

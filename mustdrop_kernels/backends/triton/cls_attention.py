@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """cls_attention: out[b, j] = mean over h of softmax_j(scale * q[b, h] . k[b, h, j]), zero for prefix and padding.
 
-Two kernels: the scores of a tile of keys with its maximum and sum of exponentials, then normaliser and head mean. The
+Two kernels: the scores of a tile of keys with its maximum and sum of exponentials, then normalizer and head mean. The
 attention map is never built; the scores in between are 4 bytes where the key has 4 D or 2 D.
 """
 
@@ -55,7 +55,7 @@ def _cls_scores_kernel(
         score += tl.sum(key * query[None, :], axis=1)
     score = tl.where(real, score * scale, float("-inf"))
     top = tl.max(score, axis=0)
-    base = tl.where(top == float("-inf"), 0.0, top)  # a tile of padding
+    base = tl.where(top == float("-inf"), 0.0, top)  # a tile of padding only
     tl.store(scores + (b * heads + h) * length + row, score, mask=row < length)
     tl.store(stats + 2 * pid, top)
     tl.store(stats + 2 * pid + 1, tl.sum(tl.exp2(score - base), axis=0))

@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""compact_kv_ and compact_paged_kv_: slot target(i) of a cache takes what slot keep[i] held, in place.
+"""compact_kv_ and compact_paged_kv_: cache[target(i)] = cache[keep[i]], in place.
 
 target(i) = i, or end - kept + i with ``align_end``.
 
-Why moving in place is safe. Sources and targets both ascend with i. A move i that goes down (target < source) writes to
-target(i), which only a move j < i can still have to read; so the moves that go down are made in rising order, a tile
-at a time, all loads of a tile before its stores. A later move reads above its own target, which is above target(i): so
-the next tile may be read ahead of this tile's stores, and one barrier a tile is enough. Moves that go up are their
-mirror image, made in falling order, and no move up touches what a move down reads or the reverse. Each head of K or V
-of one sequence of one layer, and in it each block of columns, is a stream of its own that one program owns: no two
-programs share an element.
+In-place safety. Sources and targets both ascend with i. A downward move i (target < source) writes to target(i), which
+only a move j < i may still have to read; so downward moves are made in ascending order, tile by tile, all loads of a
+tile before its stores. A later move reads above its own target, which is above target(i): the next tile may be loaded
+before this tile is stored, and one barrier per tile suffices. Upward moves are the mirror image, made in descending
+order, and no upward move touches what a downward move reads, or the reverse. Each stream (a block of columns of one
+head of K or V of one sequence of one layer) is owned by one program: no two programs share an element.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from .launch import Launch, Plans, as_words, cdiv, power_of_two, signature
 
 @triton.jit
 def _pick(tensors, which):
-    """The tensor of this number: one kernel serves as many layers as its argument list holds."""
+    """Select a tensor of the tuple by index: one launch covers several layers."""
     chosen = tensors[0]
     for i in tl.static_range(1, len(tensors)):
         chosen = tl.where(which == i, tensors[i], chosen)
@@ -39,7 +38,7 @@ def _pick(tensors, which):
 
 @triton.jit
 def _address(cache, table, position, valid, blocks, cache_block, cache_slot, SLOTS: tl.constexpr):
-    """Pointers to positions of one head of a sequence, and which of them exist."""
+    """Pointers to positions of one head of a sequence, and the mask of those that exist."""
     if SLOTS == 0:
         at = cache + position * cache_slot
     else:
@@ -54,7 +53,7 @@ def _fetch(
     cache, table, keep, tile, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
     WIDTH: tl.constexpr, DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one stream: what moves, where to, which of it is real; and which valid moves go the other way."""
+    """One tile of one stream: data, targets, mask; and the mask of valid moves in the other direction."""
     entry = tile * ROWS + tl.arange(0, ROWS)
     source = tl.load(keep + entry, mask=(entry >= 0) & (entry < kept), other=-1)  # [ROWS] int64
     target = first + entry
@@ -73,9 +72,9 @@ def _move(
     cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
     WIDTH: tl.constexpr, DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Make the moves of one stream that go down, in rising order, or those that go up, in falling order.
+    """Make the downward moves of one stream in ascending order, or the upward moves in descending order.
 
-    Loads run one tile ahead of stores. Returns whether valid moves go the other way.
+    Loads run one tile ahead of stores. Returns whether there are valid moves in the other direction.
     """
     tiles = tl.cdiv(kept, ROWS)
     start = 0 if DOWN else tiles - 1
@@ -88,7 +87,7 @@ def _move(
             cache, table, keep, done if DOWN else start - done, kept, first, extent, blocks, column,
             cache_block, cache_slot, cache_column, WIDTH, DOWN, SLOTS, ROWS,
         )  # fmt: skip
-        tl.debug_barrier()  # this tile's stores may go where another thread has read this tile
+        tl.debug_barrier()  # this tile's stores may overwrite what another thread loads for this tile
         tl.store(to, moved, mask=mask)
         moved, to, mask = next_moved, next_to, next_mask
         others = others | more
@@ -97,7 +96,7 @@ def _move(
 
 @triton.jit(do_not_specialize=["layers", "heads", "capacity", "extent", "blocks", "counts_batch", "counts_head"])
 def _compact_kernel(
-    caches,  # layers * ([B, Hk, L, D], or [blocks, page_size, Hk, D]); some more of them fill the tuple up
+    caches,  # layers * ([B, Hk, L, D], or [blocks, page_size, Hk, D]), padded to a power of two
     keeps,  # layers * [B, K] or [B, Hk, K] int64; one, where all layers share it
     counts,  # layers * [B] or [B, Hk] int32; likewise
     table,  # [B, max_blocks] int32, or None
@@ -124,7 +123,7 @@ def _compact_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program is one stream: COLUMNS columns of one head of one sequence of one cache."""
+    """One program per stream: COLUMNS columns of one head of one sequence of one cache."""
     pid = tl.program_id(0)
     column_tiles: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     column = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS).to(tl.int64)
@@ -145,7 +144,7 @@ def _compact_kernel(
     keep = _pick(keeps, layer) + b * keep_batch + h * keep_head
     cache = _pick(caches, layer) + b * cache_batch + h * cache_head
 
-    # All moves go one way, unless keep holds entries that are skipped.
+    # All moves have one direction, unless keep holds entries that are skipped.
     others = _move(
         cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
         WIDTH, not ALIGN_END, SLOTS, ROWS,
@@ -157,7 +156,7 @@ def _compact_kernel(
         )  # fmt: skip
 
 
-# A launch's argument list holds this many caches at most, and a power of two of them: few kernels serve all models.
+# Maximum number of caches of a launch. Numbers are padded to a power of two, so that few kernels serve all models.
 MOST_CACHES = 64
 
 _plans, _paged_plans = Plans(), Plans()
@@ -204,11 +203,11 @@ def compact_paged_kv_(
 class _Plan(NamedTuple):
     groups: list[tuple[Launch, list[int], list[int]]]
     layout: overlap.Layout
-    """What the checks ask of addresses, which a signature does not know: looked at in every call."""
+    """Overlap check of addresses, which are not part of the signature: run in every call."""
 
 
 def _parts(cache: Tensor) -> list[Tensor]:
-    """The cache as one 4-D tensor that Triton can move, or two where an element has 16 bytes."""
+    """The cache as one 4-D tensor of a dtype that Triton can move, or two for 16-byte elements."""
     words = as_words(cache)
     return [words] if words.dim() == 4 else [words[..., 0], words[..., 1]]
 
@@ -244,20 +243,20 @@ def _plan(
     table: Tensor | None,
     seq_lens: Tensor | None,
 ) -> _Plan:
-    """Launches, each with the numbers of its caches (padded to a power of two) and of its keep sets.
+    """Launches, each with the indices of its caches (padded to a power of two) and of its keep sets.
 
-    Caches of one launch agree in everything but their addresses: a model's layers do, unless they were cut before.
+    Caches of one launch agree in shape, strides and dtype, as a model's layers do unless they were compacted before.
     """
     parts = [(i % len(keys), part) for i, cache in enumerate((*keys, *values)) for part in _parts(cache)]
-    alike: dict[object, list[int]] = {}
+    by_signature: dict[object, list[int]] = {}
     for number, (layer, part) in enumerate(parts):
         if part.numel() == 0:
             continue
         own = layer if len(keep) > 1 else 0
-        alike.setdefault(signature(part, keep[own], counts[own]), []).append(number)
+        by_signature.setdefault(signature(part, keep[own], counts[own]), []).append(number)
 
     groups = []
-    for same in alike.values():
+    for same in by_signature.values():
         for begin in range(0, len(same), MOST_CACHES):
             members = same[begin : begin + MOST_CACHES]
             layers = len(members)
@@ -292,7 +291,7 @@ def _launch(
     chosen = config("compact", width_class(width), cache.device)
     streams = batch * layers * heads
     columns = power_of_two(width, 1, chosen.COLUMNS)
-    # Too few streams to fill the device: narrower ones, down to two sectors of 32 bytes.
+    # With too few streams to fill the device, narrow them, down to two sectors of 32 bytes.
     while streams * cdiv(width, columns) < 2 * configs.processors(cache.device) and columns * cache.element_size() > 64:
         columns //= 2
     programs = streams * cdiv(width, columns)

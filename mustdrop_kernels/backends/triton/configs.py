@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shipped tile sizes of every kernel, by architecture and shape class. No kernel searches for its own on a user's call.
+"""Shipped tile sizes of every kernel, by architecture and shape class. Nothing is tuned at run time by default.
 
 ``DEFAULT`` serves every architecture, ``SPECIAL`` replaces some of its entries. ``make check-triton`` compiles all of
 them for every architecture.
@@ -34,29 +34,29 @@ def _tiles(num_warps: int = 4, num_stages: int = 2, **tiles: int) -> Config:
 
 
 DEFAULT: dict[str, dict[str, Config]] = {
-    # Copies: 16 bytes a thread and load, some loads in flight.
+    # Copies: 16 bytes per thread and load, several loads in flight.
     "gather": {
         "column": _tiles(ROWS=512, COLUMNS=1),
         "narrow": _tiles(ROWS=32, COLUMNS=64),
         "wide": _tiles(ROWS=4, COLUMNS=1024),
     },
-    # One program a stream; a tile is read before it is written.
+    # One program per stream; a tile is loaded before it is stored.
     "compact": {
         "column": _tiles(ROWS=256, COLUMNS=1),
         "narrow": _tiles(ROWS=64, COLUMNS=64),
         "wide": _tiles(ROWS=64, COLUMNS=128),
     },
-    # One program a window: members by channels.
+    # One program per window: members by channels.
     "merge_rows": {"any": _tiles(ELEMENTS=16384, num_warps=8)},
     "merge_rank": {"any": _tiles(BLOCK=64)},
-    # One program an image.
+    # One program per image.
     "merge_plan": {
         "256": _tiles(BLOCK=256, num_warps=2),
         "1024": _tiles(BLOCK=1024),
         "4096": _tiles(BLOCK=1024),
         "long": _tiles(BLOCK=2048, num_warps=8),
     },
-    # One program, some keys of one head; or of all heads.
+    # One program per tile of keys of one head; or of all heads.
     "cls_scores": {"any": _tiles(ROWS=64, COLUMNS=128)},
     "cls_mean": {"any": _tiles(ROWS=128)},
     # Keys by rows of the head mean; COLUMNS is the share of head_dim that a matrix product takes at a time.
@@ -75,7 +75,7 @@ DEFAULT: dict[str, dict[str, Config]] = {
         "4096": _tiles(BLOCK=2048, num_warps=8),
         "long": _tiles(BLOCK=2048, num_warps=8),
     },
-    # One program a sequence.
+    # One program per sequence.
     "select": {
         "256": _tiles(BLOCK=256, num_warps=2),
         "1024": _tiles(BLOCK=1024),
@@ -86,8 +86,8 @@ DEFAULT: dict[str, dict[str, Config]] = {
 
 Key = tuple[str, str, str]  # architecture, kernel, shape class
 
-# Where a tile of the table above does not fit the registers (`make check-triton` says so): half of head_dim at a time.
-# RDNA 3 multiplies float32 without a matrix instruction: smaller tiles still, and none loaded ahead.
+# Half of head_dim at a time where a tile of the table above exceeds the registers (`make check-triton` reports it).
+# RDNA 3 has no matrix instruction for float32: smaller tiles still, and no prefetch.
 SPECIAL: dict[Key, Config] = {
     ("sm80", "scores", "half"): _tiles(KEYS=32, ROWS=32, COLUMNS=64),
     ("sm80", "scores_lse", "half"): _tiles(KEYS=64, ROWS=64, COLUMNS=64),
@@ -99,7 +99,7 @@ SPECIAL: dict[Key, Config] = {
     ("gfx1100", "scores_lse", "float"): _tiles(KEYS=16, ROWS=16, COLUMNS=32, num_stages=1),
 }
 
-# What MUSTDROP_AUTOTUNE=1 tries beside the shipped entry, and what it has found.
+# Candidates of MUSTDROP_AUTOTUNE=1 besides the shipped entry, and its results.
 CANDIDATES: dict[str, tuple[Config, ...]] = {
     "gather": tuple(_tiles(ROWS=r, COLUMNS=c) for r, c in ((1, 1024), (2, 2048), (8, 512), (16, 256))),
     "select": tuple(_tiles(BLOCK=b, num_warps=w) for b, w in ((512, 4), (2048, 8), (4096, 16), (16384, 16))),
@@ -117,16 +117,16 @@ CANDIDATES: dict[str, tuple[Config, ...]] = {
     ),
 }
 TUNED: dict[Key, Config] = {}
-SEEN: set[Key] = set()  # every entry that was asked for
+SEEN: set[Key] = set()  # every entry that was looked up
 
 
 def width_class(width: int) -> str:
-    """Of kernels that copy rows of so many elements."""
+    """Shape class of kernels that copy rows of ``width`` elements."""
     return "column" if width == 1 else "narrow" if width <= 64 else "wide"
 
 
 def length_class(length: int) -> str:
-    """Of kernels that go over a whole sequence in one program."""
+    """Shape class of kernels that process a whole sequence in one program."""
     for most in (256, 1024, 4096):
         if length <= most:
             return str(most)
@@ -134,13 +134,13 @@ def length_class(length: int) -> str:
 
 
 def head_class(dtype: torch.dtype, dim: int) -> str:
-    """Of kernels that multiply matrices."""
+    """Shape class of kernels that multiply matrices."""
     return "float" if dtype == torch.float32 else "half"
 
 
 @lru_cache(None)
 def processors(device: torch.device) -> int:
-    """How many programs it takes to fill the device."""
+    """Number of programs that fill the device."""
     if device.type != "cuda":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -148,7 +148,7 @@ def processors(device: torch.device) -> int:
 
 @lru_cache(None)
 def architecture(device: torch.device) -> str:
-    """ "sm90", "gfx942"; "cpu" in the interpreter."""
+    """Architecture name: "sm90", "gfx942"; "cpu" in the interpreter."""
     if device.type != "cuda":
         return device.type
     properties: Any = torch.cuda.get_device_properties(device)
@@ -158,12 +158,12 @@ def architecture(device: torch.device) -> str:
 
 
 def shipped(key: Key) -> Config:
-    """The entry of the tables."""
+    """Entry of the shipped tables."""
     return SPECIAL.get(key) or DEFAULT[key[1]][key[2]]
 
 
 def config(kernel: str, shape_class: str, device: torch.device) -> Config:
-    """The configuration to use: what a search on this device has found, else the shipped one."""
+    """The configuration to use: the tuned one for this device, else the shipped one."""
     key = (architecture(device), kernel, shape_class)
     SEEN.add(key)
     return TUNED.get(key) or shipped(key)

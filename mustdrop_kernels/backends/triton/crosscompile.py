@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every kernel in every shipped configuration for GPUs that are not here, and read what they need.
+"""Cross-compilation of every kernel in every shipped configuration, and the resources that the results need.
 
-The operators run on CPU tensors of the shapes that matter, with each launch written down instead of made; what was
-written down is compiled as a launch on the target would compile it.
+The operators run on CPU tensors of the relevant shapes with each launch recorded instead of made; the recorded launches
+are compiled as a launch on the target would compile them.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from . import configs, crosscompile_calls, launch
 
 KIB = 1024
 
-# Bytes of stack that a thread may use while it has registers left: ptxas gives up a few values to keep one more program
+# Bytes of stack allowed per thread while registers are left: ptxas spills a few values to keep one more program
 # resident. Where registers are exhausted, nothing may spill.
 STACK = 128
 
 
 @dataclass(frozen=True)
 class Target:
-    """A GPU: what Triton calls it, how many programs fill it, and what one program may use.
+    """A GPU: its name in Triton, the number of programs that fill it, and the limits of one program.
 
-    ``shared``: bytes of shared memory. ``registers``: of 32 bits, of a thread; ``file``: of all warps of a program.
+    ``shared``: bytes of shared memory. ``registers``: 32-bit registers per thread; ``file``: of all warps of a program.
     """
 
     backend: str
@@ -50,11 +50,11 @@ class Target:
 
     @property
     def triton_target(self) -> GPUTarget:
-        """As Triton's compiler takes it."""
+        """The target object of Triton's compiler."""
         return GPUTarget(self.backend, self.arch, self.warp_size)
 
 
-# The file of one compute unit: 65536 registers on NVIDIA, four SIMDs of 512 on CDNA, two of 1536 on RDNA 3.
+# Register file of one compute unit: 65536 registers on NVIDIA, four SIMDs of 512 on CDNA, two of 1536 on RDNA 3.
 TARGETS = {
     "sm80": Target("cuda", 80, 32, 108, 163 * KIB, 255, 2048),
     "sm90": Target("cuda", 90, 32, 132, 227 * KIB, 255, 2048),
@@ -68,7 +68,7 @@ TARGETS = {
 
 @dataclass(frozen=True)
 class Unit:
-    """One kernel as one launch compiles it."""
+    """One specialization of a kernel."""
 
     kernel: Any
     signature: tuple[tuple[str, Any], ...]
@@ -79,13 +79,13 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """For messages: kernel, element types, tile sizes."""
+        """Name for messages: kernel, element types, tile sizes."""
         types = [t for _, t in self.signature if isinstance(t, str) and t.startswith("*")]
         tiles = [f"{n}={v}" for (i, v) in self.constants if (n := self.kernel.arg_names[i[0]]).isupper()]
         return f"{self.kernel.__name__}({', '.join([*types[:2], *tiles])}, warps={self.num_warps})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled with the kernel's name: Triton's functions cannot be pickled."""
+        """Pickle by the kernel's name: Triton's functions cannot be pickled."""
         own = (self.signature, self.constants, self.attributes, self.num_warps, self.num_stages)
         return _unpickled, (self.kernel.__module__, self.kernel.__name__, *own)
 
@@ -96,7 +96,7 @@ def _unpickled(module: str, kernel: str, *own: Any) -> Unit:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel needs: bytes of shared memory, registers of a thread, bytes of its stack, warps."""
+    """Resources of a compiled kernel: bytes of shared memory, registers and bytes of stack of a thread, warps."""
 
     shared: int
     registers: int
@@ -111,7 +111,7 @@ TYPES = {
 
 
 def _describe(value: Any, path: tuple[int, ...], param: Any, constants: dict[Any, Any], aligned: list[Any]) -> Any:
-    """The type of an argument, as Triton's own argument analysis finds it."""
+    """Type of an argument, as Triton's own argument analysis determines it."""
     if isinstance(value, tuple):
         return tuple(_describe(v, (*path, i), param, constants, aligned) for i, v in enumerate(value))
     if isinstance(value, Tensor):
@@ -145,8 +145,10 @@ def _unit(made: launch.Launch, pointers: tuple[Any, ...]) -> Unit:
 
 @contextlib.contextmanager
 def replaced_launches(target: str, instead: Callable[..., None], processors: int | None = None) -> Iterator[None]:
-    """Within the context this backend chooses tiles for the target, and ``instead(launch, *pointers)`` takes the place
-    of each launch that is not empty. ``processors``: of the target, where it is not the full chip."""
+    """Choose tiles for the target and call ``instead(launch, *pointers)`` in place of each non-empty launch.
+
+    ``processors``: multiprocessors of the target, if it is not the full chip.
+    """
 
     def launched(made: launch.Launch, *pointers: Any) -> None:
         if not made.empty:
@@ -167,7 +169,7 @@ def replaced_launches(target: str, instead: Callable[..., None], processors: int
 
 @contextlib.contextmanager
 def recording(target: str, processors: int | None = None) -> Iterator[dict[Unit, None]]:
-    """Within the context this backend launches nothing; what it would launch on the target is collected."""
+    """Collect the kernels that this backend would launch on the target, without launching them."""
     units: dict[Unit, None] = {}
 
     def record(made: launch.Launch, *pointers: Any) -> None:
@@ -178,7 +180,7 @@ def recording(target: str, processors: int | None = None) -> Iterator[dict[Unit,
 
 
 def compiled(unit: Unit, target: str) -> Any:
-    """What Triton's compiler makes of a kernel for a target."""
+    """Compile a kernel for a target with Triton's compiler."""
     source = ASTSource(
         unit.kernel,
         dict(unit.signature),
@@ -190,7 +192,7 @@ def compiled(unit: Unit, target: str) -> Any:
 
 
 def compile_unit(unit: Unit, target: str) -> Resources:
-    """Compile for a target; what the result needs."""
+    """Compile for a target and return the resources of the result."""
     made = compiled(unit, target)
     if TARGETS[target].backend == "cuda":
         registers, spilled = _cubin_usage(made.asm["cubin"])
@@ -200,7 +202,7 @@ def compile_unit(unit: Unit, target: str) -> Resources:
 
 
 def _amdgcn_usage(code: str) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its scratch memory: what does not fit registers is there."""
+    """Registers and bytes of scratch memory (spills) of a thread."""
     number = {
         name: int(n) for name, n in re.findall(r"^\s+\.(vgpr_count|private_segment_fixed_size):\s*(\d+)", code, re.M)
     }
@@ -208,7 +210,7 @@ def _amdgcn_usage(code: str) -> tuple[int, int]:
 
 
 def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers of a thread, and bytes of its stack and local memory."""
+    """Registers and bytes of stack and local memory of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -220,7 +222,7 @@ def _cubin_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def problem(resources: Resources, target: str) -> str | None:
-    """Why a kernel that needs this is not fit to ship, None where it is."""
+    """The reason that these resources exceed the target, or None."""
     limit = TARGETS[target]
     if resources.shared > limit.shared:
         return f"needs {resources.shared} bytes of shared memory, {target} has {limit.shared}"
@@ -233,7 +235,7 @@ def problem(resources: Resources, target: str) -> str | None:
 
 
 def units(target: str) -> list[Unit]:
-    """Everything that is shipped for a target."""
+    """All kernels that are shipped for a target."""
     with recording(target) as found:
         for call in crosscompile_calls.calls():
             call()

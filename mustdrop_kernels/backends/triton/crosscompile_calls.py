@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calls that together launch every kernel, in every shipped configuration and in every form that a launch can ask for.
+"""Operator calls that together launch every kernel, in every shipped configuration and specialization.
 
-The shapes are those of the models that the tables were made for; contents do not matter, nothing is computed.
+The shapes are those of the models that the tables are tuned for; contents do not matter, nothing is computed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def _cache(shape: Sequence[int], dtype: torch.dtype, transposed: bool) -> Tensor
 
 
 def _compact(layers: int, dim: int, dtype: torch.dtype, own: bool = False, **options: Any) -> None:
-    """``own``: each layer and head has a numbering of its own."""
+    """``own``: each layer and head has its own keep set."""
     caches = [_empty(1, 4, 32, dim, dtype=dtype) for _ in range(2 * layers)]
     sets, lead = (layers, (1, 4)) if own else (1, (1,))
     keep, counts = [_empty(*lead, 16, dtype=torch.int64) for _ in range(sets)], [_ints(*lead) for _ in range(sets)]

@@ -33,7 +33,7 @@ def _gather_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One program copies ROWS tokens of one sequence, at one (outer, inner), COLUMNS elements of each."""
+    """One program copies ROWS tokens of one sequence at one (outer, inner), COLUMNS elements of each."""
     pid = tl.program_id(0)
     column_tiles = tl.cdiv(width, COLUMNS)
     column = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -82,7 +82,7 @@ def gather_tokens(
 
 
 def _five_dims(x: Tensor) -> Tensor:
-    """More dimensions than the kernel knows strides for: copies x where no view has fewer."""
+    """Collapse x to the five dimensions that the kernel has strides for; copies if no view does."""
     return x if x.dim() <= 5 else x.flatten(2)
 
 

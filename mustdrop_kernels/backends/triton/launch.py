@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launching kernels with as little Python as possible.
+"""Kernel launches with little host overhead.
 
-An operator's call looks up, by the shapes, strides, dtypes and options of its arguments, a plan that an earlier call of
-the same kind has made: arguments are checked and tiles are chosen once. A plan holds ``Launch`` objects, which add the
-tensors to everything else that the kernel needs and go past Triton's own argument analysis where it has seen the same
-kind of pointers before.
+A call looks up a cached plan by the shapes, strides, dtypes and options of its arguments, so arguments are checked and
+tiles are chosen once per signature. A plan holds ``Launch`` objects with all other kernel arguments; a launch whose
+pointers have a known alignment bypasses Triton's own argument analysis.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from .configs import Config
 
 INTERPRETED = interpreted()
 
-# What Triton loads and stores as it is. Everything else moves as integers of its size.
+# Element types that Triton loads and stores directly. All others move as integers of the same size.
 _NATIVE = frozenset(
     (
         torch.float32,
@@ -50,7 +49,7 @@ def power_of_two(n: int, least: int = 1, most: int | None = None) -> int:
 
 
 def as_words(t: Tensor) -> Tensor:
-    """The same memory with elements that Triton can move; 16-byte elements get one more dimension."""
+    """View of the same memory with elements that Triton can move; 16-byte elements get one more dimension."""
     if t.dtype in _NATIVE:
         return t
     if t.element_size() == 16:
@@ -61,7 +60,7 @@ def as_words(t: Tensor) -> Tensor:
 def coalesced(t: Tensor, first: int, at_most: int) -> list[tuple[int, int]]:
     """The dimensions of t from ``first`` on as ``at_most`` pairs of size and stride, the last one contiguous.
 
-    Neighbours that lie as one dimension in memory become one. There must be no more than ``at_most`` of them.
+    Adjacent dimensions that are contiguous with each other are merged. At most ``at_most`` may remain.
     """
     dims: list[tuple[int, int]] = []
     for size, stride in zip(t.shape[first:], t.stride()[first:], strict=True):
@@ -77,7 +76,7 @@ def coalesced(t: Tensor, first: int, at_most: int) -> list[tuple[int, int]]:
 
 
 def signature(*args: Any) -> tuple[Any, ...]:
-    """What a plan depends on: everything about the arguments but the addresses and the contents of tensors."""
+    """Cache key of a plan: everything about the arguments except addresses and contents of tensors."""
     return tuple(
         (a.dtype, a.shape, a.stride(), a.device)
         if isinstance(a, Tensor)
@@ -85,13 +84,13 @@ def signature(*args: Any) -> tuple[Any, ...]:
         if isinstance(a, (list, tuple))
         else a
         if a is None or isinstance(a, (int, float, str))
-        else type(a)  # something wrong: the checks will say so
+        else type(a)  # invalid: the argument checks raise
         for a in args
     )
 
 
 class Plans(dict[Any, Any]):
-    """The plans of one operator by signature. Bounded: prompts come in every length."""
+    """The plans of one operator by signature. Bounded, because prompts come in every length."""
 
     MOST = 4096
     everywhere: ClassVar[list[Plans]] = []
@@ -102,12 +101,12 @@ class Plans(dict[Any, Any]):
 
     @classmethod
     def forget_all(cls) -> None:
-        """Forget the plans of all operators: tables have changed."""
+        """Clear the plans of all operators, after a change of the tile tables."""
         for plans in cls.everywhere:
             plans.clear()
 
     def add(self, key: Any, plan: Any) -> Any:
-        """Remember a plan and return it."""
+        """Store a plan and return it."""
         if len(self) >= self.MOST:
             self.clear()
         self[key] = plan
@@ -115,7 +114,7 @@ class Plans(dict[Any, Any]):
 
 
 def options(num_warps: int, num_stages: int) -> dict[str, Any]:
-    """What Triton's compiler is told. Its default for multiply-adds differs between versions."""
+    """Compiler options. The default for fused multiply-adds differs between versions of Triton."""
     return {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
 
 
@@ -157,7 +156,7 @@ class Launch:
 
 
 def _profiled() -> bool:
-    """Whether somebody watches launches; newer versions of Triton have a chain of hooks there, empty by default."""
+    """True if launch hooks are set. Newer versions of Triton have a chain of hooks, empty by default."""
     hook = triton.knobs.runtime.launch_enter_hook
     return hook is not None and bool(getattr(hook, "calls", True))
 
@@ -168,7 +167,7 @@ def _device_index(pointers: tuple[Any, ...]) -> int:
 
 
 def _alignment(pointer: Any) -> Any:
-    """Triton compiles a kernel anew for pointers that 16 does not divide."""
+    """Alignment key of a pointer: Triton specializes on divisibility by 16."""
     if pointer is None:
         return None
     if isinstance(pointer, tuple):

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""spatial_merge: windows of similar neighbours become their weighted mean.
+"""spatial_merge: windows of similar neighbors become their weighted mean.
 
 similarity = (|sum u|^2 - sum |u|^2) / (n (n-1)) with u = x / max(|x|, 1e-8), the mean cosine over ordered pairs.
-Four kernels: similarity of each window; its rank among the windows of its image, where that decides; which row each
-token goes to; and the rows themselves. A grid of two dimensions is a grid of three with one frame.
+Four kernels: similarity of each window; its rank among the windows of its image, if the selection uses ranks; the
+output row of each token; and the output rows. A 2-D grid is a 3-D grid with one frame.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .order import ordered_key
 
 @triton.jit
 def _members(w, T, H, W, t: tl.constexpr, h: tl.constexpr, v: tl.constexpr, MEMBERS: tl.constexpr):
-    """The patches of window w of a grid (T, H, W) cut into windows (t, h, v), and which of them the grid has."""
+    """The patches of window w of a grid (T, H, W) cut into windows (t, h, v), and the mask of those in the grid."""
     rows, columns = tl.cdiv(H, h), tl.cdiv(W, v)
     m = tl.arange(0, MEMBERS)
     z = w // (rows * columns) * t + m // (h * v)
@@ -50,7 +50,7 @@ def _similarity_kernel(
     MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, one window. What does not fit a tile is read twice, the second time from the cache."""
+    """One program per window. Channels that do not fit a tile are read twice, the second time from the cache."""
     pid = tl.program_id(0)
     w, b = pid % windows, (pid // windows).to(tl.int64)
     patch, present = _members(w, T, H, W, t, h, v, MEMBERS)
@@ -85,7 +85,7 @@ def _rank_kernel(
     windows,
     BLOCK: tl.constexpr,
 ):
-    """rank = how many windows of the image are better; ties to the lower index, NaN last."""
+    """rank = number of better windows of the image; ties to the lower index, NaN last."""
     tiles = tl.cdiv(windows, BLOCK)
     b = (tl.program_id(0) // tiles).to(tl.int64)
     own = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
@@ -100,8 +100,8 @@ def _rank_kernel(
 
 
 @triton.jit
-def _number_alike(similarity, windows, threshold, BLOCK: tl.constexpr):
-    """How many windows of one image reach the threshold."""
+def _count_similar(similarity, windows, threshold, BLOCK: tl.constexpr):
+    """Number of windows of one image that reach the threshold."""
     number = 0
     for start in range(0, windows, BLOCK):
         w = start + tl.arange(0, BLOCK)
@@ -113,8 +113,8 @@ def _number_alike(similarity, windows, threshold, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "H", "W", "batch", "windows", "prefix", "budget"])
 def _plan_kernel(
     similarity,  # [B, windows] float32
-    rank,  # [B, windows] int32, or None where the threshold alone decides
-    freed,  # [B, windows] int32: how many rows the merged windows before this one save; -1: it does not merge
+    rank,  # [B, windows] int32, or None: by threshold only
+    freed,  # [B, windows] int32: rows saved by the merged windows before this one; -1: it does not merge
     assignment,  # [B, P+N] int64
     counts,  # [B] int32
     threshold,
@@ -122,14 +122,14 @@ def _plan_kernel(
     batch,
     windows,
     prefix,
-    budget,  # -1: the threshold decides
+    budget,  # -1: by threshold
     t: tl.constexpr, h: tl.constexpr, v: tl.constexpr,
     UNIFORM: tl.constexpr,
     MERGED_FIRST: tl.constexpr,
     BUDGET: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program, one image: which windows merge, and the row of each token."""
+    """One program per image: the windows that merge, and the row of each token."""
     b = tl.program_id(0).to(tl.int64)
     patches = T * H * W
     rows, columns = tl.cdiv(H, h), tl.cdiv(W, v)
@@ -137,7 +137,7 @@ def _plan_kernel(
     if UNIFORM:
         limit, image = windows, similarity
         for _ in range(0, batch):
-            limit = tl.minimum(limit, _number_alike(image, windows, threshold, BLOCK))
+            limit = tl.minimum(limit, _count_similar(image, windows, threshold, BLOCK))
             image += windows
 
     merges, saved = 0, 0  # so far
@@ -161,7 +161,7 @@ def _plan_kernel(
     assignment += b * (prefix + patches)
     for p in range(0, prefix):
         tl.store(assignment + p, p)
-    placed = prefix + merges if MERGED_FIRST else prefix  # the row of the next token that gets a row by its place
+    placed = prefix + merges if MERGED_FIRST else prefix  # the row of the next token in raster order
     for start in range(0, patches, BLOCK):
         i = start + tl.arange(0, BLOCK)
         z, y, x = i // (H * W) // t, i // W % H // h, i % W // v
@@ -210,7 +210,7 @@ def _write_kernel(
     MEMBERS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, COLUMNS channels of one window; the last one of each image copies the prefix."""
+    """One program per COLUMNS channels of one window; the last one of each image copies the prefix."""
     column_tiles: tl.constexpr = (C + COLUMNS - 1) // COLUMNS if C > 0 else 1
     pid = tl.program_id(0)
     column = pid % column_tiles * COLUMNS + tl.arange(0, COLUMNS)[None, :]
@@ -252,7 +252,7 @@ def _write_kernel(
             member = tl.arange(0, MEMBERS)
             total = tl.sum(size)
             mean = tl.div_rn(tl.sum(size[:, None] * widen(value), axis=0)[None, :], total)
-            # Row 0 of the tile is the merged token; the others clear what the merging has saved, from the end.
+            # Row 0 of the tile is the merged token; the others zero the rows that merging has freed, from the end.
             last = tl.sum(present.to(tl.int32))
             target = tl.where(member == 0, tl.max(row), length - saved - member)
             inside = (member < last) & (target < capacity)

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between element types and float32. Triton's interpreter has no bfloat16 arithmetic (it works on bits), cuts where it
-should round, and loses subnormal values: there, and only there, bits are moved by hand.
+"""Conversions between element types and float32. Triton's interpreter has no bfloat16 arithmetic (it works on bits),
+truncates instead of rounding, and loses subnormal values; in the interpreter only, conversions are done on the bits.
 
-For the interpreter other functions are defined, rather than the same ones with a variable to ask. In general, a
-function that kernels call gets constants as arguments or holds them as literals: with Triton 3.6 a variable of the
-module makes the cache key of a kernel depend on which kernel of the process was compiled first, and the next process
-does not find what this one has compiled (tests/backends/test_triton_keys.py).
+The interpreter gets functions of its own instead of a branch on a module variable. In general, device functions take
+constants as arguments or literals: with Triton 3.6 a module variable makes a kernel's cache key depend on the first
+kernel that the process compiled, so that another process misses the cache (tests/backends/test_triton_keys.py).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from . import interpreted
 
 
 def single(value: float) -> float:
-    """The nearest float32: what a kernel gets of a Python float (the interpreter of older Tritons keeps the double)."""
+    """The nearest float32, as a kernel receives a Python float (the interpreter of older Tritons keeps the double)."""
     return ctypes.c_float(value).value
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one order of all selections, for kernels: higher first, ties to the lower index, NaN last."""
+"""Order of all selections, for kernels: higher first, ties to the lower index, NaN last."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def ordered_key(x):  # [...] float32
-    """An unsigned integer that is greater where x is better: NaN is 0, -0.0 and +0.0 are one."""
+    """Unsigned integer key that ascends with the order: NaN is 0, -0.0 equals +0.0."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     key = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(x == x, key, 0)
@@ -17,10 +17,10 @@ def ordered_key(x):  # [...] float32
 
 @triton.jit
 def kth_key(load: tl.constexpr, args, n, k, BLOCK: tl.constexpr, ONE_TILE: tl.constexpr):
-    """The k-th greatest key of the candidates, and how many of its equals are among the k greatest.
+    """The k-th greatest key of the candidates, and the number of equal keys among the k greatest.
 
-    A radix search: four passes over the row, each settles one byte of the key. ``load(args, column, n)`` gives the keys
-    of some columns and which of them are candidates; k lies between 1 and the number of candidates.
+    A radix select: four passes over the row, each determines one byte of the key. ``load(args, column, n)`` returns the
+    keys of some columns and the mask of candidates; k lies between 1 and the number of candidates.
     """
     digits = tl.arange(0, 256)
     prefix = tl.sum(digits * 0).to(tl.uint32)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fill Triton's cache for a GPU that is not here.
+"""Precompilation: fills Triton's cache for a GPU that is not present.
 
-Kernels go through Triton's own launch path up to the launch, with a driver that only names the target: the options and
-the specialisation, and with them the cache keys, are those of a first launch on the target.
+Kernels take Triton's own launch path up to the launch, with a stub driver that reports the target: options,
+specialization and cache keys are those of a first launch on the target.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .crosscompile import TARGETS, TYPES, Unit, replaced_launches
 
 _DTYPES = {name: dtype for dtype, name in TYPES.items()}
 
-# Told of each kernel that Triton compiles or finds in its cache: the kernel's folder, and whether the cache had it.
+# Called for each kernel that Triton compiles or finds in its cache: the kernel's folder, and whether it was a hit.
 Listener = Callable[[Path, bool], None]
 
 
 class _Driver:
-    """A device of the target. Triton keeps what it has compiled by device, so the target's name is the device."""
+    """Stub driver of the target. Triton caches compiled kernels by device, so the target's name is the device."""
 
     def __init__(self, target: str) -> None:
         self.target = target
@@ -44,7 +44,7 @@ class _Driver:
 
 @contextlib.contextmanager
 def without_device(target: str, listener: Listener) -> Iterator[None]:
-    """Within the context Triton compiles for the target and can launch nothing."""
+    """Compile for the target within the context; launches are impossible."""
 
     def told(*, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
         listener(Path(next(iter(metadata_group.values()))).parent, cache_hit)
@@ -62,8 +62,10 @@ def without_device(target: str, listener: Listener) -> Iterator[None]:
 
 @contextlib.contextmanager
 def compiling(target: str, listener: Listener) -> Iterator[None]:
-    """Within the context the operators of this backend, called with CPU tensors, compile what they launch on the
-    target. Nothing is launched: results are uninitialised."""
+    """Operators of this backend, called with CPU tensors, compile the kernels that they launch on the target.
+
+    Nothing is launched: results are uninitialized.
+    """
 
     def compile_only(made: launch.Launch, *pointers: Any) -> None:
         made.kernel.run(*pointers, *made.scalars, grid=made.grid, warmup=True, **made.options)
@@ -73,13 +75,13 @@ def compiling(target: str, listener: Listener) -> Iterator[None]:
 
 
 def precompile(unit: Unit) -> None:
-    """Compile a recorded launch, or find it in the cache. Call it in ``without_device``."""
+    """Compile a recorded launch, or find it in the cache. Must be called within ``without_device``."""
     arguments = [_argument(kind, (i,), unit) for i, (_, kind) in enumerate(unit.signature)]
     unit.kernel.run(*arguments, grid=(1, 1, 1), warmup=True, **launch.options(unit.num_warps, unit.num_stages))
 
 
 def _argument(kind: Any, path: tuple[int, ...], unit: Unit) -> Any:
-    """A value that Triton's argument analysis describes as this one of the unit's arguments was described."""
+    """A value that Triton's argument analysis specializes like the unit's argument."""
     if isinstance(kind, tuple):
         return tuple(_argument(k, (*path, i), unit) for i, k in enumerate(kind))
     aligned = path in unit.attributes
@@ -91,7 +93,7 @@ def _argument(kind: Any, path: tuple[int, ...], unit: Unit) -> Any:
 
 
 def _pointer(dtype: torch.dtype, aligned: bool) -> Tensor:
-    """Memory whose address 16 divides, or does not."""
+    """A tensor whose address is, or is not, a multiple of 16."""
     memory = torch.empty(64, dtype=torch.uint8)
     begin = -memory.data_ptr() % 16
     return memory[begin : begin + 32].view(dtype)[0 if aligned else 1 :]

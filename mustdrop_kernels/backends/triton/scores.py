@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""text_vision_scores and its kin: how much the query rows look at each vision token.
+"""text_vision_scores and its variants: attention of the query rows on each vision token.
 
 P[h, t, j] = softmax over j <= t with type != 0 of scale * q[h, t] . k[h, j]
 total[j] = sum over query rows t of mean_h P[h, t, j];   peak[j] = max over query rows t of mean_h P[h, t, j]
 
-The head mean comes before the maximum, so a program owns a tile of keys and loops over the heads:
-acc[keys, rows] += 2^(scale * k q^T - lse). Launches: the query rows of each sequence (they are few, and only the device
-knows which); their normaliser, where the caller has none; the scores; and, where keys are too few to fill the device
-and the heads are divided among programs, the sum over the parts in a fixed order.
+The head mean is taken before the maximum, so a program owns a tile of keys and loops over the heads:
+acc[keys, rows] += 2^(scale * k q^T - lse). Launches: the query rows of each sequence (few, and determined on the
+device); their normalizers, unless the caller gives them; the scores; and, if keys are too few to fill the device and
+the heads are split among programs, the reduction over the splits in a fixed order.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .configs import config, head_class, length_class
 from .launch import Launch, Plans, cdiv, power_of_two, signature
 from .scores_kernels import HEADER, lse_kernel, map_kernel, reduce_kernel, rows_kernel, scores_kernel
 
-# Where heads are divided among programs, so many query rows go through the workspace; each further tile of rows is done
-# by one program for all heads.
+# Number of query rows that go through the workspace when heads are split among programs; one program processes each
+# further tile of rows for all heads.
 SHARED_ROWS = 128
 
 
 class _Plan:
-    """Sizes of the workspace, and the launches. ``longest``: bounds of the sequences' lengths in q and in k."""
+    """Sizes of the workspace, and the launches. ``longest``: upper bounds of the sequence lengths in q and in k."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class _Plan:
         seq_lens: Tensor | None = None,
         table: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """The query rows, and their normalisers where the caller has none."""
+        """Compute the query rows, and their normalizers unless the caller gives them."""
         info = torch.empty(self.info, dtype=torch.int32, device=q.device)
         self.rows(types, cu_seqlens_q, cu_seqlens_k, seq_lens, table, info)
         if self.norms is None:
@@ -249,7 +249,7 @@ def text_vision_scores_varlen(
         longest = (min(max_seqlen_q, q.shape[0]), min(max_seqlen_k, k.shape[0]))
         made = _Plan(q, k, token_types, scale, lse, cu_seqlens_q.shape[0] - 1, longest)
         plan = _plans["varlen"].add(key, made)
-    # What lies in no sequence is zero, and no program owns it.
+    # Tokens outside of every sequence are zero, and no program owns them.
     total, peak = torch.zeros(2, k.shape[0], dtype=torch.float32, device=k.device)
     plan.run(q, k, token_types, lse, (total, peak), cu_seqlens_q, cu_seqlens_k)
     return total, peak

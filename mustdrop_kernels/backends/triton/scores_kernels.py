@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels behind text_vision_scores and its kin; see scores.py for the formulas and the order of launches."""
+"""Kernels of text_vision_scores and its variants; see scores.py for the formulas and the order of launches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from .numbers import dot
 from .token_types import is_query, is_token, is_vision
 
-# What the first kernel finds out about a sequence, int32: begin in packed q, begin in packed k, position of row 0,
+# Output of the first kernel for a sequence, int32: begin in packed q, begin in packed k, position of row 0,
 # number of keys, number of query rows; then, from HEADER on, the query rows themselves.
 HEADER = 8
 _HEADER = tl.constexpr(HEADER)
@@ -17,7 +17,7 @@ _HEADER = tl.constexpr(HEADER)
 
 @triton.jit
 def _span(cu_seqlens, b, total, longest):
-    """Begin and length of a packed sequence, clamped to what exists."""
+    """Begin and length of a packed sequence, clamped to the tensor."""
     begin = tl.minimum(tl.maximum(tl.load(cu_seqlens + b), 0), total)
     end = tl.minimum(tl.maximum(tl.load(cu_seqlens + b + 1), 0), total)
     return begin, tl.minimum(tl.maximum(end - begin, 0), longest)
@@ -25,7 +25,7 @@ def _span(cu_seqlens, b, total, longest):
 
 @triton.jit
 def _kinds(types, table, position, inside, blocks, SLOTS: tl.constexpr):
-    """Token types at positions of a sequence; padding outside it and where its block does not exist."""
+    """Token types at positions of a sequence; padding outside it and in blocks that do not exist."""
     kind = tl.load(types + position, mask=inside, other=0)
     if SLOTS > 0:
         block = tl.load(table + position // SLOTS, mask=inside, other=-1)
@@ -35,7 +35,7 @@ def _kinds(types, table, position, inside, blocks, SLOTS: tl.constexpr):
 
 @triton.jit
 def _key_offsets(table, position, exists, k_begin, k_block, k_token, SLOTS: tl.constexpr):
-    """Where the keys at positions of a sequence lie, int64."""
+    """int64 offsets of the keys at positions of a sequence."""
     if SLOTS == 0:
         offset = (k_begin + position).to(tl.int64) * k_token
     else:
@@ -62,7 +62,7 @@ def rows_kernel(
     SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, one sequence: its geometry and its query rows, in order."""
+    """One program per sequence: its geometry and its query rows, in order."""
     b = tl.program_id(0).to(tl.int64)
     q_begin, q_length, k_begin, k_length = 0, q_longest, 0, k_longest
     if cu_seqlens_q is not None:
@@ -97,7 +97,7 @@ def lse_kernel(
     types,
     table,
     info,
-    norms,  # [B, Hq, q_longest] float32: log2 of the sum of 2^score, by number of query row
+    norms,  # [B, Hq, q_longest] float32: log2 of the sum of 2^score, by index of query row
     scale,  # times log2(e)
     q_longest,
     blocks,
@@ -113,7 +113,7 @@ def lse_kernel(
     KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, some tiles of lines of one key head; a line is a query row in one of the key head's query heads."""
+    """One program per tile of lines of one key head; a line is a query row in one of the key head's query heads."""
     pid = tl.program_id(0)
     split = pid % SPLITS
     hk = (pid // SPLITS % HEADS).to(tl.int64)
@@ -154,7 +154,7 @@ def lse_kernel(
             visible = exists[None, :] & (column[None, :] <= position[:, None])
             score = tl.where(visible, score * scale, float("-inf"))
             higher = tl.maximum(top, tl.max(score, axis=1))
-            base = tl.where(higher == float("-inf"), 0.0, higher)  # so far the row has seen nothing
+            base = tl.where(higher == float("-inf"), 0.0, higher)  # no visible key so far
             mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(score - base[:, None]), axis=1)
             top = higher
         at = norms + (b * (HEADS * GROUP) + h) * q_longest + row
@@ -162,8 +162,8 @@ def lse_kernel(
 
 
 @triton.jit
-def _normaliser(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS: tl.constexpr):
-    """Base-2 logarithm of the sum of exponentials of some rows of one head; -inf: the row sees nothing."""
+def _normalizer(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS: tl.constexpr):
+    """Base-2 logarithm of the sum of exponentials of some rows of one head; -inf: the row has no visible key."""
     if lse is not None:
         at = lse + b * lse_batch + h * lse_head + (q_begin + i).to(tl.int64) * lse_row
         norm = tl.load(at, mask=there, other=float("-inf")) * 1.4426950408889634  # log2(e)
@@ -188,7 +188,7 @@ def _head_sum(
     k_at = k + _key_offsets(table, column, vision, k_begin, k_block, k_token, SLOTS)  # [KEYS]
     q_at = q + (q_begin + i).to(tl.int64) * q_token  # [ROWS]
     acc = tl.zeros([KEYS, ROWS], tl.float32)
-    # Rows ascend: where the last one stands before the tile, nothing is seen.
+    # Rows ascend: if the last one precedes the tile, no key is visible.
     head_end = tl.where(tl.max(position) >= tl.min(column), head_end, head_begin)
     for key_head in range(head_begin, head_end):
         hk = tl.full([], key_head, tl.int64)
@@ -206,7 +206,7 @@ def _head_sum(
                     q_at[None, :] + (h * q_head + d)[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
                 )
                 score = dot(key, query, score)
-            norm = _normaliser(
+            norm = _normalizer(
                 lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS * GROUP
             )
             seen = visible & (norm != float("-inf"))[None, :]
@@ -246,7 +246,7 @@ def scores_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, a tile of keys: all heads (SPLITS = 1), or a share of them."""
+    """One program per tile of keys and split: all heads (SPLITS = 1), or a share of them."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(k_longest, KEYS)
     column = pid % tiles * KEYS + tl.arange(0, KEYS)
@@ -265,8 +265,8 @@ def scores_kernel(
     k += b * k_batch
     share = 1.0 / (HEADS * GROUP)
 
-    # With SPLITS > 1 the first SHARED rows are done by all programs of this tile, each its heads; the tiles of rows
-    # after them by one program each, all heads.
+    # With SPLITS > 1 all programs of this tile process the first SHARED rows, each for its heads; the following tiles
+    # of rows are processed by one program each, for all heads.
     shared = tl.cdiv(tl.minimum(number, SHARED), ROWS) if SPLITS > 1 else 0
     own = SHARED + split * ROWS if SPLITS > 1 else 0
     steps = shared + tl.cdiv(tl.maximum(number - own, 0), SPLITS * ROWS)
@@ -297,7 +297,7 @@ def scores_kernel(
         written = column < (k_length if PACKED else k_longest)
         at = b * out_batch + k_begin + column
         tl.store(total + at, sums * share, mask=written)
-        # Terms are not negative, so the sum is NaN where and only where one of them is.
+        # Terms are not negative, so the sum is NaN if and only if one of them is.
         tl.store(peak + at, tl.where(sums == sums, tops, sums) * share, mask=written)
 
 
@@ -325,7 +325,7 @@ def map_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One program, a tile of the head mean map: KEYS of its columns, ROWS of its query rows."""
+    """One program per tile of the head mean map: KEYS columns, ROWS query rows."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(k_longest, KEYS)
     column = pid % tiles * KEYS + tl.arange(0, KEYS)
@@ -367,7 +367,7 @@ def reduce_kernel(
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """One program, a tile of keys: adds the parts of the heads in order, then takes sum and maximum over rows."""
+    """One program per tile of keys: adds the splits in order, then takes sum and maximum over rows."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(k_longest, KEYS)
     column = pid % tiles * KEYS + tl.arange(0, KEYS)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which vision tokens stay: two thresholds, or a budget. One program a sequence.
+"""Selection of vision tokens by two thresholds or by a budget. One program per sequence.
 
-Both rules name candidates, vision tokens that may go, and keep the best ``stay`` of them:
+Both rules define candidates, the vision tokens that may be dropped, and keep the best ``stay`` of them:
 two thresholds: candidate[j] = total[j] < global * sum(total) and peak[j] < individual; stay = d mod drop_multiple;
-a budget: every unprotected vision token is a candidate; stay = what the protected ones leave of the budget.
+a budget: every unprotected vision token is a candidate; stay = budget minus the number of protected ones.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .token_types import is_token, is_vision
 
 @triton.jit
 def _is_vision(types, protected, column, n):
-    """Vision tokens that nothing protects."""
+    """Mask of unprotected vision tokens."""
     inside = column < n
     vision = is_vision(tl.load(types + column, mask=inside, other=0))
     if protected is not None:
@@ -48,7 +48,7 @@ def _load_topk(args, column, n):
 
 @triton.jit
 def _count(load: tl.constexpr, args, n, end, BLOCK: tl.constexpr):
-    """How many candidates there are."""
+    """Number of candidates."""
     number = 0
     for start in range(0, end, BLOCK):
         _, candidate = load(args, start + tl.arange(0, BLOCK), n)
@@ -60,7 +60,7 @@ def _count(load: tl.constexpr, args, n, end, BLOCK: tl.constexpr):
 def _write(
     load: tl.constexpr, args, types, keep, counts, n, end, capacity, stay, key_limit, equals, BLOCK: tl.constexpr
 ):
-    """Write the positions of all tokens but the candidates that are not among the best ``stay``."""
+    """Write the positions of all tokens except the candidates that are not among the best ``stay``."""
     kept, seen = 0, 0  # tokens kept so far; candidates so far whose key equals the limit
     for start in range(0, end, BLOCK):
         column = start + tl.arange(0, BLOCK)

@@ -28,7 +28,7 @@ def counted(model, inputs) -> int:
     return sum(sum(counter.get_flop_counts()[name].values()) for name in layers)
 
 
-def test_exact_is_what_torch_counts(model) -> None:
+def test_exact_agrees_with_torch(model) -> None:
     model.set_attn_implementation("eager")  # every matrix product is a matrix product
     inputs = tiny_llava.processor()(images=tiny_llava.picture(), text=tiny_llava.PROMPT, return_tensors="pt")
     vision = int((inputs["input_ids"] == model.config.image_token_id).sum())
@@ -49,7 +49,7 @@ def test_exact_is_what_torch_counts(model) -> None:
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("budget-192", 192), ("budget-128", 128), ("budget-64", 64)])
-def test_presets_keep_what_their_names_say(name, tokens) -> None:
+def test_presets_keep_the_tokens_of_their_names(name, tokens) -> None:
     processed, held = flops.schedule(SEVEN, MustDropConfig.preset(name))
     assert sum(processed) == tokens * SEVEN.layers
     assert held[:2] == processed[:2], "layers before the first pruning layer keep everything"
