@@ -149,7 +149,7 @@ def test_every_result_is_on_the_page_about_benchmarks() -> None:
 
 # ------------------------------------------------------------------------------------------------ troubleshooting
 
-KEEP, COUNTS = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
+VISION = torch.full((1, 1), 2, dtype=torch.uint8)
 
 
 def _broken(folder: Path, content: bytes | None) -> None:
@@ -172,7 +172,7 @@ def _no_cupy(_: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.version, "cuda", "13.0")
         patch.setattr(backends.cupy, "find_spec", lambda name: None)
-        raise RuntimeError(backends.registered()["cupy"].why_not("gather_tokens", "cuda"))
+        raise RuntimeError(backends.registered()["cupy"].why_not(backends.OPS[0], "cuda"))
 
 
 def _old_gpu(_: Path) -> None:
@@ -222,14 +222,14 @@ RAISED: dict[str, Callable[[Path], Any]] = {
     "libmustdrop.so was not built": lambda folder: _broken(folder, None),
     "libmustdrop.so could not be loaded": lambda folder: _broken(folder, b"not a library"),
     "no backend named": lambda _: backends.get("tritn"),
-    "backend 'cuda'": lambda _: mk.gather_tokens(torch.ones(1, 1, 1), KEEP, COUNTS, backend="cuda"),
+    "backend 'cuda'": lambda _: mk.select_topk(torch.ones(1, 1), VISION, 1, backend="cuda"),
     "MUSTDROP_CPU_CAPABILITY": _old_instruction_set,
     "cupy is not installed": _no_cupy,
     "a device of compute capability": _old_gpu,
     "no CUDA library": _no_nvcc,
     "mustdrop: the command line": _no_command_line,
     "mustdrop::spatial_merge": lambda _: mk.spatial_merge(torch.ones(1, 8, 5).mT, [2, 2], [2, 2]),
-    "mustdrop::gather_tokens": lambda _: mk.gather_tokens(torch.ones(1, 1, 1), KEEP, COUNTS.long()),
+    "mustdrop::select_topk": lambda _: mk.select_topk(torch.ones(1, 1), VISION, 1, budgets=torch.ones(1).long()),
     "mustdrop::cls_attention": _gradient_of_a_choice,
     "drop_tokens is active": _twice,
     "prefill_chunk_size": _in_chunks,

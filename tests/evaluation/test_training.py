@@ -73,4 +73,4 @@ def test_ctrl_c_while_it_writes_leaves_nothing_half_written(tmp_path: Path, modu
 
 def test_help_says_what_it_does() -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True, text=True)
-    assert "Train, or go on training" in done.stdout
+    assert "Train the small LLaVA" in done.stdout

@@ -19,6 +19,7 @@ import cuda_emulation
 import safetensors.torch
 from cuda_emulation import nvrtc
 from ops.conftest import candidates
+from ops.schemas import OPS
 
 import mustdrop_kernels
 from mustdrop_kernels import _load, backends
@@ -144,7 +145,7 @@ def available() -> dict[str, str | None]:
         known = best in LEVELS and LEVELS.index(level) < LEVELS.index(best)
         names[f"cpu:{level}"] = None if known else f"this machine has {best}"
     names[cuda_emulation.NAME] = cuda_emulation.why_not()
-    has_triton = candidates()["triton"].why_not("gather_tokens", "cuda")
+    has_triton = candidates()["triton"].why_not(OPS[0], "cuda")
     names["triton"] = has_triton if has_triton is not None and "not installed" in has_triton else None
     return names
 

@@ -57,9 +57,9 @@ def test_works_without_native() -> None:
 import sys
 sys.modules["mustdrop_kernels._native"] = None
 import torch, mustdrop_kernels as mk
-x = torch.arange(6.0).view(1, 3, 2)
-keep, counts = torch.tensor([[2, 0]]), torch.tensor([2], dtype=torch.int32)
-assert mk.gather_tokens(x, keep, counts).tolist() == [[[4.0, 5.0], [0.0, 1.0]]]
+from mustdrop_kernels.ops.samples import sample
+for op in mk.backends.OPS:
+    getattr(mk, op)(**sample(op))
 """
     done = run_python(code)
     assert done.returncode == 0, done.stderr
@@ -73,9 +73,9 @@ def copy_package(folder: Path) -> Path:
 CALL = """
 import torch, mustdrop_kernels as mk
 assert mk.__file__.startswith({folder!r}), mk.__file__
-x, keep, counts = torch.zeros(1, 2, 2), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, dtype=torch.int32)
-assert mk.gather_tokens(x, keep, counts, backend="reference").shape == (1, 1, 2)
-mk.gather_tokens(x, keep, counts)
+from mustdrop_kernels.ops.samples import sample
+assert mk.select_topk(**sample("select_topk"), backend="reference").counts.shape == (2,)
+mk.select_topk(**sample("select_topk"))
 """
 
 
@@ -113,7 +113,7 @@ torch.version.cuda = "13.0"
 import mustdrop_kernels as mk
 from mustdrop_kernels import _load, backends
 assert _load.core.loaded
-print(backends.registered()["cuda"].why_not("gather_tokens", "cuda"))
+print(backends.registered()["cuda"].why_not(backends.OPS[0], "cuda"))
 """
 UNDEFINED = 'extern "C" int aoti_torch_no_such(); static int x = aoti_torch_no_such();'
 
