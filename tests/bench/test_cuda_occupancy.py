@@ -10,6 +10,8 @@ from cuda_static import launches, occupancy, untouched
 from cuda_static.kernel import Kernel
 from cuda_static.launches import Launch
 
+from mustdrop_kernels.ops.contract import CONTRACTS
+
 emulated = pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not()))
 
 
@@ -90,7 +92,7 @@ def test_recorded_launches():
     scores = [launch for launch in recorded if launch.op == "text_vision_scores"]
     given = [launch for launch in recorded if launch.op == "text_vision_scores (lse given)"]
     assert len(scores) == len(given) + 1  # the normalisers are not computed
-    assert {"cls_attention", "select_topk", "gather_tokens", "compact_kv_", "compact_paged_kv_"} <= set(by_op)
+    assert {op for op, contract in CONTRACTS.items() if not contract.composite} <= set(by_op)
 
 
 def test_untouched_memory():

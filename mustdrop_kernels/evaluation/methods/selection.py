@@ -82,8 +82,7 @@ def best(scores: Tensor, count: int) -> Tensor:
 
 
 def _take(x: Tensor, keep: Tensor) -> Tensor:
-    counts = torch.full((x.shape[0],), keep.shape[1], dtype=torch.int32, device=x.device)
-    return ops.gather_tokens(x, keep, counts)
+    return x.take_along_dim(keep.view(*keep.shape, *[1] * (x.dim() - 2)), 1)
 
 
 def _itself(x: Tensor) -> Tensor:
