@@ -22,9 +22,9 @@ COMPILED = (
     "select",
     "text_vision_scores",
     "text_vision_packed",
-    "properties",
 )
 """Tests of operators whose kernels are compiled per level."""
+FEW = {"MUSTDROP_TEST_BACKENDS": "cpu", "MUSTDROP_FUZZ_CASES": "25"}
 
 
 @pytest.mark.parametrize("level", LEVELS[:-1])
@@ -34,10 +34,10 @@ def test_conformance(level: str) -> None:
         pytest.skip(f"this machine has {best}")
     if level == best:
         pytest.skip("the main suite runs on it")
-    files = [f"tests/ops/test_{name}.py" for name in COMPILED]
+    files = [*(f"tests/ops/test_{name}.py" for name in COMPILED), "tests/fuzz/test_fuzz.py"]
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files],
-        env={**os.environ, "MUSTDROP_CPU_CAPABILITY": level, "MUSTDROP_TEST_BACKENDS": "cpu"},
+        env={**os.environ, "MUSTDROP_CPU_CAPABILITY": level, **FEW},
         cwd=REPOSITORY, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
