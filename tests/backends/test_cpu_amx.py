@@ -67,7 +67,7 @@ def test_conformance(site: Path) -> None:
     files = [f"tests/ops/test_{name}.py" for name in ("text_vision_scores", "text_vision_packed")]
     files.append("tests/fuzz/test_fuzz.py")
     environment = variants.environment_with(site, MUSTDROP_CPU_CAPABILITY="amx_bf16", MUSTDROP_TEST_BACKENDS="cpu")
-    command = variants.pytest_command([*files, "-m", "not slow", "-k", "cpu"])
+    command = variants.pytest_command([*files, "-m", "not slow", "-k", "cpu or test_fuzz"])
     done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
     assert " passed" in done.stdout
