@@ -53,31 +53,27 @@ class Backend:
     in_dispatcher: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
-        own, own_reason = self.implementation, self.why_not
-
-        def implementation(op: str) -> Implementation:
-            return composed(op, own) if self.composes(op) else own(op)
-
-        def why_not(op: str, device_type: str) -> str | None:
-            if not self.composes(op):
-                return own_reason(op, device_type)
-            return next(filter(None, (own_reason(part, device_type) for part in CONTRACTS[op].parts)), None)
-
-        def composes(op: str) -> bool:
-            contract = CONTRACTS.get(op)
-            return (
-                contract is not None
-                and contract.composite is not None
-                and all(own_reason(op, device_type) is not None for device_type in ORDER)
-            )
-
-        object.__setattr__(self, "implementation", implementation)
-        object.__setattr__(self, "why_not", why_not)
-        object.__setattr__(self, "_composes", composes)
+        object.__setattr__(self, "_own", (self.implementation, self.why_not))
+        object.__setattr__(self, "implementation", self._implementation)
+        object.__setattr__(self, "why_not", self._why_not)
 
     def composes(self, op: str) -> bool:
         """True if it composes an operator of its parts, without an implementation of its own."""
-        return bool(self._composes(op))  # type: ignore[attr-defined]
+        contract = CONTRACTS.get(op)
+        if contract is None or contract.composite is None:
+            return False
+        _, own_reason = self._own  # type: ignore[attr-defined]
+        return all(own_reason(op, device_type) is not None for device_type in ORDER)
+
+    def _implementation(self, op: str) -> Implementation:
+        own, _ = self._own  # type: ignore[attr-defined]
+        return composed(op, own) if self.composes(op) else own(op)
+
+    def _why_not(self, op: str, device_type: str) -> str | None:
+        _, own_reason = self._own  # type: ignore[attr-defined]
+        needed = CONTRACTS[op].parts if self.composes(op) else (op,)
+        reasons = (own_reason(each, device_type) for each in needed)
+        return next((reason for reason in reasons if reason is not None), None)
 
 
 _registered: dict[str, Backend] = {}
