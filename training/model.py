@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from mustdrop_kernels.bench.random_llava import hub_name
 from mustdrop_kernels.evaluation.pictures import GRID, PATCH, SIZE
 from mustdrop_kernels.evaluation.questions import WORDS
 from mustdrop_kernels.files import folder_written_whole
@@ -155,7 +156,7 @@ def _save(model: LlavaForConditionalGeneration, folder: Path) -> None:
         ),
     )
     weights = folder / "model.safetensors"
-    save_file({_hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    save_file({hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
     weights.chmod(0o644)
 
 
@@ -164,15 +165,3 @@ def _edit(file: Path, change: Callable[[dict[str, Any]], object]) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _hub_name(name: str) -> str:
-    """Parameter name of the hub's checkpoints, which engines require, for the shorter one of transformers 5."""
-    name = name.removeprefix("model.")
-    if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
-        return name.replace("vision_tower.", "vision_tower.vision_model.", 1)
-    if name == "lm_head.weight":
-        return "language_model.lm_head.weight"
-    if name.startswith("language_model.") and not name.startswith(("language_model.model.", "language_model.lm_head")):
-        return name.replace("language_model.", "language_model.model.", 1)
-    return name

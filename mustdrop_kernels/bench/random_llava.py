@@ -130,11 +130,11 @@ def save(folder: Path, model: Any, processor: Any) -> None:
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     weights = folder / "model.safetensors"
-    save_file({_hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    save_file({hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
 
 
-def _hub_name(name: str) -> str:
-    """The hub's name of a weight; transformers 5 writes shorter ones."""
+def hub_name(name: str) -> str:
+    """Parameter name of the hub's checkpoints, which engines require, for the shorter one of transformers 5."""
     name = name.removeprefix("model.")
     if name.startswith("vision_tower.") and not name.startswith("vision_tower.vision_model."):
         return name.replace("vision_tower.", "vision_tower.vision_model.", 1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .measurement import DryRun, Json, Load, Markdown, carry_out, refusals, show_sheet
+from .measurement import DryRun, Json, Load, Markdown, measure_sheet, refusals
 
 
 def decode(
@@ -28,13 +28,6 @@ def decode(
     """
     with refusals():
         from ...bench import decode as measurement
-        from ...bench.documents import command_line
 
         options = measurement.Options(layers, width, tokens, turns, threads)
-    document = carry_out(
-        plan=lambda: measurement.plan_lines(options),
-        run=lambda tell, keep: measurement.run(options, command_line(), tell),
-        read=measurement.read, json=json, load=load, dry_run=dry_run,
-    )  # fmt: skip
-    if document is not None:
-        show_sheet(measurement.sheet(document), "Decode steps", markdown)
+    measure_sheet(measurement, options, "Decode steps", json=json, load=load, dry_run=dry_run, markdown=markdown)

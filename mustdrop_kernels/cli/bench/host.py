@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .measurement import DryRun, Json, Load, Markdown, carry_out, refusals, show_sheet
+from .measurement import DryRun, Json, Load, Markdown, measure_sheet, refusals
 
 
 def host(
@@ -24,12 +24,5 @@ def host(
     """
     with refusals():
         from ...bench import host as measurement
-        from ...bench.documents import command_line
 
-    document = carry_out(
-        plan=lambda: measurement.plan_lines(seconds),
-        run=lambda tell, keep: measurement.run(seconds, command_line(), tell),
-        read=measurement.read, json=json, load=load, dry_run=dry_run,
-    )  # fmt: skip
-    if document is not None:
-        show_sheet(measurement.sheet(document), "Host time of a call", markdown)
+    measure_sheet(measurement, seconds, "Host time of a call", json=json, load=load, dry_run=dry_run, markdown=markdown)

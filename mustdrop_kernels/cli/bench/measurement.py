@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
-from ...bench.documents import Document, Keep, Sheet, Tell, write
+from ...bench.documents import Document, Keep, Sheet, Tell, command_line, write
 from ...errors import Refusal
 from ..progress import bar, sigterm_interrupts
 
@@ -91,3 +91,16 @@ def show_sheet(sheet: Sheet, title: str, markdown: bool) -> None:
         return
     console.print(sheet.table(title))
     console.print(sheet.note, style="dim", markup=False, highlight=False)
+
+
+def measure_sheet(
+    module: Any, options: Any, title: str, *, json: Path | None, load: Path | None, dry_run: bool, markdown: bool
+) -> None:
+    """Carry out a measurement of ``mustdrop_kernels.bench`` and print its sheet."""
+    document = carry_out(
+        plan=lambda: module.plan_lines(options),
+        run=lambda tell, keep: module.run(options, command_line(), tell),
+        read=module.read, json=json, load=load, dry_run=dry_run,
+    )  # fmt: skip
+    if document is not None:
+        show_sheet(module.sheet(document), title, markdown)

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from .measurement import DryRun, Json, Load, Markdown, carry_out, refusals, show_sheet
+from .measurement import DryRun, Json, Load, Markdown, measure_sheet, refusals
 
 
 def serving(
@@ -38,7 +38,6 @@ def serving(
     """
     with refusals():
         from ...bench import serving as measurement
-        from ...bench.documents import command_line
 
         try:
             fields = None if plan is None else js.loads(plan)
@@ -46,10 +45,4 @@ def serving(
             raise ValueError(f"--plan is not JSON: {error}") from None
         in_flight = tuple(int(text) for text in concurrency.split(","))
         options = measurement.Options(model, fields, dtype, in_flight, requests, new_tokens, rounds, blocks)
-    document = carry_out(
-        plan=lambda: measurement.plan_lines(options),
-        run=lambda tell, keep: measurement.run(options, command_line(), tell),
-        read=measurement.read, json=json, load=load, dry_run=dry_run,
-    )  # fmt: skip
-    if document is not None:
-        show_sheet(measurement.sheet(document), "Requests in vLLM", markdown)
+    measure_sheet(measurement, options, "Requests in vLLM", json=json, load=load, dry_run=dry_run, markdown=markdown)
