@@ -95,7 +95,7 @@ def sized_call(op: str, i: int, device: str) -> dict[str, Any]:
     return {"scores": draw(1, length), "token_types": types, "k": 100 + i}
 
 
-def players() -> list[tuple[str, str]]:
+def backends_and_devices() -> list[tuple[str, str]]:
     """Backends and their devices, the CUDA kernels emulated where there is no GPU."""
     found = [("cpu", "cpu"), ("reference", "cpu")]
     if torch.cuda.is_available():
@@ -107,13 +107,15 @@ def players() -> list[tuple[str, str]]:
 def with_emulation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     if not torch.cuda.is_available() and cuda_emulation.why_not() is None:
-        backends.register_backend(cuda_emulation.emulated())
-        backends.register_backend(nvrtc.emulated())
+        backends.register_backend(cuda_emulation.emulated(), replace=True)
+        backends.register_backend(nvrtc.emulated(), replace=True)
         cuda_emulation.configure(seed=1, capability=90)
 
 
 @pytest.mark.usefixtures("with_emulation")
-@pytest.mark.parametrize(("backend", "device"), players(), ids=["-".join(pair) for pair in players()])
+@pytest.mark.parametrize(
+    ("backend", "device"), [pytest.param(*pair, id="-".join(pair)) for pair in backends_and_devices()]
+)
 def test_shapes_that_differ_from_thread_to_thread(backend: str, device: str) -> None:
     """Launches of one kernel from several threads do not change each other's amount of shared memory."""
     if reason := backends.registered()[backend].why_not("select_topk", device):

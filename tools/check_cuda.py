@@ -75,7 +75,7 @@ def examine_all(
     return kernels, problems
 
 
-def judge(
+def assess(
     kernels: Sequence[Kernel],
     folders: Sequence[str],
     targets: Sequence[str],
@@ -150,7 +150,7 @@ def main() -> int:
     nvdisasm, folders = compiling.find_nvdisasm(nvcc), sorted({source.parent.name for source in sources})
     kernels, problems = examine_all(nvcc, nvdisasm, sources, targets, options.jobs)
     release = compiling.release_of(nvcc)
-    problems += judge(kernels, folders, targets, known_faults.parse(known_faults.LIST.read_text()), release)
+    problems += assess(kernels, folders, targets, known_faults.parse(known_faults.LIST.read_text()), release)
     print(kernel_table(kernels, targets), fault_table(rules.faults_of(kernels), targets), sep="\n\n", end="\n\n")
     document: dict[str, object] = {"nvcc": release, "kernels": [asdict(kernel) for kernel in kernels]}
     if not options.no_occupancy:

@@ -36,14 +36,14 @@ def examine() -> dict[str, Any]:
         "operators": environment.operators(),
         "self_check": [check.to_dict() for device in present for check in selfcheck.check_all(device)],
     }
-    problems, advice = judge(found, present)
+    problems, advice = assess(found, present)
     return {"ok": not problems, **found, "problems": problems, "next": advice}
 
 
 # ------------------------------------------------------------------------------------------------ what to do next
 
 
-def judge(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[str]]:
+def assess(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[str]]:
     """Problems, which decide about the exit status, and the next steps."""
     if not _load.core.loaded:
         return [str(_load.core.problem)], _repair_library(found)

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_emulation import building, nvrtc
+from example import SIMPLE, simple_arguments
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import _load, backends
@@ -111,13 +112,13 @@ def test_a_thread_without_a_context_gets_one(launched, monkeypatch):
     monkeypatch.setattr(machine, "launch", ctypes.cast(refuse_once, ctypes.c_void_p).value)
     monkeypatch.setattr(machine, "make_current", made.append)
     hooks = launchers.connect(library, machine)
+    operator = getattr(torch.ops.mustdrop_nvrtc_emulated, SIMPLE)
     x = torch.arange(6.0).view(1, 3, 2)
-    keep, counts = torch.tensor([[2, 0]]), torch.tensor([2], dtype=torch.int32)
-    assert torch.ops.mustdrop_nvrtc_emulated.gather_tokens(x, keep, counts).tolist() == [[[4, 5], [0, 1]]]
+    assert torch.equal(operator(*simple_arguments(x, 2, 0)), x[:, [2, 0]])
     assert made == [-1]
     said.extend([700, 700])
     with pytest.raises(RuntimeError, match=r"gather_kernel<.*: CUDA driver error 700"):
-        torch.ops.mustdrop_nvrtc_emulated.gather_tokens(x, keep, counts)
+        operator(*simple_arguments(x, 2, 0))
     assert hooks is not None
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from example import OTHER, SIMPLE, simple_arguments
+from torch import Tensor
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
@@ -19,28 +21,29 @@ from mustdrop_kernels.ops.samples import sample
 
 REPOSITORY = Path(__file__).parents[2]
 
+simple = getattr(mk, SIMPLE)
 
-def gather_arguments() -> tuple:
-    x = torch.arange(12.0).reshape(1, 6, 2)
-    return x, torch.tensor([[1, 4, 5]]), torch.tensor([3], dtype=torch.int32)
+
+def arguments() -> tuple[Tensor, ...]:
+    return simple_arguments(torch.arange(12.0).reshape(1, 6, 2), 1, 4, 5)
 
 
 class Recorder:
-    """A third-party backend that serves gather_tokens on CPU tensors and counts its calls."""
+    """A third-party backend that serves SIMPLE on CPU tensors and counts its calls."""
 
     def __init__(self, name: str = "recorder") -> None:
         self.calls: list[str] = []
         self.backend = backends.Backend(name, self.implementation, self.why_not)
 
     def why_not(self, op: str, device_type: str) -> str | None:
-        return None if (op, device_type) == ("gather_tokens", "cpu") else "it only gathers"
+        return None if (op, device_type) == (SIMPLE, "cpu") else "it serves one operator"
 
     def implementation(self, op: str):
-        def gather(x, keep, counts, *, align_end=False):
+        def call(x, keep, counts, *, align_end=False):
             self.calls.append(op)
             return x[:, keep[0]] + 100
 
-        return gather
+        return call
 
 
 @pytest.fixture
@@ -53,8 +56,8 @@ def recorder(monkeypatch) -> Recorder:
 
 def test_registered_backends():
     assert {"reference", "cpu", "cuda"} <= set(backends.registered())
-    assert "tensors" in backends.registered()["cpu"].why_not("gather_tokens", "cuda")
-    assert "tensors" in backends.registered()["cuda"].why_not("gather_tokens", "cpu")
+    assert "tensors" in backends.registered()["cpu"].why_not(SIMPLE, "cuda")
+    assert "tensors" in backends.registered()["cuda"].why_not(SIMPLE, "cpu")
     with pytest.raises(TypeError):
         backends.registered()["mine"] = None
 
@@ -66,34 +69,34 @@ def test_every_operator_is_served_on_a_cpu(name):
 
 
 def test_by_argument(recorder):
-    arguments = gather_arguments()
-    plain = mk.gather_tokens(*arguments)
-    chosen = mk.gather_tokens(*arguments, backend="recorder")
-    assert recorder.calls == ["gather_tokens"]
+    given = arguments()
+    plain = simple(*given)
+    chosen = simple(*given, backend="recorder")
+    assert recorder.calls == [SIMPLE]
     assert torch.equal(chosen, plain + 100)
-    assert torch.equal(mk.gather_tokens(*arguments, backend="reference"), plain)
-    assert recorder.calls == ["gather_tokens"]
+    assert torch.equal(simple(*given, backend="reference"), plain)
+    assert recorder.calls == [SIMPLE]
 
 
 def test_by_context(recorder):
-    arguments = gather_arguments()
-    plain = mk.gather_tokens(*arguments)
+    given = arguments()
+    plain = simple(*given)
     with mk.use_backend("recorder") as backend:
         assert backend is recorder.backend
-        assert torch.equal(mk.gather_tokens(*arguments), plain + 100)
+        assert torch.equal(simple(*given), plain + 100)
         with mk.use_backend("reference"):
-            assert torch.equal(mk.gather_tokens(*arguments), plain)
-        assert torch.equal(mk.gather_tokens(*arguments), plain + 100)
-        assert torch.equal(mk.gather_tokens(*arguments, backend="reference"), plain), "the argument wins"
-        assert torch.equal(torch.ops.mustdrop.gather_tokens(*arguments), plain), "torch.ops ignores the context"
-    assert torch.equal(mk.gather_tokens(*arguments), plain)
+            assert torch.equal(simple(*given), plain)
+        assert torch.equal(simple(*given), plain + 100)
+        assert torch.equal(simple(*given, backend="reference"), plain), "the argument wins"
+        assert torch.equal(getattr(torch.ops.mustdrop, SIMPLE)(*given), plain), "torch.ops ignores the context"
+    assert torch.equal(simple(*given), plain)
     assert len(recorder.calls) == 2
 
 
 def test_context_ends_with_an_exception(recorder):
     with pytest.raises(KeyError), mk.use_backend("recorder"):
         raise KeyError
-    mk.gather_tokens(*gather_arguments())
+    simple(*arguments())
     assert recorder.calls == []
 
 
@@ -101,7 +104,7 @@ def test_context_is_per_thread(recorder):
     seen = []
 
     def work() -> None:
-        mk.gather_tokens(*gather_arguments())
+        simple(*arguments())
         seen.extend(recorder.calls)
 
     with mk.use_backend("recorder"):
@@ -113,20 +116,20 @@ def test_context_is_per_thread(recorder):
 
 def test_never_a_silent_fallback(recorder):
     """A backend that does not serve an op raises; no other backend is used."""
-    scores, types = torch.rand(1, 4), torch.full((1, 4), 2, dtype=torch.uint8)
-    with pytest.raises(backends.BackendError, match=r"recorder.*select_topk.*cpu.*it only gathers"):
-        mk.select_topk(scores, types, 2, backend="recorder")
-    with mk.use_backend("recorder"), pytest.raises(backends.BackendError, match="it only gathers"):
-        mk.select_topk(scores, types, 2)
+    other, given = getattr(mk, OTHER), sample(OTHER)
+    with pytest.raises(backends.BackendError, match=rf"recorder.*{OTHER}.*cpu.*it serves one operator"):
+        other(**given, backend="recorder")
+    with mk.use_backend("recorder"), pytest.raises(backends.BackendError, match="it serves one operator"):
+        other(**given)
     if not torch.cuda.is_available():
         with pytest.raises(backends.BackendError, match="cuda"):
-            mk.select_topk(scores, types, 2, backend="cuda")
+            other(**given, backend="cuda")
     assert issubclass(backends.BackendError, RuntimeError)
 
 
 def test_unknown_names(recorder):
     for attempt in (
-        lambda: mk.gather_tokens(*gather_arguments(), backend="missing"),
+        lambda: simple(*arguments(), backend="missing"),
         lambda: mk.use_backend("missing").__enter__(),
         lambda: backends.get("missing"),
     ):
@@ -139,15 +142,15 @@ def test_names_are_unique(recorder):
         mk.register_backend(Recorder().backend)
     other = Recorder()
     mk.register_backend(other.backend, replace=True)
-    mk.gather_tokens(*gather_arguments(), backend="recorder")
-    assert (recorder.calls, other.calls) == ([], ["gather_tokens"])
+    simple(*arguments(), backend="recorder")
+    assert (recorder.calls, other.calls) == ([], [SIMPLE])
 
 
 def test_third_party_gets_gradients(recorder):
     """Autograd is registered per op, independent of the backend."""
-    x, keep, counts = gather_arguments()
+    x, keep, counts = arguments()
     x.requires_grad_()
-    mk.gather_tokens(x, keep, counts, backend="recorder").sum().backward()
+    simple(x, keep, counts, backend="recorder").sum().backward()
     assert recorder.calls
     assert x.grad[0, :, 0].tolist() == [0, 1, 0, 0, 1, 1]
 
@@ -162,7 +165,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-PROGRAM = """
+PROGRAM = f"""
 import os, sys, torch
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
@@ -173,16 +176,16 @@ counts = torch.tensor([3], dtype=torch.int32)
 files = set()
 sys.setprofile(lambda frame, event, _: files.add(frame.f_code.co_filename))
 outcomes = []
-for call in (torch.ops.mustdrop.gather_tokens, mk.gather_tokens):
+for call in (torch.ops.mustdrop.{SIMPLE}, mk.{SIMPLE}):
     try:
         assert torch.equal(call(x, keep, counts), x[:, [1, 4, 5]])
         outcomes.append("ok")
     except RuntimeError as error:
         outcomes.append(str(error).splitlines()[0])
 sys.setprofile(None)
-explicit = mk.gather_tokens(x, keep, counts, backend="reference")
+explicit = mk.{SIMPLE}(x, keep, counts, backend="reference")
 assert torch.equal(explicit, x[:, [1, 4, 5]])
-print(backends.serving("gather_tokens", "cpu"), any("reference" in f for f in files), *outcomes, sep="|")
+print(backends.serving("{SIMPLE}", "cpu"), any("reference" in f for f in files), *outcomes, sep="|")
 """
 
 
@@ -209,7 +212,7 @@ def test_variable_names_a_backend_that_does_not_serve(name):
     assert len(refusals) == 2
     for refusal in refusals:
         assert name in refusal
-        assert "gather_tokens" in refusal
+        assert SIMPLE in refusal
 
 
 def test_conformance_suite_runs_on_a_third_party(tmp_path):
@@ -218,7 +221,7 @@ def test_conformance_suite_runs_on_a_third_party(tmp_path):
         "from mustdrop_kernels import register_backend\n"
         "from mustdrop_kernels.backends import Backend, registered\n"
         "def why_not(op, device_type):\n"
-        "    return None if op == 'gather_tokens' else 'it only gathers'\n"
+        f"    return None if op == '{SIMPLE}' else 'it serves one operator'\n"
         "register_backend(Backend('mine', registered()['reference'].implementation, why_not))\n"
     )
 
@@ -234,7 +237,7 @@ def test_conformance_suite_runs_on_a_third_party(tmp_path):
     done = pytest_on("mine")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed, 1 skipped" in done.stdout
-    assert "mine does not serve select_topk on cpu: it only gathers" in done.stdout
+    assert f"mine does not serve {OTHER} on cpu: it serves one operator" in done.stdout
     unknown = pytest_on("mine,typo")
     assert unknown.returncode != 0
     assert "typo" in unknown.stdout + unknown.stderr
@@ -255,7 +258,7 @@ class Registered:
 
 def test_a_backend_without_an_operator_serves_the_others(monkeypatch):
     """The next backend in the order serves exactly the operators that the first one lacks."""
-    first = backends.Backend("first", lambda op: "first", lambda op, _: "no kernel" if op == "gather_tokens" else None)
+    first = backends.Backend("first", lambda op: "first", lambda op, _: "no kernel" if op == SIMPLE else None)
     second = backends.Backend("second", lambda op: "second", lambda op, _: None)
     monkeypatch.setattr(registry, "_registered", {"first": first, "second": second})
     monkeypatch.setattr(registry, "_serving", {})
@@ -264,7 +267,7 @@ def test_a_backend_without_an_operator_serves_the_others(monkeypatch):
     for op in backends.OPS:
         registry._serve(library, op, "cpu", None)
     served = {op: backends.serving(op, "cpu") for op in backends.OPS}
-    assert served == {op: "second" if op == "gather_tokens" else "first" for op in backends.OPS}
+    assert served == {op: "second" if op == SIMPLE else "first" for op in backends.OPS}
     assert library.impls == served
 
 
@@ -273,7 +276,7 @@ def test_an_operator_without_a_backend_does_not_affect_the_others(monkeypatch):
     compiled = backends.Backend(
         "compiled",
         lambda op: "compiled",
-        lambda op, _: "no kernel" if op == "gather_tokens" else None,
+        lambda op, _: "no kernel" if op == SIMPLE else None,
         in_dispatcher=True,
     )
     monkeypatch.setattr(registry, "_registered", {"compiled": compiled})
@@ -283,22 +286,20 @@ def test_an_operator_without_a_backend_does_not_affect_the_others(monkeypatch):
     for op in backends.OPS:
         registry._serve(library, op, "cuda", None)
     assert library.impls == {}
-    assert backends.serving("gather_tokens", "cuda") is None
-    assert {backends.serving(op, "cuda") for op in backends.OPS if op != "gather_tokens"} == {"compiled"}
+    assert backends.serving(SIMPLE, "cuda") is None
+    assert {backends.serving(op, "cuda") for op in backends.OPS if op != SIMPLE} == {"compiled"}
 
 
 def test_an_explicit_choice_raises_only_for_missing_operators(monkeypatch):
-    partial = backends.Backend("partial", lambda op: "partial", lambda op, _: "absent" if op == "select_topk" else None)
+    partial = backends.Backend("partial", lambda op: "partial", lambda op, _: "absent" if op == OTHER else None)
     monkeypatch.setattr(registry, "_registered", {"partial": partial})
     monkeypatch.setattr(registry, "_serving", {})
     library = Registered()
-    for op in ("select_topk", "gather_tokens"):
+    for op in (OTHER, SIMPLE):
         registry._serve(library, op, "cpu", "partial")
-    assert library.impls["gather_tokens"] == "partial"
-    with pytest.raises(
-        backends.BackendError, match=r"MUSTDROP_BACKEND=partial does not serve select_topk on cpu: absent"
-    ):
-        library.impls["select_topk"]()
+    assert library.impls[SIMPLE] == "partial"
+    with pytest.raises(backends.BackendError, match=f"MUSTDROP_BACKEND=partial does not serve {OTHER} on cpu: absent"):
+        library.impls[OTHER]()
 
 
 @pytest.mark.parametrize(

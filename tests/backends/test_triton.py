@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example import SIMPLE, simple_arguments
 
 import mustdrop_kernels
 from mustdrop_kernels import backends
@@ -83,8 +84,8 @@ def test_doctor_shows_the_reason(hidden, reason):
     )
     code = (hide if hidden else "") + (
         "import sys, torch, mustdrop_kernels as mk\n"
-        "x, keep = torch.ones(1, 3, 2), torch.tensor([[0, 2]])\n"
-        "assert mk.gather_tokens(x, keep, torch.tensor([2], dtype=torch.int32)).shape == (1, 2, 2)\n"
+        "from mustdrop_kernels.ops.samples import sample\n"
+        "for op in mk.backends.OPS: getattr(mk, op)(**sample(op))\n"
         "from mustdrop_kernels.cli import main\n"
         "sys.argv = ['mustdrop', 'doctor', '--json']\n"
         "main()\n"
@@ -195,7 +196,7 @@ def test_a_plan_serves_other_contents_and_checks_addresses():
         mustdrop_kernels.compact_kv_(caches[:1], caches[:1], keep, counts, backend="triton")
     x = torch.randn(1, 4, 2)
     for index in (0, 3):
-        got = mustdrop_kernels.gather_tokens(x, torch.tensor([[index]]), counts[0] - 1, backend="triton")
+        got = getattr(mustdrop_kernels, SIMPLE)(*simple_arguments(x, index), backend="triton")
         assert torch.equal(got[0, 0], x[0, index])
 
 
@@ -207,5 +208,5 @@ def test_plans_are_bounded(monkeypatch):
     monkeypatch.setattr(launch.Plans, "MOST", 3)
     for length in range(1, 9):
         x = torch.randn(1, length, 2)
-        mustdrop_kernels.gather_tokens(x, torch.tensor([[0]]), torch.tensor([1], dtype=torch.int32), backend="triton")
+        getattr(mustdrop_kernels, SIMPLE)(*simple_arguments(x, 0), backend="triton")
         assert len(gather._plans) <= 3

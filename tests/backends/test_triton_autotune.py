@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from example import SIMPLE, simple_arguments
 
 import mustdrop_kernels
 from mustdrop_kernels.backends import triton as backend
@@ -20,6 +21,7 @@ from mustdrop_kernels.backends.triton import autotune, configs, gather
 from mustdrop_kernels.backends.triton.launch import Plans
 
 KEY = ("cpu", "gather", "narrow")
+OPERATOR = getattr(gather, SIMPLE)
 TRIED = (configs.shipped(KEY), *configs.CANDIDATES["gather"])
 BEST = TRIED[3]
 
@@ -44,8 +46,8 @@ def measured(monkeypatch, tmp_path) -> list[configs.Config]:
 
 
 def call(operator) -> None:
-    x, keep, counts = torch.randn(1, 9, 4), torch.tensor([[1, 5, 7]]), torch.tensor([3], dtype=torch.int32)
-    assert torch.equal(operator(x, keep, counts)[0], x[0, [1, 5, 7]])
+    x = torch.randn(1, 9, 4)
+    assert torch.equal(operator(*simple_arguments(x, 1, 5, 7)), x[:, [1, 5, 7]])
 
 
 def new_process():
@@ -53,11 +55,11 @@ def new_process():
     configs.TUNED.clear()
     configs.SEEN.clear()
     Plans.forget_all()
-    return autotune.tuned(gather.gather_tokens)
+    return autotune.tuned(OPERATOR)
 
 
 def test_the_fastest_is_kept_and_remembered(measured):
-    operator = autotune.tuned(gather.gather_tokens)
+    operator = autotune.tuned(OPERATOR)
     call(operator)
     assert tuple(measured) == TRIED
     assert configs.TUNED == {KEY: BEST}
@@ -70,7 +72,7 @@ def test_the_fastest_is_kept_and_remembered(measured):
 
 def test_the_file_is_of_this_version(measured, monkeypatch):
     """Results of other versions of this package or of Triton are not used."""
-    call(autotune.tuned(gather.gather_tokens))
+    call(autotune.tuned(OPERATOR))
     name = autotune.cache_file().name
     assert mustdrop_kernels.__version__ in name
     assert triton.__version__ in name
@@ -85,14 +87,14 @@ def test_a_broken_file_is_searched_again(measured, text):
     file.parent.mkdir(parents=True)
     file.write_text(text)
     with pytest.warns(UserWarning, match="not read"):
-        call(autotune.tuned(gather.gather_tokens))
+        call(autotune.tuned(OPERATOR))
     assert tuple(measured) == TRIED
     assert list(json.loads(file.read_text())) == ["/".join(KEY)]
 
 
 def test_the_file_changes_in_one_step(measured, monkeypatch):
     """The file is replaced atomically, and entries added by another process are kept."""
-    call(autotune.tuned(gather.gather_tokens))
+    call(autotune.tuned(OPERATOR))
     file = autotune.cache_file()
     before = file.read_text()
     other = {"gfx942/select/1024": {"tiles": {"BLOCK": 2048}, "num_warps": 8, "num_stages": 2}}
@@ -105,12 +107,10 @@ def test_the_file_changes_in_one_step(measured, monkeypatch):
 
 
 def test_a_candidate_that_fails_is_left_out(measured, monkeypatch):
-    whole = gather.gather_tokens
-
     def fails_once(*args, **kwargs):
         if configs.TUNED.get(KEY) == TRIED[1]:
             raise RuntimeError("out of shared memory")
-        return whole(*args, **kwargs)
+        return OPERATOR(*args, **kwargs)
 
     with pytest.warns(UserWarning, match="out of shared memory"):
         call(autotune.tuned(fails_once))
@@ -120,6 +120,6 @@ def test_a_candidate_that_fails_is_left_out(measured, monkeypatch):
 
 def test_nothing_is_searched_by_default(measured, monkeypatch):
     monkeypatch.delenv("MUSTDROP_AUTOTUNE", raising=False)
-    call(backend.implementation("gather_tokens"))
+    call(backend.implementation(SIMPLE))
     assert not measured
     assert not autotune.cache_file().exists()

@@ -131,7 +131,7 @@ def test_a_small_file_through_the_compiler(tmp_path, target):
     source.write_text(SOURCE)
     kernels, problems = check_cuda.examine_all(nvcc, nvdisasm, [source], [target], 1)
     known = known_faults.parse(known_faults.LIST.read_text())
-    assert problems == check_cuda.judge(kernels, ["copy"], [target], known, compiling.release_of(nvcc)) == []
+    assert problems == check_cuda.assess(kernels, ["copy"], [target], known, compiling.release_of(nvcc)) == []
     assert len(kernels) == 2
     assert all(4 < kernel.registers < 64 for kernel in kernels)
     if nvdisasm:

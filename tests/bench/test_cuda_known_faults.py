@@ -98,14 +98,14 @@ def test_a_kernel_that_is_gone():
 
 
 def test_less_than_is_known():
-    """Judged with the list's own compiler alone: another one may make a few less."""
+    """A smaller count is a problem with the compiler of the list only: other compilers may emit fewer."""
     score = today()[0]
     (problem,) = compare(score, kernel(RANK, "90", divisions=7))
     assert "8 have become 7; lower the count" in problem
     assert compare(score, kernel(RANK, "90", divisions=7), compiler="12.9") == []
 
 
-def test_what_was_not_checked_is_not_judged():
+def test_what_was_not_checked_is_not_reported():
     assert compare(kernel(SCORE, "100")) == []  # another target
     assert compare(today()[0], folders=("attention_scores",)) == []  # another folder
     assert compare(today()[0]) == []  # the folder did not compile

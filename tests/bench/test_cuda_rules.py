@@ -91,7 +91,7 @@ def test_exponentials_outside_of_loops_do_not_count():
     assert rules.cut_exponentials(function(code + "\nEXIT ;")) == 0
 
 
-def test_a_loop_inside_is_judged_by_itself():
+def test_an_inner_loop_counts_by_itself():
     inner = f"\n.L_inner:{EXPONENTIAL}\n@P1 BRA `(.L_inner) ;"
     assert rules.cut_exponentials(in_loop(EXPONENTIAL * 8 + inner + EXPONENTIAL * 8)) == 0
 

@@ -7,6 +7,7 @@ import collections
 
 import pytest
 import torch
+from example import SIMPLE
 
 from mustdrop_kernels.bench import machine, memory, run, timing
 from mustdrop_kernels.bench.cases import Case, Inputs
@@ -79,8 +80,8 @@ def test_peak_memory_counts_what_is_allocated_and_freed():
 
 
 def test_copies_are_as_many_as_fill_the_cache_with_what_is_read(monkeypatch):
-    """gather_tokens reads a fraction of its input; that fraction, in all copies, is three times the cache."""
-    case = Case("gather_tokens", parse_shape("llava-1.5"), torch.float32, CPU)
+    """An operator that reads a fraction of its input: that fraction, in all copies, is three times the cache."""
+    case = Case(SIMPLE, parse_shape("llava-1.5"), torch.float32, CPU)
     kept = case.shape.kept * case.shape.hidden * 4
     assert case.work.read == case.work.written == kept < case.input_bytes / 4
     monkeypatch.setattr(machine, "last_level_cache", lambda device: 8 << 20)

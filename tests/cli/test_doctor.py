@@ -99,7 +99,7 @@ def test_the_switch_of_the_vllm_plugin(value, words, problem, document, monkeypa
     monkeypatch.setenv("MUSTDROP_VLLM", value)
     engines = environment.engines()
     assert words in engines["vLLM, here"]
-    problems, advice = doctor.judge({**document, "engines": engines}, ["cpu"])
+    problems, advice = doctor.assess({**document, "engines": engines}, ["cpu"])
     assert [problem in sentence for sentence in problems] == ([] if problem is None else [True])
     assert problem is None or "MUSTDROP_VLLM" in advice[0]
     monkeypatch.setenv("VLLM_PLUGINS", "another")
@@ -140,9 +140,9 @@ def test_a_cuda_library_that_does_not_load_is_a_problem(document, monkeypatch, t
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(_load.cuda, "path", tmp_path / "libmustdrop_cuda.so")
     monkeypatch.setattr(_load.cuda, "problem", "libmustdrop_cuda.so could not be loaded: it is cut off")
-    assert doctor.judge(document, ["cpu"])[0] == []  # not there: others serve
+    assert doctor.assess(document, ["cpu"])[0] == []  # not there: others serve
     _load.cuda.path.touch()
-    problems, advice = doctor.judge(document, ["cpu"])
+    problems, advice = doctor.assess(document, ["cpu"])
     assert problems == ["libmustdrop_cuda.so could not be loaded: it is cut off"]
     assert "install the wheel again" in advice[0]
 
@@ -234,17 +234,17 @@ def test_advice_for_a_gpu_that_nobody_serves(document, monkeypatch) -> None:
     monkeypatch.setattr(environment, "absent", lambda device: None)
     unserved = {**document, "operators": [{**row, "served_by": None} for row in document["operators"]]}
     monkeypatch.setattr(environment, "find_nvcc", lambda: None)
-    assert "pip install triton" in doctor.judge(unserved, ["cpu", "cuda"])[1][-1]
+    assert "pip install triton" in doctor.assess(unserved, ["cpu", "cuda"])[1][-1]
     monkeypatch.setattr(environment, "find_nvcc", lambda: "/opt/nvcc")
-    assert "nvcc is there" in doctor.judge(unserved, ["cpu", "cuda"])[1][-1]
+    assert "nvcc is there" in doctor.assess(unserved, ["cpu", "cuda"])[1][-1]
 
 
 def test_advice_for_a_gpu_that_torch_does_not_see(document, monkeypatch) -> None:
     monkeypatch.setattr(environment, "absent", lambda device: "torch finds no GPU" if device == "cuda" else None)
     hidden = {**document, "machine": {**document["machine"], "GPUs": ["GPU 0: X (not found by torch)"]}}
-    assert "a torch with CUDA" in doctor.judge(hidden, ["cpu"])[1][-1]
+    assert "a torch with CUDA" in doctor.assess(hidden, ["cpu"])[1][-1]
 
 
 def test_advice_for_a_stale_library(document) -> None:
     stale = {**document, "build": {"version": "0.0.1"}}
-    assert "0.0.1" in doctor.judge(stale, ["cpu"])[1][-1]
+    assert "0.0.1" in doctor.assess(stale, ["cpu"])[1][-1]

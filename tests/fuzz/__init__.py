@@ -6,6 +6,6 @@ deterministically, so a case can be shrunk by hypothesis, stored in ``regression
 
 - ``inputs``: tensors from descriptions. ``family``: the fuzzer's interface of an operator.
 - ``merging``, ``scoring``, ``selecting``, ``moving``: the operators. ``families`` lists them.
-- ``players``: the backends under test, in this process or in a child process (``child``).
-- ``hunt``: generates cases, compares, shrinks. ``cli``: ``python -m tests.fuzz``, ``make fuzz``.
+- ``runners``: the backends under test, in this process or in a child process (``child``).
+- ``search``: generates cases, compares, shrinks. ``cli``: ``python -m tests.fuzz``, ``make fuzz``.
 """

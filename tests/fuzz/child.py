@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from .families import FAMILIES
-from .players import call_of
+from .runners import call_of
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.files import write_text
 
 from .families import FAMILIES
-from .hunt import REGRESSIONS, Tally, hunt
-from .players import Here, available, child, closing
+from .runners import Here, available, child, closing
+from .search import REGRESSIONS, Tally, search
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -106,16 +106,16 @@ def _shares(text: str) -> tuple[dict[str, float | None], dict[str, str]]:
     return shares, {}
 
 
-def _hunt(
+def _search(
     op: str, shares: dict[str, float | None], cases: int, seed: int, seconds: float, told: Any, fast: bool
 ) -> Tally:
     """Fuzz one operator, in a separate process if several run in parallel."""
     torch.set_num_threads(1)
     here = ("cpu", "reference") if fast else ()
     chosen = [Here(n, 1.0 if s is None else s) if n in here else child(n, s) for n, s in shares.items()]
-    with closing(chosen) as players:
+    with closing(chosen) as runners:
         until = time.monotonic() + seconds
-        return hunt(FAMILIES[op], players, cases, seed, until=until, tell=lambda tally: told.put((op, tally.cases)))
+        return search(FAMILIES[op], runners, cases, seed, until=until, tell=lambda tally: told.put((op, tally.cases)))
 
 
 def _run(
@@ -137,7 +137,7 @@ def _run(
             while waiting and len(running) < jobs:
                 op = waiting.pop(0)
                 seconds = max(0.0, until - time.monotonic()) * jobs / (len(waiting) + jobs)
-                running[pool.submit(_hunt, op, shares, cases, seed, seconds, told, fast)] = op
+                running[pool.submit(_search, op, shares, cases, seed, seconds, told, fast)] = op
                 progress.start_task(tasks[op])
             while not told.empty():
                 op, done = told.get()
@@ -157,7 +157,7 @@ def _table(tallies: list[Tally]) -> Table:
         table.add_column(column, justify="left" if column in ("operator", "computed by") else "right")
     for tally in tallies:
         near = max(tally.near.values(), default=0)
-        who = ", ".join(f"{name} {number}" for name, number in tally.by_player.items())
+        who = ", ".join(f"{name} {number}" for name, number in tally.by_runner.items())
         row = [tally.op, str(tally.cases), str(near), str(len(tally.failures)), f"{tally.seconds:.0f}", who]
         table.add_row(*row, style="red" if tally.failures else None)
     return table
@@ -167,13 +167,13 @@ def _record(
     tallies: list[Tally], shares: dict[str, float | None], missing: dict[str, str], seed: int, begin: float
 ) -> dict[str, Any]:
     """Configuration, machine and results of the run in plain JSON types."""
-    total: Counter[str] = sum((tally.by_player for tally in tallies), Counter())
+    total: Counter[str] = sum((tally.by_runner for tally in tallies), Counter())
     return {
         "command": " ".join(["python -m tests.fuzz", *sys.argv[1:]]),
         "seed": seed,
         "machine": describe(torch.device("cpu"), 1),
         "hypothesis": hypothesis.__version__,
-        "players": {name: {"cases": total[name]} for name in shares},
+        "runners": {name: {"cases": total[name]} for name in shares},
         "not_playing": missing,
         "seconds": round(time.monotonic() - begin, 1),
         "cases": sum(tally.cases for tally in tallies),

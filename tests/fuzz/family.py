@@ -39,7 +39,7 @@ class Family:
         op: name of the operator.
         strategy: generates descriptions.
         build: description -> new arguments of the operator by name.
-        judge: (description, arguments, cache of the oracle's results, answer) -> whether the case was near a threshold;
+        check: (description, arguments, cache of the oracle's results, answer) -> whether the case was near a threshold;
             raises an AssertionError on any difference that nearness does not explain.
         in_place: arguments whose tensors the operator modifies; they are the answer.
     """
@@ -47,7 +47,7 @@ class Family:
     op: str
     strategy: SearchStrategy[Case]
     build: Callable[[Case], dict[str, Any]]
-    judge: Callable[[Case, dict[str, Any], dict[str, Any], list[Tensor]], bool]
+    check: Callable[[Case, dict[str, Any], dict[str, Any], list[Tensor]], bool]
     in_place: tuple[str, ...] = ()
 
     def changed(self, arguments: dict[str, Any]) -> list[Tensor]:

@@ -104,7 +104,7 @@ def _tokens(case: Case) -> Tensor:
 # ---------------------------------------------------------------------------------------------- checks
 
 
-def _judge(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     x, sizes = arguments["x"], arguments["sizes"]
     if "want" not in memo:
         numbers_of = {**arguments, "x": f64(x), "sizes": None if sizes is None else f64(sizes)}
@@ -216,4 +216,4 @@ def _in_order(similarity: np.ndarray, contents: list[bytes], first: int, second:
     )
 
 
-FAMILIES = (Family("spatial_merge", _cases(), _build, _judge),)
+FAMILIES = (Family("spatial_merge", _cases(), _build, _check),)

@@ -61,7 +61,7 @@ def _rows(x: Tensor) -> np.ndarray:
     return as_bytes(x.reshape(*x.shape[:2], math.prod(x.shape[2:])))
 
 
-def _judge_gather(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_gather(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     x, keep, counts = arguments["x"], arguments["keep"], arguments["counts"]
     if "want" not in memo:
         memo["want"] = oracle.gather_tokens(_rows(x), keep.numpy(), counts.numpy(), case["align_end"])
@@ -166,7 +166,7 @@ def _build_compaction(case: Case) -> dict[str, Any]:
     return {"keys": keys, "values": values, "keep": keep, "counts": counts, "align_end": case["align_end"]}
 
 
-def _judge_compaction(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_compaction(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     caches = [*arguments["keys"], *arguments["values"]]
     _same_form(caches, answer)
     if _unspecified(case):
@@ -269,7 +269,7 @@ def _build_paged(case: Case) -> dict[str, Any]:
     }
 
 
-def _judge_paged(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_paged(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     caches = [*arguments["keys"], *arguments["values"]]
     _same_form(caches, answer)
     if _unspecified(case) or (case["bad_ends"] and case["align_end"]):
@@ -286,7 +286,7 @@ def _judge_paged(case: Case, arguments: dict[str, Any], memo: dict[str, Any], an
 
 
 FAMILIES = (
-    Family("gather_tokens", _gathers(), _build_gather, _judge_gather),
-    Family("compact_kv_", _compactions(), _build_compaction, _judge_compaction, ("keys", "values")),
-    Family("compact_paged_kv_", _paged_compactions(), _build_paged, _judge_paged, ("keys", "values")),
+    Family("gather_tokens", _gathers(), _build_gather, _check_gather),
+    Family("compact_kv_", _compactions(), _build_compaction, _check_compaction, ("keys", "values")),
+    Family("compact_paged_kv_", _paged_compactions(), _build_paged, _check_paged, ("keys", "values")),
 )

@@ -37,7 +37,7 @@ def sampled(op: str) -> Family:
 
         return {name: vary(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
 
-    def judge(case: Case, arguments: dict[str, Any], memo: dict[str, Any], tensors: list[Tensor]) -> bool:
+    def check(case: Case, arguments: dict[str, Any], memo: dict[str, Any], tensors: list[Tensor]) -> bool:
         expected = getattr(mustdrop_kernels, op)(**build(case), backend="reference")
         for wanted, found in zip(outcome(op, arguments, expected).values(), tensors, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
@@ -45,4 +45,4 @@ def sampled(op: str) -> Family:
 
     if CONTRACTS[op].writes:
         raise TypeError(f"{op} changes its arguments: write a family for it")
-    return Family(op, st.fixed_dictionaries({"dtype": FLOATS, "seed": SEEDS}), build, judge)
+    return Family(op, st.fixed_dictionaries({"dtype": FLOATS, "seed": SEEDS}), build, check)

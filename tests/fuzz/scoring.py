@@ -98,7 +98,7 @@ def _build_cls(case: Case) -> dict[str, Any]:
     }
 
 
-def _judge_cls(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_cls(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     if "want" not in memo:
         counts = arguments["counts"]
         memo["want"] = oracle.cls_attention(
@@ -165,7 +165,7 @@ def _same_scores(answer: list[Tensor], scores: tuple[np.ndarray, np.ndarray]) ->
     assert_probabilities(answer[1], scores[1], "peak")
 
 
-def _judge_dense(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_dense(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     _same_scores(answer, _dense_scores(arguments, memo))
     return False
 
@@ -179,7 +179,7 @@ def _build_map(case: Case) -> dict[str, Any]:
     return {**_build_dense(case), "max_query": case["max_query"]}
 
 
-def _judge_map(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_map(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     if "want" not in memo:
         memo["want"] = oracle.text_vision_attention(
             f64(arguments["q"]),
@@ -220,7 +220,7 @@ def _build_fused(case: Case) -> dict[str, Any]:
     return {**arguments, "global_threshold": limits[0], "individual_threshold": limits[1]}
 
 
-def _judge_fused_topk(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_fused_topk(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     scores = _dense_scores(arguments, memo)
     _same_scores(answer[2:], scores)
     own = selecting.topk_kept(f64(answer[2]), arguments, case["budget"])
@@ -245,7 +245,7 @@ def _order_is_near(total: np.ndarray, types: np.ndarray) -> bool:
     return False
 
 
-def _judge_fused_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_fused_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     scores, described = _dense_scores(arguments, memo), case["options"]
     types, multiple = arguments["token_types"].numpy(), case["options"]["drop_multiple"]
     capacity = case["length"] if described["capacity"] is None else described["capacity"]
@@ -350,7 +350,7 @@ def _build_varlen(case: Case) -> dict[str, Any]:
     }
 
 
-def _judge_varlen(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_varlen(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     types = arguments["token_types"].numpy()
     spans = oracle.spans(arguments["cu_seqlens_k"].numpy(), len(types))
     taken = np.zeros(len(types), dtype=np.int64)
@@ -442,7 +442,7 @@ def _build_paged(case: Case) -> dict[str, Any]:
     }
 
 
-def _judge_paged(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_paged(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     types = arguments["token_types"].numpy()
     _forms(answer, types.shape, types)
     if case["bound"] == "small":
@@ -463,11 +463,11 @@ def _judge_paged(case: Case, arguments: dict[str, Any], memo: dict[str, Any], an
 
 
 FAMILIES = (
-    Family("cls_attention", _cls_cases(), _build_cls, _judge_cls),
-    Family("text_vision_scores", _dense_cases(), _build_dense, _judge_dense),
-    Family("text_vision_scores_varlen", _varlen_cases(), _build_varlen, _judge_varlen),
-    Family("text_vision_scores_paged", _paged_cases(), _build_paged, _judge_paged),
-    Family("text_vision_attention", _map_cases(), _build_map, _judge_map),
-    Family("dual_attention_select", _fused_cases(True), _build_fused, _judge_fused_dual),
-    Family("topk_attention_select", _fused_cases(False), _build_fused, _judge_fused_topk),
+    Family("cls_attention", _cls_cases(), _build_cls, _check_cls),
+    Family("text_vision_scores", _dense_cases(), _build_dense, _check_dense),
+    Family("text_vision_scores_varlen", _varlen_cases(), _build_varlen, _check_varlen),
+    Family("text_vision_scores_paged", _paged_cases(), _build_paged, _check_paged),
+    Family("text_vision_attention", _map_cases(), _build_map, _check_map),
+    Family("dual_attention_select", _fused_cases(True), _build_fused, _check_fused_dual),
+    Family("topk_attention_select", _fused_cases(False), _build_fused, _check_fused_topk),
 )

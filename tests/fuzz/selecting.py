@@ -108,7 +108,7 @@ def topk_kept(scores: np.ndarray, arguments: dict[str, Any], k: int) -> list[lis
     )
 
 
-def _judge_topk(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_topk(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     if "want" not in memo:
         memo["want"] = topk_kept(f64(arguments["scores"]), arguments, case["k"])
     capacity = case["options"]["capacity"]
@@ -235,7 +235,7 @@ def check_near(answer: list[Tensor], kept: list[list[int]], near: list[set[int]]
             assert wrong <= near[b], f"row {b}: differs from the oracle without being near: {sorted(wrong - near[b])}"
 
 
-def _judge_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
+def _check_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any], answer: list[Tensor]) -> bool:
     described, total = case["options"], f64(arguments["total"])
     if "want" not in memo:
         peak = f64(arguments["peak"])
@@ -250,6 +250,6 @@ def _judge_dual(case: Case, arguments: dict[str, Any], memo: dict[str, Any], ans
 
 
 FAMILIES = (
-    Family("select_dual", _dual_cases(), _build_dual, _judge_dual),
-    Family("select_topk", _topk_cases(), _build_topk, _judge_topk),
+    Family("select_dual", _dual_cases(), _build_dual, _check_dual),
+    Family("select_topk", _topk_cases(), _build_topk, _check_topk),
 )

@@ -9,8 +9,8 @@ import pytest
 from ops.conftest import pairs
 
 from .families import FAMILIES
-from .hunt import REGRESSIONS, replay
-from .players import Here
+from .runners import Here
+from .search import REGRESSIONS, replay
 
 KEPT = sorted(REGRESSIONS.glob("*.json"))
 

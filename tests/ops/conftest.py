@@ -109,14 +109,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark as slow all cases of a test on a slow backend except the first and a sample of the others."""
     seen: set[tuple[str, str]] = set()
     for item in items:
-        player = _backend_of(item)
-        if player not in (EMULATED, LAUNCHED, INTERPRETED) or "slow" in item.keywords:
+        backend = _backend_of(item)
+        if backend not in (EMULATED, LAUNCHED, INTERPRETED) or "slow" in item.keywords:
             continue
-        test = (item.nodeid.split("[")[0], player)
+        test = (item.nodeid.split("[")[0], backend)
         first = test not in seen
         drawn = SAMPLE > 0 and zlib.crc32(item.nodeid.encode()) % SAMPLE == 0
         # LAUNCHED runs the same kernels as EMULATED, so a part of the tests suffices for its launches.
-        if not {EMULATED: first or drawn, LAUNCHED: first and drawn, INTERPRETED: first}[player]:
+        if not {EMULATED: first or drawn, LAUNCHED: first and drawn, INTERPRETED: first}[backend]:
             item.add_marker(pytest.mark.slow)
         seen.add(test)
 

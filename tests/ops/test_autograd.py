@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gradients, and errors in backward for the ops without one.
-
-gather_tokens' gradient is tested in test_gather.py."""
+"""Gradients, and errors in backward for the ops without one. The gradient of gathering is tested in test_gather.py."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 
 from . import oracle
 from .cases import FLOATS, Watch, dtype_id, f64, in_buffer, normal, same_bits
+from .changes import HALF, INT, dtypes_but, set_to, to_shape, with_gaps
 from .tolerance import assert_probabilities
 
 
@@ -147,3 +148,28 @@ def test_key_set(backend, dtype):
     want, lengths = oracle.as_keep(oracle.select_topk(values, types.numpy(), 5, budgets=[5, 4]), 60)
     assert kept.tolist() == lengths.tolist() == [6, 5]
     assert keep.tolist() == want.tolist()
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "cls_attention": {
+        "q": {
+            "rank 1": to_shape(8),
+            "rank 2": to_shape(2, 8),
+            "rank 4": to_shape(2, 3, 1, 8),
+            **dtypes_but(torch.float32, torch.float16, torch.bfloat16),
+            "last dimension with gaps": with_gaps,
+        },
+        "k": {
+            "rank 3": to_shape(2, 11, 8),
+            "another batch": to_shape(1, 3, 11, 8),
+            "other heads": to_shape(2, 1, 11, 8),
+            "another head_dim": to_shape(2, 3, 11, 9),
+            "another dtype": HALF,
+            "last dimension with gaps": with_gaps,
+        },
+        "counts": {"int64": INT, "rank 2": to_shape(2, 1), "another batch": to_shape(3)},
+        "num_prefix_tokens": {"negative": set_to(-1)},
+    },
+}

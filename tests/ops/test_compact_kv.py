@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import oracle
 from .cases import MOVABLE, Watch, as_bytes, dtype_id, generator, in_buffer, random_bits, same_bits
+from .changes import CACHE, COUNTS, KEEP, in_first, in_last, to_shape, with_gaps
 
 
 def ascending(lead: Sequence[int], length: int, capacity: int, counts: Tensor, seed: int, fill: int = -1) -> Tensor:
@@ -319,3 +320,29 @@ def test_nan_payloads_move(backend):
     backend.compact_kv_(keys, values, [keep], [torch.ones(1, dtype=torch.int32, device=backend.device)])
     assert math.isnan(float(keys[0][0, 0, 0, 0]))
     assert same_bits(keys[0][0, 0, 0], cache[0, 0, 2])
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "compact_kv_": {
+        "keys": {
+            **CACHE,
+            "a layer twice": lambda k: [k[0], k[1], k[0]],
+            "last dimension with gaps": in_first(with_gaps),
+        },
+        "values": {
+            **CACHE,
+            "one layer less": lambda v: v[:-1],
+            "another length": in_last(to_shape(2, 3, 9, 4)),
+            "other heads": in_first(to_shape(2, 2, 10, 4)),
+            "a layer twice": lambda v: [v[0], v[0], v[2]],
+            "last dimension with gaps": in_first(with_gaps),
+        },
+        "keep": KEEP,
+        "counts": COUNTS,
+    },
+}
+REFUSED_TOGETHER = [
+    ("compact_kv_", "keys", {"keys": in_last(to_shape(3, 3, 10, 8)), "values": in_last(to_shape(3, 3, 10, 4))}),
+]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import oracle
 from .cases import MOVABLE, Watch, as_bytes, dtype_id, expected, generator, in_buffer, random_bits, same_bits
+from .changes import CACHE, COUNTS, INT, KEEP, in_first, in_last, set_to, to_shape
 from .test_compact_kv import ascending, counts_of
 
 LAYOUTS = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "transposed": (0, 2, 3, 1), "heads first": (2, 0, 1, 3)}
@@ -314,3 +315,30 @@ def test_slot_pool(backend):
             assert same_bits(keys[0][table[b, i].long()], slots[table[b, keep[b, i]].long()])
     untouched = sorted(set(range(40)) - set(table.flatten().tolist()))
     assert same_bits(values[0][untouched], slots[expected(np.array(untouched), backend.device)])
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "compact_paged_kv_": {
+        "keys": {
+            **CACHE,
+            "a layer twice": lambda k: [k[0], k[1], k[0]],
+        },
+        "values": {
+            **CACHE,
+            "one layer less": lambda v: v[:-1],
+            "another number of slots": in_last(to_shape(7, 5, 3, 4)),
+            "other heads": in_first(to_shape(7, 4, 2, 4)),
+            "a layer twice": lambda v: [v[0], v[0], v[2]],
+        },
+        "block_table": {"int64": INT, "rank 1": to_shape(3), "rank 3": to_shape(2, 3, 1)},
+        "keep": KEEP,
+        "counts": COUNTS,
+        "seq_lens": {"int64": INT, "rank 2": to_shape(2, 1), "another batch": to_shape(3), "missing": set_to(None)},
+    },
+}
+REFUSED_TOGETHER = [
+    ("compact_paged_kv_", "keys", {"keys": in_last(to_shape(6, 4, 3, 8)), "values": in_last(to_shape(6, 4, 3, 4))}),
+    ("compact_paged_kv_", "keys", {"keys": in_last(to_shape(7, 5, 3, 8)), "values": in_last(to_shape(7, 5, 3, 4))}),
+]

@@ -25,6 +25,7 @@ from .cases import (
     relative_gap,
     same_bits,
 )
+from .changes import BUDGETS, DENSE, OPTIONS, set_to
 from .tolerance import assert_probabilities
 
 
@@ -217,3 +218,11 @@ def test_same_bits_every_run(backend, threads, dtype):
         runs.append([*dual, *backend.topk_attention_select(*case.arguments, 30)])
     for other in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "dual_attention_select": {**DENSE, **OPTIONS},
+    "topk_attention_select": {**DENSE, **OPTIONS, "budget": {"negative": set_to(-1)}, "budgets": BUDGETS},
+}

@@ -24,6 +24,7 @@ from .cases import (
     random_bits,
     same_bits,
 )
+from .changes import dtypes_but, to_dtype, to_shape, with_gaps
 from .sample_calls import sample
 
 
@@ -253,3 +254,21 @@ def test_integers_have_no_gradient(backend):
     given = sample("gather_tokens", backend.device)
     given["x"] = given["x"].long()
     assert not backend.gather_tokens(**given).requires_grad
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "gather_tokens": {
+        "x": {"rank 1": to_shape(10), "rank 0": to_shape(), "last dimension with gaps": with_gaps},
+        "keep": {
+            "int32": to_dtype(torch.int32),
+            "float32": to_dtype(torch.float32),
+            "rank 1": to_shape(4),
+            "rank 3": to_shape(2, 4, 1),
+            "another batch": to_shape(3, 4),
+            "last dimension with gaps": with_gaps,
+        },
+        "counts": {**dtypes_but(torch.int32), "rank 2": to_shape(2, 1), "another batch": to_shape(3)},
+    },
+}

@@ -28,6 +28,7 @@ from .cases import (
     same_bits,
     types_tensor,
 )
+from .changes import BUDGETS, HALF, INT, OPTIONS, TYPES, VALUES, set_to, to_shape
 
 LENGTHS = [1, 2, 5, 63, 64, 65, 129, 671, 1025]
 
@@ -419,3 +420,22 @@ def test_same_bits_every_run(backend, threads, dtype):
         runs.append([*dual, *backend.select_topk(total, types, 20, drop_multiple=4)])
     for other in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "select_dual": {
+        "total": VALUES,
+        "peak": {"another length": to_shape(2, 13), "rank 1": to_shape(14), "another dtype": HALF, "integers": INT},
+        "token_types": TYPES,
+        **OPTIONS,
+    },
+    "select_topk": {
+        "scores": VALUES,
+        "token_types": TYPES,
+        "k": {"negative": set_to(-1)},
+        "budgets": BUDGETS,
+        **OPTIONS,
+    },
+}

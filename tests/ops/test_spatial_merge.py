@@ -11,6 +11,7 @@ import torch
 
 from . import oracle
 from .cases import FLOATS, Watch, dtype_id, f64, in_buffer, normal, pictures, same_bits
+from .changes import DOUBLE, HALF, INT, set_to, to_shape, with_gaps
 from .tolerance import assert_rounded_once
 
 
@@ -337,3 +338,51 @@ def test_same_bits_every_run(backend, threads, dtype, mode):
         runs.append(backend.spatial_merge(x, [12, 12], [3, 3], **mode))
     for other in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "spatial_merge": {
+        "x": {
+            "rank 2": to_shape(25, 8),
+            "rank 4": to_shape(2, 1, 25, 8),
+            "integers": INT,
+            "float64": DOUBLE,
+            "one token too few": to_shape(2, 24, 8),
+            "one token too many": to_shape(2, 26, 8),
+            "last dimension with gaps": with_gaps,
+        },
+        "grid": {
+            "empty": set_to([]),
+            "one entry": set_to([24]),
+            "four entries": set_to([1, 1, 4, 6]),
+            "negative": set_to([-4, -6]),
+        },
+        "window": {
+            "empty": set_to([]),
+            "one entry": set_to([2]),
+            "three entries for two": set_to([1, 2, 2]),
+            "zero": set_to([0, 2]),
+            "negative": set_to([2, -2]),
+        },
+        "num_prefix_tokens": {"negative": set_to(-1)},
+        "sizes": {
+            "rank 1": to_shape(25),
+            "another length": to_shape(2, 24),
+            "another batch": to_shape(1, 25),
+            "float16": HALF,
+            "float64": DOUBLE,
+            "last dimension with gaps": with_gaps,
+        },
+        "budget": {"negative": set_to(-1), "above the number of windows": set_to(7)},
+    },
+}
+REFUSED_TOGETHER = [
+    ("spatial_merge", "uniform", {"budget": 1, "uniform": True}),
+    ("spatial_merge", "window", {"budget": 1, "window": [3, 3]}),
+    ("spatial_merge", "window", {"budget": 0, "window": [2, 4]}),
+    ("spatial_merge", "budget", {"budget": 1, "window": [1, 1]}),
+    ("spatial_merge", "x", {"grid": [4, 5]}),
+    ("spatial_merge", "x", {"num_prefix_tokens": 2}),
+]

@@ -29,6 +29,7 @@ from .cases import (
     same_bits,
     types_tensor,
 )
+from .changes import DOUBLE, HALF, INT, set_to, to_dtype, to_shape, with_gaps
 from .tolerance import assert_probabilities
 
 
@@ -420,3 +421,57 @@ def test_same_bits_every_run(backend, threads, dtype):
         )
     for other in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+PACKED_Q = {
+    "rank 2": to_shape(9, 32),
+    "rank 4": to_shape(1, 9, 4, 8),
+    "integers": INT,
+    "float64": DOUBLE,
+    "last dimension with gaps": with_gaps,
+}
+CU = {"int64": INT, "rank 2": to_shape(1, 3), "float32": to_dtype(torch.float32)}
+PACKED_LSE = {
+    "float64": DOUBLE,
+    "rows first": to_shape(9, 4),
+    "rank 3": to_shape(1, 4, 9),
+    "heads of k": to_shape(2, 9),
+}
+REFUSALS = {
+    "text_vision_scores_varlen": {
+        "q": PACKED_Q,
+        "k": {
+            "rank 4": to_shape(1, 14, 2, 8),
+            "another head_dim": to_shape(14, 2, 9),
+            "heads that do not divide": to_shape(14, 3, 8),
+            "no heads": to_shape(14, 0, 8),
+            "another dtype": HALF,
+            "last dimension with gaps": with_gaps,
+        },
+        "token_types": {"rank 2": to_shape(2, 14), "another length": to_shape(13), "int64": INT, "gaps": with_gaps},
+        "cu_seqlens_q": {**CU, "empty": to_shape(0)},
+        "cu_seqlens_k": {**CU, "another batch": to_shape(4)},
+        "max_seqlen_q": {"negative": set_to(-1)},
+        "max_seqlen_k": {"negative": set_to(-1)},
+        "lse": PACKED_LSE,
+    },
+    "text_vision_scores_paged": {
+        "q": PACKED_Q,
+        "k_cache": {
+            "rank 3": to_shape(7, 2, 8),
+            "rank 5": to_shape(7, 1, 4, 2, 8),
+            "another head_dim": to_shape(7, 4, 2, 9),
+            "heads that do not divide": to_shape(7, 4, 3, 8),
+            "blocks without slots": to_shape(7, 0, 2, 8),
+            "another dtype": HALF,
+        },
+        "block_table": {"int64": INT, "rank 1": to_shape(3), "another batch": to_shape(3, 3)},
+        "seq_lens": {"int64": INT, "rank 2": to_shape(2, 1), "another batch": to_shape(3)},
+        "token_types": {"rank 1": to_shape(9), "another batch": to_shape(3, 9), "int64": INT, "gaps": with_gaps},
+        "cu_seqlens_q": {**CU, "empty": to_shape(0)},
+        "max_seqlen_q": {"negative": set_to(-1)},
+        "lse": PACKED_LSE,
+    },
+}

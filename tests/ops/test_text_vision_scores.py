@@ -26,6 +26,7 @@ from .cases import (
     same_bits,
     types_tensor,
 )
+from .changes import DENSE, set_to
 from .tolerance import assert_probabilities
 
 
@@ -395,3 +396,11 @@ def test_same_bits_every_run(backend, threads, dtype, with_lse):
         runs.append([*scored, backend.text_vision_attention(*case.arguments, 40, lse=lse)])
     for other in runs[1:]:
         assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- invalid arguments
+
+REFUSALS = {
+    "text_vision_scores": DENSE,
+    "text_vision_attention": {**DENSE, "max_query": {"negative": set_to(-1)}},
+}

@@ -33,13 +33,13 @@ TESTS = Path(__file__).parents[1]
 EMULATED = {cuda_emulation.NAME: cuda_emulation.emulated, nvrtc.NAME: nvrtc.emulated}
 
 
-class Player(Protocol):
+class Runner(Protocol):
     """A backend under test. `share`: fraction of the cases that it computes."""
 
     name: str
     share: float
 
-    def ask(self, case: Case) -> None:
+    def start(self, case: Case) -> None:
         """Start the computation of a case."""
 
     def answer(self, family: Family, case: Case) -> Answer:
@@ -67,7 +67,7 @@ class Here:
     share: float = 1.0
     call: Callable[[str, Case], Callable[..., Any]] | None = None
 
-    def ask(self, case: Case) -> None:
+    def start(self, case: Case) -> None:
         """Does nothing: `answer` computes."""
 
     def answer(self, family: Family, case: Case) -> Answer:
@@ -90,7 +90,7 @@ class Child:
     command: tuple[str, ...] = (sys.executable, "-m", "fuzz.child")
     _process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, case: Case) -> None:
+    def start(self, case: Case) -> None:
         if self._process is None:
             paths = [str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")]
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **self.environment}
@@ -128,9 +128,9 @@ class Child:
             self._process = None
 
 
-def takes(player: Player, case: Case) -> bool:
-    """True if a case belongs to the player's share; deterministic per case."""
-    return zlib.crc32(json.dumps(case, sort_keys=True).encode()) % 10_000 < player.share * 10_000
+def takes(runner: Runner, case: Case) -> bool:
+    """True if a case belongs to the runner's share; deterministic per case."""
+    return zlib.crc32(json.dumps(case, sort_keys=True).encode()) % 10_000 < runner.share * 10_000
 
 
 SHARES = {"cpu": 1.0, "reference": 1.0, "cuda_emulated": 0.05, "triton": 0.01}
@@ -151,7 +151,7 @@ def available() -> dict[str, str | None]:
 
 
 def child(name: str, share: float | None = None) -> Child:
-    """A player of `available` in a child process."""
+    """A runner of `available` in a child process."""
     backend, _, level = name.partition(":")
     environment = {"OMP_NUM_THREADS": "1"}
     if level:
@@ -163,10 +163,10 @@ def child(name: str, share: float | None = None) -> Child:
 
 
 @contextlib.contextmanager
-def closing(players: list[Player]) -> Iterator[list[Player]]:
-    """Close the players at the end of the context."""
+def closing(runners: list[Runner]) -> Iterator[list[Runner]]:
+    """Close the runners at the end of the context."""
     try:
-        yield players
+        yield runners
     finally:
-        for player in players:
-            player.close()
+        for runner in runners:
+            runner.close()

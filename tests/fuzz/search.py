@@ -23,7 +23,7 @@ from mustdrop_kernels.files import write_text
 
 from .family import Family, Mismatch
 from .inputs import Case
-from .players import Player, takes
+from .runners import Runner, takes
 
 REGRESSIONS = Path(__file__).parent / "regressions"
 BLOCK = 250
@@ -34,7 +34,7 @@ BLOCK = 250
 class Failure:
     """A shrunk case on which a backend differs."""
 
-    player: str
+    backend: str
     message: str
     case: Case
 
@@ -43,7 +43,7 @@ class Failure:
         text = json.dumps(self.case, sort_keys=True)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{self.case['op']}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
-        document = {"player": self.player, "message": self.message, "case": self.case}
+        document = {"backend": self.backend, "message": self.message, "case": self.case}
         write_text(path, json.dumps(document, indent=1, sort_keys=True) + "\n")
         return path
 
@@ -55,7 +55,7 @@ class Tally:
     op: str
     cases: int = 0
     shrinking: int = 0  # cases tried while shrinking
-    by_player: Counter[str] = field(default_factory=Counter)
+    by_runner: Counter[str] = field(default_factory=Counter)
     near: Counter[str] = field(default_factory=Counter)  # cases near a threshold
     kinds: Counter[str] = field(default_factory=Counter)  # features of the cases
     failures: list[Failure] = field(default_factory=list)
@@ -65,36 +65,36 @@ class Tally:
         """Plain JSON types."""
         return {
             "cases": self.cases,
-            "by_player": dict(self.by_player),
+            "by_runner": dict(self.by_runner),
             "mismatches": len(self.failures),
             "near_threshold": dict(self.near),
             "shrinking": self.shrinking,
             "kinds": dict(self.kinds.most_common()),
             "seconds": round(self.seconds, 1),
-            "failures": [{"player": f.player, "message": f.message, "case": f.case} for f in self.failures],
+            "failures": [{"backend": f.backend, "message": f.message, "case": f.case} for f in self.failures],
         }
 
 
-def compare(family: Family, case: Case, players: Sequence[Player]) -> dict[str, bool]:
+def compare(family: Family, case: Case, runners: Sequence[Runner]) -> dict[str, bool]:
     """Compare a case on all backends. Returns backend -> whether the case was near a threshold.
 
     Raises:
-        Mismatch: a backend differs from the oracle, or two from each other; its attribute `player` names it.
+        Mismatch: a backend differs from the oracle, or two from each other; its attribute `runner` names it.
     """
-    for player in players:
-        player.ask(case)
-    answers = {player.name: player.answer(family, case) for player in players}  # all: no pipe may hold a stale one
+    for runner in runners:
+        runner.start(case)
+    answers = {runner.name: runner.answer(family, case) for runner in runners}  # all: no pipe may hold a stale one
     arguments = family.build(case)
     memo: dict[str, Any] = {}
     near = {}
     for name, answer in answers.items():
         try:
             assert answer.problem is None, answer.problem
-            near[name] = family.judge(case, arguments, memo, answer.tensors)
+            near[name] = family.check(case, arguments, memo, answer.tensors)
         except Exception as error:  # errors of the check itself included: one case must not end the run
             what = str(error) if isinstance(error, AssertionError) else f"{type(error).__name__}: {error}"
             mismatch = Mismatch(f"{name}: {what}")
-            mismatch.player = name  # type: ignore[attr-defined]
+            mismatch.runner = name  # type: ignore[attr-defined]
             raise mismatch from None
     if not any(near.values()) and len(answers) > 1:
         _agree(family, {name: answer.tensors for name, answer in answers.items()})
@@ -113,7 +113,7 @@ def _agree(family: Family, answers: dict[str, list[Tensor]]) -> None:
                 same = bool(np.array_equal(a.numpy(), b.numpy()))
             if not same:
                 mismatch = Mismatch(f"{other} and {first} differ in result {i}")
-                mismatch.player = other  # type: ignore[attr-defined]
+                mismatch.runner = other  # type: ignore[attr-defined]
                 raise mismatch
 
 
@@ -141,36 +141,36 @@ def _has(case: Case, name: str) -> bool:
 class _Trial:
     """Cases of one block. After a failure the failing backend takes every case, so that it is used for shrinking."""
 
-    def __init__(self, family: Family, players: Sequence[Player], tally: Tally) -> None:
-        self.family, self.players, self.tally = family, players, tally
+    def __init__(self, family: Family, runners: Sequence[Runner], tally: Tally) -> None:
+        self.family, self.runners, self.tally = family, runners, tally
         self.failed: str | None = None
         self.last: Failure | None = None
 
     def __call__(self, described: Case) -> None:
         case = {"op": self.family.op, **described}
         if self.failed is None:
-            chosen = [p for p in self.players if takes(p, case)]
+            chosen = [p for p in self.runners if takes(p, case)]
         else:
             # The failing backend, and one to compare it with.
-            chosen = [p for p in self.players if p.name == self.failed or p is self.players[0]]
+            chosen = [p for p in self.runners if p.name == self.failed or p is self.runners[0]]
         try:
             near = compare(self.family, case, chosen)
         except Mismatch as mismatch:
-            self.failed = mismatch.player  # type: ignore[attr-defined]
+            self.failed = mismatch.runner  # type: ignore[attr-defined]
             self.last = Failure(self.failed, str(mismatch), case)
             raise
         if self.failed is not None:
             self.tally.shrinking += 1
             return
         self.tally.cases += 1
-        self.tally.by_player.update(near.keys())
+        self.tally.by_runner.update(near.keys())
         self.tally.near.update(name for name, is_near in near.items() if is_near)
         self.tally.kinds.update(kinds_of(case))
 
 
-def hunt(
+def search(
     family: Family,
-    players: Sequence[Player],
+    runners: Sequence[Runner],
     cases: int,
     seed: int,
     *,
@@ -184,7 +184,7 @@ def hunt(
     """
     tally, begin, block = Tally(family.op), time.monotonic(), 0
     while tally.cases < cases and time.monotonic() < until and len(tally.failures) < most_failures:
-        trial = _Trial(family, players, tally)
+        trial = _Trial(family, runners, tally)
         failure = _run_block(trial, min(BLOCK, cases - tally.cases), seed * 1_000_003 + block)
         if failure is not None:
             tally.failures.append(failure)
@@ -216,10 +216,10 @@ def _run_block(trial: _Trial, cases: int, seed: int) -> Failure | None:
     return None
 
 
-def replay(path: Path, family: Family, players: Sequence[Player]) -> None:
+def replay(path: Path, family: Family, runners: Sequence[Runner]) -> None:
     """Compare a stored case again.
 
     Raises:
         Mismatch: a backend still differs.
     """
-    compare(family, json.loads(path.read_text())["case"], players)
+    compare(family, json.loads(path.read_text())["case"], runners)
