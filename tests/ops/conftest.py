@@ -127,6 +127,6 @@ def _emulation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     if _backend_of(request.node) not in (EMULATED, LAUNCHED):
         return
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
-    backends.register_backend(cuda_emulation.emulated())
-    backends.register_backend(nvrtc.emulated())
+    backends.register_backend(cuda_emulation.emulated(), replace=True)
+    backends.register_backend(nvrtc.emulated(), replace=True)
     cuda_emulation.configure_for(request.node.name)
