@@ -112,9 +112,9 @@ class MustDropConfig:
         named = self.backend is None or isinstance(self.backend, str)
         self._require(named, "backend", "a backend's name or None")
 
-    def _require(self, condition: bool, name: str, wanted: str) -> None:
+    def _require(self, condition: bool, name: str, requirement: str) -> None:
         if not condition:
-            raise ValueError(f"MustDropConfig: {name} must be {wanted}, got {getattr(self, name)!r}")
+            raise ValueError(f"MustDropConfig: {name} must be {requirement}, got {getattr(self, name)!r}")
 
     def _integer(self, name: str, minimum: int) -> None:
         self._require(_is_integer(getattr(self, name), minimum), name, f"an integer of at least {minimum}")

@@ -56,7 +56,7 @@ class LanguageModel:
         tower = getattr(config, "vision_config", None)
         if vision is None:
             if tower is None:
-                raise ValueError("this config has no vision tower: say how many vision tokens there are")
+                raise ValueError("this config has no vision tower: give the number of vision tokens")
             vision = (tower.image_size // tower.patch_size) ** 2
         heads = text.num_attention_heads
         return cls(

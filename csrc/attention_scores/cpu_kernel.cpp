@@ -189,7 +189,7 @@ struct Chunk {
   const int32_t* position;  // [count]
   int64_t count;
   bool vision;
-  bool hidden;  // some row does not see some key
+  bool hidden;  // some row does not attend to some key
 };
 
 Chunk chunk_at(const ScoreParameters& p, int64_t c) {
@@ -243,7 +243,7 @@ void score_tiles(const ScoreParameters& p, int64_t head, const Chunk& chunk, flo
 
 // ---------------------------------------------------------------------------------------------- without lse
 
-// Sets scores to -inf where a row does not see a key.
+// Sets scores to -inf where a row does not attend to a key.
 template <int W>
 void hide(float* scores,            // [count, W * kLanes]
           const int32_t* position,  // [count] of the keys
@@ -331,7 +331,7 @@ void add_heads(const ScoreParameters& p, int64_t count,
       }
 }
 
-// Writes the results of one vision chunk; rows that do not see a key count as zero.
+// Writes the results of one vision chunk; rows that do not attend to a key count as zero.
 void finish_chunk(const ScoreParameters& p, const Chunk& chunk, float* mean) {  // [kChunk, row_stride]
   const int64_t vectors = vectors_of(p.rows);
   for (int64_t i = 0; i < chunk.count; ++i) {
@@ -370,7 +370,7 @@ void weigh_tile_normalized(const float* scores,  // [count, W * kLanes]
   VecInt live[W];
   for (int w = 0; w < W; ++w) {
     minus[w] = load(lse + w * kLanes);
-    live[w] = minus[w] != splat(-__builtin_inff());  // else the row sees no key
+    live[w] = minus[w] != splat(-__builtin_inff());  // else the row attends to no key
   }
   for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 3

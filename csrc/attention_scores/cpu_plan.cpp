@@ -23,7 +23,7 @@ constexpr int64_t kGrain = 1 << 18;            // least multiplications per thre
 int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 int64_t chunks_of(int64_t keys) { return (keys + kChunk - 1) / kChunk; }
 
-// The query rows of one sequence and the keys that the last of them sees.
+// The query rows of one sequence and the keys that the last of them attends to.
 struct Contents {
   std::vector<int64_t> row_offset, lse_offset;
   std::vector<int32_t> row_position;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Plans the jobs of cpu_kernel.h for sequences in any layout: query rows, the keys that they see, and the order of
+// Plans the jobs of cpu_kernel.h for sequences in any layout: query rows, their keys, and the order of
 // computation. Nothing depends on the number of threads, so neither do the results.
 #pragma once
 

@@ -11,7 +11,8 @@ namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 
 #if defined(__AVX512F__)
 
-// 16 keys from `first` on as equidistant rows: in k if they are, else copied. Keys past count repeat the first one.
+// 16 keys from `first` on as rows at equal distances: in place if they are in k, else copied. Keys past count repeat
+// the first one.
 struct KeyTile {
   const bfloat16* rows;
   int64_t step;  // elements
@@ -22,9 +23,9 @@ inline KeyTile key_tile(const bfloat16* k,
                         int64_t first, int64_t count, int64_t dim,
                         bfloat16* copied) {  // [kTileKeys, dim]
   const int64_t* at = offset + first;
-  bool even = first + kTileKeys <= count;
-  for (int64_t i = 2; even && i < kTileKeys; ++i) even = at[i] - at[i - 1] == at[1] - at[0];
-  if (even) return {k + at[0], at[1] - at[0]};
+  bool regular = first + kTileKeys <= count;
+  for (int64_t i = 2; regular && i < kTileKeys; ++i) regular = at[i] - at[i - 1] == at[1] - at[0];
+  if (regular) return {k + at[0], at[1] - at[0]};
   for (int64_t i = 0; i < kTileKeys; ++i)
     memcpy(copied + i * dim, k + at[first + i < count ? i : 0], dim * sizeof *copied);
   return {copied, dim};
@@ -74,7 +75,7 @@ MUSTDROP_AMX_FUNCTION void multiply_tiles(const bfloat16* k,
 
 template <int W>
 void multiply_tiles(const bfloat16*, const int64_t*, int64_t, const float*, int64_t, float, bfloat16*, float*) {
-  __builtin_unreachable();  // no job of this level is tiled
+  __builtin_unreachable();  // tiles are not chosen at this level
 }
 
 #endif

@@ -144,7 +144,7 @@ struct alignas(8) RowScale {
   float minus, factor;
 };
 
-// A row that sees no key has minus = +infinity; its weights count as zero.
+// A row that attends to no key has minus = +infinity; its weights count as zero.
 __device__ __forceinline__ RowScale row_scale(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t head,
                                               int32_t row, int32_t position) {
   if (p.lse) {

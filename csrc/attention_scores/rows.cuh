@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Finds the query rows of a sequence, a tile at a time. Only the device knows their number, so every block searches.
+// Finds the query rows of a sequence, a tile at a time. Their number is on the device only, so every block searches.
 //
 // A thread reads 64 consecutive positions with four loads of 16 bytes and keeps a bit for each; a scan over the block
 // orders them.

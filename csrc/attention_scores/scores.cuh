@@ -21,7 +21,7 @@ struct ScoreShared {
   TileShared<M> tile;
   RowTile rows;
   alignas(16) RowScale scale[kHeldHeads][kTileRows];  // read two rows at a time
-  uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that see no key
+  uint32_t dead[kHeldHeads][kTileRows / kWarp];       // rows that attend to no key
   float total[kScoreThreads], peak[kScoreThreads];    // of a thread's rows and key
   int64_t key_offset[kTileKeys<M>];                   // -1: no vision token
   uint32_t vision[kTileKeys<M> / kWarp];              // a bit a key
@@ -149,7 +149,7 @@ __device__ __forceinline__ void hold_scales(const ScoreParameters& p, const Sequ
   }
 }
 
-// sums += the weights of one head. `masked`: some row does not see some key, or sees none.
+// sums += the weights of one head. `masked`: some row does not attend to some key, or to none.
 template <int M>
 __device__ __forceinline__ void add_weights(const ScoreParameters& p, const KeyTile& tile,
                                             const RowScale* scale,    // [kTileRows]
@@ -270,7 +270,7 @@ __global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
 
   Rows rows(s);
   while (tile.lowest <= tile.highest && rows.advance(p, s, shared.rows)) {
-    if (shared.rows.position[rows.count - 1] < tile.lowest) {  // no row sees any of the keys
+    if (shared.rows.position[rows.count - 1] < tile.lowest) {  // no row attends to any of the keys
       __syncthreads();
       continue;
     }

@@ -24,11 +24,11 @@ bool has_amx() {
 #if defined(MUSTDROP_AMX_PLAIN)
   return true;
 #elif defined(__x86_64__) && defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;   // of leaf 7's edx
-  constexpr long kAskPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; the tile state
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;       // of leaf 7's edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM; the tile state
   unsigned eax, ebx, ecx, edx;
   return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile) &&
-         syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif
@@ -56,10 +56,10 @@ Level chosen_level() {
   if (found == std::end(kNames))
     throw std::runtime_error("MUSTDROP_CPU_CAPABILITY must be baseline, avx2, avx512, avx512_bf16 or amx_bf16, got " +
                              text);
-  const Level asked = static_cast<Level>(found - std::begin(kNames));
-  if (asked == Level::amx_bf16 ? best < Level::avx512_bf16 || !has_amx() : asked > best)
+  const Level requested = static_cast<Level>(found - std::begin(kNames));
+  if (requested == Level::amx_bf16 ? best < Level::avx512_bf16 || !has_amx() : requested > best)
     throw std::runtime_error("MUSTDROP_CPU_CAPABILITY=" + text + ": this machine does not have it");
-  return asked;
+  return requested;
 }
 
 }  // namespace

@@ -163,24 +163,24 @@ def serve_dispatcher() -> None:
 
     Called once, at import.
     """
-    asked = os.environ.get("MUSTDROP_BACKEND") or None
+    requested = os.environ.get("MUSTDROP_BACKEND") or None
     for device_type in ORDER:
         library = torch.library.Library(NAMESPACE, "IMPL", device_type.upper())
         _libraries.append(library)
         for op in CONTRACTS:
-            _serve(library, op, device_type, asked)
+            _serve(library, op, device_type, requested)
 
 
-def _serve(library: torch.library.Library, op: str, device_type: str, asked: str | None) -> None:
-    for name in ORDER[device_type] if asked is None else (asked,):
+def _serve(library: torch.library.Library, op: str, device_type: str, requested: str | None) -> None:
+    for name in ORDER[device_type] if requested is None else (requested,):
         backend = _registered.get(name)
         if backend is not None and backend.why_not(op, device_type) is None:
             _serving[op, device_type] = name
             if not backend.in_dispatcher or backend.composes(op):
                 _override(library, op, backend.implementation(op))
             return
-    if asked is not None:
-        _override(library, op, _refusing(op, device_type, asked))
+    if requested is not None:
+        _override(library, op, _refusing(op, device_type, requested))
 
 
 def _refusing(op: str, device_type: str, name: str) -> Implementation:

@@ -50,7 +50,7 @@ def architecture(capability: int) -> tuple[str, int]:
     """
     known = [target for target in nvrtc.getSupportedArchs() if target <= capability]
     if not known:
-        raise CompileError(f"this NVRTC ({'.'.join(map(str, nvrtc.getVersion()))}) knows no device of sm_{capability}")
+        raise CompileError(f"this NVRTC ({'.'.join(map(str, nvrtc.getVersion()))}) does not support sm_{capability}")
     newest = max(known)
     return (f"sm_{newest}" if newest == capability else f"compute_{newest}"), newest
 

@@ -46,11 +46,11 @@ class _Driver:
 def without_device(target: str, listener: Listener) -> Iterator[None]:
     """Compile for the target within the context; launches are impossible."""
 
-    def told(*, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
+    def record(*, metadata_group: dict[str, str], cache_hit: bool, **_: Any) -> None:
         listener(Path(next(iter(metadata_group.values()))).parent, cache_hit)
 
     before = triton.knobs.compilation.listener
-    triton.knobs.compilation.listener = told
+    triton.knobs.compilation.listener = record
     triton.runtime.driver.set_active(_Driver(target))
     try:
         yield

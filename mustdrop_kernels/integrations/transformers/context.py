@@ -29,7 +29,7 @@ def drop_tokens(
     heat_maps: bool = False,
     vision_stage: FirstStage = VisionStage,
 ) -> Iterator[Report]:
-    """Drops vision tokens of prompts with images within the context, as `config` says, and restores the model after it.
+    """Drops vision tokens of prompts with images within the context, by `config`, and restores the model after it.
 
     ``model.generate(**inputs)`` and ``model(**inputs)`` are called as usual, with the processor's plain inputs. The
     output of ``generate`` begins with the given ``input_ids``, all placeholders included, so slicing by the prompt's

@@ -123,8 +123,8 @@ def _check(setting: Callable[[str], Any]) -> None:
     """Raises ``ValueError`` for settings of generate() under which tokens cannot be dropped."""
     if setting("prefill_chunk_size") is not None:
         raise ValueError(
-            "prefill_chunk_size: drop_tokens reads a prompt in one piece, since the text that says which image tokens "
-            "matter comes after them"
+            "prefill_chunk_size: drop_tokens reads a prompt in one piece, since the text after the image tokens "
+            "scores them"
         )
     if setting("cache_implementation") not in (*DYNAMIC, "static"):
         raise ValueError(

@@ -60,7 +60,7 @@ def read_prompt(
     pairs = zip(slots, text_queries, strict=True)
     silent = [row for row, (slot, queries) in enumerate(pairs) if slot and not queries]
     if silent and config.pruning_layers:
-        raise ValueError(f"no text follows the last image of sequence(s) {silent}: nothing says which tokens matter")
+        raise ValueError(f"no text follows the last image of sequence(s) {silent}: there are no text queries")
 
     tokens = Tokens(
         types=types,

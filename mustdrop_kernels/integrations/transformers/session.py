@@ -31,7 +31,7 @@ Layers = tuple[int, ...] | Literal["all"]
 
 
 class Session:
-    """State of a context and of the pass that is running. It knows the model's inputs, and no hooks."""
+    """State of a context and of the pass that is running. It handles the model's inputs; `Hooks` installs hooks."""
 
     def __init__(self, family: Family, config: MustDropConfig, heat_maps: bool, vision_stage: FirstStage) -> None:
         self.family = family
@@ -139,8 +139,8 @@ class Session:
 
     def _prompt_cache(self, given: Any, use_cache: bool | None) -> DropCache | DropStaticCache | None:
         if given is None:
-            wanted = self.family.language_model.config.use_cache if use_cache is None else use_cache
-            if not wanted:
+            enabled = self.family.language_model.config.use_cache if use_cache is None else use_cache
+            if not enabled:
                 return None
         cache: DropCache | DropStaticCache = cache_for_prompt(self.family.language_model.config, given)
         cache.state.bind(self.lifetime)

@@ -35,7 +35,7 @@ def _problems(vllm_config: Any) -> list[str]:
     scheduled = scheduler.max_num_scheduled_tokens or batched
     checks = {
         "only vLLM's CPU attention is served so far": not current_platform.is_cpu(),
-        "pipeline_parallel_size must be 1: a stage would not know what an earlier one dropped": (
+        "pipeline_parallel_size must be 1: a stage has no access to the drops of an earlier one": (
             parallel.pipeline_parallel_size > 1
         ),
         "context parallelism cannot be used: a prompt's pages must be in one place": (
@@ -65,7 +65,7 @@ def _problems(vllm_config: Any) -> list[str]:
 def _too_short(name: str, value: int, longest: int) -> str:
     return (
         f"{name} ({value}) must be at least max_model_len ({longest}): a prompt with an image is read in one piece, "
-        "since the text that says which image tokens matter comes after them"
+        "since the text after the image tokens scores them"
     )
 
 

@@ -40,7 +40,7 @@ def cache_views(cache: Tensor) -> tuple[Tensor, Tensor]:  # (blocks, Hk, block_s
 
 
 class MetadataBuilder:
-    """Builds the attention metadata of steps whose requests hold fewer tokens than vLLM's own metadata says."""
+    """Builds the attention metadata of steps whose requests hold fewer tokens than in vLLM's own metadata."""
 
     def __init__(self, attention: Any) -> None:  # any attention layer of the language model
         self.attention = attention

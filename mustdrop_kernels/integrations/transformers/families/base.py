@@ -180,7 +180,7 @@ def _check_language_model(config: Any) -> None:
         kind = ", ".join(sorted(kinds)) or f"sliding_window={window}"
         raise ValueError(
             f"drop_tokens needs full attention in every language layer, this model has {kind}: text behind the window "
-            "does not see the image"
+            "does not attend to the image"
         )
     if getattr(config, "attn_logit_softcapping", None) is not None:
         raise ValueError(
