@@ -145,11 +145,11 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
                                                     const OptionalTensor& lse) {  // [Hq, total_q]
   check_text_vision_scores_paged(q, k_cache, block_table, seq_lens, token_types, cu_seqlens_q, max_seqlen_q, lse);
   const int64_t batch = cu_seqlens_q.size(0) - 1;
-  const int64_t longest = token_types.size(1), slots = k_cache.size(1);
+  const int64_t longest = token_types.size(1), page_size = k_cache.size(1);
   Tensor total = new_zeros(q, {batch, longest}, ScalarType::Float);
   Tensor peak = new_zeros(q, {batch, longest}, ScalarType::Float);
   ScoreInputs inputs = inputs_of(q, 1, 0, k_cache, 2, 1, scale, lse);
-  inputs.blocks = k_cache.size(0), inputs.slots = slots, inputs.k_block = k_cache.stride(0);
+  inputs.blocks = k_cache.size(0), inputs.page_size = page_size, inputs.k_block = k_cache.stride(0);
   const int64_t lse_row = lse ? lse->stride(1) : 0;
   std::vector<ScoreSequence> sequences;
   for (int64_t b = 0; b < batch; ++b) {
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
     ScoreSequence sequence{};
     sequence.rows = rows.length;
     sequence.length =
-        std::clamp<int64_t>(data<int32_t>(seq_lens)[b], 0, std::min(longest, block_table.size(1) * slots));
+        std::clamp<int64_t>(data<int32_t>(seq_lens)[b], 0, std::min(longest, block_table.size(1) * page_size));
     sequence.q_begin = rows.begin * q.stride(0);
     sequence.lse_begin = rows.begin * lse_row;
     sequence.table = data<int32_t>(block_table) + b * block_table.stride(0);

@@ -34,8 +34,8 @@ struct Contents {
 Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   Contents contents;
   const auto exists = [&](int64_t p) {
-    if (!inputs.slots) return true;
-    const int64_t block = sequence.table[p / inputs.slots];
+    if (!inputs.page_size) return true;
+    const int64_t block = sequence.table[p / inputs.page_size];
     return block >= 0 && block < inputs.blocks;
   };
   const int64_t first = sequence.length - sequence.rows;
@@ -50,9 +50,9 @@ Contents read_types(const ScoreInputs& inputs, const ScoreSequence& sequence) {
   for (int64_t p = 0; p < end; ++p) {
     const bool vision = sequence.types[p] == kVisionToken;
     if (sequence.types[p] == kPaddingToken || (inputs.lse && !vision) || !exists(p)) continue;
-    const int64_t offset = inputs.slots
-                               ? sequence.table[p / inputs.slots] * inputs.k_block + p % inputs.slots * inputs.k_row
-                               : sequence.k_begin + p * inputs.k_row;
+    const int64_t offset =
+        inputs.page_size ? sequence.table[p / inputs.page_size] * inputs.k_block + p % inputs.page_size * inputs.k_row
+                         : sequence.k_begin + p * inputs.k_row;
     (vision ? contents.vision_offset : contents.text_offset).push_back(offset);
     (vision ? contents.vision_position : contents.text_position).push_back(static_cast<int32_t>(p));
   }

@@ -22,15 +22,16 @@ struct ScoreInputs {
   int64_t k_head, k_row, k_dim;
   int64_t lse_head, lse_row;
   float scale;
-  // Paged keys: position p is in block table[p / slots], slot p % slots with stride k_row. Not paged: slots = 0.
-  int64_t blocks = 0, slots = 0, k_block = 0;
+  // Paged keys: position p is in block table[p / page_size], slot p % page_size with stride k_row.
+  // Not paged: page_size = 0.
+  int64_t blocks = 0, page_size = 0, k_block = 0;
 };
 
 struct ScoreSequence {
   int64_t rows, length;      // row i has position length - rows + i
   int64_t q_begin, k_begin;  // offsets of its first row and key
   int64_t lse_begin;
-  const int32_t* table;  // [ceil(length / slots)], null if not paged
+  const int32_t* table;  // [ceil(length / page_size)], null if not paged
   const uint8_t* types;  // [length]
   float* total;          // [length], null for text_vision_attention
   float* peak;

@@ -183,9 +183,9 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
   ScoreParameters p = describe(q, 1, 0, k_cache, 2, 1, token_types, scale, lse);
   p.batch = narrow(cu_seqlens_q.size(0) - 1);
   p.rows = narrow(q.size(0)), p.max_rows_q = narrow(std::min(max_seqlen_q, q.size(0)));
-  p.blocks = narrow(k_cache.size(0)), p.slots = narrow(k_cache.size(1)), p.max_blocks = narrow(block_table.size(1));
+  p.blocks = narrow(k_cache.size(0)), p.page_size = narrow(k_cache.size(1)), p.max_blocks = narrow(block_table.size(1));
   p.keys = narrow(token_types.size(1)),
-  p.max_keys = narrow(std::min(token_types.size(1), block_table.size(1) * p.slots));
+  p.max_keys = narrow(std::min(token_types.size(1), block_table.size(1) * p.page_size));
   p.type_batch = token_types.stride(0), p.table_batch = block_table.stride(0), p.k_block = k_cache.stride(0);
   p.cu_q = data<int32_t>(cu_seqlens_q), p.seq_lens = data<int32_t>(seq_lens), p.table = data<int32_t>(block_table);
   const Scores scores = run_scores(device, q, p, {p.batch, p.keys}, true);

@@ -37,7 +37,7 @@ struct ScoreParameters {
   int32_t batch, heads, kv_heads, dim;
   int32_t rows, keys;            // dense: Lq and Lk; packed: total_q and total_k; paged: total_q and max_len
   int32_t max_rows_q, max_keys;  // upper bounds of a sequence's rows and keys
-  int32_t blocks, slots, max_blocks;
+  int32_t blocks, page_size, max_blocks;
   int32_t max_rows;      // query rows past it are ignored
   int32_t row_capacity;  // query rows of a sequence in a workspace
   int32_t tiles;         // key tiles of a sequence
@@ -102,9 +102,9 @@ __device__ __forceinline__ Sequence sequence_at(const ScoreParameters& p, int32_
 __device__ __forceinline__ int64_t key_offset(const ScoreParameters& p, const Sequence& s, int32_t position) {
   if (position >= s.length) return -1;
   if (!s.table) return s.k + position * p.k_row;
-  const int32_t block = s.table[position / p.slots];
+  const int32_t block = s.table[position / p.page_size];
   if (block < 0 || block >= p.blocks) return -1;
-  return block * p.k_block + position % p.slots * p.k_row;
+  return block * p.k_block + position % p.page_size * p.k_row;
 }
 
 }  // namespace mustdrop

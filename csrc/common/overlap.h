@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Exact test of whether strided views share memory, on plain numbers. The Python twin is mustdrop_kernels/ops/overlap.py.
+// Exact test of whether strided views share memory, on plain numbers. The Python twin is
+// mustdrop_kernels/ops/overlap.py.
 #pragma once
 
 #include <algorithm>

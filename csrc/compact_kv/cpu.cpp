@@ -89,7 +89,7 @@ Stream make_stream(const CompactParameters& p, const Cache& cache, const int32_t
   stream.keep = set.keep + b * set.batch_stride + head * set.head_stride;
   const int32_t kept = set.counts[b * set.counts_batch_stride + head * set.counts_head_stride];
   stream.count = std::clamp<int64_t>(kept, 0, set.capacity);
-  if (p.align_end) stream.target = (seq_lens ? seq_lens[b * seq_lens_stride] : cache.map.slots) - stream.count;
+  if (p.align_end) stream.target = (seq_lens ? seq_lens[b * seq_lens_stride] : cache.map.page_size) - stream.count;
   stream.backward = p.align_end;
   return stream;
 }
@@ -167,15 +167,15 @@ void compact_paged_kv_(const Tensors& keys,             // [blocks, page_size, H
     for (const Tensor* t : {&keys[i], &values[i]}) {
       if (t->numel() == 0) continue;
       const int64_t element = static_cast<int64_t>(t->element_size());
-      const int64_t block_stride = t->stride(0) * element, slots = t->size(1);
+      const int64_t block_stride = t->stride(0) * element, page_size = t->size(1);
       Cache cache{mutable_data<char>(*t),
                   0,
                   block_table.size(0),
                   t->size(2),
                   1,
                   describe_position(*t, 2),
-                  {nullptr, block_table.size(1), t->size(0), slots, block_stride,
-                   slots == 1 ? block_stride : t->stride(1) * element},
+                  {nullptr, block_table.size(1), t->size(0), page_size, block_stride,
+                   page_size == 1 ? block_stride : t->stride(1) * element},
                   &p.sets[keep.size() == 1 ? 0 : i]};
       cache.groups = head_groups(cache, 2 * keys.size());
       p.caches.push_back(cache);

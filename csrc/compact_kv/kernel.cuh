@@ -49,7 +49,7 @@ struct CompactLayer {
 struct CompactPages {
   const int32_t* block_table;  // [B, max_blocks]; null for dense caches
   const int32_t* seq_lens;     // [B], end of align_end; null without
-  int64_t table_stride, seq_stride, max_blocks, slots, blocks;
+  int64_t table_stride, seq_stride, max_blocks, page_size, blocks;
 };
 
 template <int kLayers>
@@ -76,9 +76,9 @@ struct CompactStream {
 __device__ __forceinline__ int64_t compact_offset(const CompactPages& pages, const CompactCache& cache, int64_t b,
                                                   int64_t position) {
   if (!pages.block_table) return position * cache.slot_stride;
-  const int64_t block = pages.block_table[b * pages.table_stride + position / pages.slots];
+  const int64_t block = pages.block_table[b * pages.table_stride + position / pages.page_size];
   if (block < 0 || block >= pages.blocks) return -1;
-  return block * cache.outer_stride + position % pages.slots * cache.slot_stride;
+  return block * cache.outer_stride + position % pages.page_size * cache.slot_stride;
 }
 
 // The entry of keep for a step, and the target position of an entry.
@@ -113,7 +113,7 @@ __device__ __forceinline__ CompactStream compact_stream(const CompactParameters<
   s.b = b;
   s.keep = set.keep + b * set.keep_batch_stride + h * set.keep_head_stride;
   s.n = clamp_to(set.counts[b * set.count_batch_stride + h * set.count_head_stride], 0, set.capacity);
-  s.extent = p.pages.block_table ? p.pages.max_blocks * p.pages.slots : layer.length;
+  s.extent = p.pages.block_table ? p.pages.max_blocks * p.pages.page_size : layer.length;
   s.end = p.pages.seq_lens ? p.pages.seq_lens[b * p.pages.seq_stride] : layer.length;
   return s;
 }

@@ -20,13 +20,13 @@ struct PositionLayout {
   int64_t run;
 };
 
-// Maps positions to slots: position p is in block table[p / slots], slot p % slots. A dense cache is one block without
-// a table.
+// Maps positions to slots: position p is in block table[p / page_size], slot p % page_size. A dense cache is one block
+// without a table.
 struct SlotMap {
   const int32_t* table;  // [blocks of the sequence]; null: the identity
   int64_t table_size;
   int64_t blocks;  // of the cache
-  int64_t slots;
+  int64_t page_size;
   int64_t block_stride;  // bytes
   int64_t slot_stride;
 };
@@ -58,12 +58,12 @@ class SlotLookup {
  private:
   bool enter_block(int64_t position) {
     if (position < 0) return false;
-    const int64_t entry = position / map_.slots;
+    const int64_t entry = position / map_.page_size;
     if (entry >= map_.table_size) return false;
     const int64_t block = map_.table ? map_.table[entry] : entry;
     if (block < 0 || block >= map_.blocks) return false;
-    begin_ = entry * map_.slots;
-    end_ = begin_ + map_.slots;
+    begin_ = entry * map_.page_size;
+    end_ = begin_ + map_.page_size;
     base_ = block * map_.block_stride;
     return true;
   }

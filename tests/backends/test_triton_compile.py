@@ -46,7 +46,7 @@ def one_of(target: str, kernel: str, **constants: int) -> crosscompile.Unit:
 
 @pytest.mark.parametrize("target", ["sm90", "gfx942", "gfx1100"])
 def test_resources_are_read(target):
-    needs = crosscompile.compile_unit(one_of(target, "scores_kernel", D=128, SLOTS=16), target)
+    needs = crosscompile.compile_unit(one_of(target, "scores_kernel", D=128, PAGE_SIZE=16), target)
     assert 32 < needs.registers <= crosscompile.TARGETS[target].registers
     assert needs.shared > 4096, "tiles of q and k are multiplied from there"
     assert crosscompile.problem(needs, target) is None
@@ -55,8 +55,8 @@ def test_resources_are_read(target):
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [
-        ("_compact_kernel", {"WIDTH": 128, "SLOTS": 0, "ALIGN_END": False}),
-        ("_compact_kernel", {"WIDTH": 128, "SLOTS": 16, "ALIGN_END": True}),
+        ("_compact_kernel", {"WIDTH": 128, "PAGE_SIZE": 0, "ALIGN_END": False}),
+        ("_compact_kernel", {"WIDTH": 128, "PAGE_SIZE": 16, "ALIGN_END": True}),
         ("_gather_kernel", {"COLUMNS": 1024, "ALIGN_END": False}),
         ("_similarity_kernel", {"C": 1024}),
         ("_write_kernel", {"C": 1024}),
@@ -73,7 +73,7 @@ def test_rows_move_in_16_bytes(kernel, constants):
 
 @pytest.mark.parametrize(
     ("kernel", "constants"),
-    [("_compact_kernel", {"WIDTH": 128, "SLOTS": 0}), ("_plan_kernel", {"UNIFORM": False, "MERGED_FIRST": False})],
+    [("_compact_kernel", {"WIDTH": 128, "PAGE_SIZE": 0}), ("_plan_kernel", {"UNIFORM": False, "MERGED_FIRST": False})],
     ids=str,
 )
 def test_barriers_order_global_memory(kernel, constants):

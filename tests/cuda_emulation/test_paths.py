@@ -174,18 +174,18 @@ def test_chunks_of_sets_per_head(idle, align_end):
 def test_chunks_of_paged_caches(idle, pattern, align_end):
     """Positions are in order, the blocks that hold them are not."""
     idle(6)
-    slots, per_sequence, lengths = 16, 40, torch.tensor([LENGTH, 635], dtype=torch.int32)
+    page_size, per_sequence, lengths = 16, 40, torch.tensor([LENGTH, 635], dtype=torch.int32)
     table = torch.randperm(2 * per_sequence + 3, generator=torch.Generator().manual_seed(3))[: 2 * per_sequence]
     table = table.int().reshape(2, per_sequence)
-    pools = [filled((2 * per_sequence + 3, slots, 1, 4096), torch.uint8, i) for i in range(2)]
+    pools = [filled((2 * per_sequence + 3, page_size, 1, 4096), torch.uint8, i) for i in range(2)]
     keep = torch.stack([PATTERNS[pattern](CAPACITY, int(length)) for length in lengths])
     counts = torch.tensor([CAPACITY, 261], dtype=torch.int32)
     want = []
     for pool in pools:
-        dense = pool[table.long()].reshape(2, 1, per_sequence * slots, 4096)
+        dense = pool[table.long()].reshape(2, 1, per_sequence * page_size, 4096)
         dense = moved(dense, keep[:, None], counts[:, None], lengths.tolist() if align_end else None)
         want.append(pool.clone())
-        want[-1][table.long()] = dense.reshape(2, per_sequence, slots, 1, 4096)
+        want[-1][table.long()] = dense.reshape(2, per_sequence, page_size, 1, 4096)
     options = {"seq_lens": lengths if align_end else None, "align_end": align_end}
     emulated("compact_paged_kv_")(pools[:1], pools[1:], table, [keep], [counts], **options)
     assert all(map(torch.equal, pools, want))

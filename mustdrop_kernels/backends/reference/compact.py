@@ -46,14 +46,14 @@ def _physical(
     position: Tensor,  # [B, Hk, K]
     block_table: Tensor,  # [B, max_blocks]
     blocks: int,
-    slots: int,
+    page_size: int,
 ) -> tuple[Tensor, Tensor]:
     """Slot of each position in the flattened cache, and whether it exists: [B, Hk, K] each."""
     if block_table.shape[1] == 0:
         return position, torch.zeros_like(position, dtype=torch.bool)
-    column = (position // max(slots, 1)).clamp(0, block_table.shape[1] - 1)
+    column = (position // max(page_size, 1)).clamp(0, block_table.shape[1] - 1)
     block = block_table.long().gather(1, column.flatten(1)).view_as(column)
-    return block * slots + position % max(slots, 1), (block >= 0) & (block < blocks)
+    return block * page_size + position % max(page_size, 1), (block >= 0) & (block < blocks)
 
 
 def compact_kv_(
@@ -88,15 +88,15 @@ def compact_paged_kv_(
     """See ``mustdrop_kernels.compact_paged_kv_``."""
     for layer, pair in enumerate(zip(keys, values, strict=True)):
         shared = layer if len(keep) > 1 else 0
-        blocks, slots, heads, _ = pair[0].shape
+        blocks, page_size, heads, _ = pair[0].shape
         end = seq_lens if seq_lens is not None else 0
-        extent = block_table.shape[1] * slots
+        extent = block_table.shape[1] * page_size
         source, target, valid = _moves(keep[shared], counts[shared], heads, end, extent, align_end)
-        from_slot, from_real = _physical(source, block_table, blocks, slots)
-        to_slot, to_real = _physical(target, block_table, blocks, slots)
+        from_slot, from_real = _physical(source, block_table, blocks, page_size)
+        to_slot, to_real = _physical(target, block_table, blocks, page_size)
         real = valid & from_real & to_real
         source, target, valid = (x.transpose(0, 1).flatten(1) for x in (from_slot, to_slot, real))  # [Hk, B K]
-        origin = _origin(source, target, valid, blocks * slots).T.reshape(blocks, slots, heads)
+        origin = _origin(source, target, valid, blocks * page_size).T.reshape(blocks, page_size, heads)
         for cache in pair:
             cache = as_integers(cache)
-            cache.copy_(cache[origin // slots, origin % slots, torch.arange(heads, device=cache.device)])
+            cache.copy_(cache[origin // page_size, origin % page_size, torch.arange(heads, device=cache.device)])

@@ -148,14 +148,14 @@ def text_vision_scores_paged(
     lse: Tensor | None = None,  # [Hq, total_q]
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.text_vision_scores_paged``."""
-    blocks, slots = k_cache.shape[:2]
+    blocks, page_size = k_cache.shape[:2]
     batch, longest = token_types.shape
-    column = torch.arange(min(longest, block_table.shape[1] * slots), device=q.device)
+    column = torch.arange(min(longest, block_table.shape[1] * page_size), device=q.device)
     length_k = seq_lens.long().clamp(0, len(column))
-    block = block_table.long()[:, column // slots]  # [B, L]
+    block = block_table.long()[:, column // page_size]  # [B, L]
     exists = (block >= 0) & (block < blocks) & (column < length_k[:, None])
     if blocks:
-        k = k_cache[torch.where(exists, block, 0), column % slots].transpose(1, 2)  # [B, Hk, L, D]
+        k = k_cache[torch.where(exists, block, 0), column % page_size].transpose(1, 2)  # [B, Hk, L, D]
     else:
         k = k_cache.new_zeros(batch, k_cache.shape[2], len(column), k_cache.shape[3])
     k = k.masked_fill(~exists[:, None, :, None], 0.0)

@@ -37,13 +37,13 @@ def _pick(tensors, which):
 
 
 @triton.jit
-def _address(cache, table, position, valid, blocks, cache_block, cache_slot, SLOTS: tl.constexpr):
+def _address(cache, table, position, valid, blocks, cache_block, cache_slot, PAGE_SIZE: tl.constexpr):
     """Pointers to positions of one head of a sequence, and the mask of those that exist."""
-    if SLOTS == 0:
+    if PAGE_SIZE == 0:
         at = cache + position * cache_slot
     else:
-        block = tl.load(table + position // SLOTS, mask=valid, other=-1).to(tl.int64)
-        at = cache + block * cache_block + position % SLOTS * cache_slot
+        block = tl.load(table + position // PAGE_SIZE, mask=valid, other=-1).to(tl.int64)
+        at = cache + block * cache_block + position % PAGE_SIZE * cache_slot
         valid = valid & (block >= 0) & (block < blocks)
     return at, valid
 
@@ -51,7 +51,7 @@ def _address(cache, table, position, valid, blocks, cache_block, cache_slot, SLO
 @triton.jit
 def _fetch(
     cache, table, keep, tile, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
-    WIDTH: tl.constexpr, DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, DOWN: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One tile of one stream: data, targets, mask; and the mask of valid moves in the other direction."""
     entry = tile * ROWS + tl.arange(0, ROWS)
@@ -60,8 +60,8 @@ def _fetch(
     valid = (source >= 0) & (source < extent) & (target >= 0) & (target < extent)
     others = valid & ((target > source) if DOWN else (target < source))
     valid = valid & ((target < source) if DOWN else (target > source))
-    load_from, there = _address(cache, table, source, valid, blocks, cache_block, cache_slot, SLOTS)
-    store_to, valid = _address(cache, table, target, there, blocks, cache_block, cache_slot, SLOTS)
+    load_from, there = _address(cache, table, source, valid, blocks, cache_block, cache_slot, PAGE_SIZE)
+    store_to, valid = _address(cache, table, target, there, blocks, cache_block, cache_slot, PAGE_SIZE)
     offset = column[None, :] * cache_column
     mask = valid[:, None] & (column < WIDTH)[None, :]  # [ROWS, COLUMNS]
     return tl.load(load_from[:, None] + offset, mask=mask), store_to[:, None] + offset, mask, others
@@ -70,7 +70,7 @@ def _fetch(
 @triton.jit
 def _move(
     cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
-    WIDTH: tl.constexpr, DOWN: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
+    WIDTH: tl.constexpr, DOWN: tl.constexpr, PAGE_SIZE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Make the downward moves of one stream in ascending order, or the upward moves in descending order.
 
@@ -80,12 +80,12 @@ def _move(
     start = 0 if DOWN else tiles - 1
     moved, to, mask, others = _fetch(
         cache, table, keep, start, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
-        WIDTH, DOWN, SLOTS, ROWS,
+        WIDTH, DOWN, PAGE_SIZE, ROWS,
     )  # fmt: skip
     for done in range(1, tiles + 1):
         next_moved, next_to, next_mask, more = _fetch(
             cache, table, keep, done if DOWN else start - done, kept, first, extent, blocks, column,
-            cache_block, cache_slot, cache_column, WIDTH, DOWN, SLOTS, ROWS,
+            cache_block, cache_slot, cache_column, WIDTH, DOWN, PAGE_SIZE, ROWS,
         )  # fmt: skip
         tl.debug_barrier()  # this tile's stores may overwrite what another thread loads for this tile
         tl.store(to, moved, mask=mask)
@@ -119,7 +119,7 @@ def _compact_kernel(
     lengths_batch,
     WIDTH: tl.constexpr,  # D
     ALIGN_END: tl.constexpr,
-    SLOTS: tl.constexpr,  # of a block; 0: dense
+    PAGE_SIZE: tl.constexpr,  # 0: dense
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -147,12 +147,12 @@ def _compact_kernel(
     # All moves have one direction, unless keep holds entries that are skipped.
     others = _move(
         cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
-        WIDTH, not ALIGN_END, SLOTS, ROWS,
+        WIDTH, not ALIGN_END, PAGE_SIZE, ROWS,
     )  # fmt: skip
     if others:
         _move(
             cache, table, keep, kept, first, extent, blocks, column, cache_block, cache_slot, cache_column,
-            WIDTH, ALIGN_END, SLOTS, ROWS,
+            WIDTH, ALIGN_END, PAGE_SIZE, ROWS,
         )  # fmt: skip
 
 
@@ -283,11 +283,11 @@ def _launch(
     if table is None:
         batch, heads, extent, width = cache.shape
         cache_batch, cache_head, cache_slot, cache_column = cache.stride()
-        blocks, cache_block, slots = 0, 0, 0
+        blocks, cache_block, page_size = 0, 0, 0
     else:
-        blocks, slots, heads, width = cache.shape
+        blocks, page_size, heads, width = cache.shape
         cache_block, cache_slot, cache_head, cache_column = cache.stride()
-        batch, extent, cache_batch = table.shape[0], table.shape[1] * slots, 0
+        batch, extent, cache_batch = table.shape[0], table.shape[1] * page_size, 0
     chosen = config("compact", width_class(width), cache.device)
     streams = batch * layers * heads
     columns = power_of_two(width, 1, chosen.COLUMNS)
@@ -303,7 +303,7 @@ def _launch(
             cache_batch, cache_head, cache_block, cache_slot, cache_column,
             keep.stride(0), keep_head, counts.stride(0), counts_head,
             0 if table is None else table.stride(0), 0 if seq_lens is None else seq_lens.stride(0),
-            width, align_end, slots, chosen.ROWS, columns,
+            width, align_end, page_size, chosen.ROWS, columns,
         ),
         chosen,
     )  # fmt: skip

@@ -75,8 +75,8 @@ def _compact(layers: int, dim: int, dtype: torch.dtype, own: bool = False, **opt
     implementation("compact_kv_")(caches[:layers], caches[layers:], keep, counts, **options)
 
 
-def _compact_paged(slots: int, dim: int, dtype: torch.dtype, transposed: bool = False, **options: Any) -> None:
-    caches = [_cache((4, slots, 4, dim), dtype, transposed) for _ in range(4)]
+def _compact_paged(page_size: int, dim: int, dtype: torch.dtype, transposed: bool = False, **options: Any) -> None:
+    caches = [_cache((4, page_size, 4, dim), dtype, transposed) for _ in range(4)]
     table, ends, keep = _ints(1, 4), _ints(1), [_empty(1, 16, dtype=torch.int64)]
     implementation("compact_paged_kv_")(caches[:2], caches[2:], table, keep, [ends], seq_lens=ends, **options)
 
@@ -87,8 +87,8 @@ def _compactions() -> Iterator[Call]:
             yield partial(_compact, layers, dim, dtype, align_end=align_end)
         yield partial(_compact, 28, 128, torch.uint8, align_end=align_end)
         yield partial(_compact, 4, 128, BRAIN, own=True, align_end=align_end)
-        for slots, dim, dtype in ((16, 128, BRAIN), (1, 128, HALF), (256, 64, torch.uint8)):
-            yield partial(_compact_paged, slots, dim, dtype, align_end=align_end)
+        for page_size, dim, dtype in ((16, 128, BRAIN), (1, 128, HALF), (256, 64, torch.uint8)):
+            yield partial(_compact_paged, page_size, dim, dtype, align_end=align_end)
     yield partial(_compact_paged, 32, 128, HALF, transposed=True)
 
 

@@ -45,7 +45,7 @@ class _Plan:
     ) -> None:
         dense, packed = q.dim() == 4, k.dim() == 3
         q_longest, k_longest = longest
-        slots = 0 if table is None else k.shape[1]
+        page_size = 0 if table is None else k.shape[1]
         blocks = 0 if table is None else k.shape[0]
         if dense:
             q_strides, k_strides = q.stride()[:3], (k.stride(0), k.stride(1), 0, k.stride(2), k.stride(3))
@@ -80,9 +80,9 @@ class _Plan:
         self.map = (batch, max_query, k_longest)
 
         line = config("scores_rows", length_class(q_longest), q.device)
-        reach = k_longest if table is None else min(k_longest, table.shape[1] * slots)
+        reach = k_longest if table is None else min(k_longest, table.shape[1] * page_size)
         extents = (q.shape[0], q_longest, k.shape[0], reach, blocks)
-        self.rows = Launch(rows_kernel, (batch,), (*extents, types_batch, table_batch, slots, line.BLOCK), line)
+        self.rows = Launch(rows_kernel, (batch,), (*extents, types_batch, table_batch, page_size, line.BLOCK), line)
         scale = float(scale) * log2(e)
         common = (*q_strides, *k_strides, types_batch, table_batch)
         norm = config("scores_lse", head_class(q.dtype, dim), q.device)
@@ -92,7 +92,7 @@ class _Plan:
             (batch * k_heads * lse_splits,),
             (
                 scale, q_longest, blocks, *common,
-                k_heads, group, dim, slots, lse_splits, lines, norm.KEYS, power_of_two(dim, 16, norm.COLUMNS),
+                k_heads, group, dim, page_size, lse_splits, lines, norm.KEYS, power_of_two(dim, 16, norm.COLUMNS),
             ),
             norm,
         )  # fmt: skip
@@ -102,7 +102,7 @@ class _Plan:
             (batch * tiles * splits,),
             (
                 scale, q_longest, k_longest, blocks, *common, out_batch, *lse_strides,
-                k_heads, group, dim, slots, packed, *product,
+                k_heads, group, dim, page_size, packed, *product,
             ),
             chosen,
         )  # fmt: skip
@@ -121,7 +121,7 @@ class _Plan:
             (batch * cdiv(k_longest, last.KEYS),),
             (
                 q_longest, k_longest, blocks, types_batch, table_batch, out_batch,
-                heads, slots, packed, splits, SHARED_ROWS, last.KEYS, last.ROWS,
+                heads, page_size, packed, splits, SHARED_ROWS, last.KEYS, last.ROWS,
             ),
             last,
         )  # fmt: skip

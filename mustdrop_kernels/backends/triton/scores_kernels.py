@@ -24,23 +24,23 @@ def _span(cu_seqlens, b, total, longest):
 
 
 @triton.jit
-def _kinds(types, table, position, inside, blocks, SLOTS: tl.constexpr):
+def _kinds(types, table, position, inside, blocks, PAGE_SIZE: tl.constexpr):
     """Token types at positions of a sequence; padding outside it and in blocks that do not exist."""
     kind = tl.load(types + position, mask=inside, other=0)
-    if SLOTS > 0:
-        block = tl.load(table + position // SLOTS, mask=inside, other=-1)
+    if PAGE_SIZE > 0:
+        block = tl.load(table + position // PAGE_SIZE, mask=inside, other=-1)
         kind = tl.where((block >= 0) & (block < blocks), kind, 0)
     return kind
 
 
 @triton.jit
-def _key_offsets(table, position, exists, k_begin, k_block, k_token, SLOTS: tl.constexpr):
+def _key_offsets(table, position, exists, k_begin, k_block, k_token, PAGE_SIZE: tl.constexpr):
     """int64 offsets of the keys at positions of a sequence."""
-    if SLOTS == 0:
+    if PAGE_SIZE == 0:
         offset = (k_begin + position).to(tl.int64) * k_token
     else:
-        block = tl.load(table + position // SLOTS, mask=exists, other=0).to(tl.int64)
-        offset = block * k_block + (position % SLOTS).to(tl.int64) * k_token
+        block = tl.load(table + position // PAGE_SIZE, mask=exists, other=0).to(tl.int64)
+        offset = block * k_block + (position % PAGE_SIZE).to(tl.int64) * k_token
     return offset
 
 
@@ -59,7 +59,7 @@ def rows_kernel(
     blocks,
     types_batch,
     table_batch,
-    SLOTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program per sequence: its geometry and its query rows, in order."""
@@ -79,7 +79,7 @@ def rows_kernel(
     for start in range(0, q_length, BLOCK):
         i = start + tl.arange(0, BLOCK)
         inside = (i < q_length) & (shift + i >= 0)
-        kind = _kinds(types + b * types_batch + k_begin, table, shift + i, inside, blocks, SLOTS)
+        kind = _kinds(types + b * types_batch + k_begin, table, shift + i, inside, blocks, PAGE_SIZE)
         queries = is_query(kind).to(tl.int32)
         tl.store(info + _HEADER + number + tl.cumsum(queries) - queries, i, mask=queries == 1)
         number += tl.sum(queries)
@@ -107,7 +107,7 @@ def lse_kernel(
     HEADS: tl.constexpr,  # Hk
     GROUP: tl.constexpr,  # Hq / Hk
     D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     SPLITS: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -139,8 +139,8 @@ def lse_kernel(
         mass = tl.zeros([ROWS], tl.float32)
         for first in range(0, tl.minimum(k_length, tl.max(position) + 1), KEYS):
             column = first + tl.arange(0, KEYS)
-            exists = is_token(_kinds(types, table, column, column < k_length, blocks, SLOTS))
-            k_at = k + _key_offsets(table, column, exists, k_begin, k_block, k_token, SLOTS)  # [KEYS]
+            exists = is_token(_kinds(types, table, column, column < k_length, blocks, PAGE_SIZE))
+            k_at = k + _key_offsets(table, column, exists, k_begin, k_block, k_token, PAGE_SIZE)  # [KEYS]
             score = tl.zeros([ROWS, KEYS], tl.float32)
             for part in range(0, D, COLUMNS):
                 d = part + tl.arange(0, COLUMNS)
@@ -176,7 +176,7 @@ def _normalizer(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, ls
 def _head_sum(
     q, k, lse, table, rows, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b, q_longest,
     q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row, head_begin, head_end,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SLOTS: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, PAGE_SIZE: tl.constexpr,
     KEYS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """[KEYS, ROWS]: sum over key heads [head_begin, head_end) of the probabilities of query rows from ``start`` on."""
@@ -185,7 +185,7 @@ def _head_sum(
     i = tl.load(rows + r, mask=there, other=0)
     position = tl.where(there, shift + i, -1)
     visible = vision[:, None] & (column[:, None] <= position[None, :])
-    k_at = k + _key_offsets(table, column, vision, k_begin, k_block, k_token, SLOTS)  # [KEYS]
+    k_at = k + _key_offsets(table, column, vision, k_begin, k_block, k_token, PAGE_SIZE)  # [KEYS]
     q_at = q + (q_begin + i).to(tl.int64) * q_token  # [ROWS]
     acc = tl.zeros([KEYS, ROWS], tl.float32)
     # Rows ascend: if the last one precedes the tile, no key is visible.
@@ -238,7 +238,7 @@ def scores_kernel(
     HEADS: tl.constexpr,  # Hk
     GROUP: tl.constexpr,  # Hq / Hk
     D: tl.constexpr,
-    SLOTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -258,7 +258,7 @@ def scores_kernel(
     k_length, number = tl.load(info + 3), tl.load(info + 4)
     if table is not None:
         table += b * table_batch
-    kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, SLOTS)
+    kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, PAGE_SIZE)
     vision = is_vision(kind)
     number = tl.where(tl.max(vision.to(tl.int32)) == 1, number, 0)  # no vision token: nothing to do
     q += b * q_batch
@@ -279,7 +279,7 @@ def scores_kernel(
         acc = _head_sum(
             q, k, lse, table, info + _HEADER, norms, scale, column, vision, k_begin, q_begin, shift, start, number, b,
             q_longest, q_head, q_token, k_head, k_block, k_token, k_column, lse_batch, lse_head, lse_row,
-            head_begin, head_end, HEADS, GROUP, D, SLOTS, KEYS, ROWS, COLUMNS,
+            head_begin, head_end, HEADS, GROUP, D, PAGE_SIZE, KEYS, ROWS, COLUMNS,
         )  # fmt: skip
         if SPLITS > 1 and step < shared:
             r = start + tl.arange(0, ROWS)
@@ -360,7 +360,7 @@ def reduce_kernel(
     table_batch,
     out_batch,
     HEADS: tl.constexpr,  # Hq
-    SLOTS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     PACKED: tl.constexpr,
     SPLITS: tl.constexpr,
     SHARED: tl.constexpr,
@@ -376,7 +376,7 @@ def reduce_kernel(
     k_begin, k_length, number = tl.load(info + 1), tl.load(info + 3), tl.load(info + 4)
     if table is not None:
         table += b * table_batch
-    kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, SLOTS)
+    kind = _kinds(types + b * types_batch + k_begin, table, column, column < k_length, blocks, PAGE_SIZE)
     vision = is_vision(kind)
     number = tl.where(tl.max(vision.to(tl.int32)) == 1, number, 0)
 
