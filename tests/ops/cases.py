@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -54,6 +53,14 @@ def random_bits(shape: Sequence[int], seed: int, dtype: torch.dtype, device="cpu
     size = torch.empty((), dtype=dtype).element_size()
     raw = torch.randint(0, 256, (*shape, size), generator=generator(seed), dtype=torch.uint8)
     return raw.view(dtype).squeeze(-1).to(device)
+
+
+def bits_in_buffer(shape: Sequence[int], order: Sequence[int], seed: int, dtype: torch.dtype, device="cpu") -> Tensor:
+    """A view inside a buffer of random bits, stored in the given axis order, one element from each end of each axis."""
+    buffer = random_bits([shape[a] + 2 for a in order], seed, dtype, device)
+    for axis, a in enumerate(order):
+        buffer = buffer.narrow(axis, 1, shape[a])
+    return buffer.permute([order.index(a) for a in range(len(order))])
 
 
 def in_buffer(t: Tensor, order: Sequence[int] | None = None, margin: int = 1) -> Tensor:
@@ -269,13 +276,6 @@ def dual_margin(total, peak, types, global_threshold: float, individual_threshol
     return closest
 
 
-def order_margin(values: np.ndarray) -> float:
-    """Minimum relative gap between two neighbors in sorted order."""
-    ordered = np.sort(values)
-    gaps = [relative_gap(a, b) for a, b in itertools.pairwise(ordered)]
-    return min(gaps, default=math.inf)
-
-
 # ---------------------------------------------------------------------------------------------- merging
 
 
@@ -303,7 +303,7 @@ def pictures(
             [oracle.window_similarity(f64(x[b, [prefix + t for t in m]])) for m in members if len(m) > 1]
             for b in range(batch)
         ]
-        apart = min((order_margin_abs(row) for row in similar), default=math.inf)
+        apart = min((order_margin(row) for row in similar), default=math.inf)
         flat = np.ravel(similar)
         near = 1.0 if threshold is None or not flat.size else np.abs(flat - np.float32(threshold)).min()
         if near > 1e-3 and apart > (1e-5 if len(members) < 70 else 2e-6):
@@ -311,7 +311,7 @@ def pictures(
     raise AssertionError("no image with these margins: choose another size or seed")
 
 
-def order_margin_abs(values: Sequence[float]) -> float:
+def order_margin(values: Sequence[float]) -> float:
     gaps = np.diff(np.sort(np.asarray(values)))
     return float(gaps.min()) if gaps.size else math.inf
 

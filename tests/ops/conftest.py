@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The `backend` fixture: every registered backend on every available device, for each op that it serves there.
+"""Fixtures of the conformance tests, among them `backend`: every backend on every available device, where it serves.
 
 A new backend only has to register itself. MUSTDROP_TEST_BACKENDS=a,b restricts the tests to those.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 
 import cuda_emulation
@@ -25,6 +25,7 @@ import mustdrop_kernels
 from mustdrop_kernels import backends
 from mustdrop_kernels.ops import registry
 
+from .cases import FLOATS, dtype_id, same_bits
 from .schemas import OPS
 
 SAMPLE = int(os.environ.get("MUSTDROP_EMULATION_SAMPLE", "4"))
@@ -82,11 +83,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("device", DEVICES)
 
 
+@pytest.fixture(params=FLOATS, ids=dtype_id)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[False, True])
+def align_end(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
+@pytest.fixture(params=[False, True], ids=["", "lse"])
+def with_lse(request: pytest.FixtureRequest) -> bool:
+    return request.param
+
+
 @pytest.fixture
-def threads() -> Iterator[Callable[[int], None]]:
-    """Setter of the number of CPU threads, restored after the test."""
+def check_same_bits() -> Iterator[Callable[[Callable[[], Iterable[torch.Tensor]]], None]]:
+    """Check of a call: with one CPU thread, with two, and repeated, its results have the same bits."""
     before = torch.get_num_threads()
-    yield torch.set_num_threads
+
+    def check(call: Callable[[], Iterable[torch.Tensor]]) -> None:
+        runs = []
+        for count in (1, 2, 2):
+            torch.set_num_threads(count)
+            runs.append(list(call()))
+        for other in runs[1:]:
+            assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+
+    yield check
     torch.set_num_threads(before)
 
 

@@ -10,14 +10,13 @@ import torch
 from mustdrop_kernels.ops.contract import CONTRACTS
 
 from . import oracle
-from .cases import FLOATS, Watch, dtype_id, expected, f64, in_buffer, normal, pictures
+from .cases import Watch, expected, f64, in_buffer, normal, pictures
 from .sample_calls import sample, tensors_in
 from .schemas import OPS
 
 WITHOUT_GRADIENT = [op for op, one in CONTRACTS.items() if one.float_results and not one.gradient and not one.writes]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("with_sizes", [False, True])
 @pytest.mark.parametrize("options", [{}, {"uniform": True}, {"budget": 3}, {"merged_first": True}], ids=str)
 def test_spatial_merge(backend, dtype, with_sizes, options):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import oracle
-from .cases import FLOATS, Watch, dtype_id, f64, in_buffer, normal, same_bits
+from .cases import Watch, f64, in_buffer, normal
 from .changes import HALF, INT, dtypes_but, set_to, to_shape, with_gaps
 from .tolerance import assert_probabilities
 
@@ -31,7 +31,6 @@ def check(backend, q, k, scale, counts=None, **options) -> np.ndarray:
     return want
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize(
     ("batch", "heads", "span", "dim"),
     [(1, 1, 1, 1), (1, 1, 2, 7), (2, 3, 63, 64), (1, 4, 65, 80), (3, 2, 130, 128), (1, 16, 577, 64), (2, 5, 17, 256)],
@@ -43,7 +42,6 @@ def test_shapes(backend, batch, heads, span, dim, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_large(backend, dtype):
     check(backend, *inputs(8, 16, 577, 64, dtype, backend.device))
     check(backend, *inputs(1, 16, 4097, 72, dtype, backend.device))
@@ -71,7 +69,6 @@ def test_strided_counts(backend):
     check(backend, q, k, scale, counts)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3)], ids=str)
 def test_views(backend, dtype, order):
     q, k, scale = inputs(2, 3, 33, 20, dtype, backend.device)
@@ -122,18 +119,11 @@ def test_minus_infinity(backend):
     assert want[0, 5] == 0
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_same_bits_every_run(backend, threads, dtype):
+def test_same_bits_every_run(backend, check_same_bits, dtype):
     q, k, scale = inputs(3, 4, 257, 64, dtype, backend.device)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(backend.cls_attention(q, k, scale))
-    assert same_bits(runs[0], runs[1])
-    assert same_bits(runs[0], runs[2])
+    check_same_bits(lambda: [backend.cls_attention(q, k, scale)])
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_key_set(backend, dtype):
     """select_topk of the result is the key set: prefix as text, patches as vision, the rest as padding."""
     q, k, scale = inputs(2, 4, 60, 16, dtype, backend.device)

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .cases import MOVABLE, Watch, as_bytes, dtype_id, expected, generator, in_buffer, random_bits, same_bits
+from .cases import (
+    MOVABLE,
+    Watch,
+    as_bytes,
+    bits_in_buffer,
+    dtype_id,
+    expected,
+    generator,
+    in_buffer,
+    random_bits,
+    same_bits,
+)
 from .changes import CACHE, COUNTS, INT, KEEP, in_first, in_last, set_to, to_shape
 from .test_compact_kv import ascending, counts_of
 
@@ -28,16 +39,6 @@ class Pool:
     slots: int
 
 
-def cache(shape, dtype, device, seed, layout="NHD") -> Tensor:
-    """A view inside a buffer of random bits, stored in the layout's axis order."""
-    order = LAYOUTS[layout]
-    stored = [shape[a] + 2 for a in order]
-    buffer = random_bits(stored, seed, dtype, device)
-    for axis in range(4):
-        buffer = buffer.narrow(axis, 1, stored[axis] - 2)
-    return buffer.permute([order.index(a) for a in range(4)])
-
-
 def pool(
     lengths, slots=4, heads=2, dims=(8, 8), layers=2, dtype=torch.float16, device="cpu", layout="NHD", spare=3, seed=0
 ) -> Pool:
@@ -51,9 +52,14 @@ def pool(
         table[b, :n] = order[used : used + n]
         used += n
     table[:, -1] = 10**6
+
+    def caches(dim: int, seed: int) -> list[Tensor]:
+        shape = (blocks, slots, heads, dim)
+        return [bits_in_buffer(shape, LAYOUTS[layout], seed + 2 * i, dtype, device) for i in range(layers)]
+
     return Pool(
-        [cache((blocks, slots, heads, dims[0]), dtype, device, seed + 2 * i, layout) for i in range(layers)],
-        [cache((blocks, slots, heads, dims[1]), dtype, device, seed + 2 * i + 1, layout) for i in range(layers)],
+        caches(dims[0], seed),
+        caches(dims[1], seed + 1),
         table.to(device),
         torch.tensor(lengths, dtype=torch.int32, device=device),
         blocks,
@@ -93,7 +99,6 @@ def chosen(p: Pool, lead, share: float, seed: int, capacity: int | None = None) 
     return keep.to(p.table.device), counts.to(p.table.device)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("dtype", MOVABLE, ids=dtype_id)
 @pytest.mark.parametrize("slots", [1, 4])
 def test_element_types(backend, dtype, slots, align_end):
@@ -101,7 +106,6 @@ def test_element_types(backend, dtype, slots, align_end):
     check(backend, p, *map(lambda t: [t], chosen(p, (4,), 0.6, 1)), align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("slots", [1, 3, 16])
 @pytest.mark.parametrize("dims", [(1, 1), (7, 5), (64, 64), (80, 128)], ids=str)
@@ -110,16 +114,14 @@ def test_layouts(backend, layout, slots, dims, align_end):
     check(backend, p, *map(lambda t: [t], chosen(p, (3,), 0.5, 1)), align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("dim", [16, 256])
 def test_mixed_layouts(backend, dim, align_end):
     """Keys transposed, values not, as a CPU engine stores them."""
     p = pool([33, 16], 4, dims=(dim, dim), device=backend.device)
-    p.keys = [cache((p.blocks, 4, 2, dim), torch.float16, backend.device, 90 + i, "transposed") for i in range(2)]
+    p.keys = pool([33, 16], 4, dims=(dim, dim), device=backend.device, layout="transposed", seed=90).keys
     check(backend, p, *map(lambda t: [t], chosen(p, (2,), 0.5, 1)), align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("axis", ["block", "slot", "head", "element"])
 def test_interleaved_keys_and_values(backend, axis, align_end):
     """K and V as views of one buffer: [blocks, 2, ...], [..., 2, D] and similar."""
@@ -141,7 +143,6 @@ def test_interleaved_keys_and_values(backend, axis, align_end):
     check(backend, p, *map(lambda t: [t], chosen(p, (2,), 0.6, 1)), align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("per_layer", [False, True])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_keep_forms(backend, per_layer, per_head, align_end):
@@ -151,7 +152,6 @@ def test_keep_forms(backend, per_layer, per_head, align_end):
     check(backend, p, [k for k, _ in sets], [c for _, c in sets], align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 def test_views_of_the_tables(backend, align_end):
     p = pool([30, 17], 4, device=backend.device)
     keep, counts = chosen(p, (2,), 0.5, 1)
@@ -159,7 +159,6 @@ def test_views_of_the_tables(backend, align_end):
     check(backend, p, [in_buffer(keep)], [counts.repeat_interleave(2)[::2]], align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("share", [0.0, 0.99, 1.0])
 def test_none_and_all(backend, share, align_end):
     p = pool([21, 8, 5], 4, device=backend.device)
@@ -204,7 +203,6 @@ def test_aligned_end_frees_leading_blocks(backend, slots):
             assert same_bits(p.keys[0][int(shifted[i // slots]), i % slots], old)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("bad_block", [-1, 10**6, -(2**31), 2**31 - 1])
 def test_nonexistent_blocks(backend, bad_block, align_end):
     """A move from or to such a block is skipped, the others are made."""
@@ -215,7 +213,6 @@ def test_nonexistent_blocks(backend, bad_block, align_end):
     check(backend, p, [keep], [counts], align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("counts", [[99, -4], [2**31 - 1, -(2**31)], [6, 0]], ids=str)
 def test_counts_out_of_range(backend, counts, align_end):
     p = pool([20, 9], 4, device=backend.device)
@@ -224,7 +221,6 @@ def test_counts_out_of_range(backend, counts, align_end):
     check(backend, p, [keep.to(backend.device)], [numbers], align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("seed", range(6))
 def test_garbage_on_the_device(backend, seed, align_end):
     """Arbitrary values in every device tensor: nothing outside the caches changes."""
@@ -274,32 +270,22 @@ def test_no_blocks(backend):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("layout", ["NHD", "HND", "transposed"])
 def test_large(backend, layout, align_end):
     p = pool([2980, 671], 16, heads=4, dims=(128, 128), device=backend.device, layout=layout)
     check(backend, p, *map(lambda t: [t], chosen(p, (2,), 0.3, 1)), align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
-def test_same_bits_every_run(backend, threads, align_end):
-    results = []
-    for count in (1, 2, 2):
-        threads(count)
+def test_same_bits_every_run(backend, check_same_bits, align_end):
+    def specified() -> list[Tensor]:
         p = pool([257, 130], 16, dims=(64, 64), device=backend.device)
         keep, counts = chosen(p, (2,), 0.4, 1)
         backend.compact_paged_kv_(p.keys, p.values, p.table, [keep], [counts], seq_lens=p.seq_lens, align_end=align_end)
         ends = [(n - c, n) if align_end else (0, c) for n, c in zip(p.seq_lens.tolist(), counts.tolist(), strict=True)]
-        results.append(
-            [
-                t[int(p.table[b, i // 16]), i % 16].clone()
-                for t in (*p.keys, *p.values)
-                for b in range(2)
-                for i in range(*ends[b])
-            ]
-        )
-    for other in results[1:]:
-        assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+        slots = [(int(p.table[b, i // 16]), i % 16) for b in range(2) for i in range(*ends[b])]
+        return [t[slot] for t in (*p.keys, *p.values) for slot in slots]
+
+    check_same_bits(specified)
 
 
 def test_slot_pool(backend):

@@ -94,7 +94,6 @@ def dense(device: str) -> list:
     return [attention(b, heads, rows, length, d, device=device) for b, heads, rows, length, d in DENSE_SIZES]
 
 
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
 def test_text_vision_scores(device, with_lse):
     def score(q, k, types, lse):
         return mk.text_vision_scores(q, k, types, 0.25, lse=lse)

@@ -9,7 +9,6 @@ import torch
 
 from . import oracle
 from .cases import (
-    FLOATS,
     PADDING,
     QUERY,
     TEXT,
@@ -17,7 +16,6 @@ from .cases import (
     Attention,
     Watch,
     attention,
-    dtype_id,
     dual_margin,
     dual_thresholds,
     generator,
@@ -26,7 +24,7 @@ from .cases import (
     same_bits,
 )
 from .changes import BUDGETS, DENSE, OPTIONS, set_to
-from .tolerance import assert_probabilities
+from .tolerance import assert_scores
 
 
 def clear_budget(total: np.ndarray, types: np.ndarray, wanted: int, protected=None, drop_multiple: int = 1) -> int:
@@ -51,8 +49,7 @@ def clear_budget(total: np.ndarray, types: np.ndarray, wanted: int, protected=No
 
 def check_common(backend, case: Attention, got, want_keep, capacity, lse=None) -> None:
     total, peak = case.oracle_scores(lse)
-    assert_probabilities(got.total, total, "total")
-    assert_probabilities(got.peak, peak, "peak")
+    assert_scores(got, total, peak)
     keep, counts = oracle.as_keep(want_keep, case.types.shape[1] if capacity is None else capacity)
     assert (got.keep.dtype, got.counts.dtype) == (torch.int64, torch.int32)
     assert got.counts.tolist() == counts.tolist()
@@ -60,6 +57,11 @@ def check_common(backend, case: Attention, got, want_keep, capacity, lse=None) -
     separate = backend.text_vision_scores(*case.arguments, lse=lse)
     assert same_bits(separate.total, got.total)
     assert same_bits(separate.peak, got.peak)
+
+
+def check_selection(got, separate) -> None:
+    assert same_bits(separate.keep, got.keep)
+    assert same_bits(separate.counts, got.counts)
 
 
 def check_dual(
@@ -76,9 +78,7 @@ def check_dual(
     mask = None if protected is None else protected.cpu().numpy()
     want = oracle.select_dual(total, peak, types, *thresholds, mask, drop_multiple)
     check_common(backend, case, got, want, capacity, lse)
-    separate = backend.select_dual(got.total, got.peak, case.types, *thresholds, **options)
-    assert same_bits(separate.keep, got.keep)
-    assert same_bits(separate.counts, got.counts)
+    check_selection(got, backend.select_dual(got.total, got.peak, case.types, *thresholds, **options))
     return want
 
 
@@ -96,14 +96,10 @@ def check_topk(
     rows = None if budgets is None else budgets.cpu().tolist()
     want = oracle.select_topk(total, types, budget, rows, mask, drop_multiple)
     check_common(backend, case, got, want, capacity, lse)
-    separate = backend.select_topk(got.total, case.types, budget, **options)
-    assert same_bits(separate.keep, got.keep)
-    assert same_bits(separate.counts, got.counts)
+    check_selection(got, backend.select_topk(got.total, case.types, budget, **options))
     return want
 
 
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize(
     ("heads", "length", "dim"),
     [((1, 1), 2, 1), ((2, 1), 3, 7), ((4, 1), 63, 64), ((4, 4), 65, 80), ((14, 2), 40, 128), ((4, 2), 130, 256)],
@@ -115,7 +111,6 @@ def test_shapes(backend, heads, length, dim, dtype, with_lse):
     check_topk(backend, case, length // 4, lse=lse)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_llava_size(backend, dtype):
     case = attention(1, (4, 4), None, 671, 64, dtype=dtype, device=backend.device, types=[prompt(671, queries=60)])
     want = check_dual(backend, case, (0.8, 0.8))
@@ -124,7 +119,6 @@ def test_llava_size(backend, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_long(backend, dtype):
     types = [prompt(2980, queries=100, images=3)]
     case = attention(1, (8, 2), 200, 2980, 128, dtype=dtype, device=backend.device, types=types, gain=2.0)
@@ -208,16 +202,10 @@ def test_nan_keeps_the_sequence(backend):
     assert int(got.counts[1]) == int(((case.types[1] != PADDING) & (case.types[1] != VISION)).sum())
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_same_bits_every_run(backend, threads, dtype):
+def test_same_bits_every_run(backend, check_same_bits, dtype):
     case = attention(2, (4, 2), None, 130, 64, dtype=dtype, device=backend.device)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        dual = backend.dual_attention_select(*case.arguments, 0.01, 0.01, drop_multiple=4)
-        runs.append([*dual, *backend.topk_attention_select(*case.arguments, 30)])
-    for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_same_bits(lambda: backend.dual_attention_select(*case.arguments, 0.01, 0.01, drop_multiple=4))
+    check_same_bits(lambda: backend.topk_attention_select(*case.arguments, 30))
 
 
 # ---------------------------------------------------------------------------------------------- invalid arguments

@@ -11,19 +11,7 @@ import torch
 from torch import Tensor
 
 from . import oracle
-from .cases import (
-    FLOATS,
-    MOVABLE,
-    Watch,
-    as_bytes,
-    dtype_id,
-    f64,
-    generator,
-    in_buffer,
-    normal,
-    random_bits,
-    same_bits,
-)
+from .cases import FLOATS, MOVABLE, Watch, as_bytes, dtype_id, f64, generator, in_buffer, normal, random_bits, same_bits
 from .changes import dtypes_but, to_dtype, to_shape, with_gaps
 from .sample_calls import sample
 
@@ -56,7 +44,6 @@ def check(backend, x: Tensor, keep: Tensor, counts: Tensor, align_end: bool = Fa
     return got
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("dtype", MOVABLE, ids=dtype_id)
 @pytest.mark.parametrize("trailing", [(), (1,), (7,), (64,), (3, 5), (2, 1, 33)], ids=str)
 def test_element_types_and_ranks(backend, dtype, trailing, align_end):
@@ -65,7 +52,6 @@ def test_element_types_and_ranks(backend, dtype, trailing, align_end):
     check(backend, x, keep, counts, align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize(("length", "capacity"), [(1, 1), (2, 2), (63, 30), (65, 65), (671, 159), (100, 130)])
 def test_sizes(backend, length, capacity, align_end):
     x = random_bits((2, length, 96), 1, torch.bfloat16, backend.device)
@@ -83,7 +69,6 @@ def test_large(backend, dtype):
     check(backend, x, keep, counts, True)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("counts", [[9, 99, -5, 6], [2**31 - 1, -(2**31), 0, 7]], ids=str)
 def test_counts_out_of_range(backend, counts, align_end):
     """counts is clamped to [0, capacity]."""
@@ -92,7 +77,6 @@ def test_counts_out_of_range(backend, counts, align_end):
     check(backend, x, keep, lengths, align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("bad", [-1, 20, -(2**63), 2**63 - 1, 2**32 + 3])
 def test_indices_out_of_range_give_zeros(backend, bad, align_end):
     x = random_bits((2, 20, 8), 1, torch.float32, backend.device)
@@ -110,7 +94,6 @@ def test_any_order_and_repeats(backend):
     check(backend, x, keep, torch.tensor([7], dtype=torch.int32, device=backend.device))
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 def test_slots_past_counts_are_not_read(backend, align_end):
     x = random_bits((2, 20, 8), 1, torch.float32, backend.device)
     keep, counts = sets(2, 20, 6, [4, 0], device=backend.device)
@@ -119,7 +102,6 @@ def test_slots_past_counts_are_not_read(backend, align_end):
     check(backend, x, keep, counts, align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64], ids=dtype_id)
 def test_views(backend, dtype, align_end):
     x = random_bits((2, 20, 6, 5), 1, dtype, backend.device)
@@ -140,7 +122,6 @@ def test_views(backend, dtype, align_end):
     check(backend, x, keep, strided, align_end)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 def test_position_ids_and_masks(backend, align_end):
     """2-D tensors as views: expanded position ids, a slice of a mask."""
     keep, counts = sets(3, 20, 9, [9, 4, 0], device=backend.device)
@@ -186,15 +167,10 @@ def test_after_select(backend):
         check(backend, x, keep, counts, True)
 
 
-def test_same_bits_every_run(backend, threads):
+def test_same_bits_every_run(backend, check_same_bits):
     x = random_bits((4, 300, 128), 1, torch.float32, backend.device)
     keep, counts = sets(4, 300, 111, [111, 80, 0, 1], device=backend.device)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(backend.gather_tokens(x, keep, counts))
-    assert same_bits(runs[0], runs[1])
-    assert same_bits(runs[0], runs[2])
+    check_same_bits(lambda: [backend.gather_tokens(x, keep, counts)])
 
 
 def test_negative_zero_and_nan_payload(backend):
@@ -205,7 +181,6 @@ def test_negative_zero_and_nan_payload(backend):
     assert same_bits(got, x)
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64], ids=dtype_id)
 def test_gradient(backend, dtype, align_end):
     """Gradients are scattered to the source rows; repeated rows get the sum, out-of-range ones zero."""
@@ -227,7 +202,6 @@ def test_gradient(backend, dtype, align_end):
     )
 
 
-@pytest.mark.parametrize("align_end", [False, True])
 def test_gradcheck(backend, align_end):
     """In float64, against finite differences."""
     x = torch.randn(2, 6, 2, 3, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(backend.device)

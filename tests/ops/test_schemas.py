@@ -21,9 +21,6 @@ from .schemas import OPS, SCHEMAS
 def test_schema(op):
     registered = getattr(torch.ops.mustdrop, op).default._schema
     assert str(registered) == str(torch._C.parse_schema(SCHEMAS[op]))
-    assert [r.name for r in registered.returns if r.name] == [
-        r.name for r in torch._C.parse_schema(SCHEMAS[op]).returns if r.name
-    ]
 
 
 def test_token_types_of_the_kernels():

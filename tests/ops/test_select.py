@@ -12,20 +12,17 @@ from torch import Tensor
 
 from . import oracle
 from .cases import (
-    FLOATS,
     PADDING,
     QUERY,
     TEXT,
     VISION,
     Watch,
-    dtype_id,
     dual_margin,
     dual_thresholds,
     f64,
     generator,
     in_buffer,
     prompt,
-    same_bits,
     types_tensor,
 )
 from .changes import BUDGETS, HALF, INT, OPTIONS, TYPES, VALUES, set_to, to_shape
@@ -105,7 +102,6 @@ def dual_case(batch, length, dtype=torch.float32, device="cpu", seed=0, quantile
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_dual_lengths(backend, length, dtype):
     batch = 2 if length < 200 else 1  # one row's thresholds have room between a thousand values
     want = check_dual(backend, *dual_case(batch, length, dtype, backend.device))
@@ -262,7 +258,6 @@ def test_capacity(backend, op, capacity):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_topk_lengths(backend, length, dtype):
     types = types_for(3, length, backend.device)
     scores = torch.randn(3, length, generator=generator(length)).to(dtype).to(backend.device)
@@ -281,7 +276,6 @@ def test_topk_long(backend, length):
 
 
 @pytest.mark.parametrize("fill", [0.0, -0.0, 1.5, -2.0, math.inf, -math.inf, math.nan])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("length", [40, 700])
 def test_topk_all_equal(backend, fill, dtype, length):
     types = types_for(2, length, backend.device)
@@ -292,7 +286,6 @@ def test_topk_all_equal(backend, fill, dtype, length):
         assert [j for j in want[0] if j in vision] == vision[:k], "ties go to the lower index"
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_topk_order_of_special_values(backend, dtype):
     """inf, normal, subnormal, equal zeros of both signs, negative, -inf, NaN."""
     tiny = torch.finfo(dtype).tiny / 4
@@ -306,7 +299,6 @@ def test_topk_order_of_special_values(backend, dtype):
             check_topk(backend, scores, types, k)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_topk_many_ties(backend, dtype):
     """Few distinct values, so that every budget splits a tie."""
     types = types_for(2, 300, backend.device)
@@ -398,7 +390,6 @@ def test_empty(backend, shape):
         check_topk(backend, total, types, 4, capacity=capacity, drop_multiple=4)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_views(backend, dtype):
     total, peak, types, thresholds = dual_case(3, 40, dtype, backend.device)
     protected = protect(types, 0.2, 1)
@@ -410,16 +401,10 @@ def test_views(backend, dtype):
     check_topk(backend, one[0], one[2], 9, protected=one[3])
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_same_bits_every_run(backend, threads, dtype):
+def test_same_bits_every_run(backend, check_same_bits, dtype):
     total, peak, types, thresholds = dual_case(8, 90, dtype, backend.device, quantiles=(0.5, 0.8))
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        dual = backend.select_dual(total, peak, types, *thresholds, drop_multiple=4)
-        runs.append([*dual, *backend.select_topk(total, types, 20, drop_multiple=4)])
-    for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_same_bits(lambda: backend.select_dual(total, peak, types, *thresholds, drop_multiple=4))
+    check_same_bits(lambda: backend.select_topk(total, types, 20, drop_multiple=4))
 
 
 # ---------------------------------------------------------------------------------------------- invalid arguments

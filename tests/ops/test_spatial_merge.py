@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from . import oracle
-from .cases import FLOATS, Watch, dtype_id, f64, in_buffer, normal, pictures, same_bits
+from .cases import Watch, dtype_id, f64, in_buffer, normal, pictures, same_bits
 from .changes import DOUBLE, HALF, INT, set_to, to_shape, with_gaps
 from .tolerance import assert_rounded_once
 
@@ -55,7 +55,6 @@ def check_rows(tokens, x, want: oracle.Merge, sizes) -> None:
         assert not f64(tokens[b, int(want.counts[b]) :]).any(), "tokens past counts must be zero"
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("merged_first", [False, True])
 @pytest.mark.parametrize("mode", ["threshold", "uniform", "budget"])
 def test_modes(backend, dtype, merged_first, mode):
@@ -108,7 +107,6 @@ def test_prefix_tokens(backend, prefix, merged_first):
 
 
 @pytest.mark.parametrize("channels", [1, 2, 7, 33, 64, 129, 1024])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_channels(backend, channels, dtype):
     # One channel has cosines of 1 and -1 only: many windows tie, and the lower index wins.
     if channels == 1:
@@ -119,7 +117,6 @@ def test_channels(backend, channels, dtype):
     check(backend, x, [4, 6], [2, 2])
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_clip_size(backend, dtype):
     x = pictures(1, [24, 24], [3, 3], 48, seed=1, dtype=dtype, device=backend.device)
     want = check(backend, x, [24, 24], [3, 3])
@@ -137,7 +134,6 @@ def test_windows_larger_than_the_grid(backend, window, uniform):
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 40}], ids=str)
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_clip_large(backend, batch, mode, dtype):
     x = pictures(batch, [24, 24], [3, 3], 1024, seed=2, dtype=dtype, device=backend.device)
     check(backend, x, [24, 24], [3, 3], **mode)
@@ -161,7 +157,6 @@ def test_batch_equals_single_images(backend, channels, budget, dtype):
             assert same_bits(of_batch[b : b + 1], alone)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 2}], ids=str)
 def test_sizes(backend, dtype, mode):
     x = pictures(2, [4, 6], [2, 2], 16, dtype=dtype, device=backend.device)
@@ -310,7 +305,6 @@ def test_empty(backend, mode):
         check(backend, x, grid, [2] * len(grid), num_prefix_tokens=prefix, **mode)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("order", [(0, 1, 2), (1, 0, 2)], ids=str)
 def test_views(backend, dtype, order):
     x = pictures(2, [4, 6], [2, 2], 15, dtype=dtype, device=backend.device)
@@ -328,16 +322,10 @@ def test_result_is_no_view(backend):
     assert got.sizes.untyped_storage().data_ptr() != sizes.untyped_storage().data_ptr()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("mode", [{}, {"uniform": True}, {"budget": 9}], ids=str)
-def test_same_bits_every_run(backend, threads, dtype, mode):
+def test_same_bits_every_run(backend, check_same_bits, dtype, mode):
     x = pictures(3, [12, 12], [3, 3], 64, seed=3, dtype=dtype, device=backend.device)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(backend.spatial_merge(x, [12, 12], [3, 3], **mode))
-    for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_same_bits(lambda: backend.spatial_merge(x, [12, 12], [3, 3], **mode))
 
 
 # ---------------------------------------------------------------------------------------------- invalid arguments

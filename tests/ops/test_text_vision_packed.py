@@ -13,24 +13,21 @@ from torch import Tensor
 
 from . import oracle
 from .cases import (
-    FLOATS,
     PADDING,
     QUERY,
     TEXT,
     VISION,
     Watch,
-    dtype_id,
     expected,
     f64,
     generator,
     in_buffer,
     normal,
     prompt,
-    same_bits,
     types_tensor,
 )
 from .changes import DOUBLE, HALF, INT, set_to, to_dtype, to_shape, with_gaps
-from .tolerance import assert_probabilities
+from .tolerance import assert_scores
 
 
 def cumulative(lengths: list[int], device: str) -> Tensor:
@@ -46,12 +43,17 @@ class Packed:
     cu_k: Tensor
     scale: float
     lengths: list
+    op = "text_vision_scores_varlen"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.types, self.cu_q, self.cu_k
 
     @property
     def arguments(self) -> tuple:
         longest_q = max((q for q, _ in self.lengths), default=0)
         longest_k = max((k for _, k in self.lengths), default=0)
-        return self.q, self.k, self.types, self.cu_q, self.cu_k, longest_q, longest_k, self.scale
+        return *self.tensors, longest_q, longest_k, self.scale
 
     def lse(self) -> Tensor:
         """(Hq, total_q) float32."""
@@ -81,26 +83,15 @@ def packed(
     )
 
 
-def check(backend, case: Packed, lse=None) -> np.ndarray:
-    watch = Watch(case.q, case.k, case.types, case.cu_q, case.cu_k, lse)
-    got = backend.text_vision_scores_varlen(*case.arguments, lse=lse)
+def check(backend, case: Packed | Paged, lse=None) -> np.ndarray:
+    watch = Watch(*case.tensors, lse)
+    got = getattr(backend, case.op)(*case.arguments, lse=lse)
     assert watch.nothing_changed()
-    total, peak = oracle.text_vision_scores_varlen(
-        f64(case.q),
-        f64(case.k),
-        case.types.cpu().numpy(),
-        case.cu_q.cpu().numpy(),
-        case.cu_k.cpu().numpy(),
-        case.scale,
-        None if lse is None else f64(lse),
-    )
-    assert_probabilities(got.total, total, "total")
-    assert_probabilities(got.peak, peak, "peak")
+    total, peak = getattr(oracle, case.op)(*map(f64, case.tensors), case.scale, None if lse is None else f64(lse))
+    assert_scores(got, total, peak)
     return total
 
 
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize(
     ("heads", "dim"), [((1, 1), 1), ((4, 1), 7), ((4, 4), 80), ((14, 2), 64), ((2, 2), 128), ((2, 1), 256)]
 )
@@ -141,7 +132,6 @@ def test_varlen_equals_dense(backend):
     torch.testing.assert_close(got.peak, dense.peak[0], rtol=2e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_varlen_views(backend, dtype):
     case = packed([(9, 12), (5, 5)], (4, 2), 24, dtype, backend.device)
     lse = case.lse()
@@ -207,10 +197,27 @@ class Paged:
     cu_q: Tensor
     longest_q: int
     scale: float
+    op = "text_vision_scores_paged"
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.q, self.k_cache, self.table, self.seq_lens, self.types, self.cu_q
 
     @property
     def arguments(self) -> tuple:
-        return self.q, self.k_cache, self.table, self.seq_lens, self.types, self.cu_q, self.longest_q, self.scale
+        return *self.tensors, self.longest_q, self.scale
+
+    def lse(self) -> Tensor:
+        """(Hq, total_q) float32."""
+        out = np.full((self.q.shape[1], len(self.q)), -math.inf)
+        slots = self.k_cache.shape[1]
+        for b, (q0, q1) in enumerate(oracle.spans(self.cu_q, len(self.q))):
+            length = int(self.seq_lens[b])
+            where = [(int(self.table[b, p // slots]), p % slots) for p in range(length)]
+            k = np.array([f64(self.k_cache[w]) for w in where]).reshape(length, *self.k_cache.shape[2:])
+            q, types = f64(self.q[q0:q1]).transpose(1, 0, 2), self.types[b, :length].cpu().numpy()
+            out[:, q0:q1] = oracle.log_sum_exp(q, k.transpose(1, 0, 2), types, self.scale)
+        return expected(out).float().to(self.q.device)
 
 
 def paged(
@@ -246,51 +253,16 @@ def paged(
     )
 
 
-def paged_lse(case: Paged) -> Tensor:
-    out = np.full((case.q.shape[1], len(case.q)), -math.inf)
-    slots = case.k_cache.shape[1]
-    for b, (q0, q1) in enumerate(oracle.spans(case.cu_q, len(case.q))):
-        length = int(case.seq_lens[b])
-        where = [(int(case.table[b, p // slots]), p % slots) for p in range(length)]
-        k = np.array([f64(case.k_cache[w]) for w in where]).reshape(length, *case.k_cache.shape[2:])
-        types = case.types[b, :length].cpu().numpy()
-        out[:, q0:q1] = oracle.log_sum_exp(
-            f64(case.q[q0:q1]).transpose(1, 0, 2), k.transpose(1, 0, 2), types, case.scale
-        )
-    return expected(out).float().to(case.q.device)
-
-
-def check_paged(backend, case: Paged, lse=None) -> np.ndarray:
-    watch = Watch(case.q, case.k_cache, case.table, case.seq_lens, case.types, case.cu_q, lse)
-    got = backend.text_vision_scores_paged(*case.arguments, lse=lse)
-    assert watch.nothing_changed()
-    total, peak = oracle.text_vision_scores_paged(
-        f64(case.q),
-        f64(case.k_cache),
-        case.table.cpu().numpy(),
-        case.seq_lens.cpu().numpy(),
-        case.types.cpu().numpy(),
-        case.cu_q.cpu().numpy(),
-        case.scale,
-        None if lse is None else f64(lse),
-    )
-    assert_probabilities(got.total, total, "total")
-    assert_probabilities(got.peak, peak, "peak")
-    return total
-
-
 LENGTHS = [(20, 20), (1, 17), (9, 33), (2, 2)]
 
 
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize(
     ("heads", "dim", "slots"),
     [((1, 1), 1, 1), ((4, 1), 7, 3), ((4, 4), 80, 16), ((14, 2), 64, 4), ((2, 2), 128, 64)],
 )
 def test_paged_shapes(backend, heads, dim, slots, dtype, with_lse):
     case = paged(LENGTHS, heads, dim, slots, dtype, backend.device)
-    total = check_paged(backend, case, paged_lse(case) if with_lse else None)
+    total = check(backend, case, case.lse() if with_lse else None)
     assert (total > 0).any()
 
 
@@ -300,8 +272,8 @@ def test_paged_shapes(backend, heads, dim, slots, dtype, with_lse):
 @pytest.mark.parametrize("slots", [1, 4])
 def test_paged_lengths(backend, lengths, slots):
     case = paged(lengths, slots=slots, device=backend.device)
-    check_paged(backend, case)
-    check_paged(backend, case, paged_lse(case))
+    check(backend, case)
+    check(backend, case, case.lse())
 
 
 def layouts(cache: Tensor) -> dict[str, Tensor]:
@@ -321,14 +293,13 @@ def layouts(cache: Tensor) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["HND", "transposed", "layers between blocks", "half of a block", "half of a slot"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("slots", [1, 4])
 def test_paged_layouts(backend, layout, dtype, slots):
     case = paged(LENGTHS[:3], (4, 2), 24, slots, dtype, backend.device)
     case.k_cache = layouts(case.k_cache)[layout]
     case.q, case.types = in_buffer(case.q), in_buffer(case.types)
     case.table = in_buffer(case.table)
-    check_paged(backend, case)
+    check(backend, case)
 
 
 def test_paged_equals_varlen(backend):
@@ -350,7 +321,7 @@ def test_paged_shared_blocks(backend):
     case = paged([(5, 9), (5, 9)], device=backend.device)
     case.table[1, 0] = case.table[0, 0]
     case.types[1] = case.types[0]
-    check_paged(backend, case)
+    check(backend, case)
 
 
 @pytest.mark.parametrize("seq_lens", [[20, 9], [99, 9], [-4, 9], [2**31 - 1, -(2**31)], [0, 0]], ids=str)
@@ -364,7 +335,7 @@ def test_paged_garbage_on_the_device(backend, seq_lens, bad_block):
     case.table[1, 2] = bad_block  # position 8, the last row of the second sequence, no query row then
     case.seq_lens = torch.tensor(seq_lens, dtype=torch.int32, device=backend.device)
     case.k_cache = in_buffer(case.k_cache)
-    total = check_paged(backend, case)
+    total = check(backend, case)
     assert np.isfinite(total).all()
 
 
@@ -373,7 +344,7 @@ def test_paged_backward_rows(backend):
     for cu_q in ([0, 99, 5], [9, 3, 10], [-5, 4, 2**31 - 1]):
         case.cu_q = torch.tensor(cu_q, dtype=torch.int32, device=backend.device)
         case.longest_q = 10
-        check_paged(backend, case)
+        check(backend, case)
 
 
 def test_paged_types_wider_than_the_table(backend):
@@ -384,7 +355,7 @@ def test_paged_types_wider_than_the_table(backend):
     case.types[0, 0], case.types[0, 6:8] = TEXT, QUERY
     case.seq_lens.fill_(30)
     case.types[0, 28:] = QUERY
-    check_paged(backend, case)
+    check(backend, case)
 
 
 def test_padding_inside_a_block(backend):
@@ -394,33 +365,22 @@ def test_padding_inside_a_block(backend):
     )
     case.k_cache[case.table[0, 0].long(), 0] = math.nan
     case.k_cache[case.table[0, 0].long(), 3] = math.nan
-    total = check_paged(backend, case)
+    total = check(backend, case)
     assert np.isfinite(total).all()
     assert total.any()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_large(backend, dtype):
     check(backend, packed([(671, 671), (100, 900)], (4, 2), 128, dtype, backend.device))
-    check_paged(backend, paged([(671, 671), (100, 900)], (4, 2), 128, 16, dtype, backend.device))
+    check(backend, paged([(671, 671), (100, 900)], (4, 2), 128, 16, dtype, backend.device))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-def test_same_bits_every_run(backend, threads, dtype):
+def test_same_bits_every_run(backend, check_same_bits, dtype):
     flat = packed([(60, 90), (1, 33), (20, 20)], (6, 2), 64, dtype, backend.device)
     pages = paged([(60, 90), (1, 33), (20, 20)], (6, 2), 64, 16, dtype, backend.device)
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        runs.append(
-            [
-                *backend.text_vision_scores_varlen(*flat.arguments),
-                *backend.text_vision_scores_paged(*pages.arguments),
-            ]
-        )
-    for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_same_bits(lambda: backend.text_vision_scores_varlen(*flat.arguments))
+    check_same_bits(lambda: backend.text_vision_scores_paged(*pages.arguments))
 
 
 # ---------------------------------------------------------------------------------------------- invalid arguments

@@ -11,7 +11,6 @@ import torch
 
 from . import oracle
 from .cases import (
-    FLOATS,
     PADDING,
     QUERY,
     TEXT,
@@ -19,7 +18,6 @@ from .cases import (
     Attention,
     Watch,
     attention,
-    dtype_id,
     f64,
     in_buffer,
     prompt,
@@ -27,7 +25,7 @@ from .cases import (
     types_tensor,
 )
 from .changes import DENSE, set_to
-from .tolerance import assert_probabilities
+from .tolerance import assert_probabilities, assert_scores
 
 
 def check(backend, case: Attention, lse=None) -> tuple[np.ndarray, np.ndarray]:
@@ -35,8 +33,7 @@ def check(backend, case: Attention, lse=None) -> tuple[np.ndarray, np.ndarray]:
     got = backend.text_vision_scores(*case.arguments, lse=lse)
     assert watch.nothing_changed()
     total, peak = case.oracle_scores(lse)
-    assert_probabilities(got.total, total, "total")
-    assert_probabilities(got.peak, peak, "peak")
+    assert_scores(got, total, peak)
     assert got.total.device == got.peak.device == case.q.device
     return total, peak
 
@@ -47,8 +44,6 @@ def query_rows(case: Attention) -> int:
     return int((case.types[:, case.types.shape[1] - rows :] == QUERY).sum(1).max()) if len(case.q) else 0
 
 
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize(
     ("heads", "length", "dim"),
     [
@@ -67,7 +62,6 @@ def test_shapes(backend, heads, length, dim, dtype, with_lse):
     assert (total > 0).any()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_llava_size(backend, dtype):
     types = [prompt(671, queries=60, images=1)]
     case = attention(1, (4, 4), None, 671, 128, dtype=dtype, device=backend.device, types=types)
@@ -76,7 +70,6 @@ def test_llava_size(backend, dtype):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize("heads", [(8, 8), (28, 4)])
 def test_long(backend, dtype, heads):
     types = [prompt(2980, queries=100, images=3)]
@@ -95,7 +88,6 @@ def test_many_query_rows(backend):
 
 
 @pytest.mark.parametrize("layout", ["window", "blhd"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 def test_views(backend, dtype, layout):
     """The values around every view are NaN, so that reading one shows in the result."""
     case = attention(2, (4, 2), 15, 20, 24, dtype=dtype, device=backend.device, layout=layout)
@@ -121,7 +113,6 @@ def test_head_dim_one_with_any_stride(backend):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 9, 23])
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
 def test_last_rows_only(backend, rows, with_lse):
     """Lq < Lk: the position of row i is Lk - Lq + i, and query rows before q are ignored."""
     types = [prompt(24, images=2, queries=4), prompt(24, queries=20), prompt(24, queries=3, pad=2, side="right")]
@@ -174,7 +165,6 @@ ODD_TYPES = {
 
 
 @pytest.mark.parametrize("name", ODD_TYPES)
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
 def test_token_types(backend, name, with_lse):
     types = ODD_TYPES[name]
     case = attention(1, (4, 2), None, len(types), 8, device=backend.device, types=[types])
@@ -326,7 +316,6 @@ def check_map(backend, case: Attention, max_query: int, lse=None) -> np.ndarray:
     return want
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
 @pytest.mark.parametrize(("heads", "length", "dim"), [((2, 1), 3, 7), ((4, 4), 65, 80), ((14, 2), 40, 64)])
 @pytest.mark.parametrize("layout", ["plain", "window", "blhd"])
 def test_map_shapes(backend, heads, length, dim, dtype, layout):
@@ -383,19 +372,12 @@ def test_map_nan(backend):
     assert np.isfinite(want[0, 1]).all()
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=dtype_id)
-@pytest.mark.parametrize("with_lse", [False, True], ids=["", "lse"])
-def test_same_bits_every_run(backend, threads, dtype, with_lse):
+def test_same_bits_every_run(backend, check_same_bits, dtype, with_lse):
     types = [prompt(150, queries=40, images=2), prompt(150, queries=20, pad=11)]
     case = attention(2, (6, 2), None, 150, 64, dtype=dtype, device=backend.device, types=types)
     lse = case.lse() if with_lse else None
-    runs = []
-    for count in (1, 2, 2):
-        threads(count)
-        scored = backend.text_vision_scores(*case.arguments, lse=lse)
-        runs.append([*scored, backend.text_vision_attention(*case.arguments, 40, lse=lse)])
-    for other in runs[1:]:
-        assert all(same_bits(a, b) for a, b in zip(runs[0], other, strict=True))
+    check_same_bits(lambda: backend.text_vision_scores(*case.arguments, lse=lse))
+    check_same_bits(lambda: [backend.text_vision_attention(*case.arguments, 40, lse=lse)])
 
 
 # ---------------------------------------------------------------------------------------------- invalid arguments

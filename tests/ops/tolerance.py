@@ -14,6 +14,8 @@ is then rounded once, by half a unit in the last place of the dtype.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,6 +31,12 @@ def assert_probabilities(got: Tensor, want: np.ndarray, what: str = "") -> None:
     np.testing.assert_allclose(got64, want, **PROBABILITY, equal_nan=True, err_msg=what)
     zeros = want == 0
     assert (got64[zeros] == 0).all(), f"{what}: columns without attention or of other types must be exactly zero"
+
+
+def assert_scores(got: Any, total: np.ndarray, peak: np.ndarray) -> None:
+    """The results of a scoring operator."""
+    assert_probabilities(got.total, total, "total")
+    assert_probabilities(got.peak, peak, "peak")
 
 
 def assert_rounded_once(got: Tensor, want: np.ndarray, magnitude: np.ndarray, what: str = "") -> None:
