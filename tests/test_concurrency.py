@@ -4,9 +4,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +15,7 @@ import torch
 from cuda_emulation import nvrtc
 from ops.sample_calls import sample
 from ops.schemas import OPS
+from processes import output_of_python, python_path
 from torch import Tensor
 
 import mustdrop_kernels as mk
@@ -207,7 +205,4 @@ threads = [threading.Thread(target=run) for _ in range(4)]
 [t.join() for t in threads]
 assert not errors, errors
 """
-    root = Path(mk.__file__).parents[1]
-    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    output_of_python("-c", code, PYTHONPATH=python_path(Path(mk.__file__).parents[1]))

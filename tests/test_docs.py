@@ -20,6 +20,7 @@ import pytest
 import setuptools
 import tiny_llava
 import torch
+from processes import output_of_python, run_python
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import _load, backends, cli
@@ -115,10 +116,8 @@ def test_every_block_is_of_a_language_that_is_run() -> None:
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs")
     pytest.importorskip("mkdocstrings")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    output_of_python("-m", "mkdocs", "build", "--strict", "-d", tmp_path, folder=ROOT, **quiet)
     assert "<table>" in (tmp_path / "ops" / "spatial_merge.html").read_text()
 
 
@@ -163,8 +162,7 @@ def _broken(folder: Path, content: bytes | None) -> None:
 
 def _old_instruction_set(_: Path) -> None:
     code = "import torch, mustdrop_kernels as mk; mk.spatial_merge(torch.ones(1, 5, 4), [2, 2], [2, 2])"
-    environment = {**os.environ, "MUSTDROP_CPU_CAPABILITY": "sse9"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = run_python("-c", code, MUSTDROP_CPU_CAPABILITY="sse9")
     raise RuntimeError(done.stdout + done.stderr)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import tiny_llava
+from processes import output_of_python
 
 from mustdrop_kernels.bench import serving
 
@@ -85,8 +86,7 @@ def test_the_documentation_begins_with_the_same_commands() -> None:
 
 def test_tables_are_current() -> None:
     """Run `make figures` after a new measurement."""
-    done = subprocess.run([sys.executable, "tools/figures.py", "--check"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output_of_python("tools/figures.py", "--check", folder=ROOT)
 
 
 def test_links_are_valid() -> None:

@@ -7,10 +7,10 @@ import json
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of_python
 from sanitizers import variants
 
 from mustdrop_kernels import _load
@@ -53,9 +53,7 @@ def test_tiles_are_used(site: Path, tmp_path: Path) -> None:
     totals = []
     for level in ("amx_bf16", "avx512_bf16"):
         environment = variants.environment_with(site, MUSTDROP_CPU_CAPABILITY=level)
-        command = [sys.executable, "-c", SCORES]
-        done = subprocess.run(command, check=True, env=environment, cwd=tmp_path, capture_output=True, text=True)
-        capability, total = json.loads(done.stdout)
+        capability, total = json.loads(output_of_python("-c", SCORES, folder=tmp_path, **environment))
         assert capability == level
         totals.append(total)
     assert totals[0] != totals[1]

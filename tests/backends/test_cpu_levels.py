@@ -3,26 +3,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of_python
 
 from mustdrop_kernels import _load
 
 REPOSITORY = Path(__file__).parents[2]
 LEVELS = ("baseline", "avx2", "avx512", "avx512_bf16")
 """In ascending order."""
-COMPILED = (
-    "golden",
-    "spatial_merge",
-    "cls_attention",
-    "select",
-    "text_vision_scores",
-    "text_vision_packed",
-)
+COMPILED = ("golden", "spatial_merge", "cls_attention", "select", "text_vision_scores", "text_vision_packed")
 """Tests of operators whose kernels are compiled per level."""
 FEW = {"MUSTDROP_TEST_BACKENDS": "cpu", "MUSTDROP_FUZZ_CASES": "25"}
 
@@ -35,10 +26,5 @@ def test_conformance(level: str) -> None:
     if level == best:
         pytest.skip("the main suite runs on it")
     files = [*(f"tests/ops/test_{name}.py" for name in COMPILED), "tests/fuzz/test_fuzz.py"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files],
-        env={**os.environ, "MUSTDROP_CPU_CAPABILITY": level, **FEW},
-        cwd=REPOSITORY, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert " passed" in done.stdout
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *files)
+    assert " passed" in output_of_python(*words, folder=REPOSITORY, MUSTDROP_CPU_CAPABILITY=level, **FEW)

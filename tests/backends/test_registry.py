@@ -3,15 +3,14 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 from example import OTHER, SIMPLE, simple_arguments
+from processes import output_of_python, python_path, run_python
 from torch import Tensor
 
 import mustdrop_kernels as mk
@@ -158,13 +157,6 @@ def test_third_party_gets_gradients(recorder):
 # ---------------------------------------------------------------------------------------------- MUSTDROP_BACKEND
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MUSTDROP_")}
-    return subprocess.run(
-        [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True, timeout=300
-    )
-
-
 PROGRAM = f"""
 import os, sys, torch
 import mustdrop_kernels as mk
@@ -190,9 +182,7 @@ print(backends.serving("{SIMPLE}", "cpu"), any("reference" in f for f in files),
 
 
 def outcome(**environment: str) -> list[str]:
-    done = python(PROGRAM, **environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip().split("|")
+    return output_of_python("-c", PROGRAM, without="MUSTDROP_", **environment).strip().split("|")
 
 
 def test_variable_names_the_reference():
@@ -226,13 +216,10 @@ def test_conformance_suite_runs_on_a_third_party(tmp_path):
     )
 
     def pytest_on(chosen: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "mine", "-p", "no:cacheprovider"]
+        words = ["-m", "pytest", "-q", "-rs", "-p", "mine", "-p", "no:cacheprovider"]
         tests = [f"tests/ops/test_gather.py::{t}" for t in ("test_all_and_none", "test_after_select")]
-        paths = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        environment = {**os.environ, "PYTHONPATH": paths, "MUSTDROP_TEST_BACKENDS": chosen}
-        return subprocess.run(
-            [*command, *tests], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300
-        )
+        environment = {"PYTHONPATH": python_path(tmp_path), "MUSTDROP_TEST_BACKENDS": chosen}
+        return run_python(*words, *tests, folder=REPOSITORY, **environment)
 
     done = pytest_on("mine")
     assert done.returncode == 0, done.stdout + done.stderr

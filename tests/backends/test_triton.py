@@ -7,14 +7,12 @@ The conformance suite runs on it with TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from example import SIMPLE, simple_arguments
+from processes import run_python
 
 import mustdrop_kernels
 from mustdrop_kernels import backends
@@ -90,8 +88,7 @@ def test_doctor_shows_the_reason(hidden, reason):
         "sys.argv = ['mustdrop', 'doctor', '--json']\n"
         "main()\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "MUSTDROP_BACKEND")}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, without=("TRITON_INTERPRET", "MUSTDROP_BACKEND"))
     rows = json.loads(done.stdout)["operators"]
     reasons = {row["op"]: row["why_not"]["triton"] for row in rows if row["device"] == "cuda"}
     assert set(reasons) == set(backends.OPS), done.stderr
@@ -100,7 +97,7 @@ def test_doctor_shows_the_reason(hidden, reason):
 
 def test_importing_the_package_does_not_import_triton():
     code = "import sys, mustdrop_kernels; sys.exit('triton.language' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert run_python("-c", code).returncode == 0
 
 
 # ---------------------------------------------------------------------------------------------- paths of large inputs

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import ast
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from processes import output_of_python
 
 from mustdrop_kernels.backends import triton as backend
 
@@ -30,13 +28,7 @@ import triton_keys
 
 def ask(command: str, direction: str, cache: Path) -> Any:
     """Output of triton_keys.py in a separate process."""
-    script = Path(triton_keys.__file__)
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(cache)}
-    done = subprocess.run(
-        [sys.executable, str(script), command, direction], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(output_of_python(triton_keys.__file__, command, direction, TRITON_CACHE_DIR=str(cache)))
 
 
 def test_keys_do_not_depend_on_the_order(tmp_path):

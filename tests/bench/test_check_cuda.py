@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import check_cuda
 import pytest
 from cuda_static import compiling, known_faults, report, rules
 from cuda_static.kernel import Code, Kernel, generic
+from processes import output_of_python, run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "check_cuda.py"
@@ -62,10 +60,7 @@ def test_report():
     ("signature", "name"),
     [
         ("void mustdrop::gather_kernel<uint4, true>(mustdrop::GatherParameters)", "gather_kernel<uint4, true>"),
-        (
-            "void mustdrop::merge_write_kernel<mustdrop::half_t, (int)8>(mustdrop::M)",
-            "merge_write_kernel<half_t, 8>",
-        ),
+        ("void mustdrop::merge_write_kernel<mustdrop::half_t, (int)8>(mustdrop::M)", "merge_write_kernel<half_t, 8>"),
         ("mustdrop::merge_rank_kernel(mustdrop::MergeParameters)", "merge_rank_kernel"),
         ("void (anonymous namespace)::scale<(bool)1>(float*)", "scale<1>"),
     ],
@@ -110,13 +105,10 @@ def test_without_a_compiler(tmp_path):
     broken = tmp_path / "nvcc"
     broken.write_text("#!/bin/sh\necho 'no cicc here' >&2\nexit 1\n")
     broken.chmod(0o755)
-    environment = {**os.environ, "MUSTDROP_NVCC": str(broken)}
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0
-    assert "skipped" in done.stdout
-    assert "no cicc here" in done.stdout
-    done = subprocess.run([sys.executable, str(SCRIPT), "--require"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
+    said = output_of_python(SCRIPT, MUSTDROP_NVCC=str(broken))
+    assert "skipped" in said
+    assert "no cicc here" in said
+    assert run_python(SCRIPT, "--require", MUSTDROP_NVCC=str(broken)).returncode == 1
 
 
 @pytest.mark.slow

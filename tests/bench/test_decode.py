@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from processes import output_of_python
 
 pytest.importorskip("transformers")
 
 
 def run(*arguments: object) -> str:
-    command = [sys.executable, "-m", "mustdrop_kernels", "bench", "decode", *map(str, arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return output_of_python("-m", "mustdrop_kernels", "bench", "decode", *arguments)
 
 
 def test_pairs_of_steps_are_compared(tmp_path):

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
+from processes import output_of_python, run_python
 
 pytest.importorskip("triton")
 
@@ -23,18 +21,12 @@ def test_dry_run_names_every_operator(mustdrop):
 
 def test_launches_are_counted_and_timed(tmp_path):
     path = tmp_path / "host.json"
-    command = [sys.executable, "-m", "mustdrop_kernels", "bench", "host"]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-
-    def said(*words: str) -> str:
-        done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    table = said("--seconds", "0.01", "--json", str(path), "--markdown")
+    command = ("-m", "mustdrop_kernels", "bench", "host")
+    words = ("--seconds", "0.01", "--json", path, "--markdown")
+    table = output_of_python(*command, *words, without="TRITON_INTERPRET")
     rows = json.loads(path.read_text())["rows"]
     assert all(row["launches"] >= 1 and row["us"] > 0 and row["us_triton_path"] > 0 for row in rows)
-    assert said("--load", str(path), "--markdown") == table
-    refused = subprocess.run(command, capture_output=True, text=True, env={**environment, "TRITON_INTERPRET": "1"})
+    assert output_of_python(*command, "--load", path, "--markdown", without="TRITON_INTERPRET") == table
+    refused = run_python(*command, TRITON_INTERPRET="1")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "TRITON_INTERPRET is set" in refused.stderr

@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
+from processes import output_of_python
 
 pytest.importorskip("transformers")
 
 
 def bench(*words):
-    command = [sys.executable, "-m", "mustdrop_kernels", "bench", "model", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return output_of_python("-m", "mustdrop_kernels", "bench", "model", *words)
 
 
 @pytest.mark.slow
@@ -22,8 +20,7 @@ def bench(*words):
 def test_model(tmp_path, cache):
     path = tmp_path / "model.json"
     words = ["--model", "tiny", "--tokens", "full,64", "--batch", 2, "--new-tokens", 3, "--cache", cache]
-    done = bench(*words, "--repeats", 1, "--threads", 1, "--json", path)
-    assert done.returncode == 0, done.stderr
+    said = bench(*words, "--repeats", 1, "--threads", 1, "--json", path)
     full, cut = json.loads(path.read_text())["rows"]
     assert (full["setting"], cut["setting"]) == ("full", "64")
     assert full["mean_vision_tokens"] == 576
@@ -32,10 +29,8 @@ def test_model(tmp_path, cache):
     assert full["decode_tokens_per_second"] > 0
     assert {"vision tower", "language layers 0-3", "everything else"} <= set(full["stages_ms"])
     assert {"+ merge", "+ layer 2", "+ evict"} <= set(cut["stages_ms"])
-    assert "tiny, random weights" in done.stdout
-    again = bench("--load", path, "--markdown")
-    assert again.returncode == 0, again.stderr
-    assert again.stdout.count("\n| 2 | ") == 2
+    assert "tiny, random weights" in said
+    assert bench("--load", path, "--markdown").count("\n| 2 | ") == 2
 
 
 def test_dry_run_says_what_it_takes(mustdrop):

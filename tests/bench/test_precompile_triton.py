@@ -4,14 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of_python, python_path, run_python
 
 from mustdrop_kernels.backends import triton as backend
 
@@ -23,18 +22,11 @@ if backend.version() is None:
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TESTS = "tests/ops/test_gather.py::test_position_ids_and_masks"
 NAME = "triton-cache-sm90"
+PATH = python_path(TOOLS, TOOLS.parent)
 
 
-def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join(filter(None, (str(TOOLS), str(TOOLS.parent), os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, **environment}
-    return subprocess.run(
-        [sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-
-
-def fill(*arguments: str) -> subprocess.CompletedProcess:
-    return python(str(TOOLS / "precompile_triton.py"), "--jobs=1", "--shapes=", *arguments)
+def fill(*arguments: object) -> str:
+    return output_of_python(TOOLS / "precompile_triton.py", "--jobs=1", "--shapes=", *arguments, PYTHONPATH=PATH)
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +34,7 @@ def filled(tmp_path_factory) -> tuple[Path, Path]:
     """The folder with the archive, and the cache."""
     folder = tmp_path_factory.mktemp("triton")
     out, cache = folder / "out", folder / "cache"
-    done = fill("--out", str(out), "--cache", str(cache), "--tests", TESTS)
-    assert done.returncode == 0, done.stderr
-    assert "; 0 were there already" in done.stdout
+    assert "; 0 were there already" in fill("--out", out, "--cache", cache, "--tests", TESTS)
     return out, cache
 
 
@@ -68,18 +58,16 @@ def test_another_process_finds_everything(filled):
     number = document["kernels"]
     assert number > 0
     shutil.rmtree(cache)
-    unpacked = python(str(TOOLS / "triton_cache.py"), str(out / f"{NAME}.json"))
+    unpacked = run_python(TOOLS / "triton_cache.py", out / f"{NAME}.json", PYTHONPATH=PATH)
     assert unpacked.stdout.strip() == str(cache)
     assert unpacked.stderr == ""
     assert {file.suffix for file in cache.rglob("*") if file.is_file()} == {".cubin", ".json"}
-    again = python("-c", AGAIN, TRITON_CACHE_DIR=str(cache))
-    assert again.returncode == 0, again.stderr
-    seen = json.loads(again.stdout)
+    seen = json.loads(output_of_python("-c", AGAIN, PYTHONPATH=PATH, TRITON_CACHE_DIR=str(cache)))
     assert len(seen) == number
     assert all(seen.values())
-    once_more = fill("--out", str(out), "--cache", str(cache), "--tests", TESTS)
-    assert f"{number} entries" in once_more.stdout
-    assert f"; {number} were there already" in once_more.stdout
+    once_more = fill("--out", out, "--cache", cache, "--tests", TESTS)
+    assert f"{number} entries" in once_more
+    assert f"; {number} were there already" in once_more
 
 
 @pytest.fixture

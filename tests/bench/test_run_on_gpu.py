@@ -17,6 +17,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import run_python
 from typer.testing import CliRunner
 
 from mustdrop_kernels.cli.app import app
@@ -116,10 +117,7 @@ backends.register_backend(backends.Backend({backend!r}, lambda op: None, serves,
 sys.exit(pytest.main(sys.argv[1:]))
 """
     environment = {"PYTHONPATH": str(ROOT), "MUSTDROP_EMULATION_SAMPLE": "0", "MUSTDROP_TEST_BACKENDS": backend}
-    done = subprocess.run(
-        [sys.executable, "-c", pretend, *words], cwd=ROOT, capture_output=True, text=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    done = run_python("-c", pretend, *words, folder=ROOT, **environment)
     names = re.findall(r"^tests/ops/[\w/.:]+\[(.*)\]$", done.stdout, flags=re.MULTILINE)
     own = [name for name in names if f"{backend}-cuda" in name]
     assert len(own) > 20, done.stdout + done.stderr

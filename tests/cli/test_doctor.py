@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
 
 import pytest
 import torch
+from processes import run_python
 
 from mustdrop_kernels import _load, backends
 from mustdrop_kernels.backends import Backend
@@ -22,9 +22,7 @@ RUN_MAIN = "import sys; sys.argv = ['mustdrop', 'doctor', *{words}]; from mustdr
 
 def run_apart(prelude: str, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Doctor in a process of its own, where `prelude` runs before the package is imported."""
-    code = prelude + "\n" + RUN_MAIN.format(words=list(words))
-    environment = {**os.environ, **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    return run_python("-c", prelude + "\n" + RUN_MAIN.format(words=list(words)), **environment)
 
 
 @pytest.fixture(scope="module")

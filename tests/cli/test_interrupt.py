@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.figure
 import pytest
 from example import QUICK
+from processes import run_python
 
 from mustdrop_kernels.cli import demo
 
@@ -92,7 +91,7 @@ def test_a_real_signal_while_timing(name: str, finished: int, tmp_path: Path) ->
     path = tmp_path / "bench.json"
     path.write_text("older")
     code = SIGNAL_WHILE_TIMING.format(name="interleaved", ops=" ".join(QUICK[:2]), finished=finished, signal=name)
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, env=dict(os.environ))
+    done = run_python("-c", code, path)
     assert done.returncode == 130, done.stderr
     assert files_in(tmp_path) == ["bench.json"]
     if finished:
@@ -122,8 +121,7 @@ main()
 def test_a_real_signal_while_questions_are_asked(tmp_path: Path) -> None:
     def evaluate(how: str, path: Path) -> subprocess.CompletedProcess[str]:
         words = "eval --count 6 --batch 2 --seeds 0 --methods random,cls,mustdrop --budgets 64 --no-layers --json"
-        command = [sys.executable, "-c", SIGINT_WHILE_ASKING, how, *words.split(), str(path)]
-        return subprocess.run(command, capture_output=True, text=True)
+        return run_python("-c", SIGINT_WHILE_ASKING, how, *words.split(), path)
 
     path = tmp_path / "eval.json"
     done = evaluate("interrupted", path)

@@ -3,19 +3,18 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
+from processes import output_of_python, run_python
 
 import mustdrop_kernels
 from mustdrop_kernels import cli
 
 
 def test_module_prints_the_version() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mustdrop_kernels", "--version"], capture_output=True, text=True, check=True
-    )
+    done = run_python("-m", "mustdrop_kernels", "--version")
+    assert done.returncode == 0
     assert done.stdout == f"mustdrop_kernels {mustdrop_kernels.__version__}\n"
     assert done.stderr == ""
 
@@ -44,5 +43,4 @@ def test_missing_packages_are_one_sentence(missing, monkeypatch) -> None:
 def test_version_needs_no_engine() -> None:
     """`mustdrop --version` and `doctor` start quickly: no model library is imported for them."""
     code = "import sys, mustdrop_kernels.cli.app; print(sorted({'transformers', 'matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert output_of_python("-c", code).strip() == "[]"

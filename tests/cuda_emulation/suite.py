@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from processes import run_python
 
 from . import building
 from .backend import NAME
@@ -27,7 +27,6 @@ def run_suite(
     """A finished pytest process. `sample`: one case in `sample` runs; `root`: the source tree of the kernels."""
     building.build_library(sanitizer, root)
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")},
         **building.preload(sanitizer),
         "MUSTDROP_TEST_BACKENDS": NAME,
         "MUSTDROP_EMULATION_SANITIZER": sanitizer,
@@ -36,9 +35,8 @@ def run_suite(
         "MUSTDROP_EMULATION_CAPABILITY": capability,
         "MUSTDROP_EMULATION_ROOT": str(root),
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    command += ["-k", f"{NAME} or test_paths", *options, *tests]
-    return subprocess.run(command, cwd=building.ROOT, env=environment, capture_output=True, text=True)
+    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"{NAME} or test_paths"]
+    return run_python(*words, *options, *tests, folder=building.ROOT, without="PYTEST_", **environment)
 
 
 def passed(done: subprocess.CompletedProcess) -> int:

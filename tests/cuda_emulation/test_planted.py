@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 from cuda_emulation import building
 
@@ -44,8 +43,7 @@ def in_a_process(name: str, right: bool) -> subprocess.CompletedProcess:
         f"assert planted.planted_run({name.encode()!r}, ctypes.c_bool({right}), out) == 0\n"
         f"assert list(out)[:{THREADS}] == {IN}"
     )
-    environment = {**os.environ, **building.preload("address")}
-    return subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env=environment)
+    return run_python("-S", "-c", code, **building.preload("address"))
 
 
 EXPECTED = {

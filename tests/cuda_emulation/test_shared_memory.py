@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
+from processes import run_python
 
 from cuda_emulation import building
 
@@ -24,12 +23,9 @@ def concurrency_with(launcher: str, root) -> subprocess.CompletedProcess:
     """Run tests/test_concurrency.py with this text as csrc/common/launch.h."""
     shutil.copytree(building.ROOT / "csrc", root / "csrc")
     (root / "csrc" / "common" / "launch.h").write_text(launcher)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_concurrency.py"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    return subprocess.run(
-        [*command, "-k", "differ and cuda_emulated"], cwd=building.ROOT, capture_output=True, text=True,
-        env={**environment, "MUSTDROP_EMULATION_ROOT": str(root)},
-    )  # fmt: skip
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_concurrency.py")
+    chosen = ("-k", "differ and cuda_emulated")
+    return run_python(*words, *chosen, folder=building.ROOT, without="PYTEST_", MUSTDROP_EMULATION_ROOT=str(root))
 
 
 @pytest.mark.parametrize(

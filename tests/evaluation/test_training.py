@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import output_of_python, run_python
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -21,7 +20,7 @@ TINY = ["--layers", "2", "--width", "32", "--vision-layers", "2", "--validation"
 
 
 def train(out: Path, *words: str) -> None:
-    subprocess.run([sys.executable, SCRIPT, "--out", out, *TINY, *words], check=True, capture_output=True, timeout=300)
+    output_of_python(SCRIPT, "--out", out, *TINY, *words)
 
 
 def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
@@ -61,8 +60,7 @@ typer.run(train.main)
 @pytest.mark.parametrize("module", ["loop", "model"])  # who writes checkpoints, and the trained model
 def test_ctrl_c_while_it_writes_leaves_nothing_half_written(tmp_path: Path, module: str) -> None:
     code = INTERRUPTED.format(module=module)
-    command = [sys.executable, "-c", code, SCRIPT, "--out", tmp_path, *TINY]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = run_python("-c", code, SCRIPT, "--out", tmp_path, *TINY)
     assert done.returncode not in (0, 1), done.stderr
     whole = {"loop": [], "model": ["language.safetensors", "log.jsonl", "tower.safetensors"]}[module]
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*")) == whole
@@ -72,5 +70,4 @@ def test_ctrl_c_while_it_writes_leaves_nothing_half_written(tmp_path: Path, modu
 
 
 def test_help_says_what_it_does() -> None:
-    done = subprocess.run([sys.executable, SCRIPT, "--help"], check=True, capture_output=True, text=True)
-    assert "Train the small LLaVA" in done.stdout
+    assert "Train the small LLaVA" in output_of_python(SCRIPT, "--help")

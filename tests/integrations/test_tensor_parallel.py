@@ -3,15 +3,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ranks
 import tiny_llava
 import torch
+from processes import output_of_python
 from prompts import make_inputs
 
 from mustdrop_kernels.config import MustDropConfig
@@ -27,12 +25,8 @@ def folder(tmp_path_factory, processor):
     tiny_llava.model().save_pretrained(folder / "model")
     tiny_llava.model(layers=6, key_heads=1).save_pretrained(folder / "one key head")
     torch.save(make_inputs(processor, "padded"), folder / "inputs.pt")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, HERE / "ranks.py", folder], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
+    output_of_python(*torchrun, HERE / "ranks.py", folder, OMP_NUM_THREADS="1")
     return folder
 
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import output_of_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "extending.md"
@@ -62,13 +63,10 @@ def test_an_operator_by_the_page(tmp_path: Path) -> None:
     for language, file, text in blocks():
         apply(language, tmp_path / file, text)
     paths = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("MUSTDROP_")}
-    environment = {**clean, "PATH": paths, "PYTHONPATH": str(tmp_path)}
+    environment = {"PATH": paths, "PYTHONPATH": str(tmp_path)}
 
     def run(*words: str) -> str:
-        done = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-        return done.stdout
+        return output_of_python(*words, folder=tmp_path, without="MUSTDROP_", **environment)
 
     run("setup.py", "-q", "build_ext", "--inplace")
     for folder in ("csrc", "mustdrop_kernels", "tests/ops"):

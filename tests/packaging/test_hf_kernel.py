@@ -3,14 +3,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import output_of_python, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "hub" / "hf_kernel.py"
@@ -62,18 +60,15 @@ assert x.grad is not None and {hub.backends.serving(op, "cpu") for op in hub.bac
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository in the hub's layout."""
     folder = tmp_path_factory.mktemp("hub")
-    environment = {**os.environ, "MUSTDROP_CUDA_ARCHS": ""}
-    subprocess.run([sys.executable, TOOL, folder], check=True, env=environment, capture_output=True)
+    output_of_python(TOOL, folder, MUSTDROP_CUDA_ARCHS="")
     return folder
 
 
 needs_kernels = pytest.mark.skipif(find_spec("kernels") is None, reason="the package kernels: make test-hf-kernel")
 
 
-def run(code: str, folder: Path, **environment: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=folder)
-    assert done.returncode == 0, done.stderr
+def run(code: str, folder: Path) -> None:
+    output_of_python("-c", code, folder=folder, PYTHONPATH=python_path(ROOT))
 
 
 @pytest.mark.parametrize(

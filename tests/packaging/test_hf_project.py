@@ -7,10 +7,8 @@ extension module), and the package `kernels`, if installed, validates the file.
 
 from __future__ import annotations
 
-import os
 import runpy
 import subprocess
-import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import output_of_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOL = ROOT / "hub" / "hf_kernel.py"
@@ -78,8 +77,7 @@ from kernels._rust import Build
 build = Build.open(Path({str(project)!r}))
 assert sorted(str(backend) for backend in build.general.backends) == ["cpu", "cuda"]
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of_python("-c", code)
 
 
 # ------------------------------------------------------------------------------------------------ the build
@@ -142,17 +140,8 @@ def compile_all(build: dict[str, Any], project: Path) -> Path:
             objects.append(project / f"{source.replace('/', '_')}.o")
             subprocess.run(["g++", "-O2", *flags, "-c", project / source, "-o", objects[-1]], check=True)
     module = project / "torch-ext" / "mustdrop_kernels" / f"{NAMESPACE}.abi3.so"
-    link = [
-        "g++",
-        "-shared",
-        *objects,
-        "-o",
-        module,
-        f"-L{folder / 'lib'}",
-        "-ltorch_cpu",
-        "-Wl,--allow-shlib-undefined",
-    ]
-    subprocess.run(link, check=True)
+    libraries = [f"-L{folder / 'lib'}", "-ltorch_cpu", "-Wl,--allow-shlib-undefined"]
+    subprocess.run(["g++", "-shared", *objects, "-o", module, *libraries], check=True)
     (module.parent / "_ops.py").write_text(OPS)
     return module
 
@@ -167,7 +156,5 @@ def test_it_builds_and_computes_the_same(build: dict[str, Any], project: Path) -
     best = _load.cpu_capability()
     levels = ("baseline", "avx2", "avx512", "avx512_bf16")
     for level in levels[: levels.index(best) + 1] if best else ():
-        environment = {**os.environ, "MUSTDROP_CPU_CAPABILITY": level, "PYTHONPATH": str(ROOT)}
         code = CALL.format(name=NAMESPACE, init=str(package / "__init__.py"))
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, f"{level}: {done.stderr}"
+        output_of_python("-c", code, MUSTDROP_CPU_CAPABILITY=level, PYTHONPATH=str(ROOT))

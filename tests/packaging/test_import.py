@@ -3,27 +3,24 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from processes import python_path, run_python
 
 import mustdrop_kernels
 
 PACKAGE = Path(mustdrop_kernels.__file__).parent
 
 
-def run_python(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}", **environment}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=folder)
+def run(code: str, folder: Path = PACKAGE.parent, **environment: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-c", code, folder=folder, PYTHONPATH=python_path(folder), **environment)
 
 
-def test_import_has_no_side_effects() -> None:
-    code = """
+NO_SIDE_EFFECTS = """
 import os, sys
 before = dict(os.environ)
 import torch
@@ -34,12 +31,7 @@ new = {name.split(".")[0] for name in set(sys.modules) - loaded}
 assert not new & {"triton", "cupy", "transformers", "rich", "typer", "matplotlib", "numpy"}, new
 assert not torch.cuda.is_initialized()
 """
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_vllm_plug_in_imports_nothing_without_vllm() -> None:
-    code = """
+PLUG_IN = """
 import sys
 import mustdrop_kernels
 loaded = set(sys.modules)
@@ -48,12 +40,7 @@ new = set(sys.modules) - loaded
 assert new <= {"mustdrop_kernels.integrations", "mustdrop_kernels.integrations.vllm",
                "mustdrop_kernels.integrations.vllm.plugin"}, new
 """
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-
-
-def test_works_without_native() -> None:
-    code = """
+WITHOUT_NATIVE = """
 import sys
 sys.modules["mustdrop_kernels._native"] = None
 import torch, mustdrop_kernels as mk
@@ -61,7 +48,18 @@ from mustdrop_kernels.ops.samples import sample
 for op in mk.backends.OPS:
     getattr(mk, op)(**sample(op))
 """
-    done = run_python(code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        pytest.param(NO_SIDE_EFFECTS, id="no side effects"),
+        pytest.param(PLUG_IN, id="the vLLM plug-in imports nothing without vLLM"),
+        pytest.param(WITHOUT_NATIVE, id="without the native module"),
+    ],
+)
+def test_import(code: str) -> None:
+    done = run(code)
     assert done.returncode == 0, done.stderr
 
 
@@ -81,14 +79,14 @@ mk.select_topk(**sample("select_topk"))
 
 def test_missing_library_is_named(tmp_path: Path) -> None:
     shutil.rmtree(copy_package(tmp_path) / "lib")
-    done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
+    done = run(CALL.format(folder=str(tmp_path)), folder=tmp_path)
     assert done.returncode == 1
     assert "libmustdrop.so was not built" in done.stderr
 
 
 def test_broken_library_gives_the_loader_error(tmp_path: Path) -> None:
     (copy_package(tmp_path) / "lib" / "libmustdrop.so").write_bytes(b"not a library")
-    done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
+    done = run(CALL.format(folder=str(tmp_path)), folder=tmp_path)
     assert done.returncode == 1
     assert "libmustdrop.so could not be loaded" in done.stderr
     assert "file too short" in done.stderr or "invalid ELF header" in done.stderr
@@ -100,7 +98,7 @@ def test_a_truncated_library_is_not_loaded(share: float, tmp_path: Path) -> None
     library = copy_package(tmp_path) / "lib" / "libmustdrop.so"
     whole = library.read_bytes()
     library.write_bytes(whole[: int(share * len(whole))])
-    done = run_python(CALL.format(folder=str(tmp_path)), folder=tmp_path)
+    done = run(CALL.format(folder=str(tmp_path)), folder=tmp_path)
     assert done.returncode == 1
     assert f"is cut off: it has {library.stat().st_size} of {len(whole)} bytes" in done.stderr
 
@@ -144,13 +142,13 @@ def test_a_broken_cuda_library_gives_the_real_reason(make: Callable[[Path], None
     library = copy_package(tmp_path) / "lib" / "libmustdrop_cuda.so"
     library.unlink(missing_ok=True)
     make(library)
-    done = run_python(WITH_CUDA, folder=tmp_path)
+    done = run(WITH_CUDA, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert reason in done.stdout
 
 
 def test_cpu_capability_is_applied_or_raises() -> None:
     code = "from mustdrop_kernels import _load; print(_load.cpu_capability())"
-    assert run_python(code, MUSTDROP_CPU_CAPABILITY="baseline").stdout.strip() == "baseline"
-    refused = run_python(code, MUSTDROP_CPU_CAPABILITY="sse9").stdout
+    assert run(code, MUSTDROP_CPU_CAPABILITY="baseline").stdout.strip() == "baseline"
+    refused = run(code, MUSTDROP_CPU_CAPABILITY="sse9").stdout
     assert "must be baseline, avx2, avx512, avx512_bf16 or amx_bf16" in refused

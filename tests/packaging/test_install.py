@@ -8,7 +8,6 @@ import re
 import runpy
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 import setuptools
 from library_symbols import NEEDED, NEEDED_BY_CUDA, needed, strange_symbols, undefined_symbols
+from processes import output_of_python
 
 from mustdrop_kernels.backends import OPS
 
@@ -37,9 +37,18 @@ def copy_sources(folder: Path) -> Path:
 
 
 def pip_install(source: Path, target: Path, **environment: str) -> None:
-    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
-    env = {**os.environ, "MUSTDROP_CUDA_ARCHS": "", **environment}
-    subprocess.run([*command, "--target", str(target), str(source)], check=True, env=env)
+    words = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", target, source)
+    output_of_python(*words, **{"MUSTDROP_CUDA_ARCHS": "", **environment})
+
+
+def call_installed(target: Path) -> None:
+    """Call an operator of the package in `target`."""
+    code = f"""
+import mustdrop_kernels as mk, torch
+assert mk.__file__.startswith({str(target)!r}), mk.__file__
+assert torch.ops.mustdrop.spatial_merge(torch.ones(1, 5, 4), [2, 2], [2, 2])[1].tolist() == [2]
+"""
+    output_of_python("-c", code, folder=target.parent, PYTHONPATH=str(target))
 
 
 @pytest.mark.slow
@@ -48,14 +57,7 @@ def test_pip_install_gives_a_working_package(tmp_path: Path) -> None:
     target = tmp_path / "site"
     pip_install(copy_sources(tmp_path / "source"), target)
     assert {p.name for p in (target / "mustdrop_kernels" / "lib").iterdir()} == LIB
-    code = f"""
-import mustdrop_kernels as mk, torch
-assert mk.__file__.startswith({str(target)!r}), mk.__file__
-merged = torch.ops.mustdrop.spatial_merge(torch.ones(1, 5, 4), [2, 2], [2, 2])
-assert merged[1].tolist() == [2]
-"""
-    env = {**os.environ, "PYTHONPATH": str(target)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=env, cwd=tmp_path)
+    call_installed(target)
 
 
 def find_nvcc() -> str | None:
@@ -76,11 +78,7 @@ def test_the_same_build_compiles_the_cuda_library(tmp_path: Path) -> None:
     assert [op for op in OPS if op.encode() not in library.read_bytes()] == []
     # A CPU-only torch reports why the library is not used.
     code = "from mustdrop_kernels import _load; print(_load.core.loaded, _load.cuda.problem)"
-    env = {**os.environ, "PYTHONPATH": str(target)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], check=True, env=env, cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.stdout.startswith("True")
+    assert output_of_python("-c", code, folder=tmp_path, PYTHONPATH=str(target)).startswith("True")
 
 
 @pytest.fixture
@@ -117,38 +115,19 @@ def test_targets_default_to_the_gpus_present(
 def build(source: Path, out: Path, *what: str, **environment: str) -> Path:
     """Run `python -m build` and return the file that it creates."""
     pytest.importorskip("build")
-    command = [sys.executable, "-m", "build", "--no-isolation", *what, "-o", str(out), str(source)]
-    env = {**os.environ, "MUSTDROP_CUDA_ARCHS": "", **environment}
-    subprocess.run(command, check=True, env=env, capture_output=True)
+    words = ("-m", "build", "--no-isolation", *what, "-o", out, source)
+    output_of_python(*words, **{"MUSTDROP_CUDA_ARCHS": "", **environment})
     (made,) = out.iterdir()
     return made
 
 
 def install_and_run(wheel: Path, target: Path) -> None:
     """Install a wheel in an environment without compilers, and call one of its operators."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "-q",
-        "--no-deps",
-        "--no-index",
-        "--target",
-        str(target),
-        str(wheel),
-    ]
     empty = target.parent / "no_compiler"
     empty.mkdir()
-    subprocess.run(command, check=True, env={**os.environ, "PATH": str(empty), "CXX": ""})
-    code = f"""
-import mustdrop_kernels as mk, torch
-assert mk.__file__.startswith({str(target)!r}), mk.__file__
-assert torch.ops.mustdrop.spatial_merge(torch.ones(1, 5, 4), [2, 2], [2, 2])[1].tolist() == [2]
-"""
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(target)}, cwd=target.parent
-    )
+    words = ("-m", "pip", "install", "-q", "--no-deps", "--no-index", "--target", target, wheel)
+    output_of_python(*words, PATH=str(empty), CXX="")
+    call_installed(target)
 
 
 @pytest.mark.slow

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 from mustdrop_kernels import _load, _sources
 
@@ -36,13 +35,9 @@ def tree(tmp_path: Path) -> Path:
 
 def build(tree: Path, archs: str = "90", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `setup.py build_ext --inplace` without CMake, so that a build fails."""
-    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    bare = {**os.environ, "MUSTDROP_CUDA_ARCHS": archs, "PATH": "/nowhere", **environment}
     stub = "import shutil; shutil.which = lambda *a, **k: None; import runpy, sys; sys.argv = sys.argv[1:]; "
-    return subprocess.run(
-        [sys.executable, "-c", f"{stub}runpy.run_path('setup.py', run_name='__main__')", *command[1:]],
-        cwd=tree, capture_output=True, text=True, env=bare,
-    )  # fmt: skip
+    words = ("-c", f"{stub}runpy.run_path('setup.py', run_name='__main__')", "setup.py", "-q", "build_ext", "--inplace")
+    return run_python(*words, folder=tree, MUSTDROP_CUDA_ARCHS=archs, PATH="/nowhere", **environment)
 
 
 @pytest.mark.parametrize("archs", ["90", "80;90", ""])
@@ -98,9 +93,7 @@ def test_invalid_record(text: str | None, tmp_path: Path) -> None:
 
 
 def test_doctor_shows_the_digest() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "mustdrop_kernels", "doctor", "--json"], capture_output=True, text=True, cwd=ROOT
-    )
+    done = run_python("-m", "mustdrop_kernels", "doctor", "--json", folder=ROOT)
     sources = json.loads(done.stdout)["sources"]
     assert sources["libraries_of"] == _sources.digest(ROOT)
     assert sources["same"] is True

@@ -4,14 +4,12 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "mustdrop_kernels"
@@ -117,9 +115,7 @@ DEMO = pytest.param(["demo", "--max-new-tokens", "1", "--out"], marks=pytest.mar
 def test_without_a_network(words: list[str], tmp_path: Path) -> None:
     if words[-1] == "--out":
         words = [*words, str(tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    environment |= {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", OFFLINE, *words]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    environment = {"HF_HOME": str(tmp_path / "hub"), "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = run_python("-c", OFFLINE, *words, folder=tmp_path, without="HF_", **environment)
     assert "a connection was opened" not in done.stderr
     assert done.returncode == 0, done.stderr[-3000:]
