@@ -122,36 +122,35 @@ def _padded(pictures: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return _cat(pictures)
 
 
-def _tokens(config: Any) -> dict[str, int]:
-    return {"image_token_index": IMAGE, "pad_token_id": PAD} | ({"video_token_index": VIDEO} if config else {})
+def clip(patches: int) -> Any:
+    """A CLIP tower for images of patches x patches."""
+    return tf.CLIPVisionConfig(image_size=patches * PATCH, **VISION)
+
+
+def siglip(patches: int) -> Any:
+    """A SigLIP tower for images of patches x patches."""
+    return tf.SiglipVisionConfig(image_size=patches * PATCH, **VISION)
+
+
+def build(name: str, tower: Any, language: Any = None, **settings: Any) -> Any:
+    """A LLaVA by the name of its classes, with these configs; without ``language`` with a LLaMA."""
+    language = tf.LlamaConfig(**TEXT) if language is None else language
+    config = getattr(tf, f"{name}Config")(
+        vision_config=tower, text_config=language, image_token_index=IMAGE, **settings
+    )
+    return getattr(tf, f"{name}ForConditionalGeneration")(config)
 
 
 # ------------------------------------------------------------------------------------------------------- LLaVA-1.5
 
 
-def _llava(strategy: str = "default", kind: str = "clip") -> Any:
-    vision = tf.CLIPVisionConfig if kind == "clip" else tf.SiglipVisionConfig
-    side = 6 * PATCH
-    return tf.LlavaForConditionalGeneration(
-        tf.LlavaConfig(
-            vision_config=vision(image_size=side, **VISION),
-            text_config=tf.LlamaConfig(**TEXT),
-            vision_feature_layer=-2,
-            vision_feature_select_strategy=strategy,
-            image_token_index=IMAGE,
-        )
-    )
+def _llava(strategy: str = "default", tower: Any = None) -> Any:
+    tower = clip(6) if tower is None else tower
+    return build("Llava", tower, vision_feature_layer=-2, vision_feature_select_strategy=strategy)
 
 
 def _vip_llava() -> Any:
-    return tf.VipLlavaForConditionalGeneration(
-        tf.VipLlavaConfig(
-            vision_config=tf.CLIPVisionConfig(image_size=6 * PATCH, **VISION),
-            text_config=tf.LlamaConfig(**TEXT),
-            vision_feature_layers=[-2, 2],
-            image_token_index=IMAGE,
-        )
-    )
+    return build("VipLlava", clip(6), vision_feature_layers=[-2, 2])
 
 
 def _llava_picture(extra: int) -> Callable[[Any, int], Picture]:
@@ -171,45 +170,25 @@ SIZES = [(60, 110), (112, 70), (56, 56), (40, 168)]
 PINPOINTS = [[TILE, 2 * TILE], [2 * TILE, TILE], [2 * TILE, 2 * TILE], [TILE, 3 * TILE]]
 
 
-def _next(**changes: Any) -> Any:
-    return tf.LlavaNextForConditionalGeneration(
-        tf.LlavaNextConfig(
-            vision_config=tf.CLIPVisionConfig(image_size=TILE, **VISION),
-            text_config=tf.LlamaConfig(**TEXT),
-            vision_feature_layer=-2,
-            image_grid_pinpoints=PINPOINTS,
-            image_token_index=IMAGE,
-        )
-    )
+def _next() -> Any:
+    return build("LlavaNext", clip(SIDE), vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS)
 
 
 def _next_video() -> Any:
-    return tf.LlavaNextVideoForConditionalGeneration(
-        tf.LlavaNextVideoConfig(
-            vision_config=tf.CLIPVisionConfig(image_size=TILE, **VISION),
-            text_config=tf.LlamaConfig(**TEXT),
-            vision_feature_layer=-2,
-            image_grid_pinpoints=PINPOINTS,
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            spatial_pool_stride=2,
-            spatial_pool_mode="average",
-        )
-    )
+    video = dict(video_token_index=VIDEO, spatial_pool_stride=2, spatial_pool_mode="average")
+    return build("LlavaNextVideo", clip(SIDE), vision_feature_layer=-2, image_grid_pinpoints=PINPOINTS, **video)
 
 
 def _onevision(aspect: str = "anyres_max_9") -> Any:
-    return tf.LlavaOnevisionForConditionalGeneration(
-        tf.LlavaOnevisionConfig(
-            vision_config=tf.SiglipVisionConfig(image_size=TILE, vision_use_head=False, **VISION),
-            text_config=tf.Qwen2Config(**TEXT),
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            vision_aspect_ratio=aspect,
-            image_grid_pinpoints=PINPOINTS,
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-        )
+    return build(
+        "LlavaOnevision",
+        tf.SiglipVisionConfig(image_size=TILE, vision_use_head=False, **VISION),
+        tf.Qwen2Config(**TEXT),
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio=aspect,
+        image_grid_pinpoints=PINPOINTS,
+        video_token_index=VIDEO,
     )
 
 
@@ -269,17 +248,8 @@ def _either(
 
 
 def _video_llava() -> Any:
-    return tf.VideoLlavaForConditionalGeneration(
-        tf.VideoLlavaConfig(
-            vision_config=tf.CLIPVisionConfig(image_size=TILE, **VISION),
-            text_config=tf.LlamaConfig(**TEXT),
-            vision_feature_layer=-2,
-            image_token_index=IMAGE,
-            video_token_index=VIDEO,
-            image_seq_length=SIDE**2,
-            video_seq_length=SIDE**2 + 1,
-        )
-    )
+    lengths = dict(image_seq_length=SIDE**2, video_seq_length=SIDE**2 + 1)
+    return build("VideoLlava", clip(SIDE), vision_feature_layer=-2, video_token_index=VIDEO, **lengths)
 
 
 def _square(config: Any, number: int) -> Picture:
@@ -373,7 +343,7 @@ def _internvl_picture(config: Any, number: int) -> Picture:
 FAMILIES = {
     "llava": Tiny(_llava, _llava_picture(0), _cat),
     "llava full": Tiny(lambda: _llava("full"), _llava_picture(1), _cat),
-    "llava siglip": Tiny(lambda: _llava("full", "siglip"), _llava_picture(0), _cat),
+    "llava siglip": Tiny(lambda: _llava("full", siglip(6)), _llava_picture(0), _cat),
     "vipllava": Tiny(_vip_llava, _llava_picture(0), _cat),
     "llava_next": Tiny(_next, _tiled, _padded),
     "llava_next_video": Tiny(_next_video, _either(_tiled, _video(SIDE**2 // 4, 0, TILE)), _padded),

@@ -8,8 +8,8 @@ import itertools
 
 import pytest
 import torch
-from test_families import generate, inputs_of, model_of, one_thread  # noqa: F401
-from test_static import CONFIGS, ONE, STATIC, assert_same_tokens, own_cache
+from test_families import ONE, assert_same_bits, cache_of, generate, inputs_of, model_of
+from test_static import CONFIGS, STATIC, assert_same_tokens, own_cache
 from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
@@ -128,8 +128,7 @@ def test_text_alone_runs_the_plain_graph():
     before = graphs.compiled
     with drop_tokens(model, MustDropConfig(**CONFIGS["thresholds"])):
         output = generate(model, inputs, **compiling(graphs), **LONGER)
-    assert torch.equal(output.sequences, plain.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(output.logits, plain.logits, strict=True))
+    assert_same_bits(output, plain)
     assert graphs.compiled == before
 
 
@@ -230,10 +229,10 @@ def test_compiled_by_the_user_and_called(way):
         with drop_tokens(model, config):
             output = model(**inputs)
             torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=0)
-            cache = getattr(output, "cache", None) or output.past_key_values
+            cache = cache_of(output)
             after = model(input_ids=output.logits[:, -1:].argmax(-1), past_key_values=cache)
         with drop_tokens(model_of("llava"), config):
-            cache = getattr(expected, "cache", None) or expected.past_key_values
+            cache = cache_of(expected)
             want = model_of("llava")(input_ids=expected.logits[:, -1:].argmax(-1), past_key_values=cache)
     torch.testing.assert_close(after.logits, want.logits, atol=1e-4, rtol=0)
 
@@ -245,6 +244,6 @@ def test_a_compiled_function_around_the_model_is_refused():
         with pytest.raises(Exception, match="do not call the model inside a compiled function"):
             call(**inputs)
         first = generate(model, inputs)
-        cache = getattr(first, "cache", None) or first.past_key_values
+        cache = cache_of(first)
         with pytest.raises(Exception, match="do not call the model inside a compiled function"):
             call(input_ids=torch.tensor([[40]]), past_key_values=cache)

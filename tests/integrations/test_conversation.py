@@ -9,6 +9,7 @@ import dataclasses
 import emulated_flash
 import pytest
 import torch
+from test_context import generate
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import DropCache, drop_tokens
@@ -23,7 +24,12 @@ def config(request):
 
 
 def first_turn(model, inputs):
-    return model.generate(**inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    return generate(model, inputs, max_new_tokens=4)
+
+
+def next_turn(model, ids, mask, cache, new_tokens):
+    turn = {"input_ids": ids, "attention_mask": mask, "past_key_values": cache}
+    return generate(model, turn, max_new_tokens=new_tokens)
 
 
 def feed(model, cache, ids, mask):
@@ -61,21 +67,11 @@ def test_generate_goes_on_from_the_cache(config, model, padded):
         output = first_turn(model, padded)
         cache = output.past_key_values
         mask = torch.cat([padded["attention_mask"], torch.ones(2, 4, dtype=torch.long)], 1)
-        again = model.generate(
-            input_ids=output.sequences, attention_mask=mask, past_key_values=cache, max_new_tokens=5, do_sample=False
-        )
+        again = next_turn(model, output.sequences, mask, cache, 5).sequences
         assert torch.equal(again, long)
         ids = torch.cat([again, torch.tensor([TURN, TURN])], 1)
         mask = torch.cat([mask, torch.ones(2, 5 + len(TURN), dtype=torch.long)], 1)
-        second = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=3,
-            do_sample=False,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
+        second = next_turn(model, ids, mask, cache, 3)
     assert len(report.prompts) == 2
     # The same by hand, one token at a time.
     with drop_tokens(model, config):
@@ -109,15 +105,7 @@ def test_masked_new_tokens_are_not_seen_by_what_is_generated(model, one):
             ids = torch.cat([first.sequences, turn], 1)
             mask = torch.ones_like(ids)
             mask[:, first.sequences.shape[1] :][:, : len(pads)] = 0
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                past_key_values=copy.deepcopy(first.past_key_values),
-                max_new_tokens=4,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
+            output = next_turn(model, ids, mask, copy.deepcopy(first.past_key_values), 4)
             logits.append(torch.stack(output.logits))
     torch.testing.assert_close(logits[1], logits[0], atol=1e-4, rtol=0)
 

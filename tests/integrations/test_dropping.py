@@ -59,15 +59,19 @@ def test_masks_for_flash_attention(name, sdpa, inputs):
         check_against_masked_reference(sdpa, MustDropConfig(**CONFIGS[name]), inputs)
 
 
+def assert_equals_reference(output, reference, inputs):
+    """The new tokens and logits are those of the masked reference."""
+    tokens, logits = reference.generate(inputs, NEW_TOKENS)
+    assert torch.equal(output.sequences[:, -NEW_TOKENS:], tokens)
+    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+
+
 def check_against_masked_reference(model, config, inputs):
     output, report = run(model, config, inputs)
     reference = MaskedReference(model, config)
-    tokens, logits = reference.generate(inputs, NEW_TOKENS)
-
+    assert_equals_reference(output, reference, inputs)
     prompt = inputs["input_ids"]
     assert torch.equal(output.sequences[:, : prompt.shape[1]], prompt)
-    assert torch.equal(output.sequences[:, prompt.shape[1] :], tokens)
-    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
 
     # It did drop, what the reference dropped, and the cache holds no more.
     last = report.last
@@ -128,6 +132,4 @@ def test_depths(processor, one):
                 pass
         config = config.for_depth(layers)
         output, _ = run(model, config, one)
-        tokens, logits = MaskedReference(model, config).generate(one, NEW_TOKENS)
-        assert torch.equal(output.sequences[:, -NEW_TOKENS:], tokens)
-        torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+        assert_equals_reference(output, MaskedReference(model, config), one)

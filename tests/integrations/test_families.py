@@ -27,6 +27,8 @@ FEATURES = dict(merge=True, merge_at="features", window=(2, 2), merge_threshold=
 FRAMES = {**FEATURES, "window": (2, 2, 2)}
 WHOLE = ("llava_next_video", "llava_onevision", "llava_onevision shrunk", "qwen2_5_vl", "internvl")
 """Families with images or videos in this batch whose patches cannot merge in the tower."""
+ONE = [[3, ("picture", 1), 8]]
+"""A prompt with one image."""
 
 
 @functools.cache
@@ -52,12 +54,20 @@ def generate(model, inputs, **settings):
     return model.generate(**inputs, output_logits=True, return_dict_in_generate=True, **settings)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def cache_of(output):
+    return getattr(output, "cache", None) or output.past_key_values
+
+
+def assert_same_bits(ours, plain):
+    assert torch.equal(ours.sequences, plain.sequences)
+    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+
+
+def assert_equals_reference(output, reference, inputs):
+    """The tokens and logits of generate() are those of the masked reference, which reads the prompt here."""
+    tokens, logits = reference.generate(inputs, NEW_TOKENS)
+    assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -66,8 +76,7 @@ def test_keep_all_gives_the_same_bits(name):
     plain = generate(model, inputs)
     with drop_tokens(model, MustDropConfig.preset("keep-all", pruning_layers=(1, 3))) as report:
         ours = generate(model, inputs)
-    assert torch.equal(ours.sequences, plain.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    assert_same_bits(ours, plain)
     assert report.last.layer_tokens == [sum(image.patches for image in report.last.images)] * tiny_models.LAYERS
 
 
@@ -90,9 +99,7 @@ def test_equals_masked_reference(name, kind):
     with drop_tokens(model, config) as report:
         output = generate(model, inputs)
     reference = MaskedReference(model, config)
-    tokens, logits = reference.generate(inputs, NEW_TOKENS)
-    assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
-    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+    assert_equals_reference(output, reference, inputs)
 
     last = report.last
     placeholders = sum(int((inputs["input_ids"] == token).sum()) for token in (IMAGE, VIDEO))

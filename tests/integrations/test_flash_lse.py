@@ -11,6 +11,7 @@ import torch
 import transformers
 from masked_reference import MaskedReference
 from prompts import make_inputs
+from test_dropping import BUDGETS, THRESHOLDS
 from transformers import modeling_flash_attention_utils as flash
 
 from mustdrop_kernels.config import MustDropConfig
@@ -19,8 +20,6 @@ from mustdrop_kernels.integrations.transformers.flash_lse import captured_lse
 from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.plans import PaddedDropPlan
 
-THRESHOLDS = dict(pruning_layers=(1, 3, 5), global_threshold=0.01, individual_threshold=0.02)
-BUDGETS = dict(pruning_layers=(1, 3, 5), budgets=(70, 40, 20))
 NEW_TOKENS = 4
 
 

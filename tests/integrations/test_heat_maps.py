@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from test_families import BUDGETS, PLAIN, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import BUDGETS, PLAIN, generate, inputs_of, model_of
 from tiny_models import FAMILIES, IMAGE, LAYERS
 from tiny_models import FRAMES as FRAME_COUNT
 from tiny_models import model_of as build

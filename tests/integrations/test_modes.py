@@ -6,12 +6,24 @@ from __future__ import annotations
 import copy
 
 import pytest
-import test_families
 import tiny_llava
 import tiny_models
 import torch
 from masked_reference import MaskedReference
-from test_families import BUDGETS, PLAIN, THRESHOLDS, TOWER, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import (
+    BUDGETS,
+    NEW_TOKENS,
+    ONE,
+    PLAIN,
+    THRESHOLDS,
+    TOWER,
+    assert_equals_reference,
+    assert_same_bits,
+    cache_of,
+    generate,
+    inputs_of,
+    model_of,
+)
 from torch import nn
 from transformers import TextStreamer
 
@@ -19,7 +31,6 @@ from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import drop_tokens
 
 CONFIGS = {"thresholds": MustDropConfig(**PLAIN, **THRESHOLDS), "budgets": MustDropConfig(**PLAIN, **BUDGETS)}
-ONE = [[3, ("picture", 1), 8]]
 NAMES = ("llava", "llava_next", "qwen2_5_vl")
 
 
@@ -35,7 +46,7 @@ def test_beams_equal_masked_reference(name):
     model = model_of(name)
     inputs = inputs_of(name, [[3, ("picture", 0), 8], [9], [2, ("picture", 100), 6]])
     output, _ = dropped(model, inputs, num_beams=2)
-    tokens, _ = MaskedReference(model, CONFIGS["budgets"]).generate(inputs, test_families.NEW_TOKENS, num_beams=2)
+    tokens, _ = MaskedReference(model, CONFIGS["budgets"]).generate(inputs, NEW_TOKENS, num_beams=2)
     assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
 
 
@@ -56,21 +67,19 @@ def test_more_images_in_a_later_turn(name, kind):
     reference = MaskedReference(model, config)
     with drop_tokens(model, config) as report:
         output = opening = generate(model, first)
-        cache = getattr(output, "cache", None) or output.past_key_values
-        generated = torch.ones(2, test_families.NEW_TOKENS, dtype=torch.long)
+        cache = cache_of(output)
+        generated = torch.ones(2, NEW_TOKENS, dtype=torch.long)
         turn = {
             **second,
             "input_ids": torch.cat([output.sequences, second["input_ids"]], 1),
             "attention_mask": torch.cat([first["attention_mask"], generated, second["attention_mask"]], 1),
         }
         output = generate(model, {**turn, "past_key_values": cache})
-    reference.generate(first, test_families.NEW_TOKENS)
+    reference.generate(first, NEW_TOKENS)
     assert torch.equal(opening.sequences, reference.sequences)
-    tokens, logits = reference.generate(turn, test_families.NEW_TOKENS)
-    assert torch.equal(output.sequences[:, turn["input_ids"].shape[1] :], tokens)
-    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+    assert_equals_reference(output, reference, turn)
     assert [len(prompt.images) for prompt in report.prompts] == [1, 2]
-    lengths = [layer.keys.shape[2] - test_families.NEW_TOKENS + 1 for layer in cache.layers]
+    lengths = [layer.keys.shape[2] - NEW_TOKENS + 1 for layer in cache.layers]
     assert lengths == report.last.final_cache.lengths
     if kind != "keep all":
         assert sum(lengths) < sum(report.last.plain_cache.lengths)
@@ -100,7 +109,7 @@ def test_assisted_generation_gives_the_same_tokens(assistant, name, config):
     output, report = dropped(model, inputs, config, max_new_tokens=12, **never, **settings)
     assert torch.equal(output.sequences, expected.sequences)
     assert report.last.images[0].kept == first.last.images[0].kept
-    cache = getattr(output, "cache", None) or output.past_key_values
+    cache = cache_of(output)
     assert cache.get_seq_length() == output.sequences.shape[1] - 1
     for one, other in zip(output.logits, expected.logits, strict=True):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=0)
@@ -162,6 +171,5 @@ def test_text_alone_gives_the_same_bits():
         output = generate(model, inputs)
         report.prompts.clear()
         generate(model, inputs)
-    assert torch.equal(output.sequences, plain.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(output.logits, plain.logits, strict=True))
+    assert_same_bits(output, plain)
     assert report.prompts == []

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
 import transformers as tf
 from masked_reference import MaskedReference
-from test_families import BUDGETS, NEW_TOKENS, PLAIN, TOWER, generate, one_thread  # noqa: F401
-from tiny_models import FAMILIES, IMAGE, PATCH, TEXT, VISION
+from test_families import BUDGETS, PLAIN, TOWER, assert_equals_reference, assert_same_bits, generate
+from tiny_models import FAMILIES, TEXT
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from mustdrop_kernels.config import MustDropConfig
@@ -41,39 +40,32 @@ CAPPED = [config for config, _ in REFUSED.values()]  # sdpa cannot cap scores
 
 
 @functools.cache
-def llava(text, kind="clip", layer=-2, strategy="default"):
+def llava(text, tower=tiny_models.clip, layer=-2):
     def build():
-        vision = {"clip": tf.CLIPVisionConfig, "siglip": tf.SiglipVisionConfig}[kind](image_size=6 * PATCH, **VISION)
-        config = tf.LlavaConfig(
-            vision_config=vision,
-            text_config=text(),
-            vision_feature_layer=list(layer) if isinstance(layer, tuple) else layer,
-            vision_feature_select_strategy=strategy,
-            image_token_index=IMAGE,
-        )
-        return tf.LlavaForConditionalGeneration(config)
+        layers = list(layer) if isinstance(layer, tuple) else layer
+        strategy = dict(vision_feature_layer=layers, vision_feature_select_strategy="default")
+        return tiny_models.build("Llava", tower(6), text(), **strategy)
 
     tiny = tiny_models.Tiny(build, FAMILIES["llava"].picture, FAMILIES["llava"].collate)
     return tiny_models.model_of(tiny, attention={"text_config": "eager"} if text in CAPPED else "sdpa")
 
 
+ROWS = [[3, ("picture", 0), 8], [4, ("picture", 1), 2, ("picture", 2), 5], [9]]
+
+
 def inputs_for(model, extra=0):
     tiny = tiny_models.Tiny(lambda: model, tiny_models._llava_picture(extra), FAMILIES["llava"].collate)
-    return tiny_models.batch(
-        tiny, model.config, [[3, ("picture", 0), 8], [4, ("picture", 1), 2, ("picture", 2), 5], [9]]
-    )
+    return tiny_models.batch(tiny, model.config, ROWS)
 
 
 def check(model, inputs, config):
     plain = generate(model, inputs)
     with drop_tokens(model, MustDropConfig.preset("keep-all", pruning_layers=(1, 3))):
         ours = generate(model, inputs)
-    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    assert_same_bits(ours, plain)
     with drop_tokens(model, config) as report:
         output = generate(model, inputs)
-    tokens, logits = MaskedReference(model, config).generate(inputs, NEW_TOKENS)
-    assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
-    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+    assert_equals_reference(output, MaskedReference(model, config), inputs)
     assert report.last.final_cache.bytes < report.last.plain_cache.bytes
 
 
@@ -97,7 +89,7 @@ def test_features_of_several_layers():
 
 def test_a_tower_without_cls_whose_first_patch_is_cut_off():
     """A SigLIP with vision_feature_select_strategy='default': stage 2 serves, the tower is left alone."""
-    model = llava(TEXT_CONFIGS["qwen2"], kind="siglip")
+    model = llava(TEXT_CONFIGS["qwen2"], tower=tiny_models.siglip)
     with pytest.raises(ValueError, match=r"key_rate=0\.0"), drop_tokens(model, MustDropConfig(**PLAIN, **BUDGETS)):
         pass
     check(model, inputs_for(model, extra=-1), MustDropConfig(**{**PLAIN, **BUDGETS, "key_rate": 0.0}))
@@ -117,8 +109,7 @@ def test_the_documented_example_serves_its_model(monkeypatch):
     register_family("VipLlavaForConditionalGeneration", space["VipLlava"])
     model = tiny_models.model_of(FAMILIES["vipllava"])
     assert type(family_of(model)) is space["VipLlava"]
-    rows = [[3, ("picture", 0), 8], [4, ("picture", 1), 2, ("picture", 2), 5], [9]]
-    inputs = tiny_models.batch(FAMILIES["vipllava"], model.config, rows)
+    inputs = tiny_models.batch(FAMILIES["vipllava"], model.config, ROWS)
     check(model, inputs, MustDropConfig(**{**PLAIN, **BUDGETS, **TOWER}))
 
 

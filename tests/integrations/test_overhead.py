@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from test_families import BUDGETS, PLAIN, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import BUDGETS, ONE, PLAIN, generate, inputs_of, model_of
 from test_static import STATIC
 
 import mustdrop_kernels
@@ -22,7 +22,6 @@ from mustdrop_kernels.integrations.transformers import drop_tokens
 PACKAGE = str(Path(mustdrop_kernels.__file__).parent)
 KEEP_ALL = MustDropConfig.preset("keep-all", pruning_layers=(1, 3))
 BUDGET = MustDropConfig(**PLAIN, **BUDGETS)
-ONE = [[3, ("picture", 1), 8]]
 STEPS = 5
 
 

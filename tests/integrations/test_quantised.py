@@ -6,10 +6,9 @@ from __future__ import annotations
 import copy
 
 import pytest
-import test_families
 import torch
 from masked_reference import MaskedReference
-from test_families import BUDGETS, PLAIN, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import BUDGETS, NEW_TOKENS, PLAIN, assert_same_bits, generate, inputs_of, model_of
 from torch import nn
 
 from mustdrop_kernels.config import MustDropConfig
@@ -87,12 +86,11 @@ def test_quantised_weights_stay_as_they_are(quantise):
     before, plain = weights(language), generate(model, inputs)
     with drop_tokens(model, MustDropConfig.preset("keep-all", pruning_layers=(1, 3))):
         ours = generate(model, inputs)
-    assert torch.equal(ours.sequences, plain.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    assert_same_bits(ours, plain)
     with drop_tokens(model, config) as report:
         output = generate(model, inputs)
     if quantise is not torch_dynamic:  # whose activations are quantised by the range of all tokens that are there
-        tokens, _ = MaskedReference(model, config).generate(inputs, test_families.NEW_TOKENS)
+        tokens, _ = MaskedReference(model, config).generate(inputs, NEW_TOKENS)
         assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
     assert report.last.final_cache.bytes < report.last.plain_cache.bytes
     assert language.layers[0].self_attn.q_proj is layer

@@ -6,10 +6,21 @@ from __future__ import annotations
 import copy
 
 import pytest
-import test_families
 import tiny_models
 import torch
-from test_families import BUDGETS, FEATURES, PLAIN, TOWER, generate, inputs_of, model_of, one_thread  # noqa: F401
+from test_families import (
+    BUDGETS,
+    FEATURES,
+    NEW_TOKENS,
+    ONE,
+    PLAIN,
+    TOWER,
+    assert_same_bits,
+    cache_of,
+    generate,
+    inputs_of,
+    model_of,
+)
 from transformers import StaticCache
 
 from mustdrop_kernels.config import MustDropConfig
@@ -24,12 +35,8 @@ CONFIGS = {
     "features": {**PLAIN, **BUDGETS, **FEATURES},
 }
 STATIC = {"cache_implementation": "static"}
-ONE, PADDED = [[3, ("picture", 1), 8]], None
+PADDED = None
 NAMES = sorted({name.split()[0] for name in tiny_models.FAMILIES})
-
-
-def cache_of(output):
-    return getattr(output, "cache", None) or output.past_key_values
 
 
 def both(model, inputs, config, **settings):
@@ -55,8 +62,7 @@ def test_keep_all_gives_the_bits_of_a_plain_static_cache(name, attention):
             ours = generate(model, inputs, **STATIC)
     finally:
         model.set_attn_implementation("sdpa")
-    assert torch.equal(ours.sequences, plain.sequences)
-    assert all(torch.equal(a, b) for a, b in zip(ours.logits, plain.logits, strict=True))
+    assert_same_bits(ours, plain)
 
 
 def cases():
@@ -79,7 +85,7 @@ def test_tokens_equal_those_of_a_growing_cache(name, kind, rows):
     cache = cache_of(static)
     assert cache.get_seq_length() == static.sequences.shape[1] - 1
     filled = [int(layer.cumulative_length) for layer in cache.layers]
-    assert filled == [length + test_families.NEW_TOKENS - 1 for length in second.final_cache.lengths]
+    assert filled == [length + NEW_TOKENS - 1 for length in second.final_cache.lengths]
     assert {layer.keys.shape[2] for layer in cache.layers} == {cache.size}
 
 
@@ -136,7 +142,7 @@ def test_a_cache_that_was_handed_in_keeps_its_buffers():
     model, config = model_of("llava"), MustDropConfig(**CONFIGS["thresholds"])
     cache, seen = own_cache(model), []
     with drop_tokens(model, config) as report:
-        for rows in ([[3, ("picture", 1), 8]], [[5, ("picture", 0), 4]]):
+        for rows in (ONE, [[5, ("picture", 0), 4]]):
             inputs = inputs_of("llava", rows)
             expected = generate(model, inputs)
             assert_same_tokens(generate(model, inputs, past_key_values=cache), expected)
@@ -199,7 +205,7 @@ def test_more_images_in_a_later_turn(kind):
     with drop_tokens(model, config):
         for cache in (None, own_cache(model, 600)):
             first = generate(model, opening, past_key_values=cache)
-            generated = torch.ones(2, test_families.NEW_TOKENS, dtype=torch.long)
+            generated = torch.ones(2, NEW_TOKENS, dtype=torch.long)
             mask = torch.cat([opening["attention_mask"], generated, more["attention_mask"]], 1)
             ids = torch.cat([first.sequences, more["input_ids"]], 1)
             second = {**more, "input_ids": ids, "attention_mask": mask, "past_key_values": cache_of(first)}
