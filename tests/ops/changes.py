@@ -135,3 +135,9 @@ CACHE = {
     "expanded over slots": in_first(expanded),
     "expanded in the last layer": in_last(expanded),
 }
+CACHE_KEYS = {**CACHE, "a layer twice": lambda k: [k[0], k[1], k[0]]}
+CACHE_VALUES = {
+    **CACHE,
+    "one layer less": lambda v: v[:-1],
+    "a layer twice": lambda v: [v[0], v[0], v[2]],
+}

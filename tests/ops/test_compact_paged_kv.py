@@ -23,7 +23,7 @@ from .cases import (
     random_bits,
     same_bits,
 )
-from .changes import CACHE, COUNTS, INT, KEEP, in_first, in_last, set_to, to_shape
+from .changes import CACHE_KEYS, CACHE_VALUES, COUNTS, INT, KEEP, in_first, in_last, set_to, to_shape
 from .test_compact_kv import ascending, counts_of
 
 LAYOUTS = {"NHD": (0, 1, 2, 3), "HND": (0, 2, 1, 3), "transposed": (0, 2, 3, 1), "heads first": (2, 0, 1, 3)}
@@ -307,16 +307,11 @@ def test_slot_pool(backend):
 
 REFUSALS = {
     "compact_paged_kv_": {
-        "keys": {
-            **CACHE,
-            "a layer twice": lambda k: [k[0], k[1], k[0]],
-        },
+        "keys": CACHE_KEYS,
         "values": {
-            **CACHE,
-            "one layer less": lambda v: v[:-1],
+            **CACHE_VALUES,
             "another number of slots": in_last(to_shape(7, 5, 3, 4)),
             "other heads": in_first(to_shape(7, 4, 2, 4)),
-            "a layer twice": lambda v: [v[0], v[0], v[2]],
         },
         "block_table": {"int64": INT, "rank 1": to_shape(3), "rank 3": to_shape(2, 3, 1)},
         "keep": KEEP,
