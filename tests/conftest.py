@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of all tests: hypothesis profiles, number of threads, a record of the outcomes."""
+"""Settings of all tests: hypothesis profiles, number of threads, a record of the outcomes; the command as a fixture."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from record import pytest_configure  # noqa: F401  (a hook)
@@ -23,3 +26,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 else:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def mustdrop() -> Callable[..., Any]:
+    """Runs ``mustdrop`` with these words in this process; returns click's ``Result``."""
+    from typer.testing import CliRunner
+
+    from mustdrop_kernels.cli.app import app
+
+    runner = CliRunner()
+    return lambda *words: runner.invoke(app, [str(word) for word in words], prog_name="mustdrop")

@@ -13,6 +13,7 @@ import cuda_emulation
 import pytest
 import torch
 from cuda_emulation import nvrtc
+from ops.cases import as_bytes, same_bits
 from ops.sample_calls import sample
 from ops.schemas import OPS
 from processes import output_of_python, python_path
@@ -36,10 +37,12 @@ def results(op: str, backend: str | None = None) -> list[Tensor]:
 
 
 def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(
-        torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))
-        for x, y in zip(a, b, strict=True)
-    )
+    return all(same_bits(x, y) for x, y in zip(a, b, strict=True))
+
+
+def all_bytes() -> dict[str, list]:
+    """Bytes of the results of every operator."""
+    return {op: [as_bytes(t).tolist() for t in results(op)] for op in OPS}
 
 
 def at_once(work: Callable[[int], Any]) -> list[Any]:
@@ -163,13 +166,13 @@ def test_each_thread_has_its_own_choice_of_backend() -> None:
 
 def _child(queue: Any) -> None:
     torch.set_num_threads(1)
-    queue.put({op: [t.contiguous().view(torch.uint8).flatten().tolist() for t in results(op)] for op in OPS})
+    queue.put(all_bytes())
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_processes(method: str) -> None:
     """A child forked after the library was used, and a spawned one."""
-    want = {op: [t.contiguous().view(torch.uint8).flatten().tolist() for t in results(op)] for op in OPS}
+    want = all_bytes()
     context = multiprocessing.get_context(method)
     queue = context.Queue()
     process = context.Process(target=_child, args=(queue,))

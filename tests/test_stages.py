@@ -219,17 +219,21 @@ def selection(rows):
     return Pruned(keep, torch.tensor(counts, dtype=torch.int32), tuple(counts))
 
 
+def taken(tokens, first, second):
+    """The tokens after the first selection, and the places of the second one among them."""
+    once = tokens.take(selection(first))
+    shift = [once.length - len(row) for row in first]
+    rows = zip(first, second, shift, strict=True)
+    return once, [[row.index(place) + pad for place in chosen] for row, chosen, pad in rows]
+
+
 @given(keeps())
 def test_tokens_after_two_selections(example):
     """Places, positions and indices follow the tokens; slots are the former places of the kept tokens."""
     width, lengths, first, second = example
     positions = (10 * torch.arange(width) + 3).repeat(len(lengths), 1)
     tokens = prompt(["." * (width - n) + "v" * n for n in lengths], positions=positions)
-    once = tokens.take(selection(first))
-    shift = [once.length - len(row) for row in first]
-    local = [
-        [row.index(place) + pad for place in chosen] for row, chosen, pad in zip(first, second, shift, strict=True)
-    ]
+    once, local = taken(tokens, first, second)
     twice = once.take(selection(local))
     renumbered = once.take(selection(local), renumber=True)
     for row, chosen in enumerate(second):
@@ -252,11 +256,7 @@ def test_evict_equals_indexing(example):
     """Layers of different length are compacted to the same tokens, in place, aligned at the end."""
     width, lengths, first, second = example
     tokens = prompt(["." * (width - n) + "v" * n for n in lengths])
-    once = tokens.take(selection(first))
-    shift = [once.length - len(row) for row in first]
-    local = [
-        [row.index(place) + pad for place in chosen] for row, chosen, pad in zip(first, second, shift, strict=True)
-    ]
+    once, local = taken(tokens, first, second)
     twice = once.take(selection(local))
     held = [tokens, once, once]
     make = lambda t, dim: torch.randn(len(lengths), 2, t.length, dim)  # noqa: E731

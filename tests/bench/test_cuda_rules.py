@@ -63,37 +63,28 @@ def in_loop(body: str) -> Function:
 # ------------------------------------------------------------------------------------------------ exponentials
 
 
-def test_exponentials_behind_branches_of_their_own():
-    assert rules.cut_exponentials(in_loop("".join(CUT_EXPONENTIAL.format(i) for i in range(16)))) == 15
+CUT_BY_SIXTEEN = "".join(CUT_EXPONENTIAL.format(i) for i in range(16))
+LEAVE = "\n@!P0 BRA `(.L_end) ;"
+INNER_LOOP = f"\n.L_inner:{EXPONENTIAL}\n@P1 BRA `(.L_inner) ;"
 
 
-def test_exponentials_without_branches():
-    assert rules.cut_exponentials(in_loop(EXPONENTIAL * 16)) == 0
-
-
-def test_one_test_for_several_exponentials_is_in_order():
-    assert rules.cut_exponentials(in_loop((EXPONENTIAL * 4 + "\n@!P0 BRA `(.L_end) ;") * 4)) == 0
-    assert rules.cut_exponentials(in_loop((EXPONENTIAL * 2 + "\n@!P0 BRA `(.L_end) ;") * 8)) == 7
-
-
-def test_one_exponential_an_iteration_is_in_order():
-    assert rules.cut_exponentials(in_loop(EXPONENTIAL)) == 0
-    assert rules.cut_exponentials(in_loop(CUT_EXPONENTIAL.format(0))) == 0
-
-
-def test_the_rest_of_an_unrolled_loop_is_in_order():
-    """Up to three iterations one by one, as ptxas leaves them of a loop that is unrolled by four."""
-    assert rules.cut_exponentials(in_loop((EXPONENTIAL + "\n@!P1 BRA `(.L_end) ;") * 3)) == 0
-
-
-def test_exponentials_outside_of_loops_do_not_count():
-    code = "".join(CUT_EXPONENTIAL.format(i) for i in range(16))
-    assert rules.cut_exponentials(function(code + "\nEXIT ;")) == 0
-
-
-def test_an_inner_loop_counts_by_itself():
-    inner = f"\n.L_inner:{EXPONENTIAL}\n@P1 BRA `(.L_inner) ;"
-    assert rules.cut_exponentials(in_loop(EXPONENTIAL * 8 + inner + EXPONENTIAL * 8)) == 0
+@pytest.mark.parametrize(
+    ("code", "cut"),
+    [
+        pytest.param(in_loop(CUT_BY_SIXTEEN), 15, id="each behind a branch of its own"),
+        pytest.param(in_loop(EXPONENTIAL * 16), 0, id="no branches"),
+        pytest.param(in_loop((EXPONENTIAL * 4 + LEAVE) * 4), 0, id="a test for four is in order"),
+        pytest.param(in_loop((EXPONENTIAL * 2 + LEAVE) * 8), 7, id="a test for two is not"),
+        pytest.param(in_loop(EXPONENTIAL), 0, id="one an iteration"),
+        pytest.param(in_loop(CUT_EXPONENTIAL.format(0)), 0, id="one an iteration, behind a branch"),
+        # Up to three iterations one by one, as ptxas leaves them of a loop that is unrolled by four.
+        pytest.param(in_loop((EXPONENTIAL + LEAVE) * 3), 0, id="the rest of an unrolled loop"),
+        pytest.param(function(CUT_BY_SIXTEEN + "\nEXIT ;"), 0, id="outside of loops"),
+        pytest.param(in_loop(EXPONENTIAL * 8 + INNER_LOOP + EXPONENTIAL * 8), 0, id="an inner loop counts by itself"),
+    ],
+)
+def test_exponentials(code, cut):
+    assert rules.cut_exponentials(code) == cut
 
 
 def test_instructions_for_each_exponential():
@@ -104,44 +95,42 @@ def test_instructions_for_each_exponential():
 # ------------------------------------------------------------------------------------------------ products
 
 
-def test_branches_among_matrix_instructions():
-    assert rules.cut_products(in_loop(CUT_PRODUCTS * 4)) == 4 + 3  # a branch behind each group, WARPSYNC before three
+TESTED = (PRODUCTS + "@!P0 BRA `(.L_end) ;\n") * 4  # one way of several, for less than the full depth
 
 
-def test_products_without_branches():
-    assert rules.cut_products(in_loop(PRODUCTS * 4)) == 0
-
-
-def test_a_common_path_without_branches_outweighs_the_others():
-    """A loop with one way for full depth and another, with a test a step, for less."""
-    less = (PRODUCTS + "@!P0 BRA `(.L_end) ;\n") * 4
-    assert rules.cut_products(in_loop(less)) == 0  # one to four
-    assert rules.cut_products(in_loop(less + PRODUCTS * 4)) == 0
-
-
-def test_few_matrix_instructions_are_no_unrolled_loop():
-    assert rules.cut_products(in_loop(CUT_PRODUCTS)) == 0
+@pytest.mark.parametrize(
+    ("body", "cut"),
+    [
+        # A branch behind each group, WARPSYNC before three.
+        pytest.param(CUT_PRODUCTS * 4, 4 + 3, id="branches"),
+        pytest.param(PRODUCTS * 4, 0, id="no branches"),
+        pytest.param(TESTED, 0, id="a branch for four"),
+        pytest.param(TESTED + PRODUCTS * 4, 0, id="a common path without branches outweighs the others"),
+        pytest.param(CUT_PRODUCTS, 0, id="few are no unrolled loop"),
+    ],
+)
+def test_products(body, cut):
+    assert rules.cut_products(in_loop(body)) == cut
 
 
 # ------------------------------------------------------------------------------------------------ divisions
 
 
-def test_divisions_in_loops():
-    assert rules.divisions_in_loops(in_loop(DIVISION * 3)) == 3
-    assert rules.divisions_in_loops(function(DIVISION * 3 + "\nEXIT ;")) == 0
+WITHOUT_RECIPROCAL = "\n".join(line for line in DIVISION.splitlines() if "RCP" not in line and "I2F" not in line)
 
 
-def test_a_reciprocal_is_a_division():
-    assert rules.divisions_in_loops(in_loop(DIVISION + "\nMUFU.RCP R0, R1 ;")) == 2
-
-
-def test_a_division_whose_reciprocal_was_moved_out_of_the_loop():
-    rest = "\n".join(line for line in DIVISION.splitlines() if "RCP" not in line and "I2F" not in line)
-    assert rules.divisions_in_loops(in_loop(rest)) == 1
-
-
-def test_conversions_of_the_integer_unit_are_no_divisions():
-    assert rules.divisions_in_loops(in_loop("I2FP.F32.S32 R0, R1 ;\nMUFU.RSQ R2, R3 ;")) == 0
+@pytest.mark.parametrize(
+    ("code", "number"),
+    [
+        pytest.param(in_loop(DIVISION * 3), 3, id="in a loop"),
+        pytest.param(function(DIVISION * 3 + "\nEXIT ;"), 0, id="outside of loops"),
+        pytest.param(in_loop(DIVISION + "\nMUFU.RCP R0, R1 ;"), 2, id="a reciprocal is one"),
+        pytest.param(in_loop(WITHOUT_RECIPROCAL), 1, id="its reciprocal was moved out of the loop"),
+        pytest.param(in_loop("I2FP.F32.S32 R0, R1 ;\nMUFU.RSQ R2, R3 ;"), 0, id="conversions of the integer unit"),
+    ],
+)
+def test_divisions(code, number):
+    assert rules.divisions_in_loops(code) == number
 
 
 def test_divisions_count_in_merging_alone():

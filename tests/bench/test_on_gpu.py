@@ -7,11 +7,9 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from mustdrop_kernels.bench import capture
 from mustdrop_kernels.bench.cases import CASES
-from mustdrop_kernels.cli.app import app
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,10 +56,9 @@ def test_a_capture_that_fails_leaves_the_process_sound(call):
     assert sound()
 
 
-def test_a_quick_run_of_everything(tmp_path):
+def test_a_quick_run_of_everything(mustdrop, tmp_path):
     path = tmp_path / "quick.json"
-    words = ["bench", "ops", "--device", "cuda", "--quick", "--shapes", "tiny", "--json", str(path)]
-    result = CliRunner().invoke(app, words)
+    result = mustdrop("bench", "ops", "--device", "cuda", "--quick", "--shapes", "tiny", "--json", path)
     assert result.exit_code == 0, result.output
     document = json.loads(path.read_text())
     timed = [row for row in document["rows"] if row["status"] == "timed"]

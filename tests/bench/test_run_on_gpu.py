@@ -16,20 +16,15 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu_bundle
+import gpu_parts
+import gpu_run
 import pytest
+from gpu_parts import LEASE, Part
 from processes import run_python
-from typer.testing import CliRunner
-
-from mustdrop_kernels.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "run_on_gpu.sh"
-sys.path.append(str(ROOT / "tools"))
-
-import gpu_bundle  # noqa: E402
-import gpu_parts  # noqa: E402
-import gpu_run  # noqa: E402
-from gpu_parts import LEASE, Part  # noqa: E402
 
 ORDER = {
     "first": "library facts coverage graph suite-cuda planted memcheck racecheck tokens suite-cupy suite-triton",
@@ -148,13 +143,13 @@ def test_the_files_that_the_parts_name_exist(tmp_path):
     assert all((ROOT / name).exists() for name in named), named
 
 
-def test_bench_takes_the_options_that_it_is_given(tmp_path):
+def test_bench_takes_the_options_that_it_is_given(mustdrop, tmp_path):
     there = set()
     for name in ("second", "bench", "e2e", "decode"):
         for part in gpu_parts.parts_of(name, machine(tmp_path)):
             if "mustdrop_kernels" in part.commands[0] and "bench" in part.commands[0]:
                 words = list(part.commands[0][part.commands[0].index("bench") :])
-                result = CliRunner().invoke(app, [*words, "--device", "cpu", "--dry-run"])
+                result = mustdrop(*words, "--device", "cpu", "--dry-run")
                 assert result.exit_code == 0, result.output
                 there.add(words[1])
     assert there == {"ops", "model"}

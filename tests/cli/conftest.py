@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command in this process, and a checkpoint on disk."""
+"""A checkpoint on disk, and JSON that the command writes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,6 @@ from typing import Any
 import pytest
 import tiny_llava
 from click.testing import Result
-from typer.testing import CliRunner
-
-from mustdrop_kernels.cli.app import app
-
-
-@pytest.fixture(scope="session")
-def mustdrop() -> Callable[..., Result]:
-    """Runs ``mustdrop`` with these words."""
-    runner = CliRunner()
-    return lambda *words: runner.invoke(app, [str(word) for word in words], prog_name="mustdrop")
 
 
 @pytest.fixture(scope="session")

@@ -4,13 +4,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
-from mustdrop_kernels.cli.app import app
 from mustdrop_kernels.evaluation import datasets, results, run, summary
 
 CELLS = [("full", None), ("after-0", None), ("cls", 64.0), ("mustdrop", 64.0), ("fastv", 32.0)]
@@ -126,22 +125,20 @@ def test_it_draws(whole: results.Document, tmp_path: Path) -> None:
         assert len(picture.convert("RGB").getcolors(1 << 20) or []) > 50
 
 
-def test_command(tmp_path: Path) -> None:
-    runner = CliRunner()
+def test_command(mustdrop: Callable, tmp_path: Path) -> None:
     path = tmp_path / "eval.json"
     words = ["eval", "--methods", "cls,preset-small-64", "--budgets", "64", "--count", "6", "--no-layers"]
-    done = runner.invoke(app, [*words, "--seeds", "7,8", "--json", str(path), "--markdown", "all", "--ours", "cls"])
+    done = mustdrop(*words, "--seeds", "7,8", "--json", path, "--markdown", "all", "--ours", "cls")
     assert done.exit_code == 0, done.output
     assert "| `cls` |" in done.stdout
     document = json.loads(path.read_text())
     assert [cell["method"] for cell in document["cells"]] == ["full", "cls", "preset-small-64"]
     assert document["about"]["seeds"] == [7, 8]
     assert document["machine"]["torch"]
-    again = runner.invoke(app, ["eval", "--load", str(path), "--markdown", "all", "--ours", "cls"])
-    assert again.stdout == done.stdout
+    assert mustdrop("eval", "--load", path, "--markdown", "all", "--ours", "cls").stdout == done.stdout
 
 
-def test_command_on_a_file_of_questions(tmp_path: Path) -> None:
+def test_command_on_a_file_of_questions(mustdrop: Callable, tmp_path: Path) -> None:
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     rows = [
         {"question_id": i, "image": "a.png", "text": "Is there a red box?", "label": x}
@@ -149,7 +146,7 @@ def test_command_on_a_file_of_questions(tmp_path: Path) -> None:
     ]
     (tmp_path / "pope.json").write_text("\n".join(map(json.dumps, rows)))
     words = ["eval", "--questions", str(tmp_path), "--methods", "cls", "--budgets", "64", "--no-layers"]
-    done = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "out" / "eval.json")])
+    done = mustdrop(*words, "--json", tmp_path / "out" / "eval.json")
     assert done.exit_code == 0, done.output
     document = results.read(tmp_path / "out" / "eval.json")
     assert document["truth"] == [True, False]
@@ -167,8 +164,8 @@ def test_command_on_a_file_of_questions(tmp_path: Path) -> None:
         (["--methods", "preset-65"], "no preset '65'"),
     ],
 )
-def test_refusals_are_one_sentence(words: list[str], sentence: str) -> None:
-    done = CliRunner().invoke(app, ["eval", "--count", "2", *words])
+def test_refusals_are_one_sentence(mustdrop: Callable, words: list[str], sentence: str) -> None:
+    done = mustdrop("eval", "--count", "2", *words)
     assert done.exit_code == 2
     assert done.stderr.count("\n") == 1
     assert sentence in done.stderr
