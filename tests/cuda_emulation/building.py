@@ -100,8 +100,10 @@ def preload(sanitizer: str) -> dict[str, str]:
         return {}
     names = ("libasan.so", "libstdc++.so.6")  # the sanitizer resolves symbols of the second at its start
     found = [_output([compiler() or "g++", f"-print-file-name={name}"]) for name in names]
-    # Python does not free its memory at exit; fibers run on stacks of their own.
-    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    # Python does not free its memory at exit; fibers run on stacks of their own; results too large for memory raise, as
+    # without a sanitizer.
+    options = "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1"
+    return {"LD_PRELOAD": " ".join(found), "ASAN_OPTIONS": options}
 
 
 def _shared_library(
