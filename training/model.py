@@ -12,18 +12,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-)
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
-from mustdrop_kernels.bench.random_llava import hub_name
-from mustdrop_kernels.evaluation.pictures import GRID, PATCH, SIZE
+from mustdrop_kernels.bench import random_llava
+from mustdrop_kernels.bench.random_llava import Sizes, Transformer, hub_name
+from mustdrop_kernels.evaluation.pictures import GRID
 from mustdrop_kernels.evaluation.questions import WORDS
 from mustdrop_kernels.files import folder_written_whole
 
@@ -44,65 +37,26 @@ def tokenizer() -> PreTrainedTokenizerFast:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
     core.normalizer = normalizers.Lowercase()
     core.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        unk_token="<unk>",
-        additional_special_tokens=["<image>"],
-        model_input_names=["input_ids", "attention_mask"],
-        padding_side="left",
-    )
+    return random_llava.wrapped(core)
 
 
 def processor() -> LlavaProcessor:
     """Processor of images and text."""
-    return LlavaProcessor(
-        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}),
-        tokenizer=tokenizer(),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        image_token="<image>",
-        chat_template=CHAT_TEMPLATE,
-    )
+    return random_llava.processor(GRID, tokenizer(), chat_template=CHAT_TEMPLATE)
 
 
 def build(seed: int, *, layers: int, width: int, vision_layers: int) -> LlavaForConditionalGeneration:
     """Build the model with random weights."""
     heads = width // 32
-    vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=vision_layers,
-        num_attention_heads=heads,
-        image_size=SIZE,
-        patch_size=PATCH,
-        projection_dim=width,
+    sizes = Sizes(
+        tower=Transformer(width, 4 * width, heads, vision_layers),
+        language=Transformer(width, width * 11 // 4, heads, layers),
+        words=-(-(len(SPECIAL) + len(WORDS)) // 16) * 16,
     )
-    text = LlamaConfig(
-        vocab_size=-(-(len(SPECIAL) + len(WORDS)) // 16) * 16,
-        hidden_size=width,
-        intermediate_size=width * 11 // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=2048,
-        rope_theta=_THETA,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
+    config = sizes.config(
+        IMAGE, max_position_embeddings=2048, rope_theta=_THETA, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD,
         initializer_range=0.5 * width**-0.5,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        image_seq_length=GRID * GRID,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
+    )  # fmt: skip
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration._from_config(config)
     with torch.no_grad():

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
 
 PATCH, GRID = 14, 24  # pixels of a patch, patches of a picture's side
 PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
@@ -37,6 +45,7 @@ class Sizes:
 
     def config(self, image_token: int | None = None, **text: Any) -> LlavaConfig:
         """The configuration for 336 x 336 pixels in 576 patches; `text` goes to ``LlamaConfig``."""
+        text = {"max_position_embeddings": 4096, **text}
         tower, language = self.tower, self.language
         vision_config = CLIPVisionConfig(
             hidden_size=tower.width, intermediate_size=tower.mlp, num_attention_heads=tower.heads,
@@ -45,7 +54,7 @@ class Sizes:
         text_config = LlamaConfig(
             hidden_size=language.width, intermediate_size=language.mlp, num_attention_heads=language.heads,
             num_key_value_heads=language.heads, num_hidden_layers=language.layers, vocab_size=self.words,
-            max_position_embeddings=4096, **text,
+            **text,
         )  # fmt: skip
         image_token = self.words - 1 if image_token is None else image_token
         return LlavaConfig(
@@ -80,11 +89,8 @@ MODELS = {
 }
 
 
-def tokenizer() -> Any:
+def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level tokenizer with a few words, padding on the left."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -95,6 +101,11 @@ def tokenizer() -> Any:
         show_progress=False,
     )
     core.train_from_iterator([PROMPT + " a red car on the street"] * 4, trainer)
+    return wrapped(core)
+
+
+def wrapped(core: Tokenizer) -> PreTrainedTokenizerFast:
+    """The tokenizer of transformers around one that has LLaVA's special tokens; pads on the left."""
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         unk_token="<unk>",
@@ -107,25 +118,24 @@ def tokenizer() -> Any:
     )
 
 
-def processor(grid: int = GRID) -> Any:
-    """The processor for pictures of grid x grid patches."""
+def processor(grid: int = GRID, words: PreTrainedTokenizerFast | None = None, **settings: Any) -> Any:
+    """The processor for pictures of grid x grid patches; `settings` go to ``LlavaProcessor``."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     size = PATCH * grid
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        tokenizer=tokenizer(),
+        tokenizer=words or tokenizer(),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
         image_token="<image>",
+        **settings,
     )
 
 
 def save(folder: Path, model: Any, processor: Any) -> None:
     """Write a checkpoint, under the names of weights that checkpoints on the hub have and that every engine reads."""
-    from safetensors.torch import load_file, save_file
-
     model.generation_config.eos_token_id = 2
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
