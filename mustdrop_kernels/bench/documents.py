@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_text
+from ..files import read_document, write_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -26,6 +26,11 @@ def command_line() -> list[str]:
     """The command line of this process, without the folder of its program."""
     program = sys.argv[0].rpartition("/")[2]
     return ["mustdrop" if program == "__main__.py" else program, *sys.argv[1:]]
+
+
+def reader(kind: str, maker: str) -> Callable[[Path], Document]:
+    """Function that reads documents of a format; see ``read_document``."""
+    return lambda path: read_document(path, kind, maker)
 
 
 def write(document: Document, path: Path) -> None:
@@ -48,11 +53,11 @@ class Sheet:
         text[1] = text[1].replace(" ", "")
         return "\n".join([*text, "", f"*{self.note}*"])
 
-    def table(self, title: str) -> Table:
-        """The table for a console, without the note."""
+    def table(self, title: str, **style: Any) -> Table:
+        """The table for a console, without the note; `style` goes to rich's ``Table``."""
         from rich.table import Table
 
-        table = Table(title=title)
+        table = Table(title=title, **style)
         for i, name in enumerate(self.columns):
             table.add_column(name, justify="right" if i else "left")
         for row in self.rows:

@@ -13,7 +13,6 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -25,13 +24,13 @@ from triton.backends.compiler import GPUTarget
 from .. import backends
 from ..backends.triton import configs, defined, interpreted, launch
 from ..errors import Refusal
-from ..files import read_document
 from ..ops.contract import CONTRACTS
 from ..ops.samples import sample
 from . import machine
-from .documents import Document, Sheet, Tell, note
+from .documents import Document, Sheet, Tell, note, reader
 
 FORMAT = "mustdrop-host/1"
+read = reader(FORMAT, "mustdrop bench host")
 
 
 class Driver:
@@ -148,15 +147,6 @@ def _rows(seconds: float, tell: Tell) -> list[dict[str, Any]]:
                 row["us_triton_path"] = microseconds(call, seconds)
             rows.append(row)
     return rows
-
-
-def read(path: Path) -> Document:
-    """Read a document.
-
-    Raises:
-        ValueError: the file is something else.
-    """
-    return read_document(path, FORMAT, "mustdrop bench host")
 
 
 def sheet(document: Document) -> Sheet:

@@ -12,17 +12,15 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..config import MustDropConfig
-from ..files import read_document
 from ..integrations.transformers import drop_tokens
 from . import machine, memory
-from .documents import Document, Keep, Sheet, Tell, note
+from .documents import Document, Keep, Sheet, Tell, note, reader
 from .generation import generate
 from .random_llava import GRID, MODELS
 from .timing import quartiles
@@ -33,6 +31,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 FORMAT = "mustdrop-e2e/1"
+read = reader(FORMAT, "mustdrop bench model")
 TEXT_BEFORE, TEXT_AFTER = 35, 60
 PATCHES = GRID**2
 SETTINGS = ("full", "192", "128", "64")
@@ -218,15 +217,6 @@ def run(
         )
         keep(document)
     return document
-
-
-def read(path: Path) -> Document:
-    """Read a document.
-
-    Raises:
-        ValueError: the file is something else.
-    """
-    return read_document(path, FORMAT, "mustdrop bench model")
 
 
 def show(document: Document, console: Console) -> None:

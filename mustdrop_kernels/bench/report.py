@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..files import read_document
+from .documents import Sheet
 from .run import FORMAT, FORMER_FORMAT, Document, Options, Row, candidates, count_of_copies, plan
 from .units import duration, factor, size
 
@@ -219,25 +220,23 @@ def markdown(document: Document) -> str:
     """The backends' rows with their ratios to every baseline, for a README, and what was measured where."""
     groups = []
     for _, group in groupby(document["rows"], key=key):
-        rows = list(group)
-        ours = next((row for row in rows if row["kind"] == "backend" and row["status"] == "timed"), None)
+        timed = [row for row in group if row["status"] == "timed"]
+        ours = next((row for row in timed if row["kind"] == "backend"), None)
         if ours is not None:
-            groups.append((ours, [row for row in rows if row["kind"] == "baseline" and row["status"] == "timed"]))
+            groups.append((ours, [row for row in timed if row["kind"] == "baseline"]))
     columns = [name for name in ("shape", "dtype") if len({ours[name] for ours, _ in groups}) > 1]
-    lines = [
-        "| " + " | ".join(["operator", *columns, "time", "how many times as long its baselines take"]) + " |",
-        "|---" * (3 + len(columns)) + "|",
-    ]
+    rows = []
     for ours, baselines in groups:
         ratios = ", ".join(
             f"{row['candidate']} {factor(row['ratio']['median'])}{' (eager)' if row['how'] == 'eager' else ''}"
             for row in baselines
         )
         time = f"{duration(ours['median_us'])} {_spread(ours)}"
-        lines.append("| " + " | ".join([f"`{ours['op']}`", *(ours[name] for name in columns), time, ratios]) + " |")
+        rows.append([f"`{ours['op']}`", *(ours[name] for name in columns), time, ratios])
     machine = document["machine"]
     where = [groups[0][0][name] for name in ("shape", "dtype") if name not in columns] if groups else []
     where += [machine["name"], f"{machine['threads']} threads" if machine["device"] == "cpu" else ""]
     where += [f"torch {machine['torch']}", "inputs in the cache" if document["hot"] else "inputs out of the cache"]
-    command = " ".join(document["command"])
-    return "\n".join([*lines, "", f"*{', '.join(filter(None, where))}; `{command}`*"]) + "\n"
+    about = f"{', '.join(filter(None, where))}; `{' '.join(document['command'])}`"
+    headings = ["operator", *columns, "time", "how many times as long its baselines take"]
+    return Sheet(headings, rows, about).markdown() + "\n"

@@ -25,14 +25,14 @@ from typing import Any
 import torch
 
 from ..errors import Refusal
-from ..files import read_document
 from . import machine
-from .documents import Document, Sheet, Tell, note
+from .documents import Document, Sheet, Tell, note, reader
 from .timing import quartiles
 from .units import duration
 from .vllm_engine import overrides
 
 FORMAT = "mustdrop-serving/1"
+read = reader(FORMAT, "mustdrop bench serving")
 ARMS = ("full", "dropped")
 # Merging leaves 256 of 576 tokens, pruning 80: 137 on average over the layers.
 NARROW_PLAN = {"merge_budget": 40, "pruning_layers": [1, 3, 5], "budgets": [200, 128, 80]}
@@ -249,15 +249,6 @@ def run(options: Options, command: Sequence[str] = (), tell: Tell = lambda what,
         "plan": options.fields, "new_tokens": options.new_tokens, "settings": SETTINGS, "blocks": options.blocks,
         "load_after": list(os.getloadavg()), "rows": rows,
     }  # fmt: skip
-
-
-def read(path: Path) -> Document:
-    """Read a document.
-
-    Raises:
-        ValueError: the file is something else.
-    """
-    return read_document(path, FORMAT, "mustdrop bench serving")
 
 
 def sheet(document: Document) -> Sheet:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..bench.documents import Sheet
 from ..files import written_whole
 from ..flops import LanguageModel, account
 from . import FULL
@@ -121,15 +122,8 @@ def _mean(values: Sequence[float]) -> float:
 
 def tables(document: Document, ours: str) -> Iterable[Table]:
     """Tables for a terminal."""
-    from rich.table import Table
-
-    for title, headings, lines in _grids(document, ours):
-        table = Table(title=title, title_justify="left", caption_justify="left")
-        for i, heading in enumerate(headings):
-            table.add_column(heading, justify="left" if i == 0 else "right")
-        for line in lines:
-            table.add_row(*line)
-        yield table
+    for sheet in _sheets(document, ours):
+        yield sheet.table(sheet.note, title_justify="left", caption_justify="left")
 
 
 def markdown(document: Document, ours: str, part: str | None = None) -> str:
@@ -140,28 +134,24 @@ def markdown(document: Document, ours: str, part: str | None = None) -> str:
         ours: the method that the others are compared with.
         part: the begin of a title, for one table alone.
     """
-    blocks = []
-    for title, headings, lines in _grids(document, ours):
-        if part is not None and not title.lower().startswith(part.lower()):
-            continue
-        text = [f"| {' | '.join(headings)} |", "|" + "---|" * len(headings)]
-        blocks.append("\n".join([*text, *(f"| {' | '.join(line)} |" for line in lines), "", f"*{title}*"]))
-    return "\n\n".join(blocks)
+    sheets = _sheets(document, ours)
+    return "\n\n".join(sheet.markdown() for sheet in sheets if sheet.note.lower().startswith((part or "").lower()))
 
 
-def _grids(document: Document, ours: str) -> Iterable[tuple[str, list[str], list[list[str]]]]:
-    yield from _after_grid(document)
+def _sheets(document: Document, ours: str) -> Iterable[Sheet]:
+    """Tables, whose note is their title."""
+    yield from _after_sheet(document)
     everything = late(document)
     names = kinds(document)
     if len(everything) < len(names):
-        yield from _budget_grid(document, everything, f"Read late ({', '.join(everything)})")
-    yield from _budget_grid(document, None, "All questions")
-    yield from _difference_grid(document, ours, everything)
-    yield from _preset_grid(document)
-    yield _cost_grid(document)
+        yield from _budget_sheet(document, everything, f"Read late ({', '.join(everything)})")
+    yield from _budget_sheet(document, None, "All questions")
+    yield from _difference_sheet(document, ours, everything)
+    yield from _preset_sheet(document)
+    yield _cost_sheet(document)
 
 
-def _after_grid(document: Document) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def _after_sheet(document: Document) -> Iterable[Sheet]:
     found = [row for row in rows(document) if row["method"].startswith("after-")]
     if not found:
         return
@@ -173,12 +163,10 @@ def _after_grid(document: Document) -> Iterable[tuple[str, list[str], list[list[
         for row in [*sorted(found, key=lambda row: int(row["method"].split("-")[1])), *full]
     ]  # fmt: skip
     title = f"Dropping all vision tokens at once: right answers of {found[0]['questions']} questions"
-    yield title, ["vision tokens go", *names, "all"], lines
+    yield Sheet(["vision tokens go", *names, "all"], lines, title)
 
 
-def _budget_grid(
-    document: Document, only: Sequence[str] | None, title: str
-) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def _budget_sheet(document: Document, only: Sequence[str] | None, title: str) -> Iterable[Sheet]:
     found = rows(document, only)
     compared = [c for c in document["cells"] if c["budget"] is not None and (c["right"] or c["why_not"])]
     budgets = sorted({cell["budget"] for cell in compared}, reverse=True)
@@ -198,16 +186,11 @@ def _budget_grid(
     if full:
         title += f": right answers, all 576 tokens {_with_interval(full)}"
     count = max(row["questions"] for row in found)
-    yield (
-        f"{title}; {count} questions, 95% intervals",
-        ["vision tokens, mean over layers", *(f"{b:g}" for b in budgets)],
-        lines,
-    )
+    columns = ["vision tokens, mean over layers", *(f"{budget:g}" for budget in budgets)]
+    yield Sheet(columns, lines, f"{title}; {count} questions, 95% intervals")
 
 
-def _difference_grid(
-    document: Document, ours: str, only: Sequence[str]
-) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def _difference_sheet(document: Document, ours: str, only: Sequence[str]) -> Iterable[Sheet]:
     whole = differences(document, ours)
     part = {(row["method"], row["budget"]): row for row in differences(document, ours, only)}
     if not whole:
@@ -224,14 +207,14 @@ def _difference_grid(
                 cells.append("" if row is None else _signed(row))
         lines.append(cells)
     headings = [f"{budget:g}{what}" for budget in budgets for what in parts]
-    yield f"Points by which `{ours}` is ahead, paired, 95% intervals", ["against", *headings], lines
+    yield Sheet(["against", *headings], lines, f"Points by which `{ours}` is ahead, paired, 95% intervals")
 
 
-def _preset_grid(document: Document) -> Iterable[tuple[str, list[str], list[list[str]]]]:
+def _preset_sheet(document: Document) -> Iterable[Sheet]:
     found = [row for row in rows(document) if row["method"].startswith("preset-")]
     if found:
         lines = [[f"`{row['method'].removeprefix('preset-')}`", _with_interval(row), *_costs(row)] for row in found]
-        yield "Presets as they are, their layers at this model's depth", ["preset", "right", *_COSTS], lines
+        yield Sheet(["preset", "right", *_COSTS], lines, "Presets as they are, their layers at this model's depth")
 
 
 _COSTS = ["tokens, mean", "at the end", "KV cache", "operations saved"]
@@ -241,14 +224,14 @@ def _costs(row: Row) -> list[str]:
     return [f"{row['tokens']:.1f}", f"{row['last']:.1f}", f"{row['kv_bytes'] / 1e6:.2f} MB", f"{row['saved']:.1%}"]
 
 
-def _cost_grid(document: Document) -> tuple[str, list[str], list[list[str]]]:
+def _cost_sheet(document: Document) -> Sheet:
     lines = []
     for row in rows(document):
         if row["method"].startswith("after-"):
             continue
         budget = "" if row["budget"] is None else f"{row['budget']:g}"
         lines.append([f"`{row['method']}`", budget, _percent(row["accuracy"]), *_costs(row), f"{row['ms']:.0f} ms"])
-    return "What it costs, a question", ["method", "budget", "right", *_COSTS, "time"], lines
+    return Sheet(["method", "budget", "right", *_COSTS, "time"], lines, "What it costs, a question")
 
 
 def _percent(share: float) -> str:
