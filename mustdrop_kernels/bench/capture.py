@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..errors import first_line
+
 _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
 
 
@@ -80,7 +82,7 @@ def why_not(call: Callable[[], object], traced: bool = True, device_type: str = 
     except _PageableCopy as error:
         return str(error)
     except RuntimeError as error:
-        return f"it synchronizes with the device: {_first_line(error)}"
+        return f"it synchronizes with the device: {first_line(error)[:200]}"
     finally:
         torch.cuda.synchronize()
     return None
@@ -111,7 +113,7 @@ def capture(
             work()
     except RuntimeError as error:
         _clean_up(graph, before)
-        return None, f"its capture failed: {_first_line(error)}"
+        return None, f"its capture failed: {first_line(error)[:200]}"
     return graph, None
 
 
@@ -132,11 +134,8 @@ def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
         torch.cuda.empty_cache()
         usable = torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
     except RuntimeError as error:
-        raise PoisonedError(f"a capture failed, and the device is unusable after it: {_first_line(error)}") from error
+        raise PoisonedError(
+            f"a capture failed, and the device is unusable after it: {first_line(error)[:200]}"
+        ) from error
     if not usable:
         raise PoisonedError("a capture failed, and its stream is still the current one")
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__

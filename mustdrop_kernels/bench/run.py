@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import backends
+from ..errors import first_line
 from . import check, machine, memory, timing
 from .baselines import Baseline, baselines_of
 from .capture import PoisonedError
@@ -225,8 +226,8 @@ def _measured(case: Case, options: Options, tell: Tell) -> _Measured:
     try:
         return _measure(case, options, tell)
     except (RuntimeError, MemoryError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        return _Measured(case, [Candidate("all", case.spec.in_place, "backend", "", why_not=reason)], {}, 0)
+        failed = Candidate("all", case.spec.in_place, "backend", "", why_not=first_line(error))
+        return _Measured(case, [failed], {}, 0)
 
 
 @torch.inference_mode()

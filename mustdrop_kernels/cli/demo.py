@@ -16,11 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from .. import backends
-from ..config import MustDropConfig
 from ..errors import Refusal
 from ..evaluation.checkpoint import (
+    DEMO_PROMPT,
     SMALL,
     Checkpoint,
+    chosen_config,
+    default_preset,
     load_image,
     load_model,
     made_question,
@@ -33,12 +35,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ..bench.generation import Runs
+    from ..config import MustDropConfig
     from ..report import PromptReport, Report
 
 PICTURE = "mustdrop_demo.png"
 REPORT = "mustdrop_report.json"
-PRESET, SMALL_PRESET = "192", "small-64"
-PROMPT = "What is in the image?"
 _WARM_UP_TOKENS = 2
 _REPEATS = 3
 _LONG_S = 30.0  # a model whose warm-up takes longer than this is measured once
@@ -100,7 +101,7 @@ def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
     Raises:
         Refusal: the options cannot be served.
     """
-    config = _config(options)
+    config = chosen_config(options.model, options.preset, options.backend)
     require_extras()
     image, credit, question, truth = _question(options)
     device = _device(config)
@@ -124,8 +125,9 @@ def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
     plain, dropped, report, repeats = _measure(checkpoint, inputs, config, options.max_new_tokens, progress)
     progress("drawing")
     picture, maps = options.out / PICTURE, options.out / REPORT
+    preset = options.preset or default_preset(options.model)
     result = DemoResult(
-        options, checkpoint, credit, question, truth, _preset(options), report, plain, dropped, repeats, picture, maps
+        options, checkpoint, credit, question, truth, preset, report, plain, dropped, repeats, picture, maps
     )
     _draw(result, checkpoint.seen(inputs["pixel_values"]))
     write_text(result.report_file, json.dumps(report.to_dict()) + "\n")
@@ -137,20 +139,7 @@ def _question(options: DemoOptions) -> tuple[Image, str, str, str | None]:
     if options.model is None and options.image is None:
         image, credit, question, truth = made_question(options.seed)
         return image, credit, options.prompt or question, truth if options.prompt is None else None
-    return *load_image(options.image), options.prompt or PROMPT, None
-
-
-def _preset(options: DemoOptions) -> str:
-    return options.preset or (PRESET if options.model else SMALL_PRESET)
-
-
-def _config(options: DemoOptions) -> MustDropConfig:
-    names = list(MustDropConfig.presets())
-    if _preset(options) not in names:
-        raise Refusal(f"--preset: there is no {options.preset!r}; there are {', '.join(names)}")
-    if options.backend is not None and options.backend not in backends.registered():
-        raise Refusal(f"--backend: there is no {options.backend!r}; there are {', '.join(backends.registered())}")
-    return MustDropConfig.preset(_preset(options), backend=options.backend)
+    return *load_image(options.image), options.prompt or DEMO_PROMPT, None
 
 
 def _device(config: MustDropConfig) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -183,7 +182,7 @@ def _show(document: dict[str, Any], ours: str, markdown: str | None) -> None:
 
 def require_extras() -> None:
     """Raise ``Refusal`` where a package is missing that made questions need."""
+    from ..evaluation.checkpoint import require_packages
+
     needed = {"transformers": "transformers", "PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise Refusal(f"the evaluation needs {' and '.join(missing)}: pip install 'mustdrop_kernels[eval]'")
+    require_packages("the evaluation", "eval", **needed)

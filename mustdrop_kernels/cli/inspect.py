@@ -8,16 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import backends
-from ..config import MustDropConfig
-from ..errors import Refusal
-from ..evaluation.checkpoint import load_image, load_model, made_question, require_extras
+from ..errors import Refusal, first_line
+from ..evaluation.checkpoint import (
+    DEMO_PROMPT,
+    Checkpoint,
+    chosen_config,
+    load_image,
+    load_model,
+    made_question,
+    prompt_text,
+    require_extras,
+)
 from ..files import write_text
 from ..report.html import Page
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..config import MustDropConfig
     from ..report import PromptReport
 
 
@@ -34,10 +42,6 @@ class InspectOptions:
     out: Path = Path("page.html")
     max_new_tokens: int = 24
     seed: int = 0
-
-
-PRESET, SMALL_PRESET = "192", "small-64"
-PROMPT = "What is in the image?"
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResu
         Refusal: the options cannot be served.
     """
     require_extras()
-    config = _config(options)
+    config = chosen_config(options.model, options.preset, options.backend, **options.settings)
     pictures, question = _question(options)
     progress("loading the model")
     model, processor, name = _load(options)
@@ -90,19 +94,7 @@ def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
         image, credit, question, _ = made_question(options.seed)
         return [(image, credit)], options.prompt or question
     asked: list[Path | None] = [*options.images] or [None]
-    return [load_image(path) for path in asked], options.prompt or PROMPT
-
-
-def _config(options: InspectOptions) -> MustDropConfig:
-    name = options.preset or (PRESET if options.model else SMALL_PRESET)
-    if name not in MustDropConfig.presets():
-        raise Refusal(f"--preset: there is no {name!r}; there are {', '.join(MustDropConfig.presets())}")
-    if options.backend is not None and options.backend not in backends.registered():
-        raise Refusal(f"--backend: there is no {options.backend!r}; there are {', '.join(backends.registered())}")
-    try:
-        return MustDropConfig.preset(name, backend=options.backend, **options.settings)
-    except (TypeError, ValueError) as error:
-        raise Refusal(f"--set: {error}") from None
+    return [load_image(path) for path in asked], options.prompt or DEMO_PROMPT
 
 
 def _load(options: InspectOptions) -> tuple[Any, Any, str]:
@@ -119,18 +111,12 @@ def _load(options: InspectOptions) -> tuple[Any, Any, str]:
         model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", use_safetensors=True).eval()
         processor = AutoProcessor.from_pretrained(options.model)
     except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"--model: {options.model} cannot be loaded: {reason}") from error
+        raise Refusal(f"--model: {options.model} cannot be loaded: {first_line(error)}") from error
     return model.to(device), processor, options.model
 
 
 def _inputs(model: Any, processor: Any, prompt: str, images: list[Any]) -> Any:
-    parts = [*({"type": "image"} for _ in images), {"type": "text", "text": prompt}]
-    if getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None):
-        text = processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True)
-    else:
-        token = getattr(processor, "image_token", "<image>")
-        text = f"USER: {' '.join([token] * len(images))}\n{prompt} ASSISTANT:"
+    text = prompt_text(processor, prompt, len(images))
     batch = processor(images=images, text=text, return_tensors="pt")
     batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
     return batch.to(model.device)
@@ -151,10 +137,8 @@ def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str
 
     if model.config.model_type != "llava":
         return [np.asarray(image) for image, _ in pictures]
-    pixels = inputs["pixel_values"].float().cpu()
-    mean, deviation = (pixels.new_tensor(getattr(processor.image_processor, f"image_{x}")) for x in ("mean", "std"))
-    visible = pixels.permute(0, 2, 3, 1) * deviation + mean
-    return list((visible.clamp(0, 1) * 255).round().byte().numpy())
+    checkpoint = Checkpoint(model, processor, "")
+    return [checkpoint.seen(pixels[None]) for pixels in inputs["pixel_values"]]
 
 
 def _write(

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Refusal
+from .. import backends
+from ..config import MustDropConfig
+from ..errors import Refusal, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +23,7 @@ _CREDIT = "rocket.jpg of scikit-image (photograph: SpaceX, public domain)"
 SMALL_MODEL = Path(__file__).resolve().parent / "model"
 """Trained by training/train.py."""
 DEMO_SEED = 2026
+DEMO_PROMPT = "What is in the image?"
 SMALL = "the small LLaVA of mustdrop_kernels"
 
 
@@ -59,21 +62,44 @@ class Checkpoint:
         return ((pixels * deviation + mean).clamp(0, 1) * 255).round().byte().numpy()
 
 
-def prompt_text(processor: Any, question: str) -> str:
-    """The prompt for a question about one image, by the chat template of the processor or LLaVA-1.5's."""
+def prompt_text(processor: Any, question: str, images: int = 1) -> str:
+    """The prompt for a question about some images, by the chat template of the processor or LLaVA-1.5's."""
     template = getattr(processor, "chat_template", None) or getattr(processor.tokenizer, "chat_template", None)
     if template:
-        parts = [{"type": "image"}, {"type": "text", "text": question}]
+        parts = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
         return str(processor.apply_chat_template([{"role": "user", "content": parts}], add_generation_prompt=True))
-    return f"USER: <image>\n{question} ASSISTANT:"
+    places = " ".join([getattr(processor, "image_token", "<image>")] * images)
+    return f"USER: {places}\n{question} ASSISTANT:"
+
+
+def require_packages(user: str, extra: str, **packages: str) -> None:
+    """Raise ``Refusal`` where one of these packages, by the names of their modules, is missing."""
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        raise Refusal(f"{user} needs {' and '.join(missing)}: pip install 'mustdrop_kernels[{extra}]'")
 
 
 def require_extras() -> None:
     """Raise ``Refusal`` where a package is missing that the demo needs."""
-    needed = {"transformers": "transformers", "PIL": "pillow", "matplotlib": "matplotlib"}
-    missing = [package for module, package in needed.items() if importlib.util.find_spec(module) is None]
-    if missing:
-        raise Refusal(f"the demo needs {' and '.join(missing)}: pip install 'mustdrop_kernels[demo]'")
+    require_packages("the demo", "demo", transformers="transformers", PIL="pillow", matplotlib="matplotlib")
+
+
+def chosen_config(model: str | None, preset: str | None, backend: str | None, **settings: Any) -> MustDropConfig:
+    """The configuration of a preset, by default the one for the model, with changes by `settings`."""
+    name = preset or default_preset(model)
+    if name not in MustDropConfig.presets():
+        raise Refusal(f"--preset: there is no {name!r}; there are {', '.join(MustDropConfig.presets())}")
+    if backend is not None and backend not in backends.registered():
+        raise Refusal(f"--backend: there is no {backend!r}; there are {', '.join(backends.registered())}")
+    try:
+        return MustDropConfig.preset(name, backend=backend, **settings)
+    except (TypeError, ValueError) as error:
+        raise Refusal(f"--set: {error}") from None
+
+
+def default_preset(model: str | None) -> str:
+    """The preset for a checkpoint, or without one for the small model."""
+    return "192" if model else "small-64"
 
 
 def made_question(number: int) -> tuple[Image, str, str, str]:
@@ -138,8 +164,7 @@ def load_model(name: str | None, device: str) -> Checkpoint:
             processor = AutoProcessor.from_pretrained(where)
             processor.tokenizer.padding_side = "left"
     except Exception as error:  # a broken checkpoint may raise anything
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(f"--model: {where} cannot be loaded: {reason}") from error
+        raise Refusal(f"--model: {where} cannot be loaded: {first_line(error)}") from error
     if kind != "llava":
         raise Refusal(f"--model: {where} is a {kind!r} model; it must be a LLaVA (LlavaForConditionalGeneration)")
     return Checkpoint(model.to(device), processor, name or SMALL)
