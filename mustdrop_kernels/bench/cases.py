@@ -48,6 +48,9 @@ def _clone(value: Any) -> Any:
     return value
 
 
+Make = Callable[[Shape, torch.dtype, torch.device], Inputs]
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """The least that has to be done: what is needed of the inputs read once, each result written once; arithmetic."""
@@ -66,7 +69,7 @@ class Work:
 class Spec:
     """How to make the inputs of an operator, and how to read its results."""
 
-    make: Callable[[Shape, torch.dtype, torch.device], Inputs]
+    make: Make
     work: Callable[[Shape, int], Work]  # (shape, bytes of an element)
     canonical: Callable[[Raw, Inputs], Canonical]  # what can be compared: no padding, raster order
     input_bytes: Callable[[Shape, int], int]
@@ -138,11 +141,6 @@ def _make_merge(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
     x = x.view(batch, height // h, width // w, h, w, c).transpose(2, 3).reshape(batch, height * width, c)
     x = torch.cat([torch.randn(batch, 1, c, generator=g, device=device), x], 1).to(dtype)
     return Inputs((x, list(shape.grid), list(shape.window), 0.8), {})
-
-
-def _merge_length(shape: Shape) -> int:
-    windows = (shape.grid[0] // shape.window[0]) * (shape.grid[1] // shape.window[1])
-    return 1 + shape.patches - (windows // 2) * (math.prod(shape.window) - 1)
 
 
 def _merge_work(shape: Shape, size: int) -> Work:
@@ -255,13 +253,17 @@ def _two(raw: Raw, inputs: Inputs) -> Canonical:
     return {"total": raw[0], "peak": raw[1]}
 
 
+def _packed_rows(q: Tensor, shape: Shape) -> Tensor:
+    """(B * queries, Hq, D): the text rows of all sequences."""
+    return q[:, :, -shape.queries :].transpose(1, 2).reshape(-1, shape.heads, shape.head_dim)
+
+
 def _make_varlen(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     q, k, types = _attention(shape, dtype, device)
     ends = torch.arange(shape.batch + 1, device=device, dtype=torch.int32)
     rows = shape.queries
-    packed_q = q[:, :, -rows:].transpose(1, 2).reshape(-1, shape.heads, shape.head_dim)
     packed_k = k.transpose(1, 2).reshape(-1, shape.kv_heads, shape.head_dim)
-    args = (packed_q, packed_k, types.view(-1), ends * rows, ends * shape.length, rows, shape.length)
+    args = (_packed_rows(q, shape), packed_k, types.view(-1), ends * rows, ends * shape.length, rows, shape.length)
     return Inputs((*args, shape.head_dim**-0.5), {}, {"shape": shape})
 
 
@@ -279,10 +281,9 @@ def _make_paged(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
     position = torch.arange(shape.length, device=device)
     cache[table.long()[:, position // SLOTS], position % SLOTS] = k.transpose(1, 2)
     rows = shape.queries
-    packed_q = q[:, :, -rows:].transpose(1, 2).reshape(-1, shape.heads, shape.head_dim)
     ends = torch.arange(shape.batch + 1, device=device, dtype=torch.int32) * rows
     seq_lens = torch.full((shape.batch,), shape.length, device=device, dtype=torch.int32)
-    args = (packed_q, cache, table, seq_lens, types, ends, rows, shape.head_dim**-0.5)
+    args = (_packed_rows(q, shape), cache, table, seq_lens, types, ends, rows, shape.head_dim**-0.5)
     return Inputs(args, {}, {"shape": shape})
 
 
@@ -291,9 +292,14 @@ def _packed_input(shape: Shape, size: int) -> int:
     return shape.batch * rows * shape.head_dim * size
 
 
-def _make_map(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    q, k, types = _attention(shape, dtype, device)
-    return Inputs((q, k, types, shape.head_dim**-0.5, shape.queries), {}, {"shape": shape})
+def _attending(arguments: Callable[[Shape], tuple[float, ...]]) -> Make:
+    """Inputs of an operator that takes q, k, token types, the scale, and these arguments."""
+
+    def make(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
+        q, k, types = _attention(shape, dtype, device)
+        return Inputs((q, k, types, shape.head_dim**-0.5, *arguments(shape)), {}, {"shape": shape})
+
+    return make
 
 
 def _map_work(shape: Shape, size: int) -> Work:
@@ -338,16 +344,6 @@ def _canonical_select(raw: Raw, inputs: Inputs) -> Canonical:
     kept = [row[:n] for row, n in zip(keep, counts.tolist(), strict=True)]
     scores = {"total": raw[2], "peak": raw[3]} if len(raw) == 4 else {}
     return {"keep": torch.cat(kept), "counts": counts.long(), **scores}
-
-
-def _make_dual(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    q, k, types = _attention(shape, dtype, device)
-    return Inputs((q, k, types, shape.head_dim**-0.5, *thresholds(shape)), {}, {"shape": shape})
-
-
-def _make_topk(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-    q, k, types = _attention(shape, dtype, device)
-    return Inputs((q, k, types, shape.head_dim**-0.5, shape.keep), {}, {"shape": shape})
 
 
 def _fused_work(shape: Shape, size: int) -> Work:
@@ -423,7 +419,8 @@ def _compact_input(shape: Shape, size: int) -> int:
     return 2 * shape.layers * shape.batch * shape.kv_heads * shape.length * shape.head_dim * size
 
 
-def _one(name: str) -> Callable[[Raw, Inputs], Canonical]:
+def only(name: str) -> Callable[[Raw, Inputs], Canonical]:
+    """``canonical`` of an operator, or a baseline, with this one result."""
     return lambda raw, inputs: {name: raw}
 
 
@@ -438,13 +435,13 @@ CASES: dict[str, Spec] = {
         lambda s, size: s.batch * s.images * (1 + s.patches) * s.channels * size, variants=_AS_PUBLISHED,
     ),
     "cls_attention": Spec(
-        _make_cls, _cls_work, _one("attention"),
+        _make_cls, _cls_work, only("attention"),
         lambda s, size: 2 * s.batch * s.images * (1 + s.patches) * s.channels * size,
     ),
     "text_vision_scores": Spec(_make_scores, _scores_work, _two, _scores_input, variants=_WITH_LSE),
     "text_vision_scores_varlen": Spec(_make_varlen, _scores_work, _two, _packed_input),
     "text_vision_scores_paged": Spec(_make_paged, _scores_work, _two, _packed_input),
-    "text_vision_attention": Spec(_make_map, _map_work, _one("attention"), _scores_input),
+    "text_vision_attention": Spec(_attending(lambda s: (s.queries,)), _map_work, only("attention"), _scores_input),
     "select_dual": Spec(
         _make_select_dual, lambda s, size: Work(s.batch * s.length * (4 + 4 + 1 + 1), s.batch * s.length * 8),
         _canonical_select,
@@ -455,10 +452,10 @@ CASES: dict[str, Spec] = {
         _canonical_select,
         lambda s, size: s.batch * s.length * 5,
     ),
-    "dual_attention_select": Spec(_make_dual, _fused_work, _canonical_select, _scores_input),
-    "topk_attention_select": Spec(_make_topk, _fused_work, _canonical_select, _scores_input),
+    "dual_attention_select": Spec(_attending(thresholds), _fused_work, _canonical_select, _scores_input),
+    "topk_attention_select": Spec(_attending(lambda s: (s.keep,)), _fused_work, _canonical_select, _scores_input),
     "gather_tokens": Spec(
-        _make_gather, lambda s, size: Work(*[s.batch * s.kept * s.hidden * size] * 2), _one("tokens"),
+        _make_gather, lambda s, size: Work(*[s.batch * s.kept * s.hidden * size] * 2), only("tokens"),
         lambda s, size: s.batch * s.length * s.hidden * size, moves=True,
     ),
     "compact_kv_": Spec(_make_compact, _compact_work, canonical_compact, _compact_input, in_place=True, moves=True),

@@ -38,6 +38,15 @@ class Baseline:
     )
 
 
+def for_case(compute: Callable[[Case, Inputs], Raw]) -> Callable[[Case], Call]:
+    """The ``build`` of a baseline that prepares nothing for a case."""
+
+    def build(case: Case) -> Call:
+        return lambda inputs: compute(case, inputs)
+
+    return build
+
+
 def compiled(baseline: Baseline) -> Baseline:
     """torch.compile of a baseline."""
 

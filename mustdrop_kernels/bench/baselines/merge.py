@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..cases import Canonical, Case, Inputs, Raw
-from .base import Baseline, compiled
+from .base import Baseline, Call, compiled
 
 
 def _windows(x: Tensor, grid: list[int], window: list[int]) -> Tensor:
@@ -47,16 +49,15 @@ def _merge(similarity: Tensor, windows: Tensor, x: Tensor, grid: list[int], wind
     return torch.cat([x[:, :1], means, alone], 1), chosen
 
 
-def _published(inputs: Inputs) -> Raw:
-    x, grid, window, threshold = inputs.args
-    windows = _windows(x[:, 1:], grid, window)
-    return _merge(_pairwise(windows), windows, x, grid, window, threshold)
+def _by(similarity: Callable[[Tensor], Tensor]) -> Callable[[Case], Call]:
+    """Merging by a similarity of windows."""
 
+    def call(inputs: Inputs) -> Raw:
+        x, grid, window, threshold = inputs.args
+        windows = _windows(x[:, 1:], grid, window)
+        return _merge(similarity(windows), windows, x, grid, window, threshold)
 
-def _linear_eager(inputs: Inputs) -> Raw:
-    x, grid, window, threshold = inputs.args
-    windows = _windows(x[:, 1:], grid, window)
-    return _merge(_linear(windows), windows, x, grid, window, threshold)
+    return lambda case: call
 
 
 def _canonical(raw: Raw, inputs: Inputs) -> Canonical:
@@ -79,12 +80,12 @@ def _pair_bytes(case: Case) -> int:
 
 
 PUBLISHED = Baseline(
-    "published", ("spatial_merge",), lambda case: _published,
+    "published", ("spatial_merge",), _by(_pairwise),
     "the cosine of all 81 pairs of each window; every image merges as many windows as the one with the fewest",
     _canonical, scratch=_pair_bytes,
 )  # fmt: skip
 LINEAR = Baseline(
-    "linear formula", ("spatial_merge",), lambda case: _linear_eager,
+    "linear formula", ("spatial_merge",), _by(_linear),
     "our formula, |sum of unit vectors| squared, in PyTorch operations",
     _canonical, scratch=lambda case: 4 * case.input_bytes,
 )  # fmt: skip

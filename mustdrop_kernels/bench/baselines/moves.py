@@ -6,71 +6,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cases import SLOTS, Canonical, Case, Inputs, Raw, canonical_compact, canonical_compact_paged
-from .base import Baseline, Call, compiled
+from ..cases import SLOTS, Case, Inputs, Raw, canonical_compact, canonical_compact_paged, only
+from .base import Baseline, compiled, for_case
 
 
-def _index_select(case: Case) -> Call:
-    def call(inputs: Inputs) -> Raw:
-        x, keep, _ = inputs.args
-        return torch.stack([row.index_select(0, index) for row, index in zip(x, keep, strict=True)])
-
-    return call
+@for_case
+def _index_select(case: Case, inputs: Inputs) -> Raw:
+    x, keep, _ = inputs.args
+    return torch.stack([row.index_select(0, index) for row, index in zip(x, keep, strict=True)])
 
 
-def _gather(case: Case) -> Call:
-    def call(inputs: Inputs) -> Raw:
-        x, keep, _ = inputs.args
-        return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
-
-    return call
+@for_case
+def _gather(case: Case, inputs: Inputs) -> Raw:
+    x, keep, _ = inputs.args
+    return x.gather(1, keep[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _tokens(raw: Raw, inputs: Inputs) -> Canonical:
-    return {"tokens": raw}
+def _cut(cache: Tensor, keep: Tensor) -> Tensor:
+    if len(cache) == 1:
+        return cache.index_select(2, keep[0])
+    return torch.stack([row.index_select(1, index) for row, index in zip(cache, keep, strict=True)])
 
 
-def _select_layers(case: Case) -> Call:
+@for_case
+def _select_layers(case: Case, inputs: Inputs) -> Raw:
     """New tensors, one after another; the old ones can be freed when the caller lets go of them."""
-
-    def cut(cache: Tensor, keep: Tensor) -> Tensor:
-        if len(cache) == 1:
-            return cache.index_select(2, keep[0])
-        return torch.stack([row.index_select(1, index) for row, index in zip(cache, keep, strict=True)])
-
-    def call(inputs: Inputs) -> Raw:
-        keys, values, keep, _ = inputs.args
-        return [cut(cache, keep[0]) for cache in keys], [cut(cache, keep[0]) for cache in values]
-
-    return call
+    keys, values, keep, _ = inputs.args
+    return [_cut(cache, keep[0]) for cache in keys], [_cut(cache, keep[0]) for cache in values]
 
 
-def _copy_back(case: Case) -> Call:
+@for_case
+def _copy_back(case: Case, inputs: Inputs) -> Raw:
     """Compaction in place, through a copy of the kept tokens."""
-
-    def call(inputs: Inputs) -> Raw:
-        keys, values, keep, _ = inputs.args
-        kept = keep[0].shape[1]
-        for cache in (*keys, *values):
-            for row, index in zip(cache, keep[0], strict=True):
-                row[:, :kept] = row.index_select(1, index)
-
-    return call
+    keys, values, keep, _ = inputs.args
+    kept = keep[0].shape[1]
+    for cache in (*keys, *values):
+        for row, index in zip(cache, keep[0], strict=True):
+            row[:, :kept] = row.index_select(1, index)
 
 
-def _paged_copy(case: Case) -> Call:
-    def call(inputs: Inputs) -> Raw:
-        keys, values, table, keep, _ = inputs.args
-        index = keep[0]
-        position = torch.arange(index.shape[1], device=index.device).expand_as(index)
-        pages = table.long()
-        source = (pages.gather(1, index // SLOTS) * SLOTS + index % SLOTS).flatten()
-        target = (pages.gather(1, position // SLOTS) * SLOTS + position % SLOTS).flatten()
-        for cache in (*keys, *values):
-            slots = cache.flatten(0, 1)  # a view
-            slots.index_copy_(0, target, slots.index_select(0, source))
-
-    return call
+@for_case
+def _paged_copy(case: Case, inputs: Inputs) -> Raw:
+    keys, values, table, keep, _ = inputs.args
+    index = keep[0]
+    position = torch.arange(index.shape[1], device=index.device).expand_as(index)
+    pages = table.long()
+    source = (pages.gather(1, index // SLOTS) * SLOTS + index % SLOTS).flatten()
+    target = (pages.gather(1, position // SLOTS) * SLOTS + position % SLOTS).flatten()
+    for cache in (*keys, *values):
+        slots = cache.flatten(0, 1)  # a view
+        slots.index_copy_(0, target, slots.index_select(0, source))
 
 
 def _result_bytes(case: Case) -> int:
@@ -78,11 +63,11 @@ def _result_bytes(case: Case) -> int:
 
 
 SELECT = Baseline(
-    "index_select", ("gather_tokens",), _index_select, "index_select of each sequence, and stack", _tokens,
+    "index_select", ("gather_tokens",), _index_select, "index_select of each sequence, and stack", only("tokens"),
     scratch=_result_bytes,
 )  # fmt: skip
 GATHER = Baseline(
-    "torch.gather", ("gather_tokens",), _gather, "torch.gather of whole rows", _tokens, scratch=_result_bytes
+    "torch.gather", ("gather_tokens",), _gather, "torch.gather of whole rows", only("tokens"), scratch=_result_bytes
 )
 LAYERS = Baseline(
     "index_select", ("compact_kv_",), _select_layers, "index_select of K and of V in each layer into new tensors",

@@ -12,9 +12,9 @@ import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cases import SLOTS, Canonical, Case, Inputs, Raw
+from ..cases import SLOTS, Case, Inputs, Raw, only
 from ..shapes import Shape
-from .base import Baseline, Call, as_pair, compiled
+from .base import Baseline, Call, as_pair, compiled, for_case
 
 
 def _repeat(k: Tensor, heads: int) -> Tensor:
@@ -48,95 +48,80 @@ def text_rows(q: Tensor, k: Tensor, shape: Shape, scale: float) -> Tensor:
 
 def reduce_rows(attention: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """total and peak [B, L] of a map [B, rows, vision]."""
-    after = shape.length - shape.text_before - shape.vision
-    pad = (shape.text_before, after)
-    return F.pad(attention.sum(1).float(), pad), F.pad(attention.amax(1).float(), pad)
+    return _padded(attention.sum(1), shape), _padded(attention.amax(1), shape)
+
+
+def _padded(vision: Tensor, shape: Shape) -> Tensor:
+    """[..., vision] -> [..., L] float32, zero at text."""
+    return F.pad(vision.float(), (shape.text_before, shape.queries))
 
 
 def _whole(mask_on_host: bool) -> Callable[[Case], Call]:
-    def build(case: Case) -> Call:
-        shape, mask_device = case.shape, torch.device("cpu") if mask_on_host else case.device
+    def compute(case: Case, inputs: Inputs) -> Raw:
+        q, k, _, scale = inputs.args[:4]
+        mask_device = torch.device("cpu") if mask_on_host else case.device
+        return reduce_rows(whole_matrix(q, k, case.shape, scale, mask_device), case.shape)
 
-        def call(inputs: Inputs) -> Raw:
-            q, k, _, scale = inputs.args[:4]
-            return reduce_rows(whole_matrix(q, k, shape, scale, mask_device), shape)
-
-        return call
-
-    return build
+    return for_case(compute)
 
 
-def _text_rows(case: Case) -> Call:
+@for_case
+def _text_rows(case: Case, inputs: Inputs) -> Raw:
     shape = case.shape
-
-    def call(inputs: Inputs) -> Raw:
-        q, k, _, scale = inputs.args[:4]
-        return reduce_rows(text_rows(q[:, :, -shape.queries :], k, shape, scale), shape)
-
-    return call
+    q, k, _, scale = inputs.args[:4]
+    return reduce_rows(text_rows(q[:, :, -shape.queries :], k, shape, scale), shape)
 
 
-def _whole_map(case: Case) -> Call:
-    shape, device = case.shape, case.device
-    pad = (shape.text_before, shape.queries)
-
-    def call(inputs: Inputs) -> Raw:
-        q, k, _, scale = inputs.args[:4]
-        return F.pad(whole_matrix(q, k, shape, scale, device).float(), pad)
-
-    return call
+@for_case
+def _whole_map(case: Case, inputs: Inputs) -> Raw:
+    q, k, _, scale = inputs.args[:4]
+    return _padded(whole_matrix(q, k, case.shape, scale, case.device), case.shape)
 
 
-def _text_rows_map(case: Case) -> Call:
+@for_case
+def _text_rows_map(case: Case, inputs: Inputs) -> Raw:
     shape = case.shape
-    pad = (shape.text_before, shape.queries)
-
-    def call(inputs: Inputs) -> Raw:
-        q, k, _, scale = inputs.args[:4]
-        return F.pad(text_rows(q[:, :, -shape.queries :], k, shape, scale), pad)
-
-    return call
+    q, k, _, scale = inputs.args[:4]
+    return _padded(text_rows(q[:, :, -shape.queries :], k, shape, scale), shape)
 
 
-def _text_rows_packed(case: Case) -> Call:
+def _sequence_by_sequence(
+    shape: Shape, q: Tensor, scale: float, keys: Callable[[int], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """total and peak [B, L] from packed rows and the keys [L, Hk, D] of each sequence."""
+    results = []
+    for b in range(shape.batch):
+        rows = q[b * shape.queries : (b + 1) * shape.queries].transpose(0, 1)[None]
+        results.append(reduce_rows(text_rows(rows, keys(b).transpose(0, 1)[None], shape, scale), shape))
+    total, peak = zip(*results, strict=True)
+    return torch.cat(total), torch.cat(peak)
+
+
+@for_case
+def _text_rows_packed(case: Case, inputs: Inputs) -> Raw:
     """Sequence by sequence, as code without a packed kernel does."""
-    shape = case.shape
-
-    def call(inputs: Inputs) -> Raw:
-        q, k, scale = inputs.args[0], inputs.args[1], inputs.args[-1]
-        results = []
-        for b in range(shape.batch):
-            rows = q[b * shape.queries : (b + 1) * shape.queries].transpose(0, 1)[None]
-            keys = k[b * shape.length : (b + 1) * shape.length].transpose(0, 1)[None]
-            results.append(reduce_rows(text_rows(rows, keys, shape, scale), shape))
-        return torch.cat([r[0][0] for r in results]), torch.cat([r[1][0] for r in results])
-
-    return call
+    length, k = case.shape.length, inputs.args[1]
+    found = _sequence_by_sequence(
+        case.shape, inputs.args[0], inputs.args[-1], lambda b: k[b * length : (b + 1) * length]
+    )
+    return found[0].flatten(), found[1].flatten()
 
 
-def _text_rows_paged(case: Case) -> Call:
-    shape = case.shape
+@for_case
+def _text_rows_paged(case: Case, inputs: Inputs) -> Raw:
+    q, cache, table = inputs.args[:3]
 
-    def call(inputs: Inputs) -> Raw:
-        q, cache, table, scale = inputs.args[0], inputs.args[1], inputs.args[2], inputs.args[-1]
-        results = []
-        for b in range(shape.batch):
-            rows = q[b * shape.queries : (b + 1) * shape.queries].transpose(0, 1)[None]
-            keys = cache.index_select(0, table[b]).flatten(0, 1)[: shape.length].transpose(0, 1)[None]
-            results.append(reduce_rows(text_rows(rows, keys, shape, scale), shape))
-        return torch.cat([r[0] for r in results]), torch.cat([r[1] for r in results])
+    def keys(b: int) -> Tensor:
+        return cache.index_select(0, table[b]).flatten(0, 1)[: case.shape.length]
 
-    return call
+    return _sequence_by_sequence(case.shape, q, inputs.args[-1], keys)
 
 
-def _sdpa(case: Case) -> Call:
+@for_case
+def _sdpa(case: Case, inputs: Inputs) -> Raw:
     """The values are the keys: their content does not matter to the time."""
-
-    def call(inputs: Inputs) -> Raw:
-        q, k = inputs.args[0], inputs.args[1]
-        return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
-
-    return call
+    q, k = inputs.args[0], inputs.args[1]
+    return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 
 
 def sdpa_kernel(inputs: Inputs) -> str:
@@ -170,15 +155,11 @@ def flex_total(compile_it: bool = True) -> Callable[[Case], Call]:
             _, aux = torch_flex(
                 _repeat(k, q.shape[1]), rows, rows, score_mod=weight, scale=scale, return_aux=AuxRequest(lse=True)
             )
-            return F.pad(aux.lse[..., _vision(shape)].exp().mean(1), (shape.text_before, shape.queries))
+            return _padded(aux.lse[..., _vision(shape)].exp().mean(1), shape)
 
         return call
 
     return build
-
-
-def _total_only(raw: Raw, inputs: Inputs) -> Canonical:
-    return {"total": raw}
 
 
 def _why_no_flex(case: Case) -> str | None:
@@ -211,8 +192,7 @@ def _colreduce(case: Case) -> Call:
         q, k, _, scale = inputs.args[:4]
         keys = _repeat(k, q.shape[1])
         columns = flash_colreduce(q[:, :, -shape.queries :], keys, reduction="sum", is_causal=True, scale=scale)
-        pad = (shape.text_before, shape.queries)
-        return F.pad(columns.float().mean(1)[:, _vision(shape)], pad)
+        return _padded(columns.float().mean(1)[:, _vision(shape)], shape)
 
     return call
 
@@ -225,32 +205,23 @@ def _colsum(case: Case) -> Call:
     def call(inputs: Inputs) -> Raw:
         q, k, _, scale = inputs.args[:4]
         mean = flash_colsum(q[:, :, -shape.queries :].contiguous(), k, scale=scale, is_causal=True)
-        pad = (shape.text_before, shape.queries)
-        return F.pad(mean.float()[:, _vision(shape)] * shape.queries, pad)
+        return _padded(mean.float()[:, _vision(shape)] * shape.queries, shape)
 
     return call
 
 
-def _cls_matrix(case: Case) -> Call:
-    def call(inputs: Inputs) -> Raw:
-        _, k, scale = inputs.args
-        attention = (inputs.extra["q"] @ k.transpose(-1, -2) * scale).softmax(-1)
-        return F.pad(attention.mean(1)[:, 0, 1:].float(), (1, 0))
-
-    return call
+@for_case
+def _cls_matrix(case: Case, inputs: Inputs) -> Raw:
+    _, k, scale = inputs.args
+    attention = (inputs.extra["q"] @ k.transpose(-1, -2) * scale).softmax(-1)
+    return F.pad(attention.mean(1)[:, 0, 1:].float(), (1, 0))
 
 
-def _cls_row(case: Case) -> Call:
-    def call(inputs: Inputs) -> Raw:
-        q, k, scale = inputs.args
-        attention = (q[:, :, None] @ k.transpose(-1, -2) * scale).softmax(-1, dtype=torch.float32)
-        return F.pad(attention.mean(1)[:, 0, 1:], (1, 0))
-
-    return call
-
-
-def _map(raw: Raw, inputs: Inputs) -> Canonical:
-    return {"attention": raw}
+@for_case
+def _cls_row(case: Case, inputs: Inputs) -> Raw:
+    q, k, scale = inputs.args
+    attention = (q[:, :, None] @ k.transpose(-1, -2) * scale).softmax(-1, dtype=torch.float32)
+    return F.pad(attention.mean(1)[:, 0, 1:], (1, 0))
 
 
 def matrix_bytes(case: Case) -> int:
@@ -285,9 +256,11 @@ MATRIX = Baseline(
 )  # fmt: skip
 ROWS = Baseline("text rows", _SCORES, _text_rows, _ROWS, as_pair, scratch=rows_bytes)
 MATRIX_MAP = Baseline(
-    "whole matrix", ("text_vision_attention",), _whole_map, _WHOLE, _map, scratch=matrix_bytes,
+    "whole matrix", ("text_vision_attention",), _whole_map, _WHOLE, only("attention"), scratch=matrix_bytes,
 )  # fmt: skip
-ROWS_MAP = Baseline("text rows", ("text_vision_attention",), _text_rows_map, _ROWS, _map, scratch=rows_bytes)
+ROWS_MAP = Baseline(
+    "text rows", ("text_vision_attention",), _text_rows_map, _ROWS, only("attention"), scratch=rows_bytes
+)
 PACKED = Baseline(
     "text rows", ("text_vision_scores_varlen",), _text_rows_packed, _ROWS + "; sequence by sequence",
     as_pair, scratch=rows_bytes,
@@ -300,15 +273,15 @@ PAGED = Baseline(
 FLEX = Baseline(
     "flex attention", _SCORES, flex_total(),
     "FlexAttention fed with the lse, q and k swapped: its own normaliser is the total; it has no peak",
-    _total_only, why_not=_why_no_flex, compiles=True,
+    only("total"), why_not=_why_no_flex, compiles=True,
 )  # fmt: skip
 COLREDUCE = Baseline(
     "flash-colreduce", _SCORES, _colreduce, "the PyPI package flash-colreduce: the total; it has no peak",
-    _total_only, why_not=_package("flash_colreduce"),
+    only("total"), why_not=_package("flash_colreduce"),
 )  # fmt: skip
 COLSUM = Baseline(
     "flash-colsum", _SCORES, _colsum, "the PyPI package flash-colsum: the total; it has no peak",
-    _total_only, why_not=_package("flash_colsum"),
+    only("total"), why_not=_package("flash_colsum"),
 )  # fmt: skip
 SDPA = Baseline(
     "attention of the layer", ("text_vision_scores", "dual_attention_select", "topk_attention_select"), _sdpa,
@@ -317,9 +290,11 @@ SDPA = Baseline(
 )  # fmt: skip
 CLS_MATRIX = Baseline(
     "published", ("cls_attention",), _cls_matrix, "the attention of all pairs, of which the CLS row is taken",
-    _map, scratch=_cls_bytes,
+    only("attention"), scratch=_cls_bytes,
 )  # fmt: skip
-CLS_ROW = Baseline("CLS row", ("cls_attention",), _cls_row, "q K^T of the CLS row, softmax, mean over heads", _map)
+CLS_ROW = Baseline(
+    "CLS row", ("cls_attention",), _cls_row, "q K^T of the CLS row, softmax, mean over heads", only("attention")
+)
 
 BASELINES = (
     PUBLISHED, MATRIX, compiled(MATRIX), ROWS, compiled(ROWS), FLEX, COLREDUCE, COLSUM, SDPA,

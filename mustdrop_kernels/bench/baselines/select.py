@@ -11,7 +11,7 @@ from torch import Tensor
 from ...ops import TokenType
 from ..cases import Canonical, Case, Inputs, Raw
 from ..shapes import Shape
-from .base import Baseline, Call, compiled
+from .base import Baseline, Call, compiled, for_case
 from .scores import MATRIX, PUBLISHED, ROWS, matrix_bytes, rows_bytes
 
 # What passes the thresholds or the budget, as positions in the sequence: (total, peak, b) -> [kept vision]
@@ -57,42 +57,31 @@ def _sorted(shape: Shape, kept: list[Tensor]) -> list[Tensor]:
     return [torch.cat([before, row.sort().values, after]) for row in kept]
 
 
-def _published_dual(case: Case) -> Call:
+@for_case
+def _published_dual(case: Case, inputs: Inputs) -> Raw:
     shape = case.shape
-
-    def call(inputs: Inputs) -> Raw:
-        total, peak, _, *limits = inputs.args
-        keys = [torch.nonzero(row)[:, 0] for row in inputs.kwargs["protected"]]
-        return _union(shape, filter_tokens(total, peak, shape, (limits[0], limits[1])), keys)
-
-    return call
+    total, peak, _, *limits = inputs.args
+    keys = [torch.nonzero(row)[:, 0] for row in inputs.kwargs["protected"]]
+    return _union(shape, filter_tokens(total, peak, shape, (limits[0], limits[1])), keys)
 
 
-def _mask_dual(case: Case) -> Call:
+@for_case
+def _mask_dual(case: Case, inputs: Inputs) -> Raw:
     """No union of sets: one mask, of which the positions are listed once."""
-
-    def call(inputs: Inputs) -> Raw:
-        total, peak, types, global_threshold, individual_threshold = inputs.args
-        limit = global_threshold * total.sum(-1, keepdim=True)
-        low = (total < limit) & (peak < individual_threshold)
-        dropped = low & (types == TokenType.VISION) & ~inputs.kwargs["protected"]
-        return [torch.nonzero(row)[:, 0] for row in ~dropped & (types != TokenType.PADDING)]
-
-    return call
+    total, peak, types, global_threshold, individual_threshold = inputs.args
+    limit = global_threshold * total.sum(-1, keepdim=True)
+    low = (total < limit) & (peak < individual_threshold)
+    dropped = low & (types == TokenType.VISION) & ~inputs.kwargs["protected"]
+    return [torch.nonzero(row)[:, 0] for row in ~dropped & (types != TokenType.PADDING)]
 
 
 def _topk(unite: bool) -> Callable[[Case], Call]:
-    def build(case: Case) -> Call:
-        shape = case.shape
+    def compute(case: Case, inputs: Inputs) -> Raw:
+        scores, _, k = inputs.args
+        kept = best_tokens(scores, case.shape, k)
+        return _union(case.shape, [row.sort().values for row in kept]) if unite else _sorted(case.shape, kept)
 
-        def call(inputs: Inputs) -> Raw:
-            scores, _, k = inputs.args
-            kept = best_tokens(scores, shape, k)
-            return _union(shape, [row.sort().values for row in kept]) if unite else _sorted(shape, kept)
-
-        return call
-
-    return build
+    return for_case(compute)
 
 
 def _behind(scores: Baseline, dual: bool) -> Callable[[Case], Call]:
