@@ -33,20 +33,8 @@ BUILD = ROOT / "build" / f"cmake-{sysconfig.get_platform()}-{'any' if PORTABLE e
 LIBRARY_FOLDER = "lib"  # mustdrop_kernels/lib holds libmustdrop and its companions
 HEADERS = "kernels"  # below it: the CUDA kernels as text
 SOURCES = runpy.run_path(str(ROOT / "mustdrop_kernels" / "_sources.py"))
+find_nvcc = SOURCES["find_nvcc"]
 CMAKE_ARGS = os.environ.get("MUSTDROP_CMAKE_ARGS", "")
-
-
-def find_nvcc() -> str | None:
-    """Path of the CUDA compiler, independent of torch's CUDA support."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [
-        os.environ.get("MUSTDROP_NVCC"),
-        os.environ.get("CUDACXX"),
-        str(Path(home) / "bin" / "nvcc") if home else None,
-        shutil.which("nvcc"),
-        "/usr/local/cuda/bin/nvcc",
-    ]
-    return next((path for path in candidates if path and Path(path).is_file()), None)
 
 
 def archs_of_gpus_present() -> str:

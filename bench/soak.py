@@ -16,7 +16,6 @@ same without the plug-in.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import importlib
 import itertools
@@ -38,6 +37,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from scipy import stats
 
 from mustdrop_kernels.bench.machine import describe
+from mustdrop_kernels.bench.memory import resident
 from mustdrop_kernels.files import read_document, write_text, written_whole
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # module and settings of its class Soak
@@ -49,16 +49,6 @@ FORMAT = "mustdrop-soak/1"
 ROUND = 20  # requests between two looks at the memory
 BLOCKS = 24  # means of the second half that the line goes through, since neighboring samples are similar
 LIMIT = 0.01  # growth an hour, as a share of the memory, below which it is flat
-
-
-def resident_kb() -> int:
-    """Resident memory of this process, without what the C library keeps for allocations to come."""
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
-            return int(line.split()[1])
-    raise RuntimeError("/proc/self/status has no VmRSS")
 
 
 # ------------------------------------------------------------------------------------------------------------ to run
@@ -75,7 +65,8 @@ def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
         task = progress.add_task("requests", total=60 * minutes)
         for number in itertools.count(1):
             run.round(ROUND)
-            samples.append((round(time.monotonic() - begin, 1), resident_kb()))
+            gc.collect()
+            samples.append((round(time.monotonic() - begin, 1), resident() // 1024))
             now = f"{number * ROUND} requests, {samples[-1][1] / 1024:.0f} MiB"
             progress.update(task, completed=samples[-1][0], description=now)
             if samples[-1][0] >= 60 * minutes:

@@ -1,19 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Build record of the compiled libraries: a digest of their sources and their GPU targets, in a file beside them.
+"""Build of the libraries: the CUDA compiler, the GPUs' targets, and the record of sources and targets beside them.
 
-Imports nothing of the package: setup.py and tools/gpu_bundle.py run this file.
+Imports nothing of the package: setup.py, tools/gpu_bundle.py and tools/cuda_static run this file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 RECORD = "build.json"  # in mustdrop_kernels/lib
 LIBRARIES = ("libmustdrop.so", "libmustdrop_nvrtc.so", "libmustdrop_cuda.so")  # the last where there are CUDA targets
+
+
+def find_nvcc(*further: str) -> str | None:
+    """Path of the CUDA compiler of the environment, the PATH, the usual folder, or one of these paths."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [
+        os.environ.get("MUSTDROP_NVCC"),
+        os.environ.get("CUDACXX"),
+        str(Path(home) / "bin" / "nvcc") if home else None,
+        shutil.which("nvcc"),
+        "/usr/local/cuda/bin/nvcc",
+        *further,
+    ]
+    return next((path for path in candidates if path and Path(path).is_file()), None)
 
 
 def targets_of_gpus() -> list[str]:

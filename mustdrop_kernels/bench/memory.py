@@ -20,19 +20,23 @@ def available(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+        return _bytes("MemAvailable", Path("/proc/meminfo"))
     except OSError:
-        pass
-    return 8 << 30
+        return 8 << 30
 
 
-def _resident(field: str) -> int:
-    for line in _STATUS.read_text().splitlines():
+def _bytes(field: str, file: Path = _STATUS) -> int:
+    """Value of a field of a file in /proc that has kilobytes."""
+    for line in file.read_text().splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise OSError(f"{_STATUS} has no {field}")
+    raise OSError(f"{file} has no {field}")
+
+
+def resident() -> int:
+    """Bytes of this process in memory, without what the C library keeps for allocations to come."""
+    ctypes.CDLL(None).malloc_trim(0)
+    return _bytes("VmRSS")
 
 
 def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
@@ -53,11 +57,10 @@ def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
         call()
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # what the allocator keeps for later would hide the growth
+        before = resident()  # what the allocator keeps for later would hide the growth
         _CLEAR.write_text("5")  # resets the peak
-        before = _resident("VmRSS")
     except (OSError, AttributeError):
         call()
         return None
     call()
-    return max(0, _resident("VmHWM") - before)
+    return max(0, _bytes("VmHWM") - before)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .. import _load, _sources, backends
+from .._sources import find_nvcc
 from ..integrations.vllm import settings as vllm_settings
 
 PACKAGES = (
@@ -217,14 +218,6 @@ def _first_line(program: str | None, *arguments: str) -> str | None:
 
 def _driver() -> str | None:
     return _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-
-
-def find_nvcc() -> str | None:
-    """The CUDA compiler that the build would use."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    in_home = str(Path(home) / "bin" / "nvcc") if home else None
-    chosen = (os.environ.get("MUSTDROP_NVCC"), os.environ.get("CUDACXX"), in_home, "nvcc", "/usr/local/cuda/bin/nvcc")
-    return next((found for path in chosen if path and (found := shutil.which(path))), None)
 
 
 def _nvcc() -> str | None:

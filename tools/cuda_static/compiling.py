@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sysconfig
@@ -19,6 +20,7 @@ from .kernel import Kernel
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "check_cuda"
+SOURCES = runpy.run_path(str(ROOT / "mustdrop_kernels" / "_sources.py"))
 
 # "ptx" is the oldest virtual architecture assembled for a device without machine code in the library, as the driver
 # does when it loads the library there.
@@ -34,15 +36,9 @@ class CompileError(RuntimeError):
 
 def find_nvcc() -> str | None:
     """Path of nvcc of the environment, the system or the wheel."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    candidates = [
-        os.environ.get("MUSTDROP_NVCC"),
-        os.environ.get("CUDACXX"),
-        home and f"{home}/bin/nvcc",
-        shutil.which("nvcc"),
-    ]
-    candidates += ["/usr/local/cuda/bin/nvcc", *map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc"))]
-    return next((path for path in candidates if path and Path(path).is_file()), None)
+    wheels = Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/nvcc")
+    found: str | None = SOURCES["find_nvcc"](*map(str, wheels))
+    return found
 
 
 def find_nvdisasm(nvcc: str) -> str | None:
