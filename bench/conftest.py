@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mustdrop_kernels.bench.cases import FLOAT32_ONLY, Case
-from mustdrop_kernels.bench.run import Candidate, Options, all_ops, candidates, default_backends
+from mustdrop_kernels.bench.cases import Case
+from mustdrop_kernels.bench.run import Candidate, Options, all_ops, candidates, default_backends, plan
 from mustdrop_kernels.bench.shapes import parse_shapes
 
 
@@ -36,11 +36,8 @@ def _candidates(config: pytest.Config) -> Iterator[tuple[Case, Candidate]]:
     backends = tuple(chosen.split(",")) if chosen else default_backends(device.type)
     quick = not config.getoption("--compiled")
     options = Options(all_ops(), shapes, dtypes, device, backends, quick=quick)
-    for op in options.ops:
-        for shape in shapes:
-            for dtype in (torch.float32,) if op in FLOAT32_ONLY else dtypes:
-                case = Case(op, shape, dtype, device)
-                yield from ((case, one) for one in candidates(case, options))
+    for case in dict.fromkeys(plan(options)):
+        yield from ((case, one) for one in candidates(case, options))
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

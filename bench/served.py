@@ -29,10 +29,10 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.bench.vllm_engine import engine, overrides
+from mustdrop_kernels.cli.progress import bar
 from mustdrop_kernels.evaluation import FULL, datasets, results, summary
 from mustdrop_kernels.evaluation.checkpoint import SMALL, SMALL_MODEL, prompt_text
 from mustdrop_kernels.evaluation.methods import Sizes, make
@@ -178,12 +178,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     found = results.start(about, questions, list(plans))
     found["command"] = " ".join([".venv-vllm/bin/python bench/served.py", *sys.argv[1:]])
     found["machine"] = describe(torch.device("cpu"), torch.get_num_threads()) | {"vllm": vllm_version}
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("starting", total=len(plans) * len(questions.examples))
-        for cell, fields in zip(found["cells"], plans.values(), strict=True):
+    with bar() as tell:
+        for number, (cell, fields) in enumerate(zip(found["cells"], plans.values(), strict=True)):
             name = f"{cell['method']} {cell['budget'] or ''}"
-            progress.update(task, description=f"{name}: starting vLLM")
+            tell(f"{name}: starting vLLM", number / len(plans))
             cell |= {"answers": [], "plan": fields}
             with engine(**engine_arguments(model, fields, options.batch)) as llm:
                 dtype = llm.model_config.dtype
@@ -192,7 +190,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 for begin in range(0, len(questions.examples), options.batch):
                     examples = questions.examples[begin : begin + options.batch]
                     asker.ask(llm, watch, examples, cell)
-                    progress.update(task, description=name, advance=len(examples))
+                    tell(name, (number + (begin + len(examples)) / len(questions.examples)) / len(plans))
     found["about"] |= {
         "model": options.model or SMALL, "sizes": dataclasses.asdict(language), "engine": f"vLLM {vllm_version}",
         "dtype": str(dtype).removeprefix("torch."), "max_new_tokens": options.max_new_tokens,

@@ -32,12 +32,11 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from scipy import stats
 
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.bench.memory import resident
+from mustdrop_kernels.cli.progress import bar
 from mustdrop_kernels.files import read_document, write_text, written_whole
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # module and settings of its class Soak
@@ -60,15 +59,13 @@ def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
     module, settings = ENGINES[engine]
     run = importlib.import_module(module).Soak(seed, **settings)
     begin, samples = time.monotonic(), []
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("requests", total=60 * minutes)
+    with bar() as tell:
         for number in itertools.count(1):
             run.round(ROUND)
             gc.collect()
             samples.append((round(time.monotonic() - begin, 1), resident() // 1024))
             now = f"{number * ROUND} requests, {samples[-1][1] / 1024:.0f} MiB"
-            progress.update(task, completed=samples[-1][0], description=now)
+            tell(now, samples[-1][0] / (60 * minutes))
             if samples[-1][0] >= 60 * minutes:
                 break
     return {

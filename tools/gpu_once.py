@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -155,18 +156,9 @@ def planted(name: str) -> None:
     torch.cuda._compile_kernel(PLANTED, name)(grid=(1, 1, 1), block=(64, 1, 1), args=[out])
 
 
-def planted_write() -> None:
-    """A write past the end of an allocation."""
-    planted("mustdrop_planted_write")
-
-
-def planted_race() -> None:
-    """A race in shared memory."""
-    planted("mustdrop_planted_race")
-
-
 OPERATORS: dict[str, Callable[[], None]] = {f.__name__: f for f in (samples, scores, merging, selecting, moving)}
-PARTS = {**OPERATORS, "planted_write": planted_write, "planted_race": planted_race}
+FAULTS = {name: partial(planted, f"mustdrop_{name}") for name in ("planted_write", "planted_race")}
+PARTS = {**OPERATORS, **FAULTS}
 
 
 def once(names: list[str]) -> None:

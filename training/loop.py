@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,14 +60,7 @@ class Task(Protocol):
         """Accuracies on the validation split."""
 
 
-def fit(
-    task: Task,
-    folder: Path,
-    *,
-    every_s: float = 120.0,
-    until: int | None = None,
-    log: Callable[[str], None] = print,
-) -> bool:
+def fit(task: Task, folder: Path, *, every_s: float = 120.0, until: int | None = None) -> bool:
     """Train to the end of the last stage, starting from the last checkpoint if there is one.
 
     Args:
@@ -75,7 +68,6 @@ def fit(
         folder: of checkpoints and the log.
         every_s: seconds between checkpoints.
         until: maximum number of steps of this task, over all stages.
-        log: called with a line at each checkpoint.
 
     Returns:
         True if the last stage is done.
@@ -101,11 +93,11 @@ def fit(
                 progress.advance(bar)
                 if time.monotonic() - saved > every_s:
                     at.save()
-                    _record(task, stage, at, losses, begin, folder, log)
+                    _record(task, stage, at, losses, begin, folder)
                     losses, begin, saved = [], time.monotonic(), time.monotonic()
             at.stage, at.step = at.stage + 1, 0
             at.save()
-            _record(task, stage, at, losses, begin, folder, log)
+            _record(task, stage, at, losses, begin, folder)
             saved = time.monotonic()
     return True
 
@@ -122,9 +114,8 @@ def _step(task: Task, stage: Stage, at: _Position, optimizer: torch.optim.Optimi
     return loss.item()
 
 
-def _record(
-    task: Task, stage: Stage, at: _Position, losses: list[float], begin: float, folder: Path, log: Callable[[str], None]
-) -> None:
+def _record(task: Task, stage: Stage, at: _Position, losses: list[float], begin: float, folder: Path) -> None:
+    """Append a line to the log and print it."""
     if not losses:
         return
     seconds = (time.monotonic() - begin) / len(losses)
@@ -137,7 +128,7 @@ def _record(
     line = {k: round(v, 4) if isinstance(v, float) else v for k, v in line.items()}
     with (folder / "log.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
-    log(json.dumps(line))
+    print(json.dumps(line))
 
 
 class _Position:

@@ -154,7 +154,6 @@ def interleaved(
     copies: Sequence[Inputs],
     device: torch.device,
     effort: Effort,
-    tell: Callable[[float], None] = lambda share: None,
     compiled: Collection[str] = (),
 ) -> dict[str, Timing]:
     """Time all of them. They have been called before, so nothing is compiled or allocated for the first time here.
@@ -164,7 +163,6 @@ def interleaved(
         copies: inputs with the same values in different memory.
         device: where they are.
         effort: how long to measure.
-        tell: takes the share of the rounds that is done.
         compiled: names of calls that torch.compile made.
     """
     rotation = Rotation(copies)
@@ -180,7 +178,6 @@ def interleaved(
         for name in names[first:] + names[:first]:
             if r in turns[name]:
                 samples[name][r] = runners[name].seconds() / runners[name].calls
-        tell((r + 1) / total)
     return {
         name: Timing(samples[name], runner.calls, runner.how, runner.host, runner.why_eager)
         for name, runner in runners.items()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..flops import LanguageModel
 from ..integrations.transformers import drop_tokens
 from .checkpoint import Checkpoint
 from .datasets import Example, Questions
@@ -122,12 +123,5 @@ def _count(cell: dict[str, Any], subject: Checkpoint, inputs: Any, report: Any, 
         text = sum(prompt.text) / questions
     held = [n if evicts is None or i < evicts else last for i, n in enumerate(layers)]
     slots = sum(held) + text * depth
-    count(cell, layers, last=last, kv_bytes=slots * _slot_bytes(subject), text=text)
-
-
-def _slot_bytes(subject: Checkpoint) -> int:
-    """Keys and values of one token in one layer."""
-    from ..flops import LanguageModel
-
-    size = torch.empty(0, dtype=subject.model.dtype).element_size()
-    return LanguageModel.of(subject.model.config).token_bytes(size)
+    slot_bytes = LanguageModel.of(subject.model.config).token_bytes(subject.model.dtype.itemsize)
+    count(cell, layers, last=last, kv_bytes=slots * slot_bytes, text=text)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .plots import Array, token_image
+from .plots import INK, PAPER, SOFT, Array, patch_of_pixel, token_image
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
     from .records import ImageReport, PromptReport
 
-_INK, _SOFT, _PAPER = "#1f2430", "#4b5365", "#ffffff"
 _PANEL, _GAP, _MARGIN, _CAPTION, _TITLE = 1.7, 0.08, 0.25, 0.3, 0.45  # inches
 _ACROSS = 6  # panels side by side where rows may be of any length
 
@@ -26,7 +25,6 @@ def draw_video(
     prompt: PromptReport,
     *,
     index: int = 0,
-    title: str | None = None,
 ) -> Figure:
     """One video of a prompt: a row for its frames, one for merging, one after each pruning layer.
 
@@ -45,7 +43,7 @@ def draw_video(
             for frame, part in zip(frames, parts, strict=True)
         ]
         rows.append((f"after layer {layer}: {kept} tokens", shown))
-    return _sheet(rows, title or "Vision tokens of a video")
+    return _sheet(rows, "Vision tokens of a video")
 
 
 def draw_attention(
@@ -53,7 +51,6 @@ def draw_attention(
     prompt: PromptReport,
     *,
     index: int = 0,
-    title: str | None = None,
 ) -> Figure:
     """Attention from the text queries in each layer: the mean over them and over heads, brightest at the maximum.
 
@@ -74,7 +71,7 @@ def draw_attention(
         most = float(np.nanmax(maps)) if not np.isnan(maps).all() else 0.0
         shown = [_glow(frame, part / most if most else part) for frame, part in zip(frames, maps, strict=True)]
         rows.append((f"layer {layer}: at most {100 * most:.2g}%", shown))
-    return _sheet(rows, title or "Attention from text to vision", wrap=not video)
+    return _sheet(rows, "Attention from text to vision", wrap=not video)
 
 
 def as_frames(image: Any) -> list[Array]:
@@ -100,9 +97,8 @@ def _glow(frame: Array, heat: Array) -> Array:  # heat: (H, W) in 0..1, nan wher
     """The picture in dark gray, lit by the attention."""
     import matplotlib
 
-    rows = np.arange(frame.shape[0]) * heat.shape[0] // frame.shape[0]
-    columns = np.arange(frame.shape[1]) * heat.shape[1] // frame.shape[1]
-    shown = np.sqrt(np.nan_to_num(heat[rows][:, columns]))  # small shares are seen, too
+    heat = heat.reshape(-1)[patch_of_pixel(frame.shape[:2], heat.shape)]
+    shown = np.sqrt(np.nan_to_num(heat))  # small shares are seen, too
     gray = frame.astype(np.float64).mean(-1, keepdims=True) / 255
     color = matplotlib.colormaps["inferno"](shown)[..., :3]
     return np.clip(0.35 * gray * (1 - shown[..., None]) + color, 0, 1)
@@ -118,8 +114,8 @@ def _sheet(rows: list[tuple[str, list[Array]]], title: str, *, wrap: bool = Fals
     high = _PANEL * first.shape[0] / first.shape[1]
     width = 2 * _MARGIN + across * (_PANEL + _GAP) - _GAP
     height = 2 * _MARGIN + _TITLE + len(lines) * (_CAPTION + high + _GAP)
-    figure = Figure(figsize=(width, height), dpi=120, facecolor=_PAPER)
-    figure.text(_MARGIN / width, 1 - _MARGIN / height, title, va="top", fontsize=13, weight="bold", color=_INK)
+    figure = Figure(figsize=(width, height), dpi=120, facecolor=PAPER)
+    figure.text(_MARGIN / width, 1 - _MARGIN / height, title, va="top", fontsize=13, weight="bold", color=INK)
     for number, line in enumerate(lines):
         top = _MARGIN + _TITLE + number * (_CAPTION + high + _GAP) + _CAPTION
         panels = [(caption if i == 0 else "", panel) for caption, row in line for i, panel in enumerate(row)]
@@ -130,7 +126,7 @@ def _sheet(rows: list[tuple[str, list[Array]]], title: str, *, wrap: bool = Fals
             axis.imshow(panel, interpolation="nearest", aspect="auto")
             axis.annotate(
                 caption, (0, 1), xytext=(0, 4), xycoords="axes fraction", textcoords="offset points", fontsize=8.5,
-                color=_SOFT,
+                color=SOFT,
             )  # fmt: skip
     return figure
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .records import ImageReport, PromptReport
 
-_INK, _SOFT, _FAINT, _PAPER = "#1f2430", "#4b5365", "#7b8394", "#ffffff"
+INK, SOFT, _FAINT, PAPER = "#1f2430", "#4b5365", "#7b8394", "#ffffff"
 _MERGED, _KEY, _HATCH = "#00a9bd", "#ffc400", "#c3c8d1"
 _CACHE = {"plain generation": "#e3e6eb", "before stage 3": "#9fb6d6", "after stage 3": "#1d5fa8"}
 _FADED = 0.84  # how far a dropped patch goes from its colors, made gray, to the paper
@@ -57,7 +57,7 @@ def draw_stages(
     width = 2 * _MARGIN + _COLUMNS * panel_width + (_COLUMNS - 1) * _GAP
     height = 2 * _MARGIN + _TITLE + rows * row_height + _LEGEND + _CAPTION + _STRIP + _AXIS_LABELS
     height += _NOTE_LINE * len(notes)
-    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor=_PAPER)
+    figure = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI, facecolor=PAPER)
 
     def place(left: int, top: int, wide: int, high: int) -> Axes:
         return figure.add_axes((left / width, 1 - (top + high) / height, wide / width, high / height))
@@ -66,7 +66,7 @@ def draw_stages(
         figure.text(_MARGIN / width, 1 - top / height, text, va="top", **style)
 
     top = _MARGIN
-    write(top, title or "", fontsize=17, weight="bold", color=_INK)
+    write(top, title or "", fontsize=17, weight="bold", color=INK)
     top += _TITLE
     for i, draw in enumerate(panels):
         row, column = divmod(i, _COLUMNS)
@@ -103,7 +103,7 @@ def token_image(
 ) -> Array:  # (height, width, 3) float in 0..1
     """The image as its tokens: a merged window has its mean color, and what is not alive has faded."""
     colors = image.astype(np.float64) / 255
-    patch = _patch_of_pixel(image.shape[:2], token_of_patch.shape)  # (height, width)
+    patch = patch_of_pixel(image.shape[:2], token_of_patch.shape)  # (height, width)
     token = token_of_patch.reshape(-1)[patch]
     merged = (np.bincount(token_of_patch.reshape(-1), minlength=token_of_patch.size) > 1)[token]
     means = np.stack([_mean_by(token, colors[..., channel], token_of_patch.size) for channel in range(3)], -1)
@@ -115,7 +115,8 @@ def token_image(
     return colors
 
 
-def _patch_of_pixel(pixels: tuple[int, ...], grid: tuple[int, ...]) -> Array:
+def patch_of_pixel(pixels: tuple[int, ...], grid: tuple[int, ...]) -> Array:
+    """(height, width) int64: the patch, counted row by row, that has each pixel."""
     rows = np.arange(pixels[0]) * grid[0] // pixels[0]
     columns = np.arange(pixels[1]) * grid[1] // pixels[1]
     return rows[:, None] * grid[1] + columns
@@ -198,8 +199,8 @@ def _caption(axis: Axes, title: str, counts: str, indent: int = 0) -> None:
     """Two lines above an axis, placed in points, so that they look the same on any size. `indent` is in pixels."""
     where: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     left = -72 * indent / _DPI
-    axis.annotate(title, xytext=(left, 22), fontsize=12.5, weight="bold", color=_INK, va="bottom", **where)
-    axis.annotate(counts, xytext=(left, 6), fontsize=11.5, color=_SOFT, va="bottom", **where)
+    axis.annotate(title, xytext=(left, 22), fontsize=12.5, weight="bold", color=INK, va="bottom", **where)
+    axis.annotate(counts, xytext=(left, 6), fontsize=11.5, color=SOFT, va="bottom", **where)
 
 
 def _legend(figure: Figure, corner: tuple[float, float], report: ImageReport) -> None:
@@ -238,8 +239,8 @@ def _draw_cache(axis: Axes, prompt: PromptReport) -> None:
         axis.bar(range(len(cache.lengths)), cache.lengths, width=0.86, color=color, label=label)
     axis.set_xlim(-0.6, len(prompt.plain_cache.lengths) - 0.4)
     axis.set_xticks(range(len(prompt.plain_cache.lengths)))
-    axis.set_xlabel("language layer", fontsize=11, color=_SOFT)
-    axis.tick_params(colors=_SOFT, labelsize=10, length=0)
+    axis.set_xlabel("language layer", fontsize=11, color=SOFT)
+    axis.tick_params(colors=SOFT, labelsize=10, length=0)
     axis.spines[:].set_visible(False)
     axis.yaxis.grid(True, color="white", linewidth=0.8)
     axis.yaxis.get_major_locator().set_params(nbins=3)  # type: ignore[call-arg]

@@ -95,24 +95,24 @@ def _method(sizes: Sizes, average: float, choose: Choose) -> Method:
     return Method(NOTHING, lambda seed: lambda *args: Selection(choose, seed, *args))
 
 
-def random(sizes: Sizes, average: float) -> Method:
-    """Any tokens: what a method has to beat."""
+def _top(sizes: Sizes, average: float, rate: Callable[[Tensor, torch.Generator], Tensor]) -> Method:
+    """The tokens with the highest rates, computed from the CLS attention (B, N) and a generator."""
 
     def choose(features: Tensor, look: Tensor, key: Tensor, generator: torch.Generator) -> Chosen:
-        keep = best(torch.rand(look.shape, generator=generator).to(look.device), int(average))
+        keep = best(rate(look, generator), int(average))
         return _take(features, keep), keep, _itself(look)
 
     return _method(sizes, average, choose)
+
+
+def random(sizes: Sizes, average: float) -> Method:
+    """Any tokens: what a method has to beat."""
+    return _top(sizes, average, lambda look, generator: torch.rand(look.shape, generator=generator).to(look.device))
 
 
 def cls_top(sizes: Sizes, average: float) -> Method:
     """The tokens that CLS looks at most, as in FasterVLM (arXiv 2412.01818) and the first half of VisionZip."""
-
-    def choose(features: Tensor, look: Tensor, key: Tensor, generator: torch.Generator) -> Chosen:
-        keep = best(look, int(average))
-        return _take(features, keep), keep, _itself(look)
-
-    return _method(sizes, average, choose)
+    return _top(sizes, average, lambda look, generator: look)
 
 
 def visionzip(sizes: Sizes, average: float) -> Method:
