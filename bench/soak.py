@@ -37,7 +37,8 @@ from scipy import stats
 from mustdrop_kernels.bench.machine import describe
 from mustdrop_kernels.bench.memory import resident
 from mustdrop_kernels.cli.progress import bar
-from mustdrop_kernels.files import read_document, write_text, written_whole
+from mustdrop_kernels.files import read_document, write_text
+from mustdrop_kernels.report.plots import panels, save
 
 ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # module and settings of its class Soak
     "transformers": ("soak_transformers", {}),
@@ -132,14 +133,8 @@ def _slope(found: dict[str, Any]) -> str:
 
 def draw(documents: list[dict[str, Any]], path: Path) -> None:
     """Memory over time, a panel an engine, with the line through the second half."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    size = (6.4 * len(documents), 3.6)
-    figure, grid = pyplot.subplots(1, len(documents), figsize=size, layout="constrained", squeeze=False)
-    for axis, document in zip(grid[0], documents, strict=True):
+    figure, (axes,) = panels(len(documents), 6.4 * len(documents), 3.6)
+    for axis, document in zip(axes, documents, strict=True):
         times, sizes = np.array(document["samples"], dtype=np.float64).T
         axis.plot(times / 60, sizes / 1024, color="C0", lw=0.8, label="after each round")
         blocks, found = late(document["samples"]), document["growth"]
@@ -152,10 +147,8 @@ def draw(documents: list[dict[str, Any]], path: Path) -> None:
         axis.set_title(f"{document['engine']}: {document['requests']:,} requests, {found['verdict']}", fontsize=10)
         axis.legend(fontsize=8, loc="lower right")
         axis.grid(alpha=0.3)
-    grid[0][0].set_ylabel("resident memory, MiB")
-    with written_whole(path) as scratch:
-        figure.savefig(scratch, dpi=110)
-    pyplot.close(figure)
+    axes[0].set_ylabel("resident memory, MiB")
+    save(figure, path, dpi=110)
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
     """Description of the machine and of the software; measures nothing."""
     about: dict[str, Any] = {
         "device": device.type,
-        "name": _gpu_name(device) if device.type == "cuda" else _cpu_name(),
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "system": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": threads,
@@ -63,7 +63,8 @@ def load() -> list[float] | None:
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -71,10 +72,6 @@ def _cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
-
-
-def _gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device)
 
 
 def commit() -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import written_whole
+from ..report.plots import panels, save
 from .run import Document, Row
 from .shapes import parse_shape
 
@@ -37,19 +37,9 @@ def write_all(document: Document, folder: Path) -> list[Path]:
             if figure is None:
                 continue
             path = folder / f"{document['machine']['device']}-{dtype}-{name}.png"
-            with written_whole(path) as scratch:
-                figure.savefig(scratch, dpi=130, bbox_inches="tight")
+            save(figure, path, dpi=130, bbox_inches="tight")
             written.append(path)
     return written
-
-
-def _figure(columns: int, lines: int, width: float, height: float) -> tuple[Figure, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(lines, columns, squeeze=False)
 
 
 def _plain(axes: Axes) -> None:
@@ -92,7 +82,7 @@ def _time_against_tokens(document: Document, rows: list[Row]) -> Figure | None:
         return None
     columns = min(2, len(by_op))
     lines = -(-len(by_op) // columns)
-    figure, axes = _figure(columns, lines, 7.2 * columns, 3.4 * lines)
+    figure, axes = panels(columns, 7.2 * columns, 3.4 * lines, lines)
     for ax, (op, found) in zip(axes.flat, by_op.items(), strict=False):
         _tokens_panel(ax, document, op, found)
     for ax in axes.flat[len(by_op) :]:
@@ -143,7 +133,7 @@ def _roofline(document: Document, rows: list[Row], dtype: str) -> Figure | None:
     moving = [row for row in rows if not row["flops"]]
     if not computing:
         return None
-    figure, axes = _figure(2 if moving else 1, 1, 13.5 if moving else 7.5, max(4.8, 0.36 * len(moving)))
+    figure, axes = panels(2 if moving else 1, 13.5 if moving else 7.5, max(4.8, 0.36 * len(moving)))
     _roof_panel(axes[0][0], document, computing, dtype)
     if moving:
         _moving_panel(axes[0][1], moving)
@@ -215,7 +205,7 @@ def _ratios(document: Document, rows: list[Row]) -> Figure | None:
     # The same lines in each panel.
     lines = {op: list(dict.fromkeys(row["candidate"] for row in rows if row["op"] == op)) for op in _ops(rows)}
     height = sum(len(names) + 1 for names in lines.values())
-    figure, axes = _figure(len(shapes), 1, 2.4 + 5.2 * len(shapes), 0.24 * height + 1.2)
+    figure, axes = panels(len(shapes), 2.4 + 5.2 * len(shapes), 0.24 * height + 1.2)
     for ax, shape in zip(axes[0], shapes, strict=True):
         _ratio_panel(ax, [row for row in rows if row["shape"] == shape], lines, first=ax is axes[0][0])
         ax.set_title(shape)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from rich.console import Console
 from .._version import __version__
 from ..errors import Refusal
 from .bench import app as bench
+from .bench.measurement import refuse
 from .evaluate import evaluate
 from .flops import flops
 from .progress import status
@@ -27,6 +27,11 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+# Of demo and inspect:
+Prompt = Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")]
+Backend = Annotated[str | None, typer.Option(help="Name of a backend. Default: the one that serves the device.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
+Seed = Annotated[int, typer.Option(min=0, help="Number of the made picture and question.")]
 
 
 def _version(shown: bool) -> None:
@@ -68,7 +73,7 @@ def doctor(as_json: AsJson = False) -> None:
 @app.command()
 def demo(
     image: Annotated[Path | None, typer.Option(help="A picture. Default: one made here, of digits.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")] = None,
+    prompt: Prompt = None,
     model: Annotated[
         str | None,
         typer.Option(metavar="FOLDER|HUB_ID", help="A LLaVA checkpoint. Default: the small one in the package."),
@@ -77,12 +82,10 @@ def demo(
         str | None,
         typer.Option(help="Thresholds or budgets. Default: 192 for a checkpoint, small-64 for the small model."),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Name of a backend. Default: the one that serves the device.")
-    ] = None,
+    backend: Backend = None,
     out: Annotated[Path, typer.Option(help="Folder for the picture and the report.")] = Path("out"),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Number of the made picture and question.")] = 0,
+    max_new_tokens: NewTokens = 24,
+    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
     """Run a picture through a LLaVA with and without dropping; print what is saved and draw what was dropped."""
@@ -93,8 +96,7 @@ def demo(
         with status(shown=not as_json) as progress:
             result = run(options, progress)
     except Refusal as refusal:
-        print(f"mustdrop: {refusal}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        refuse(str(refusal))
     if as_json:
         print_json(to_dict(result))
     else:
@@ -106,7 +108,7 @@ def inspect(
     image: Annotated[
         list[Path] | None, typer.Option(help="A picture; may be repeated. Default: one made here, of digits.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")] = None,
+    prompt: Prompt = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -118,12 +120,10 @@ def inspect(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=JSON", help="Changes the preset, such as --set 'merge_at=\"features\"'."),
     ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="Name of a backend. Default: the one that serves the device.")
-    ] = None,
+    backend: Backend = None,
     out: Annotated[Path, typer.Option(help="File for the page.")] = Path("page.html"),
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length of the answers.")] = 24,
-    seed: Annotated[int, typer.Option(min=0, help="Number of the made picture and question.")] = 0,
+    max_new_tokens: NewTokens = 24,
+    seed: Seed = 0,
 ) -> None:
     """Write a page of HTML about one prompt: merged and dropped tokens, and attention, with all pictures inside."""
     from .inspect import InspectOptions, run
@@ -134,8 +134,7 @@ def inspect(
         with status(shown=True) as progress:
             result = run(options, progress)
     except Refusal as refusal:
-        print(f"mustdrop: {refusal}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        refuse(str(refusal))
     print(result.page)
 
 

@@ -138,6 +138,7 @@ def _sources(found: dict[str, Any]) -> str | None:
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", header_style="dim", show_edge=False, box=None)
+    table.show_header = any(columns)
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
@@ -154,7 +155,6 @@ def _text(value: Any, missing: str = "") -> str:
 
 def _pairs(title: str, values: dict[str, Any], missing: str) -> Table:
     table = _table(f"\n{title}", "", "")
-    table.show_header = False
     for name, value in values.items():
         table.add_row(f"  {escape(name)}", _text(value, missing))
     return table
@@ -163,7 +163,6 @@ def _pairs(title: str, values: dict[str, Any], missing: str) -> Table:
 def _environment(values: dict[str, str]) -> Table:
     """Every variable that this package reads, and others that are set and matter."""
     table = _table("\nEnvironment", "", "", "")
-    table.show_header = False
     for name in dict.fromkeys((*environment.VARIABLES, *values)):
         table.add_row(f"  {name}", _text(values.get(name), missing="not set"), environment.VARIABLES.get(name, ""))
     return table
@@ -171,7 +170,6 @@ def _environment(values: dict[str, str]) -> Table:
 
 def _libraries(rows: list[dict[str, Any]]) -> Table:
     table = _table("\nLibraries", "", "", "")
-    table.show_header = False
     for row in rows:
         state = "[green]loaded[/]" if row["loaded"] else "[yellow]not loaded[/]"
         table.add_row(f"  {row['name']}", state, escape(row["problem"] or row["path"]))

@@ -14,13 +14,13 @@ import subprocess
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import _load, _sources, backends
 from .._sources import find_nvcc
+from ..bench.machine import cpu_name
 from ..integrations.vllm import settings as vllm_settings
 
 PACKAGES = (
@@ -79,7 +79,7 @@ def machine() -> dict[str, Any]:
     """System, processor, threads and GPUs."""
     return {
         "system": attempt(platform.platform),
-        "processor": attempt(_processor),
+        "processor": attempt(cpu_name),
         "cores": os.cpu_count(),
         "torch threads": attempt(torch.get_num_threads),
         "CPU kernels": attempt(_load.cpu_capability),
@@ -227,14 +227,6 @@ def _nvcc() -> str | None:
     done = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
     release = next((line for line in done.stdout.splitlines() if "release" in line), "")
     return f"{release.split('release')[-1].strip() or 'unknown version'} ({path})"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _gpus() -> list[str]:

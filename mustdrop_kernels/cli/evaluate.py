@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import Refusal
+from .bench.measurement import refuse
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -83,8 +84,7 @@ def evaluate(
                          layers and not quick, json, batch, max_new_tokens)  # fmt: skip
             document = plan.carry_out()
     except (Refusal, ValueError, OSError) as error:
-        print(f"mustdrop: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        refuse(str(error))
     _show(document, ours, markdown)
     if plot is not None:
         from ..evaluation.summary import draw

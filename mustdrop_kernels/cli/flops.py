@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from ..bench.units import size
 from ..config import MustDropConfig
 from ..flops import COUNTINGS, MODELS, Account, LanguageModel, account, schedule
 from ..flops import headline as headline_rows
+from .bench.measurement import refuse
 
 # Those for 32 layers; "small-64" is for the small model.
 BUDGETS = [name for name in MustDropConfig.presets() if name.startswith("budget-")]
@@ -69,8 +69,7 @@ def flops(
             for name, plan in _plans(sizes, preset, keep).items()
         }
     except ValueError as error:
-        print(f"mustdrop: {error}", file=sys.stderr)
-        raise typer.Exit(2) from None
+        refuse(str(error))
     if as_json:
         print(json.dumps({name: one.to_dict() for name, one in found.items()}, indent=2))
     else:

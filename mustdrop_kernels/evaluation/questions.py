@@ -41,22 +41,17 @@ def _one(boxes: Sequence[Box], attribute: str, draw: np.random.Generator) -> int
     return int(draw.choice(single)) if single else None
 
 
-def _digit_in_colour(seen: Scene, draw: np.random.Generator) -> Question | None:
-    i = _one(seen.boxes, "colour", draw)
-    if i is None:
-        return None
-    box = seen.boxes[i]
-    text = f"Which digit is in the {box.colour} box?"
-    return Question("digit in colour", text, box.digit, box.colour, (i,))
+def _of_one(kind: str, text: str, named: str, asked: str) -> Asked:
+    """A question about an attribute of the one box that another attribute names in the text."""
 
+    def ask(seen: Scene, draw: np.random.Generator) -> Question | None:
+        i = _one(seen.boxes, named, draw)
+        if i is None:
+            return None
+        key = getattr(seen.boxes[i], named)
+        return Question(kind, text.format(key), getattr(seen.boxes[i], asked), key, (i,))
 
-def _colour_of_digit(seen: Scene, draw: np.random.Generator) -> Question | None:
-    i = _one(seen.boxes, "digit", draw)
-    if i is None:
-        return None
-    box = seen.boxes[i]
-    text = f"Which colour is the box with the {box.digit}?"
-    return Question("colour of digit", text, box.colour, box.digit, (i,))
+    return ask
 
 
 def _at_place(what: str) -> Asked:
@@ -95,8 +90,8 @@ def _presence(seen: Scene, draw: np.random.Generator) -> Question | None:
 
 
 KINDS: dict[str, Asked] = {
-    "digit in colour": _digit_in_colour,
-    "colour of digit": _colour_of_digit,
+    "digit in colour": _of_one("digit in colour", "Which digit is in the {} box?", "colour", "digit"),
+    "colour of digit": _of_one("colour of digit", "Which colour is the box with the {}?", "digit", "colour"),
     "digit at place": _at_place("digit"),
     "colour at place": _at_place("colour"),
     "digit right of colour": _right_of,

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..bench.documents import Sheet
-from ..files import written_whole
 from ..flops import LanguageModel, account
+from ..report.plots import panels, save
 from . import FULL
 from .scoring import f1, interval, paired
 
@@ -254,19 +254,10 @@ def _signed(row: Row) -> str:
 
 def draw(document: Document, path: Path, ours: str) -> None:
     """Accuracy against tokens, a line a method; on the left the questions that are read late."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     parts = {"read late": late(document), "all questions": kinds(document)}
     if len(parts["read late"]) == len(parts["all questions"]):
         del parts["read late"]
-    size = (6.4 * len(parts), 4.8)
-    figure, grid = pyplot.subplots(
-        1, len(parts), figsize=(size[0] + 2.2, size[1]), sharey=True, layout="constrained", squeeze=False
-    )
-    axes = grid[0]
+    figure, (axes,) = panels(len(parts), 6.4 * len(parts) + 2.2, 4.8, sharey=True)
     for axis, (title, only) in zip(axes, parts.items(), strict=True):
         found = rows(document, only)
         methods = dict.fromkeys(row["method"] for row in found if row["budget"] is not None)
@@ -293,6 +284,4 @@ def draw(document: Document, path: Path, ours: str) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("right answers, %")
     axes[-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    with written_whole(path) as scratch:
-        figure.savefig(scratch, dpi=110)
-    pyplot.close(figure)
+    save(figure, path, dpi=110)

@@ -90,10 +90,18 @@ def _panel(pixels: Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
     return high * grid[0], wide * grid[1]
 
 
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure, in the format of the path's suffix."""
+def save(figure: Figure, path: Path, **settings: Any) -> None:
+    """Write a figure, in the format of the path's suffix; `settings` go to ``savefig``."""
     with written_whole(path) as scratch:
-        figure.savefig(scratch, facecolor=figure.get_facecolor())
+        figure.savefig(scratch, facecolor=figure.get_facecolor(), **settings)
+
+
+def panels(columns: int, width: float, height: float, lines: int = 1, **settings: Any) -> tuple[Figure, Any]:
+    """A figure of some inches and its axes (lines, columns); `settings` go to ``subplots``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(lines, columns, squeeze=False, **settings)
 
 
 def token_image(
