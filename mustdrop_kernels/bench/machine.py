@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,18 +98,23 @@ def _git(root: Path, *arguments: str) -> str:
     return run.stdout
 
 
+def event_seconds(call: Callable[[], object]) -> float:
+    """Seconds of a call on the GPU, between two events."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
 def _seconds(call: Any, device: torch.device, repeats: int) -> float:
     """Median time of a call."""
     call()
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(event_seconds(call))
         else:
             start = time.perf_counter()
             call()

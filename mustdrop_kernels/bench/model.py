@@ -271,13 +271,9 @@ def sheet(document: Document) -> Sheet:
 
 
 def _stage_table(rows: list[dict[str, Any]]) -> Table:
-    from rich.table import Table
-
-    table = Table(title="prefill by parts, ms (a run of its own)")
-    table.add_column("part")
-    for row in rows:
-        table.add_column(row["setting"], justify="right")
+    lines = []
     for name in dict.fromkeys(name for row in rows for name in row["stages_ms"]):
         cells = [row["stages_ms"].get(name) for row in rows]
-        table.add_row(name, *("" if ms is None else f"{ms:.2f}" for ms in cells))
-    return table
+        lines.append([name, *("" if ms is None else f"{ms:.2f}" for ms in cells)])
+    sheet = Sheet(["part", *(row["setting"] for row in rows)], lines, "")
+    return sheet.table("prefill by parts, ms (a run of its own)")

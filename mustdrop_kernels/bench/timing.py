@@ -13,6 +13,7 @@ import torch
 
 from . import capture
 from .cases import Inputs, Raw
+from .machine import event_seconds
 
 Call = Callable[[Inputs], Raw]
 CHUNK = 1e-3  # seconds of calls that are timed as one
@@ -138,15 +139,7 @@ class _OnCuda:
 
     def seconds(self) -> float:
         """Seconds of one call on each copy."""
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        if self.graph is None:
-            self._all()
-        else:
-            self.graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return event_seconds(self._all if self.graph is None else self.graph.replay)
 
 
 def interleaved(

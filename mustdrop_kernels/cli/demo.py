@@ -115,7 +115,7 @@ def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
     checkpoint = load_model(options.model, device)
     layers = checkpoint.model.config.text_config.num_hidden_layers
     config = config.for_depth(layers)
-    inputs = checkpoint.inputs(image, question)
+    inputs = checkpoint.inputs([image], question)
     try:
         with drop_tokens(checkpoint.model, config):
             pass

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,6 @@ from ..evaluation.checkpoint import (
     load_image,
     load_model,
     made_question,
-    prompt_text,
     require_extras,
 )
 from ..files import write_text
@@ -66,9 +65,10 @@ def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResu
     config = chosen_config(options.model, options.preset, options.backend, **options.settings)
     pictures, question = _question(options)
     progress("loading the model")
-    model, processor, name = _load(options)
+    subject = _load(options)
+    model, name = subject.model, subject.name
     config = config.for_depth(model.config.text_config.num_hidden_layers)
-    inputs = _inputs(model, processor, question, [image for image, _ in pictures])
+    inputs = subject.inputs([image for image, _ in pictures], question)
 
     from ..integrations.transformers import drop_tokens
 
@@ -82,9 +82,11 @@ def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResu
         raise Refusal(f"{name}: {error}") from None
 
     progress("drawing")
-    before, after = (processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (plain, dropped))
+    before, after = (
+        subject.processor.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in (plain, dropped)
+    )
     result = InspectResult(name, question, report.last, config, (before, after), options.out)
-    _write(result, options, [credit for _, credit in pictures], _seen(model, processor, inputs, pictures), report)
+    _write(result, options, [credit for _, credit in pictures], _seen(subject, inputs, pictures), report)
     return result
 
 
@@ -97,14 +99,14 @@ def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
     return [load_image(path) for path in asked], options.prompt or DEMO_PROMPT
 
 
-def _load(options: InspectOptions) -> tuple[Any, Any, str]:
-    """Model, processor and name; without a name the small model of the package."""
+def _load(options: InspectOptions) -> Checkpoint:
+    """A checkpoint of any model; without a name the small one of the package, named by its description."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.model is None:
         subject = load_model(None, device)
-        return subject.model, subject.processor, subject.description
+        return replace(subject, name=subject.description)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     try:
@@ -112,14 +114,7 @@ def _load(options: InspectOptions) -> tuple[Any, Any, str]:
         processor = AutoProcessor.from_pretrained(options.model)
     except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
         raise Refusal(f"--model: {options.model} cannot be loaded: {first_line(error)}") from error
-    return model.to(device), processor, options.model
-
-
-def _inputs(model: Any, processor: Any, prompt: str, images: list[Any]) -> Any:
-    text = prompt_text(processor, prompt, len(images))
-    batch = processor(images=images, text=text, return_tensors="pt")
-    batch["pixel_values"] = batch["pixel_values"].to(model.dtype)
-    return batch.to(model.device)
+    return Checkpoint(model.to(device), processor, options.model)
 
 
 def _generate(model: Any, inputs: Any, max_new_tokens: int) -> list[int]:
@@ -131,14 +126,13 @@ def _generate(model: Any, inputs: Any, max_new_tokens: int) -> list[int]:
     return ids
 
 
-def _seen(model: Any, processor: Any, inputs: Any, pictures: list[tuple[Any, str]]) -> list[np.ndarray]:
+def _seen(subject: Checkpoint, inputs: Any, pictures: list[tuple[Any, str]]) -> list[np.ndarray]:
     """Each picture as the model gets it: cropped for LLaVA-1.5, whole for the others."""
     import numpy as np
 
-    if model.config.model_type != "llava":
+    if subject.model.config.model_type != "llava":
         return [np.asarray(image) for image, _ in pictures]
-    checkpoint = Checkpoint(model, processor, "")
-    return [checkpoint.seen(pixels[None]) for pixels in inputs["pixel_values"]]
+    return [subject.seen(pixels[None]) for pixels in inputs["pixel_values"]]
 
 
 def _write(

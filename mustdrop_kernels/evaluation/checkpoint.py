@@ -43,13 +43,15 @@ class Checkpoint:
         where = f"{size} million weights, {self.model.dtype}, {self.model.device}"
         return f"{self.name} ({where})".replace("torch.", "")
 
-    def inputs(self, image: Image, prompt: str) -> Any:
-        """The processor's tensors for one image and a question about it."""
-        return self.batch([image], [prompt])
+    def inputs(self, images: Sequence[Image], prompt: str) -> Any:
+        """The processor's tensors for some images and a question about them."""
+        return self._tensors(images, [prompt_text(self.processor, prompt, len(images))])
 
     def batch(self, images: Sequence[Image], prompts: Sequence[str]) -> Any:
         """The processor's tensors for questions about one image each, shorter ones padded on the left."""
-        texts = [prompt_text(self.processor, prompt) for prompt in prompts]
+        return self._tensors(images, [prompt_text(self.processor, prompt) for prompt in prompts])
+
+    def _tensors(self, images: Sequence[Image], texts: list[str]) -> Any:
         batch = self.processor(images=list(images), text=texts, return_tensors="pt", padding=len(texts) > 1)
         batch["pixel_values"] = batch["pixel_values"].to(self.model.dtype)
         return batch.to(self.model.device)

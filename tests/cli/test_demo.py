@@ -204,7 +204,7 @@ def test_another_seed_is_another_question() -> None:
 def test_prompt_and_picture_reach_the_model() -> None:
     subject = load_model(None, "cpu")
     image, _ = load_image(None)
-    inputs = subject.inputs(image, "Which digit is in the red box?")
+    inputs = subject.inputs([image], "Which digit is in the red box?")
     ids = inputs["input_ids"][0]
     assert int((ids == subject.model.config.image_token_index).sum()) == 576
     text = subject.processor.tokenizer.decode(ids, skip_special_tokens=True)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
 
@@ -40,6 +41,14 @@ def refuse(reason: str) -> NoReturn:
     """End the command with status 2."""
     print(f"mustdrop: {reason}", file=sys.stderr)
     raise typer.Exit(2) from None
+
+
+def check_device(device: str, used: bool = True) -> None:
+    """Raise ``ValueError`` for an unknown device, or one that is used and not there."""
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
+    if used and device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch finds no GPU here")
 
 
 def carry_out(

@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 
-from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, refusals, show_sheet
+from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, check_device, refusals, show_sheet
 
 
 def model(
@@ -49,10 +49,7 @@ def model(
         from ...bench.documents import command_line
 
         on_cpu = device == "cpu"
-        if device not in ("cpu", "cuda"):
-            raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-        if not (on_cpu or torch.cuda.is_available() or dry_run or load):
-            raise ValueError("--device cuda: torch finds no GPU here")
+        check_device(device, used=not (dry_run or load))
         if threads is not None:
             torch.set_num_threads(threads)
         options = measurement.Options(

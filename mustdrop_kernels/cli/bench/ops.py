@@ -14,9 +14,8 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from ...bench.documents import Document
-    from ...bench.run import Options
 
-from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, refusals, refuse
+from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, check_device, refusals, refuse
 
 Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
@@ -68,13 +67,30 @@ def ops(
     1. The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished. With
     OPs, --load shows those rows of the document.
     """
+    from ... import backends as registry
     from ...bench import report
+    from ...bench.baselines import names as baseline_names
     from ...bench.documents import command_line
-    from ...bench.run import run
+    from ...bench.run import Options, all_ops, default_backends, run
+    from ...bench.shapes import parse_shapes
 
     with refusals():
-        options = _options(
-            operators or [], device, backends, baselines, shapes, dtype, quick, not no_compiled, seconds, hot
+        check_device(device)
+        chosen_baselines = None if baselines is None else () if baselines == "none" else _names(baselines)
+        chosen_dtypes = _names(dtype) if dtype is not None else ("float32",) if device == "cpu" else ("bfloat16",)
+        options = Options(
+            ops=_known("operator", operators or all_ops(), all_ops()),
+            backends=_known(
+                "backend", default_backends(device) if backends is None else _names(backends), registry.registered()
+            ),
+            baselines=None if chosen_baselines is None else _known("baseline", chosen_baselines, baseline_names()),
+            dtypes=tuple(getattr(torch, name) for name in _known("dtype", chosen_dtypes, _DTYPES)),
+            shapes=tuple(parse_shapes(shapes)),
+            device=torch.device(device),
+            quick=quick,
+            compiled=not no_compiled,
+            seconds=seconds,
+            hot=hot,
         )
         older = None if compare is None else report.read(compare)
         if plot is not None and importlib.util.find_spec("matplotlib") is None:
@@ -118,58 +134,13 @@ def _show(document: Document, older: Document | None, markdown: bool, console: C
             console.print(line, style="dim", markup=False, highlight=False)
 
 
-def _options(
-    ops: list[str],
-    device: str,
-    backends: str | None,
-    baselines: str | None,
-    shapes: str,
-    dtype: str | None,
-    quick: bool,
-    compiled: bool,
-    seconds: float | None,
-    hot: bool,
-) -> Options:
-    """The options of the command line.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    from ... import backends as registry
-    from ...bench.baselines import names as baseline_names
-    from ...bench.run import Options, all_ops, default_backends
-    from ...bench.shapes import parse_shapes
-
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here")
-    _known("operator", ops, all_ops())
-    chosen_backends = default_backends(device) if backends is None else _names(backends)
-    _known("backend", chosen_backends, registry.registered())
-    chosen_baselines = None if baselines is None else () if baselines == "none" else _names(baselines)
-    _known("baseline", chosen_baselines or (), baseline_names())
-    chosen_dtypes = _names(dtype) if dtype is not None else ("float32",) if device == "cpu" else ("bfloat16",)
-    _known("dtype", chosen_dtypes, _DTYPES)
-    return Options(
-        ops=tuple(ops) or all_ops(),
-        shapes=tuple(parse_shapes(shapes)),
-        dtypes=tuple(getattr(torch, name) for name in chosen_dtypes),
-        device=torch.device(device),
-        backends=chosen_backends,
-        baselines=chosen_baselines,
-        quick=quick,
-        compiled=compiled,
-        seconds=seconds,
-        hot=hot,
-    )
-
-
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _known(kind: str, names: Collection[str], there: Collection[str]) -> None:
+def _known(kind: str, names: Collection[str], there: Collection[str]) -> tuple[str, ...]:
+    """The names, all of which must be there."""
     for name in names:
         if name not in there:
             raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(there)}")
+    return tuple(names)

@@ -33,7 +33,7 @@ class SmallModel:
 
     def _inputs(self, question, picture):
         if picture is not None:
-            return self.subject.inputs(picture, question)
+            return self.subject.inputs([picture], question)
         chat = [{"role": "user", "content": [{"type": "text", "text": question}]}]
         text = self.subject.processor.apply_chat_template(chat, add_generation_prompt=True)
         return self.subject.processor(text=text, return_tensors="pt")
