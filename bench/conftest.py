@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from mustdrop_kernels.bench.cases import Case
-from mustdrop_kernels.bench.run import Candidate, Options, all_ops, candidates, default_backends, plan
+from mustdrop_kernels.bench.cases import CASES, Case
+from mustdrop_kernels.bench.run import Candidate, Options, candidates, default_backends, plan
 from mustdrop_kernels.bench.shapes import parse_shapes
 
 
@@ -35,7 +35,7 @@ def _candidates(config: pytest.Config) -> Iterator[tuple[Case, Candidate]]:
     dtypes = tuple(getattr(torch, name) for name in config.getoption("--dtypes").split(","))
     backends = tuple(chosen.split(",")) if chosen else default_backends(device.type)
     quick = not config.getoption("--compiled")
-    options = Options(all_ops(), shapes, dtypes, device, backends, quick=quick)
+    options = Options(tuple(CASES), shapes, dtypes, device, backends, quick=quick)
     for case in dict.fromkeys(plan(options)):
         yield from ((case, one) for one in candidates(case, options))
 

@@ -16,7 +16,7 @@ from ..errors import first_line
 from . import check, machine, memory, timing
 from .baselines import Baseline, baselines_of
 from .capture import PoisonedError
-from .cases import CASES, FLOAT32_ONLY, Case, Inputs, Raw
+from .cases import FLOAT32_ONLY, Case, Inputs, Raw
 from .documents import Document, Keep, Tell
 from .shapes import Shape
 
@@ -357,8 +357,3 @@ def _figures(
         low, middle, high = measured.ratio_to(base)
         figures["ratio"] = {"q1": low, "median": middle, "q3": high}
     return figures
-
-
-def all_ops() -> tuple[str, ...]:
-    """Names of the operators that can be timed."""
-    return tuple(CASES)

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import Refusal
-from .bench.measurement import refuse
+from .bench.measurement import Load, Threads, refuse
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -41,10 +41,8 @@ Quick = Annotated[bool, typer.Option("--quick", help="200 questions, 4 methods: 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the document here; go on where it stopped.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against tokens into this file.")]
 Markdown = Annotated[str | None, typer.Option(help="Print Markdown: all, or the table whose title begins with this.")]
-Load = Annotated[Path | None, typer.Option(help="Show this document instead of measuring anything.")]
 Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
 
 QUICK_METHODS = ("random", "cls", "sparsevlm", "mustdrop-read")
 OURS = "mustdrop-read"

@@ -212,7 +212,7 @@ def test_a_backend_that_breaks_when_asked_is_a_row(mustdrop, as_json, monkeypatc
 
 
 def test_broken_parts_are_values(mustdrop, as_json, monkeypatch) -> None:
-    for name in ("platform", "_driver", "_nvcc", "_processor", "_gpus", "_own_version", "_cupy"):
+    for name in ("platform", "_driver", "_nvcc", "cpu_name", "_gpus", "_own_version", "_cupy"):
         if name == "platform":
             monkeypatch.setattr(environment.platform, "platform", _raise)
         else:

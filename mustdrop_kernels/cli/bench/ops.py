@@ -70,8 +70,9 @@ def ops(
     from ... import backends as registry
     from ...bench import report
     from ...bench.baselines import names as baseline_names
+    from ...bench.cases import CASES
     from ...bench.documents import command_line
-    from ...bench.run import Options, all_ops, default_backends, run
+    from ...bench.run import Options, default_backends, run
     from ...bench.shapes import parse_shapes
 
     with refusals():
@@ -79,7 +80,7 @@ def ops(
         chosen_baselines = None if baselines is None else () if baselines == "none" else _names(baselines)
         chosen_dtypes = _names(dtype) if dtype is not None else ("float32",) if device == "cpu" else ("bfloat16",)
         options = Options(
-            ops=_known("operator", operators or all_ops(), all_ops()),
+            ops=_known("operator", operators or CASES, CASES),
             backends=_known(
                 "backend", default_backends(device) if backends is None else _names(backends), registry.registered()
             ),
