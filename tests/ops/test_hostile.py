@@ -292,6 +292,14 @@ def test_keep_unsorted(backend):
         _bounded(backend, op, {"keep": [ints([[9, 4, 4, 0], [3, 3, 8, 1]], torch.int64)], "counts": [ints([4, 4])]})
 
 
+def test_counts_outside(backend):
+    """Negative or above the capacity of `keep`: clamped to 0, to the capacity."""
+    assert not gather(backend, counts=(-7,)).any()
+    assert torch.equal(gather(backend, counts=(2**31 - 1,)), gather(backend))
+    for op in IN_PLACE:
+        _bounded(backend, op, {"counts": [ints([2**31 - 1, -(2**31)])]})
+
+
 def test_table_outside(backend):
     """`block_table` with blocks that do not exist: padding (scores); such moves are skipped."""
     bad = ints([[10**6, -1, 2], [2**31 - 1, -(2**31), 6]])
@@ -342,6 +350,14 @@ def test_other_types(backend):
     assert backend.select_topk(torch.zeros(1, 4), types, 0).keep.tolist() == [[0, 2, -1, -1]]
 
 
+def test_nan_scores(backend):
+    """Top-k: NaN ranks lowest; thresholds: a NaN in `total` keeps the whole sequence."""
+    types = torch.full((1, 4), 2, dtype=torch.uint8)
+    scores = torch.tensor([[torch.nan, -torch.inf, torch.inf, 0.0]])
+    assert backend.select_topk(scores, types, 3).keep.tolist() == [[1, 2, 3, -1]]
+    assert backend.select_dual(scores, torch.zeros(1, 4), types, 1.0, 1.0).counts.tolist() == [4]
+
+
 def test_nan_threshold(backend):
     """NaN or infinity as a threshold: compared by IEEE, so that nothing is below NaN."""
     types, total = torch.full((1, 3), 2, dtype=torch.uint8), torch.ones(1, 3)
@@ -349,6 +365,21 @@ def test_nan_threshold(backend):
     assert backend.select_dual(total, total, types, torch.inf, torch.inf).counts.tolist() == [0]
     merged = backend.spatial_merge(torch.ones(1, 4, 2), [2, 2], [2, 2], torch.nan, num_prefix_tokens=0)
     assert merged.counts.tolist() == [4]
+
+
+def test_budgets_outside(backend):
+    """Negative or above the number of tokens: clamped to 0, to all."""
+    types = torch.full((2, 3), 2, dtype=torch.uint8)
+    got = backend.select_topk(torch.zeros(2, 3), types, 1, budgets=ints([-(2**31), 2**31 - 1]))
+    assert got.counts.tolist() == [0, 3]
+
+
+def test_zero_sizes(backend):
+    """Zero in a whole window: the merged token is NaN (0 / 0), its neighbors are unaffected."""
+    sizes = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+    got = backend.spatial_merge(torch.ones(1, 4, 2), [1, 4], [1, 2], -1.0, num_prefix_tokens=0, sizes=sizes)
+    assert got.tokens[0, 0].isnan().all()
+    assert got.tokens[0, 1].tolist() == [1.0, 1.0]
 
 
 # ---------------------------------------------------------------------------------------------- sizes
