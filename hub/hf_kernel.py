@@ -79,8 +79,8 @@ def backend(nvcc: str | None) -> tuple[str, str]:
     """The kind of device, and what the folder's name calls it: ("cuda", "cu130")."""
     if not os.environ.get("MUSTDROP_CUDA_ARCHS"):
         return "cpu", "cpu"
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release (\d+)\.(\d+)", said)
+    output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release (\d+)\.(\d+)", output)
     if release is None:
         raise SystemExit(f"{nvcc} does not say its version")
     return "cuda", f"cu{release[1]}{release[2]}"

@@ -16,7 +16,7 @@ from mustdrop_kernels.ops import TokenType
 from mustdrop_kernels.plans import DropPlan, PackedDropPlan, PaddedDropPlan
 from mustdrop_kernels.stages import Tokens
 
-LAYERS, HQ, HK, D, SLOTS = 4, 4, 2, 8, 16
+LAYERS, HQ, HK, D, PAGE_SIZE = 4, 4, 2, 8, 16
 PROMPTS = [(3, 30, 6), (0, 41, 4), (5, 20, 2)]  # text before the image, patches, text after it
 LENGTHS = [sum(parts) for parts in PROMPTS]
 CONFIGS = {
@@ -75,7 +75,7 @@ def test_layouts_agree(name, merged):
     config = MustDropConfig(**CONFIGS[name])
     packed, padded = packed_plan(config), padded_plan(config)
     content = torch.randn(LAYERS, len(VISION), HK, D)  # a key per row and layer
-    pages = torch.randn(LAYERS, 12, SLOTS, HK, D)
+    pages = torch.randn(LAYERS, 12, PAGE_SIZE, HK, D)
     table = torch.randperm(12).view(3, 4).int()
     dense = []
     if merged:
@@ -116,9 +116,9 @@ def test_layouts_agree(name, merged):
 
 
 def places(table, plan, prompt):
-    skipped = plan.dropped[prompt] // SLOTS if plan.final else 0
+    skipped = plan.dropped[prompt] // PAGE_SIZE if plan.final else 0
     place = torch.arange(plan.counts[prompt])
-    return table[prompt, skipped + place // SLOTS].long(), place % SLOTS
+    return table[prompt, skipped + place // PAGE_SIZE].long(), place % PAGE_SIZE
 
 
 def write(pages, table, plan, content):
@@ -144,7 +144,7 @@ def run(plan: DropPlan, rows):
 
 def run_packed(config):
     plan = packed_plan(config)
-    pages, table = [torch.randn(12, SLOTS, HK, D) for _ in range(2 * LAYERS)], torch.randperm(12).view(3, 4).int()
+    pages, table = [torch.randn(12, PAGE_SIZE, HK, D) for _ in range(2 * LAYERS)], torch.randperm(12).view(3, 4).int()
 
     def go():
         run(plan, lambda heads: (sum(plan.counts), heads, D))

@@ -40,8 +40,8 @@ TARGETS = ("80", "90", "100", "120", "ptx")
 
 def examine(nvcc: str, nvdisasm: str | None, source: Path, target: str) -> list[Kernel]:
     """Compile one source for one target and analyze the result."""
-    binary, said = compiling.compile_source(nvcc, source, target)
-    kernels = compiling.parse_ptxas(said, target, source.parent.name)
+    binary, output = compiling.compile_source(nvcc, source, target)
+    kernels = compiling.parse_ptxas(output, target, source.parent.name)
     if nvdisasm:
         for function in disassembly.disassemble(nvdisasm, binary):
             if kernel := kernels.get(function.name):
@@ -71,7 +71,7 @@ def examine_all(
             kernels += found
             print(f"[{done}/{total}] {time.monotonic() - began:5.0f} s  {name}: {len(found)} kernels", file=sys.stderr)
             if not found and not problems:
-                problems.append(f"{name}: no kernel was found in what ptxas said")
+                problems.append(f"{name}: no kernel was found in the output of ptxas")
     return kernels, problems
 
 
@@ -108,10 +108,10 @@ def show_model(nvcc: str, nvdisasm: str, target: str, folders: Sequence[str]) ->
     found: dict[str, model.Estimate] = {}
     for source in compiling.find_sources(",".join(sorted({row.folder for row in named}))):
         try:
-            binary, said = compiling.compile_source(nvcc, source, target)
+            binary, output = compiling.compile_source(nvcc, source, target)
         except compiling.CompileError:
             continue  # reported by the check, or the loops are shown as missing
-        kernels = compiling.parse_ptxas(said, target, source.parent.name)
+        kernels = compiling.parse_ptxas(output, target, source.parent.name)
         for function in disassembly.disassemble(nvdisasm, binary):
             kernel = kernels.get(function.name)
             rows = [row for row in named if kernel and row.kernel == kernel.path]

@@ -43,14 +43,14 @@ def check(job: tuple[str, int]) -> dict[str, Any]:
 
 def check_all(jobs: list[tuple[str, int]], processes: int) -> list[dict[str, Any]]:
     """All rows, in order; prints progress from time to time."""
-    rows, said = [], time.monotonic()
+    rows, printed = [], time.monotonic()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         for row in pool.map(check, jobs, chunksize=4):
             rows.append(row)
             if row["problem"]:
                 print(f"WRONG: {row['target']}: {row['kernel']}: {row['problem']}", file=sys.stderr, flush=True)
-            if time.monotonic() - said > 10 or len(rows) == len(jobs):
-                said = time.monotonic()
+            if time.monotonic() - printed > 10 or len(rows) == len(jobs):
+                printed = time.monotonic()
                 print(f"{len(rows)} of {len(jobs)} kernels", flush=True)
     return rows
 

@@ -258,9 +258,9 @@ def gpu() -> dict[str, object] | None:
     fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit", "temperature.gpu")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     except (OSError, subprocess.SubprocessError) as error:
-        said = str(error)
+        output = str(error)
     properties = torch.cuda.get_device_properties(DEVICE)
     return {
         "name": properties.name,
@@ -268,7 +268,7 @@ def gpu() -> dict[str, object] | None:
         "multiprocessors": properties.multi_processor_count,
         "l2_bytes": properties.L2_cache_size,
         "memory_bytes": properties.total_memory,
-        **dict(zip(fields, said.splitlines()[0].split(", "), strict=False)),
+        **dict(zip(fields, output.splitlines()[0].split(", "), strict=False)),
     }
 
 

@@ -59,10 +59,10 @@ def find_sanitizer() -> str | None:
 def filters_kernels(sanitizer: str) -> bool:
     """True if it has the option --kernel-name."""
     try:
-        said = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=20)
+        output = subprocess.run([sanitizer, "--help"], capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):
         return False
-    return "--kernel-name" in said.stdout
+    return "--kernel-name" in output.stdout
 
 
 class Parts:

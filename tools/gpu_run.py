@@ -101,10 +101,10 @@ class Runner:
             environment = {**self.environment, **part.environment, "MUSTDROP_TEST_RECORD": str(record)}
             try:
                 for i, command in enumerate(part.commands):
-                    status, said = self._command(part, command, environment, deadline)
-                    if why := self._wrong(part, i, status, said):
+                    status, output = self._command(part, command, environment, deadline)
+                    if why := self._wrong(part, i, status, output):
                         ended.result, ended.why = "failed", why
-                        _show_end(said)
+                        _show_end(output)
                         break
             except Interrupted:
                 ended.result, ended.why, ended.seconds = "failed", "interrupted", time.monotonic() - began
@@ -116,7 +116,7 @@ class Runner:
                     ended.result, ended.why = "failed", "no test passed: all were skipped, or there was none"
         ended.seconds = time.monotonic() - began
         if part.name == "facts":
-            self.facts = _facts(said)
+            self.facts = _facts(output)
         return ended
 
     def _does_not_serve(self, backend: str | None) -> str | None:
@@ -142,8 +142,8 @@ class Runner:
                     _ends(process, deadline)
             finally:
                 _kill(process)
-        said = self._keep_log(part.name, path)
-        return process.returncode if in_time else None, said
+        output = self._keep_log(part.name, path)
+        return process.returncode if in_time else None, output
 
     def _keep_log(self, name: str, path: Path) -> str:
         content = path.read_bytes()
@@ -156,13 +156,13 @@ class Runner:
         return content.decode(errors="replace")
 
     @staticmethod
-    def _wrong(part: Part, i: int, status: int | None, said: str) -> str | None:
+    def _wrong(part: Part, i: int, status: int | None, output: str) -> str | None:
         """Error of the i-th command of a part; None if it ended as expected."""
         if status is None:
             return f"it took longer than {part.seconds} s and what was left of the parts before"
         if not part.finds:
             return f"status {status}" if status else None
-        if status != FOUND or part.finds[i] not in said:
+        if status != FOUND or part.finds[i] not in output:
             return f"the planted fault was not found: {shlex.join(part.commands[i])} ended with {status}"
         return None
 
@@ -199,14 +199,14 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _show_end(said: str) -> None:
-    print("".join(f"    {line}\n" for line in said.splitlines()[-12:]), end="", flush=True)
+def _show_end(output: str) -> None:
+    print("".join(f"    {line}\n" for line in output.splitlines()[-12:]), end="", flush=True)
 
 
-def _facts(said: str) -> dict[str, Any] | None:
+def _facts(output: str) -> dict[str, Any] | None:
     """The JSON that `gpu_once.py --facts` printed; None if it failed."""
     try:
-        found = json.loads(said[said.index("{\n") :])
+        found = json.loads(output[output.index("{\n") :])
     except ValueError:
         return None
     return found if isinstance(found, dict) else None

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[1]
 RECORDED = "triton-recorded"
 DTYPES = ("bfloat16", "float16", "float32")
-SAID_EVERY = 10.0  # seconds between progress lines without a bar
+PRINT_EVERY = 10.0  # seconds between progress lines without a bar
 
 
 @dataclass(frozen=True)
@@ -82,12 +82,12 @@ def run_tests(tests: str) -> list[str]:
     os.environ.update(MUSTDROP_TEST_BACKENDS=RECORDED, MUSTDROP_EMULATION_SAMPLE="0")
     quiet = ["-q", "-rN", "--tb=no", "-p", "no:cacheprovider", f"--rootdir={REPOSITORY}"]
     chosen = ["-k", RECORDED, "-m", "not slow", str(REPOSITORY / tests)]
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         status = pytest.main([*quiet, "-c", str(REPOSITORY / "pyproject.toml"), *chosen])
     if status in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
         return []
-    return [f"{tests}: {said.getvalue().strip()[-300:]} (what the failed tests launch is recorded in part)"]
+    return [f"{tests}: {printed.getvalue().strip()[-300:]} (what the failed tests launch is recorded in part)"]
 
 
 def run_shape(shape: str, dtype: str) -> list[str]:
@@ -139,13 +139,13 @@ def progress(what: str, total: int) -> Iterator[Callable[[], None]]:
             task = bar.add_task(what, total=total)
             yield lambda: bar.advance(task)
         return
-    done, said = 0, time.monotonic()
+    done, printed = 0, time.monotonic()
 
     def advance() -> None:
-        nonlocal done, said
+        nonlocal done, printed
         done += 1
-        if done == total or time.monotonic() - said > SAID_EVERY:
-            said = time.monotonic()
+        if done == total or time.monotonic() - printed > PRINT_EVERY:
+            printed = time.monotonic()
             print(f"{what}: {done} of {total}", file=sys.stderr, flush=True)
 
     yield advance

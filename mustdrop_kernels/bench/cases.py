@@ -19,7 +19,7 @@ from torch import Tensor
 from ..ops import TokenType
 from .shapes import Shape
 
-SLOTS = 16  # of a page
+PAGE_SIZE = 16
 PULL = 2.0  # how much higher the scores of the tokens are that the text looks at
 Raw = Any  # what an implementation returns
 Canonical = dict[str, Tensor]
@@ -269,7 +269,7 @@ def _make_varlen(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inpu
 
 def _block_table(shape: Shape, device: torch.device) -> Tensor:
     """(B, max_blocks) int32: the sequences' pages, scattered over the pool."""
-    pages = -(-shape.length // SLOTS)
+    pages = -(-shape.length // PAGE_SIZE)
     order = torch.randperm(shape.batch * pages, generator=_generator(device, 1), device=device)
     return order.int().view(shape.batch, pages)
 
@@ -277,9 +277,9 @@ def _block_table(shape: Shape, device: torch.device) -> Tensor:
 def _make_paged(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     q, k, types = _attention(shape, dtype, device)
     table = _block_table(shape, device)
-    cache = k.new_zeros(table.numel(), SLOTS, shape.kv_heads, shape.head_dim)
+    cache = k.new_zeros(table.numel(), PAGE_SIZE, shape.kv_heads, shape.head_dim)
     position = torch.arange(shape.length, device=device)
-    cache[table.long()[:, position // SLOTS], position % SLOTS] = k.transpose(1, 2)
+    cache[table.long()[:, position // PAGE_SIZE], position % PAGE_SIZE] = k.transpose(1, 2)
     rows = shape.queries
     ends = torch.arange(shape.batch + 1, device=device, dtype=torch.int32) * rows
     seq_lens = torch.full((shape.batch,), shape.length, device=device, dtype=torch.int32)
@@ -391,7 +391,7 @@ def canonical_compact(raw: Raw, inputs: Inputs) -> Canonical:
 
 def _make_compact_paged(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
     table = _block_table(shape, device)
-    both = _layers((table.numel(), SLOTS, shape.kv_heads, shape.head_dim), 2 * shape.layers, dtype, device)
+    both = _layers((table.numel(), PAGE_SIZE, shape.kv_heads, shape.head_dim), 2 * shape.layers, dtype, device)
     keep, counts = _keep(shape, device)
     return Inputs((both[::2], both[1::2], table, [keep], [counts]), {}, {"shape": shape})
 
@@ -400,7 +400,7 @@ def canonical_compact_paged(raw: Raw, inputs: Inputs) -> Canonical:
     """The kept slots of the caches, which have been changed in place."""
     keys, values, table, keep, _ = inputs.args
     position = torch.arange(keep[0].shape[1], device=table.device)
-    block, slot = table.long()[:, position // SLOTS], position % SLOTS
+    block, slot = table.long()[:, position // PAGE_SIZE], position % PAGE_SIZE
     sides = (("keys", keys), ("values", values))
     return {f"{name} {i}": cache[block, slot] for name, side in sides for i, cache in enumerate(side)}
 

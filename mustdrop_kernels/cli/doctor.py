@@ -47,10 +47,10 @@ def assess(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[s
     """Problems, which decide about the exit status, and the next steps."""
     if not _load.core.loaded:
         return [str(_load.core.problem)], _repair_library(found)
-    asked = os.environ.get("MUSTDROP_BACKEND")
-    if asked and asked not in backends.registered():
+    chosen = os.environ.get("MUSTDROP_BACKEND")
+    if chosen and chosen not in backends.registered():
         names = ", ".join(backends.registered())
-        problem = f"MUSTDROP_BACKEND={asked}: there is no such backend, so every operator refuses"
+        problem = f"MUSTDROP_BACKEND={chosen}: there is no such backend, so every operator refuses"
         return [problem], [f"Unset MUSTDROP_BACKEND, or set it to one of {names}."]
     problems, advice = [], []
     if (plugin := found["engines"]["vLLM, here"]).startswith("broken: "):
@@ -63,7 +63,7 @@ def assess(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[s
     unserved = {device: _unserved(found, device) for device in backends.ORDER}
     if all(unserved[device] for device in present):
         problems.append(f"no device here has every operator; the CPU lacks {', '.join(unserved['cpu'])}")
-        remedy = f"Unset MUSTDROP_BACKEND={asked}" if asked else _REBUILD
+        remedy = f"Unset MUSTDROP_BACKEND={chosen}" if chosen else _REBUILD
         advice.append(f"{remedy}; {REFERENCE_ONLY}.")
     if torch.version.cuda is not None and _load.cuda.path.is_file() and not _load.cuda.loaded:
         problems.append(str(_load.cuda.problem))

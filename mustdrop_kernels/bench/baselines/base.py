@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -40,11 +41,8 @@ class Baseline:
 
 def for_case(compute: Callable[[Case, Inputs], Raw]) -> Callable[[Case], Call]:
     """The ``build`` of a baseline that prepares nothing for a case."""
-
-    def build(case: Case) -> Call:
-        return lambda inputs: compute(case, inputs)
-
-    return build
+    # A method, not a lambda: torch.compile runs what it inlines into another frame without a graph if the graph breaks.
+    return lambda case: MethodType(compute, case)
 
 
 def compiled(baseline: Baseline) -> Baseline:

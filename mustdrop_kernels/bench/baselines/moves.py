@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..cases import SLOTS, Case, Inputs, Raw, canonical_compact, canonical_compact_paged, only
+from ..cases import PAGE_SIZE, Case, Inputs, Raw, canonical_compact, canonical_compact_paged, only
 from .base import Baseline, compiled, for_case
 
 
@@ -51,8 +51,8 @@ def _paged_copy(case: Case, inputs: Inputs) -> Raw:
     index = keep[0]
     position = torch.arange(index.shape[1], device=index.device).expand_as(index)
     pages = table.long()
-    source = (pages.gather(1, index // SLOTS) * SLOTS + index % SLOTS).flatten()
-    target = (pages.gather(1, position // SLOTS) * SLOTS + position % SLOTS).flatten()
+    source = (pages.gather(1, index // PAGE_SIZE) * PAGE_SIZE + index % PAGE_SIZE).flatten()
+    target = (pages.gather(1, position // PAGE_SIZE) * PAGE_SIZE + position % PAGE_SIZE).flatten()
     for cache in (*keys, *values):
         slots = cache.flatten(0, 1)  # a view
         slots.index_copy_(0, target, slots.index_select(0, source))

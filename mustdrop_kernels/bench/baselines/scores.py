@@ -12,7 +12,7 @@ import torch.nn.attention
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cases import SLOTS, Case, Inputs, Raw, only
+from ..cases import PAGE_SIZE, Case, Inputs, Raw, only
 from ..shapes import Shape
 from .base import Baseline, Call, as_pair, compiled, for_case
 
@@ -267,7 +267,7 @@ PACKED = Baseline(
 )  # fmt: skip
 PAGED = Baseline(
     "text rows", ("text_vision_scores_paged",), _text_rows_paged,
-    f"each sequence's pages of {SLOTS} slots gathered first; {_ROWS}",
+    f"each sequence's pages of {PAGE_SIZE} slots gathered first; {_ROWS}",
     as_pair, scratch=rows_bytes,
 )  # fmt: skip
 FLEX = Baseline(

@@ -19,7 +19,7 @@ import torch
 from mustdrop_kernels.bench import vllm_engine
 from mustdrop_kernels.config import MustDropConfig
 
-SLOTS = 32  # of a block, the fewest that vLLM's CPU attention takes
+PAGE_SIZE = 32  # of a block, the fewest that vLLM's CPU attention takes
 BUDGETS = {"merge": False, "key_rate": 0.0, "pruning_layers": [1, 3, 5], "budgets": [70, 40, 20]}
 PLANS = {
     "budgets": BUDGETS,
@@ -87,7 +87,7 @@ def arguments(checkpoint, plan, **settings):
         "max_model_len": 512,
         "max_num_seqs": 8,
         "max_num_batched_tokens": 1024,
-        "block_size": SLOTS,
+        "block_size": PAGE_SIZE,
         "seed": 0,
         **vllm_engine.overrides(plan),
         **settings,

@@ -9,7 +9,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import llava_next
 import torch
-from engines import SLOTS, engine, free_blocks, sampling, scheduler
+from engines import PAGE_SIZE, engine, free_blocks, sampling, scheduler
 from transformers import LlavaNextForConditionalGeneration
 
 from mustdrop_kernels.config import MustDropConfig
@@ -75,5 +75,5 @@ def test_tokens_equal_transformers(name, folder, model):
         assert [list(output.outputs[0].token_ids) for output in outputs] == list(expected)
         for request, tokens in zip(requests, expected, strict=True):
             assert list(llm.generate([request], sampling(NEW), use_tqdm=False)[0].outputs[0].token_ids) == tokens
-        assert scheduler(llm).released_blocks == 2 * sum(count // SLOTS for count in dropped)
+        assert scheduler(llm).released_blocks == 2 * sum(count // PAGE_SIZE for count in dropped)
         assert free_blocks(llm) == free

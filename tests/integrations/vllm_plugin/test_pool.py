@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, SLOTS, Ask, drop_record, engine, free_blocks, sampling, scheduler
+from engines import ASKS, BUDGETS, PAGE_SIZE, Ask, drop_record, engine, free_blocks, sampling, scheduler
 
 from mustdrop_kernels.integrations.vllm.blocks import shares_blocks
 
@@ -120,7 +120,7 @@ def test_text_shares_blocks_and_pictures_do_not(small, transformers_of):
     assert {request.has_encoder_inputs for request in sharing} == {False}
     for i, ask in enumerate(asks):
         assert list(found[i].outputs[0].token_ids) == transformers_of.generate(ask, BUDGETS, 6)[0]
-        assert found[i].num_cached_tokens == (0 if ask.pictures else 2 * SLOTS)
+        assert found[i].num_cached_tokens == (0 if ask.pictures else 2 * PAGE_SIZE)
 
 
 def test_shared_blocks_are_never_compacted(small, monkeypatch, transformers_of):

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, PLANS, SLOTS, drop_record, engine, free_blocks, generate, scheduler
+from engines import ASKS, BUDGETS, PAGE_SIZE, PLANS, drop_record, engine, free_blocks, generate, scheduler
 
 NEW = 20
 
@@ -21,7 +21,7 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
         free = free_blocks(llm)
         assert generate(llm, asks, NEW) == [tokens for tokens, _ in expected]
         # Each prompt gave back as many blocks as its dropped tokens had emptied, and all are free again.
-        assert scheduler(llm).released_blocks == sum(dropped // SLOTS for _, dropped in expected)
+        assert scheduler(llm).released_blocks == sum(dropped // PAGE_SIZE for _, dropped in expected)
         assert free_blocks(llm) == free
         for ask, (tokens, _) in zip(asks, expected, strict=True):
             assert generate(llm, [ask], NEW) == [tokens]
@@ -32,7 +32,7 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
 
 def test_drops_are_not_whole_blocks(transformers_of):
     """The plans above would also pass with rounding if every drop were a multiple of a block."""
-    assert any(transformers_of.generate(ask, BUDGETS, NEW)[1] % SLOTS for ask in ASKS[:4])
+    assert any(transformers_of.generate(ask, BUDGETS, NEW)[1] % PAGE_SIZE for ask in ASKS[:4])
 
 
 def test_keep_all_equals_plain_vllm(checkpoint):
