@@ -95,8 +95,8 @@ def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
     if options.model is None and not options.images:
         image, credit, question, _ = made_question(options.seed)
         return [(image, credit)], options.prompt or question
-    asked: list[Path | None] = [*options.images] or [None]
-    return [load_image(path) for path in asked], options.prompt or DEMO_PROMPT
+    paths: list[Path | None] = [*options.images] or [None]
+    return [load_image(path) for path in paths], options.prompt or DEMO_PROMPT
 
 
 def _load(options: InspectOptions) -> Checkpoint:

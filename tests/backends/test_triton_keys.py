@@ -26,7 +26,7 @@ if backend.version() is None:
 import triton_keys
 
 
-def ask(command: str, direction: str, cache: Path) -> Any:
+def run_keys(command: str, direction: str, cache: Path) -> Any:
     """Output of triton_keys.py in a separate process."""
     return json.loads(output_of_python(triton_keys.__file__, command, direction, TRITON_CACHE_DIR=str(cache)))
 
@@ -35,7 +35,7 @@ def test_keys_do_not_depend_on_the_order(tmp_path):
     """Keys computed forward, backward, in random order, and with each function first; two import orders."""
     keys: dict[str, dict[str, str]] = {}  # of a function: each key, and the function whose key was computed first
     for direction in ("forward", "reversed"):
-        for row in ask("keys", direction, tmp_path):
+        for row in run_keys("keys", direction, tmp_path):
             for name, key in row["keys"].items():
                 keys.setdefault(name, {})[key] = row["first"]
     assert len(keys) > 30
@@ -67,9 +67,9 @@ def test_called_functions_read_no_variables():
 
 def test_the_next_process_compiles_nothing(tmp_path):
     """Two processes call the operators in opposite orders."""
-    first = ask("compile", "forward", tmp_path)
+    first = run_keys("compile", "forward", tmp_path)
     files = sorted(path for path in tmp_path.rglob("*") if path.is_file())
-    second = ask("compile", "reversed", tmp_path)
+    second = run_keys("compile", "reversed", tmp_path)
     assert len(first) > 15
     assert not any(first.values())
     assert sorted(second) == sorted(first)
