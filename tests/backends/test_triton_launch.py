@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from example import SIMPLE, simple_arguments
 
 from mustdrop_kernels.backends import triton as backend
 
@@ -25,10 +26,10 @@ from triton.backends.compiler import GPUTarget
 
 from mustdrop_kernels.backends.triton import launch
 from mustdrop_kernels.backends.triton.compact import compact_kv_
-from mustdrop_kernels.backends.triton.gather import gather_tokens
 from mustdrop_kernels.backends.triton.select import select_topk
 
 STREAM = 7
+simple = backend.implementation(SIMPLE)
 
 
 class Driver:
@@ -93,17 +94,16 @@ def arguments_analyzed(monkeypatch):
 
 
 def call(op: str) -> None:
-    counts = torch.tensor([2], dtype=torch.int32)
-    if op == "gather":
-        gather_tokens(torch.zeros(1, 9, 64, dtype=torch.float16), torch.tensor([[1, 4]]), counts)
+    if op == "simple":
+        simple(*simple_arguments(torch.zeros(1, 9, 64, dtype=torch.float16), 1, 4))
     elif op == "select":
         select_topk(torch.zeros(1, 9), torch.full((1, 9), 2, dtype=torch.uint8), 3)
     else:
         caches = [torch.zeros(1, 2, 9, 64, dtype=torch.float16) for _ in range(6)]
-        compact_kv_(caches[:3], caches[3:], [torch.tensor([[1, 4]])], [counts])
+        compact_kv_(caches[:3], caches[3:], [torch.tensor([[1, 4]])], [torch.tensor([2], dtype=torch.int32)])
 
 
-@pytest.mark.parametrize("op", ["gather", "select", "compact"])
+@pytest.mark.parametrize("op", ["simple", "select", "compact"])
 def test_second_launch_hands_over_the_same(driver, arguments_analyzed, op):
     call(op)
     call(op)
@@ -120,18 +120,17 @@ def test_second_launch_hands_over_the_same(driver, arguments_analyzed, op):
 
 
 def test_alignment_chooses_the_kernel(driver, arguments_analyzed):
-    keep, counts = torch.tensor([[1, 4]]), torch.tensor([2], dtype=torch.int32)
     buffer = torch.zeros(9 * 64 + 16, dtype=torch.float16)
     for shift in (0, 1, 8, 3, 16):  # of 2 bytes each: 0, 8 and 16 are aligned
-        gather_tokens(buffer[shift : shift + 9 * 64].view(1, 9, 64), keep, counts)
+        simple(*simple_arguments(buffer[shift : shift + 9 * 64].view(1, 9, 64), 1, 4))
     assert len(arguments_analyzed) == 2
     assert [entry[2] for entry in driver.launches] == [1, 2, 1, 2, 1]
 
 
 def test_a_profiler_sees_every_launch(driver, arguments_analyzed, monkeypatch):
-    call("gather")
+    call("simple")
     monkeypatch.setattr(triton.knobs.runtime, "launch_enter_hook", lambda *_: None)
-    call("gather")
+    call("simple")
     assert len(arguments_analyzed) == 2
     assert len(driver.launches) == 2
 
@@ -139,5 +138,5 @@ def test_a_profiler_sees_every_launch(driver, arguments_analyzed, monkeypatch):
 def test_an_empty_launch_is_none(driver):
     counts = torch.zeros(0, dtype=torch.int32)
     select_topk(torch.zeros(0, 9), torch.zeros(0, 9, dtype=torch.uint8), 3)
-    gather_tokens(torch.zeros(0, 9, 64), torch.zeros(0, 4, dtype=torch.int64), counts)
+    simple(torch.zeros(0, 9, 64), torch.zeros(0, 4, dtype=torch.int64), counts)
     assert not driver.launches
