@@ -52,8 +52,8 @@ def test_why_not(device, cuda, library, installed, reason, monkeypatch, tmp_path
     if library:
         _load.nvrtc.path.touch()
     monkeypatch.setattr(cupy, "_why_no_launcher", lambda op: None)
-    said = cupy.why_not("select_topk", device)
-    assert said is None if reason is None else reason in said
+    why_not = cupy.why_not(SIMPLE, device)
+    assert why_not is None if reason is None else reason in why_not
 
 
 def test_it_is_last_in_the_order():
@@ -107,8 +107,8 @@ def test_a_thread_without_a_context_gets_one(launched, monkeypatch):
     """On the driver's error 201 the device is made current and the launch repeated."""
     library, machine, _ = launched
     real = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)(machine.launch)
-    said, made = [201], []
-    refuse_once = type(real)(lambda *args: said.pop() if said else real(*args))
+    errors, made = [201], []
+    refuse_once = type(real)(lambda *args: errors.pop() if errors else real(*args))
     monkeypatch.setattr(machine, "launch", ctypes.cast(refuse_once, ctypes.c_void_p).value)
     monkeypatch.setattr(machine, "make_current", made.append)
     hooks = launchers.connect(library, machine)
@@ -116,7 +116,7 @@ def test_a_thread_without_a_context_gets_one(launched, monkeypatch):
     x = torch.arange(6.0).view(1, 3, 2)
     assert torch.equal(operator(*simple_arguments(x, 2, 0)), x[:, [2, 0]])
     assert made == [-1]
-    said.extend([700, 700])
+    errors.extend([700, 700])
     with pytest.raises(RuntimeError, match=r"gather_kernel<.*: CUDA driver error 700"):
         operator(*simple_arguments(x, 2, 0))
     assert hooks is not None

@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 import torch
-from example import QUICK
+from example import OTHER, QUICK
 
 from mustdrop_kernels.bench import check, run
 from mustdrop_kernels.bench.baselines import BASELINES, baselines_of, scores
@@ -89,7 +89,7 @@ def test_the_work_of_a_case(op):
 
 
 def test_a_wrong_baseline_is_not_timed(monkeypatch):
-    right = baselines_of("select_topk")[0]
+    right = baselines_of(OTHER)[0]
 
     def off_by_one(case):
         call = right.build(case)
@@ -97,9 +97,7 @@ def test_a_wrong_baseline_is_not_timed(monkeypatch):
 
     wrong = dataclasses.replace(right, name="wrong", build=off_by_one)
     monkeypatch.setattr(run, "baselines_of", lambda op: [right, wrong])
-    options = Options(
-        ("select_topk",), (parse_shape("tiny"),), (torch.float32,), CPU, default_backends("cpu"), quick=True
-    )
+    options = Options((OTHER,), (parse_shape("tiny"),), (torch.float32,), CPU, default_backends("cpu"), quick=True)
     rows = {row["candidate"]: row for row in run.run(options)["rows"]}
     assert rows[right.name]["status"] == "timed"
     assert rows["wrong"]["status"] == "wrong"

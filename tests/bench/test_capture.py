@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from example import QUICK
+from example import OTHER, QUICK
 
 from mustdrop_kernels.bench import capture, run
 from mustdrop_kernels.bench.capture import PoisonedError
@@ -175,7 +175,7 @@ def test_a_device_that_stays_poisoned_ends_the_run(monkeypatch):
     real, kept = run._measure, []
 
     def poisoned(case, options, tell):
-        if case.op == "select_topk":
+        if case.op == OTHER:
             raise PoisonedError("a capture failed, and the device is unusable after it")
         return real(case, options, tell)
 

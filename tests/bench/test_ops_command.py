@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from example import QUICK
+from example import OTHER, QUICK
 from typer.testing import CliRunner
 
 from mustdrop_kernels.bench.baselines import names
@@ -227,16 +227,16 @@ def test_wrong_baseline_ends_with_status_1(monkeypatch):
 
     from mustdrop_kernels.bench import run
 
-    right = run.baselines_of("select_topk")[0]
+    right = run.baselines_of(OTHER)[0]
     wrong = dataclasses.replace(right, build=lambda case: lambda inputs: [torch.arange(3)] * case.shape.batch)
     monkeypatch.setattr(run, "baselines_of", lambda op: [wrong])
-    result = bench("select_topk", "--shapes", "tiny", "--quick", "--threads", "1")
+    result = bench(OTHER, "--shapes", "tiny", "--quick", "--threads", "1")
     assert result.exit_code == 1, result.output
     assert "wrong" in result.output
 
 
 def test_baselines_can_be_chosen():
-    result = bench("select_topk", "--shapes", "tiny", "--quick", "--baselines", "none", "--backends", "reference")
+    result = bench(OTHER, "--shapes", "tiny", "--quick", "--baselines", "none", "--backends", "reference")
     assert result.exit_code == 0, result.output
     assert "topk + sort" not in result.output
     assert "reference" in result.output
