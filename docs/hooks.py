@@ -32,7 +32,7 @@ def on_config(config: Any) -> Any:
 
 
 def printed(words: str) -> str:
-    """What a command of `mustdrop` prints."""
+    """Standard output of a command of `mustdrop`."""
     result = CliRunner().invoke(app, shlex.split(words))
     if result.exit_code:
         raise RuntimeError(f"mustdrop {words}: {result.output}")

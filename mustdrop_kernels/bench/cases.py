@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is timed: for each operator its inputs at a shape, the least work that they need, and what comes out.
+"""Benchmark cases: for each operator its inputs at a shape, their minimum work, and the form of its results.
 
-The inputs are random but lean to a clear decision, so that every correct way of computing makes the same one in
-every dtype: half of the windows are alike, and the text looks about seven times as much at ``keep`` of the vision
-tokens as at the others.
+The inputs are random with clear decisions, so that every correct computation makes the same ones in every dtype: half
+of the windows are similar, and the text attends about seven times as much to ``keep`` of the vision tokens as to the
+others.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..ops import TokenType
 from .shapes import Shape
 
 PAGE_SIZE = 16
-PULL = 2.0  # how much higher the scores of the tokens are that the text looks at
-Raw = Any  # what an implementation returns
+PULL = 2.0  # added to the scores of the tokens that the text attends to
+Raw = Any  # result of an implementation
 Canonical = dict[str, Tensor]
 
 
 @dataclasses.dataclass
 class Inputs:
-    """The arguments of an operator, and what its baselines want besides."""
+    """The arguments of an operator, and further ones of its baselines."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -67,7 +67,7 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """How to make the inputs of an operator, and how to read its results."""
+    """Generator of an operator's inputs, and reader of its results."""
 
     make: Make
     work: Callable[[Shape, int], Work]  # (shape, bytes of an element)
@@ -134,8 +134,8 @@ def _make_merge(shape: Shape, dtype: torch.dtype, device: torch.device) -> Input
     (height, width), (h, w), c = shape.grid, shape.window, shape.channels
     batch, windows = shape.batch * shape.images, (height // h) * (width // w)
     base = torch.randn(batch, windows, 1, c, generator=g, device=device)
-    alike = torch.rand(batch, windows, generator=g, device=device).argsort(-1) < windows // 2
-    spread = torch.where(alike, 0.2, 4.0)[..., None, None]  # mean cosine 0.96 and 0.06
+    similar = torch.rand(batch, windows, generator=g, device=device).argsort(-1) < windows // 2
+    spread = torch.where(similar, 0.2, 4.0)[..., None, None]  # mean cosine 0.96 and 0.06
     x = base + spread * torch.randn(batch, windows, h * w, c, generator=g, device=device)
     # [B, H/h, W/w, h, w, C] -> [B, H/h, h, W/w, w, C]
     x = x.view(batch, height // h, width // w, h, w, c).transpose(2, 3).reshape(batch, height * width, c)
@@ -339,7 +339,7 @@ def _make_select_topk(shape: Shape, dtype: torch.dtype, device: torch.device) ->
 
 
 def _canonical_select(raw: Raw, inputs: Inputs) -> Canonical:
-    """Which of all positions stay, one after another."""
+    """The positions that stay, sequence after sequence."""
     keep, counts = raw[0], raw[1]
     kept = [row[:n] for row, n in zip(keep, counts.tolist(), strict=True)]
     scores = {"total": raw[2], "peak": raw[3]} if len(raw) == 4 else {}

@@ -13,7 +13,7 @@ _MEANS = {torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 # Baselines that compute in half precision round q K^T before the softmax: an error of 2^-9 of a score of 8 in bfloat16.
 _PROBABILITIES = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
-# What such an error may decide: the share of tokens whose score lies next to a threshold.
+# Share of decisions that such an error may change: tokens whose score lies next to a threshold.
 _DECISIONS = {torch.float32: 0.0, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 

@@ -80,7 +80,7 @@ class Cuda:
         self.sync_mode = {"default": 0, "error": 2}.get(mode, mode)
 
     def item(self) -> None:
-        """What a call does that synchronizes."""
+        """A call that synchronizes with the device."""
         self.calls += 1
         if self.sync_mode == 2:
             raise RuntimeError("called a synchronizing CUDA operation\nmore")

@@ -27,7 +27,7 @@ FOLDERS = ("attention_scores", "spatial_merge")
 
 
 def compare(*kernels: Kernel, folders=FOLDERS, compiler="13.0") -> list[str]:
-    """What is wrong with kernels under the list above."""
+    """Problems of kernels with the list above."""
     return known_faults.compare(known_faults.parse(LIST), kernels, rules.faults_of(kernels), folders, compiler)
 
 

@@ -35,7 +35,7 @@ HMMA.16816.F32.BF16 R16, R112, R118, R16 ;
 @!P0 BRA `(.L_end) ;
 WARPSYNC.ALL ;"""
 PRODUCTS = "".join(line for line in CUT_PRODUCTS.splitlines(keepends=True) if line[:4] in ("LDSM", "HMMA"))
-# What a division by an integer of the parameters becomes, shortened.
+# Code of a division by an integer parameter, shortened.
 DIVISION = """
 IABS R22, R13 ;
 I2F.RP R19, R22 ;

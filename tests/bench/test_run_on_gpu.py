@@ -100,7 +100,7 @@ def test_suites_use_the_cores_and_run_their_own_tests(tmp_path):
 
 @pytest.mark.parametrize("backend", gpu_parts.SUITES)
 def test_a_suite_collects_its_backend_alone(backend, tmp_path):
-    """Where torch says that there is a GPU: what is collected names the backend, or with cuda the device alone."""
+    """Collected tests where torch finds a GPU: their ids name the backend, or with cuda the device alone."""
     command = gpu_parts.Parts(machine(tmp_path, xdist=False)).suite(backend, 1).commands[0]
     words = [*command[3:-1], "--collect-only", "tests/ops/test_gather.py", "tests/ops/test_opcheck.py"]
     pretend = f"""

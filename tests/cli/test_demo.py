@@ -110,7 +110,7 @@ def test_checkpoint_in_words(mustdrop, checkpoint, picture, tmp_path) -> None:
     for words in ("preset 192", "half_flat.png", "after layer 2", "after layer 6", "KV cache", "prefill", "decode"):
         assert words in result.stdout
     assert "after layer 10" not in result.stdout, "the model has 8 layers"
-    assert "Right answer" not in result.stdout, "nobody knows it"
+    assert "Right answer" not in result.stdout, "the right answer is unknown"
     assert "answer" in result.stdout
     assert (tmp_path / "mustdrop_demo.png").stat().st_size > 20_000
 
@@ -211,7 +211,7 @@ def test_prompt_and_picture_reach_the_model() -> None:
     assert "which digit is in the red box ? assistant :" in text
     seen = subject.seen(inputs["pixel_values"])
     assert seen.shape == (336, 336, 3)
-    # What the tower saw is the middle of the photograph, 336 pixels high.
+    # The tower's input is the middle of the photograph, 336 pixels high.
     middle = image.resize((round(image.width * 336 / image.height), 336))
     left = (middle.width - 336) // 2
     middle = np.asarray(middle.crop((left, 0, left + 336, 336))).astype(int)

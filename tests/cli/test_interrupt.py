@@ -87,7 +87,7 @@ main()
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("finished", [0, 1])
 def test_a_real_signal_while_timing(name: str, finished: int, tmp_path: Path) -> None:
-    """What was finished is kept; where nothing was, an older document stays."""
+    """Finished cases are kept; without any, an older document stays."""
     path = tmp_path / "bench.json"
     path.write_text("older")
     code = SIGNAL_WHILE_TIMING.format(name="interleaved", ops=" ".join(QUICK[:2]), finished=finished, signal=name)

@@ -84,7 +84,7 @@ std::array<T, 32> lanes(const char* what, unsigned mask, T value) {
 // Kernels by name, for launches with a name and a pointer to each parameter, as the driver's.
 struct Kernel {
   const char* signature;  // ends in "kKernel = mustdrop::score_kernel<float, 1>]"
-  void (*play)(void** parameters);
+  void (*call)(void** parameters);
   Kernel* next;
 };
 inline Kernel*& first_kernel() {
@@ -93,7 +93,7 @@ inline Kernel*& first_kernel() {
 }
 
 template <class... Parameters, size_t... kIndex>
-void play(void (*kernel)(Parameters...), void** parameters, std::index_sequence<kIndex...>) {
+void call(void (*kernel)(Parameters...), void** parameters, std::index_sequence<kIndex...>) {
   kernel(*static_cast<Parameters*>(parameters[kIndex])...);
 }
 template <class... Parameters>
@@ -102,7 +102,7 @@ auto places(void (*)(Parameters...)) {
 }
 template <auto kKernel>
 Kernel* register_kernel() {
-  static Kernel kernel{__PRETTY_FUNCTION__, [](void** p) { play(kKernel, p, places(kKernel)); }, first_kernel()};
+  static Kernel kernel{__PRETTY_FUNCTION__, [](void** p) { call(kKernel, p, places(kKernel)); }, first_kernel()};
   return first_kernel() = &kernel;
 }
 template <auto kKernel>

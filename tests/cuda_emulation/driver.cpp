@@ -34,7 +34,7 @@ EXPORTED int cuda_emulation_launch(const mustdrop::DriverConfig* config, const c
     if (config->attributes[i].id != mustdrop::kClusterDimension) return 1;  // CUDA_ERROR_INVALID_VALUE
     launch.cluster = config->attributes[i].value[0];
   }
-  cuda_emulation::run(launch, [&] { kernel->play(parameters); });
+  cuda_emulation::run(launch, [&] { kernel->call(parameters); });
   return 0;
 }
 

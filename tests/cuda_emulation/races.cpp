@@ -21,11 +21,11 @@ __attribute__((tls_model("initial-exec"))) __thread ThreadState* running = nullp
 namespace {
 
 // ThreadState shares an access: the later an enumerator, the more threads it stands for.
-enum class Reach : uint8_t { nobody, thread, warp, block, cluster, launch };
+enum class Reach : uint8_t { none, thread, warp, block, cluster, launch };
 
 // One access, or several that only a barrier of width `reach` orders before another thread's.
 struct Access {
-  Reach reach = Reach::nobody;
+  Reach reach = Reach::none;
   bool atomic = false, pending = false;                                  // pending: an asynchronous copy without a wait
   uint32_t thread = 0;                                                   // one of them
   uint32_t warp_barriers = 0, block_barriers = 0, cluster_arrivals = 0;  // the latest
@@ -94,7 +94,7 @@ bool handed_over(const Access& before) {
 
 // Whether all accesses of `before` are ordered before the running thread's next one.
 bool ordered(const Access& before) {
-  if (before.reach == Reach::nobody) return true;
+  if (before.reach == Reach::none) return true;
   if (before.pending) return false;
   const Reach reach = std::max(before.reach, distance(before.thread, running->thread));
   if (reach == Reach::thread) return true;
@@ -146,7 +146,7 @@ std::string place(const void* code) {
 
 void visit(Cell& cell, bool shared, Kind kind, const void* code) {
   if (kind == Kind::read) {
-    if (shared && cell.write.reach == Reach::nobody)
+    if (shared && cell.write.reach == Reach::none)
       fail("thread " + std::to_string(running->thread) + " reads unwritten shared memory, at " + place(code));
     if (!ordered(cell.write)) report("reads", code, cell.write, "writes");
     return join(cell.read, mine(false, code));

@@ -154,7 +154,7 @@ def test_decoding_in_a_cuda_graph(rows):
             assert_same_tokens(generate(model, inputs, **STATIC, **LONGER), expected)
 
 
-# What a user has compiled
+# Models that a user has compiled
 
 
 def forward(model, graphs):

@@ -248,7 +248,7 @@ def test_an_attention_of_ones_own_is_called(sdpa, one):
     assert len(names) == 8 * 6
 
 
-# What cannot work is refused, in words.
+# Unsupported uses raise an error with the reason.
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_heat_maps_are_the_same(sdpa, one):
         torch.testing.assert_close(maps[1][layer], heat, atol=1e-6, rtol=1e-5, equal_nan=True)
 
 
-# What is not taken
+# Unsupported calls
 
 
 def rows_of(mask, lse, *, of=torch.float32, times=1):

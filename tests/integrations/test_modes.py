@@ -122,7 +122,7 @@ def test_streaming(capsys):
     assert capsys.readouterr().out == tokenizer.decode(sequences[0]) + "\n"
 
 
-# How a model was loaded
+# Ways to load a model
 
 
 def test_layers_placed_by_accelerate():

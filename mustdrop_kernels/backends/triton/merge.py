@@ -285,7 +285,7 @@ class _Plan:
         self.batch, self.length, self.channels = batch, length, channels
         self.capacity = length if budget is None else length - budget * (prod(window) - 1)
         frames, extent = (1, *grid)[-3:], (1, *window)[-3:]
-        # What the border cuts off in every window is not looked at; with `uniform` such windows do not merge.
+        # Rows and columns beyond the border in every window are skipped; with `uniform` such windows do not merge.
         inside = tuple(min(e, max(g, 1)) for g, e in zip(frames, extent, strict=True))
         if uniform and inside != extent:
             threshold = math.inf

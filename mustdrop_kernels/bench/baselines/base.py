@@ -28,7 +28,7 @@ class Baseline:
     ops: tuple[str, ...]
     build: Callable[[Case], Call]  # for this case; what it returns is timed
     what: str  # one sentence
-    # What is compared with the operator's result; None: nothing, since it computes something else.
+    # The result to compare with the operator's; None: the baseline computes something else.
     canonical: Callable[[Raw, Inputs], Canonical] | None
     why_not: Callable[[Case], str | None] = _serves
     scratch: Callable[[Case], int] = lambda case: 0  # bytes that it allocates on the way

@@ -14,7 +14,7 @@ from ..shapes import Shape
 from .base import Baseline, Call, compiled, for_case
 from .scores import MATRIX, PUBLISHED, ROWS, matrix_bytes, rows_bytes
 
-# What passes the thresholds or the budget, as positions in the sequence: (total, peak, b) -> [kept vision]
+# Positions in the sequence that pass the thresholds or the budget: (total, peak, b) -> [kept vision]
 Chosen = Callable[[Tensor, Tensor, int], Tensor]
 
 
