@@ -67,7 +67,7 @@ def plan(cell: results.Key, sizes: Sizes) -> dict[str, Any] | None:
         return None
     method = make(*cell, sizes)
     if method.stage is not None:
-        raise ValueError(f"{cell[0]} has a first stage of its own, which the plug-in does not know")
+        raise ValueError(f"{cell[0]} has a first stage of its own, which the plug-in does not support")
     fields = method.config.to_dict()
     settings.parse(fields)
     return fields
@@ -118,15 +118,15 @@ class Watch:
         return found
 
 
-class Asker:
-    """Fills cells: what was right, and what it cost."""
+class Evaluator:
+    """Runs questions and adds their answers and costs to a cell."""
 
     def __init__(self, questions: datasets.Questions, processor: Any, sizes: Sizes, slot_bytes: int, tokens: int):
         self.questions, self.processor, self.sizes = questions, processor, sizes
         self.slot_bytes, self.tokens = slot_bytes, tokens
 
-    def ask(self, llm: Any, watch: Watch, examples: Sequence[datasets.Example], cell: dict[str, Any]) -> None:
-        """Some questions at once."""
+    def run(self, llm: Any, watch: Watch, examples: Sequence[datasets.Example], cell: dict[str, Any]) -> None:
+        """Run these questions in one batch."""
         from vllm import SamplingParams
 
         prompts = [
@@ -166,9 +166,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     model = options.model or str(SMALL_MODEL)
     config, processor = AutoConfig.from_pretrained(model), AutoProcessor.from_pretrained(model)
     sizes, language = Sizes.of(config), LanguageModel.of(config)
-    plans = {
-        cell: plan(cell, sizes) for cell in results.keys(options.methods, options.budgets)
-    }  # refuse before anything runs
+    # Methods that the plug-in does not support raise before anything runs.
+    plans = {cell: plan(cell, sizes) for cell in results.keys(options.methods, options.budgets)}
     if options.questions is None:
         questions = datasets.made(options.split, options.seeds, options.count or 200)
         about: dict[str, Any] = {"questions": questions.name, "split": options.split, "seeds": options.seeds}
@@ -185,11 +184,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             cell |= {"answers": [], "plan": fields}
             with engine(**engine_arguments(model, fields, options.batch)) as llm:
                 dtype = llm.model_config.dtype
-                asker = Asker(questions, processor, sizes, language.token_bytes(dtype.itemsize), options.max_new_tokens)
+                slot_bytes = language.token_bytes(dtype.itemsize)
+                evaluator = Evaluator(questions, processor, sizes, slot_bytes, options.max_new_tokens)
                 watch = Watch(llm)
                 for begin in range(0, len(questions.examples), options.batch):
                     examples = questions.examples[begin : begin + options.batch]
-                    asker.ask(llm, watch, examples, cell)
+                    evaluator.run(llm, watch, examples, cell)
                     tell(name, (number + (begin + len(examples)) / len(questions.examples)) / len(plans))
     found["about"] |= {
         "model": options.model or SMALL, "sizes": dataclasses.asdict(language), "engine": f"vLLM {vllm_version}",

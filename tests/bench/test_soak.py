@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench/soak.py tells memory that grows from memory that does not, and says what it does not know."""
+"""bench/soak.py distinguishes growing memory from flat memory, and reports what remains undecided."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def test_methods_that_the_plugin_does_not_know_are_refused():
     command = [sys.executable, str(SCRIPT), "--count", "1", "--methods", "tome"]
     done = subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "served.py: tome has a first stage of its own, which the plug-in does not know" in done.stderr
+    assert "served.py: tome has a first stage of its own, which the plug-in does not support" in done.stderr
 
 
 def test_the_document_is_one_of_mustdrop_eval(document):
