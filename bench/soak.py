@@ -6,11 +6,11 @@
     .venv-vllm/bin/python bench/soak.py --engine vllm-plain --minutes 60 --json bench/results/soak/vllm-plain.json
     python bench/soak.py --load bench/results/soak/*.json --plot docs/bench/soak.png
 
-Each request draws its prompts (pictures, texts between them, texts without a picture), generation settings and length at
-random; some raise an error or are aborted. The memory of a request must be free after it ends. The resident memory is
-recorded after each round, once free memory has returned to the system. A line fitted to the second half of the samples
-gives the growth: memory is flat if the growth is below 1% an hour with confidence. `vllm-plain` is vLLM without the
-plug-in.
+Each request draws its prompts (pictures, texts between them, texts without a picture), generation settings and length
+at random; some raise an error or are aborted. The memory of a request must be free after it ends. The resident memory
+is recorded after each round, once free memory has returned to the system. A line fitted to the second half of the
+samples gives the growth: memory is flat if the growth is below 1% an hour with confidence. `vllm-plain` is vLLM without
+the plug-in.
 """
 
 from __future__ import annotations
