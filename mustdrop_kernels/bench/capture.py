@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """CUDA graphs of calls that may not be capturable.
 
-A capture that fails poisons the process: until torch 2.12 the current stream stays the capture's, the caching allocator
-stays in capture mode, and the default generator refuses to draw. So a call is probed first, and
-a call that synchronizes with the device or copies from pageable memory is never captured; the state that another
-failed capture leaves behind is cleaned up, and checked.
+A failed capture leaves the process in a bad state: until torch 2.12 the capture's stream stays current, the caching
+allocator stays in capture mode, and the default generator raises. Therefore each call is probed first; a call that
+synchronizes with the device or copies from pageable memory is not captured. The state after any other failed capture is
+restored and checked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _COPIES = ("aten::copy_", "aten::_to_copy", "aten::to")
 class PoisonedError(BaseException):
     """A failed capture left the device unusable in this process, so later results cannot be trusted.
 
-    No ``Exception``, so that code which goes on after an error does not go on after this one.
+    It is no ``Exception``, so that code which continues after errors does not continue after this one.
     """
 
 
@@ -33,7 +33,7 @@ class _PageableCopy(RuntimeError):
 
 
 class _RefusePageableCopies(TorchDispatchMode):
-    """Raises where a tensor in pageable host memory is copied to the device, or the other way round.
+    """Raises for copies between pageable host memory and the device.
 
     torch's own check (``set_sync_debug_mode``) misses those with ``non_blocking=True``.
     """
@@ -68,11 +68,11 @@ def _synchronizing_is_an_error() -> Iterator[None]:
 
 
 def why_not(call: Callable[[], object], traced: bool = True, device_type: str = "cuda") -> str | None:
-    """The reason that a call cannot be captured, found by one call outside of any capture; None where it can.
+    """The reason why a call cannot be captured, found by one call outside of a capture; None if it can.
 
     Args:
-        call: has been called before, so that it compiles and allocates nothing for the first time.
-        traced: look at each copy. torch.compile falls back to eager code under such a mode, so not for compiled calls.
+        call: function that has run before, so that it compiles and initializes nothing.
+        traced: check each copy; not for compiled calls, since torch.compile falls back to eager code under such a mode.
         device_type: of the device.
     """
     copies = _RefusePageableCopies(device_type) if traced else contextlib.nullcontext()
@@ -91,14 +91,14 @@ def why_not(call: Callable[[], object], traced: bool = True, device_type: str = 
 def capture(
     work: Callable[[], object], warm_up: Callable[[], object]
 ) -> tuple[torch.cuda.CUDAGraph | None, str | None]:
-    """(the graph of some work, None), or (None, why there is none) and everything is as it was.
+    """(graph of some work, None), or (None, reason) with the former state restored.
 
     Args:
-        work: is captured.
-        warm_up: is called on another stream before, for libraries that initialize once for each stream.
+        work: function to capture.
+        warm_up: function to call first on another stream, for libraries that initialize per stream.
 
     Raises:
-        PoisonedError: it failed, and the device could not be made usable again.
+        PoisonedError: the capture failed and the state could not be restored.
     """
     before = torch.cuda.current_stream()
     other = torch.cuda.Stream()
@@ -124,10 +124,10 @@ def _clean_up(graph: torch.cuda.CUDAGraph, stream: torch.cuda.Stream) -> None:
     with contextlib.suppress(Exception):
         pool = graph.pool()
         torch._C._cuda_endAllocateToPool(device, pool)
-        torch._C._cuda_releasePool(device, pool)  # reached where torch had not ended the pool, so would not release it
+        torch._C._cuda_releasePool(device, pool)  # torch has not ended the pool, so it would not release it
     try:
         torch.cuda.synchronize()
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # one that succeeds takes the generator out of capture
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # a successful capture resets the generator
             torch.zeros(1, device="cuda")
         torch.randn(1, device="cuda")
         torch.cuda.synchronize()

@@ -53,7 +53,7 @@ Make = Callable[[Shape, torch.dtype, torch.device], Inputs]
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The least that has to be done: what is needed of the inputs read once, each result written once; arithmetic."""
+    """Minimum work: one read of the required inputs, one write of each result, and the operations."""
 
     read: int  # bytes
     written: int  # bytes
@@ -71,11 +71,11 @@ class Spec:
 
     make: Make
     work: Callable[[Shape, int], Work]  # (shape, bytes of an element)
-    canonical: Callable[[Raw, Inputs], Canonical]  # what can be compared: no padding, raster order
+    canonical: Callable[[Raw, Inputs], Canonical]  # comparable form: no padding, raster order
     input_bytes: Callable[[Shape, int], int]
     in_place: bool = False
     moves: bool = False  # results are copies, so they are compared exactly
-    # Further ways to call it, by name: keyword arguments made of the inputs.
+    # Further calls by name: keyword arguments from the inputs.
     variants: dict[str, Callable[[Inputs], dict[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
@@ -159,7 +159,7 @@ def raster_windows(shape_grid: Sequence[int], window: Sequence[int], device: tor
 
 
 def _canonical_merge(raw: Raw, inputs: Inputs) -> Canonical:
-    """Prefix, merged windows by place, the rest by place, without padding; and which windows merged."""
+    """Prefix, merged windows by position, other tokens by position, without padding; and the merged windows."""
     tokens, counts, assignment, sizes = raw
     x, grid, window, _ = inputs.args
     members = raster_windows(grid, window, x.device)
@@ -207,7 +207,7 @@ def _looked_at(shape: Shape, g: torch.Generator) -> Tensor:
 
 
 def _attention(shape: Shape, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, Hq, L, D), k (B, Hk, L, D), token types. Text rows and the tokens that they look at share a direction."""
+    """q (B, Hq, L, D), k (B, Hk, L, D), token types. Text rows and the tokens that they attend to share a direction."""
     g = _generator(device)
     b, length, d, group = shape.batch, shape.length, shape.head_dim, shape.heads // shape.kv_heads
     towards = torch.nn.functional.normalize(torch.randn(shape.kv_heads, 1, d, generator=g, device=device), dim=-1)
@@ -308,14 +308,14 @@ def _map_work(shape: Shape, size: int) -> Work:
 
 
 def thresholds(shape: Shape) -> tuple[float, float]:
-    """(global, individual): between what is looked at and what is not."""
-    # A token not looked at has the share 1 / (vision + keep (e^PULL - 1)); one looked at e^PULL times as much.
+    """(global, individual): between tokens that are attended to and the others."""
+    # A token has the share 1 / (vision + keep (e^PULL - 1)), one that is attended to e^PULL times as much.
     low = 1 / (shape.vision + shape.keep * math.expm1(PULL))
     return low * math.exp(PULL / 2), 4 * low
 
 
 def _make_select_scores(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """total, peak, token types, as the scores would be."""
+    """total, peak, token types, similar to scores."""
     g = _generator(device)
     types = token_types(shape, device)
     low = 1 / (shape.vision + shape.keep * math.expm1(PULL))
@@ -355,7 +355,7 @@ def _fused_work(shape: Shape, size: int) -> Work:
 
 
 def _keep(shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
-    """keep (B, kept) int64 ascending, counts (B) int32: all text and the tokens that are looked at."""
+    """keep (B, kept) int64 ascending, counts (B) int32: all text and the tokens that are attended to."""
     stays = token_types(shape, device) != 2
     vision = slice(shape.text_before, shape.text_before + shape.vision)
     stays[:, vision] = _looked_at(shape, _generator(device))
@@ -369,7 +369,7 @@ def _make_gather(shape: Shape, dtype: torch.dtype, device: torch.device) -> Inpu
 
 
 def _layers(size: Sequence[int], layers: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Different values in each layer, of which only one is drawn: drawing them all takes longer than the timing."""
+    """Different values in each layer, derived from one random tensor: more would take longer than the timing."""
     drawn = torch.randn(*size, generator=_generator(device), device=device)
     return [(drawn * (1 + i / layers)).to(dtype) for i in range(layers)]
 
@@ -406,7 +406,7 @@ def canonical_compact_paged(raw: Raw, inputs: Inputs) -> Canonical:
 
 
 def _moved(shape: Shape) -> int:
-    """Tokens that change their place: those after the first one that goes."""
+    """Number of tokens that move: those after the first dropped one."""
     return shape.kept - shape.text_before
 
 

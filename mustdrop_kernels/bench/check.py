@@ -24,7 +24,7 @@ def _tolerance(case: Case) -> float:
 
 
 def difference(case: Case, ours: Canonical, theirs: Canonical) -> str | None:
-    """The first difference, in words; None where the common results are equal. There must be a common one."""
+    """Description of the first difference; None if the common results, at least one, are equal."""
     common = [name for name in theirs if name in ours]
     if not common:
         return "nothing that can be compared"
@@ -41,7 +41,7 @@ def difference(case: Case, ours: Canonical, theirs: Canonical) -> str | None:
 
 
 def _decides_otherwise(ours: Tensor, theirs: Tensor, share: float) -> str | None:
-    """A sentence where more than this share of the kept positions is kept by one side alone."""
+    """Description of the difference if more than this share of the kept positions differs."""
     length = int(torch.cat([ours, theirs, ours.new_zeros(1)]).max()) + 1
     alone = int((ours.bincount(minlength=length) - theirs.bincount(minlength=length)).abs().sum())
     return f"keep: {alone} of {ours.numel()} entries differ" if alone > share * ours.numel() else None

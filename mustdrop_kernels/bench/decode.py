@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cost of ``drop_tokens`` in a decode step: milliseconds and bytes of the cache, with it and without.
+"""Cost of ``drop_tokens`` in a decode step: milliseconds and bytes of the cache, with and without it.
 
-Four prompts: text alone inside the context against plain generation (what is attached and nothing else), an image that
-keeps all its tokens, one that loses most of them, and two of those in a batch, one of which is padded, so that every
-step has masks. Two models with the same weights decode in turn, a token each, so that drift of the machine hits both;
-the ratios are those of neighboring tokens.
+Four prompts: text alone (the cost of the context itself), an image that keeps all tokens, an image that loses most
+tokens, and a batch of two of the latter, one of them padded, so that every step has masks. Two models with the same
+weights decode alternately, token by token, so that drift of the machine affects both; ratios are those of neighboring
+tokens.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Options:
 
 
 def inputs(image: int | None) -> Prompt:
-    """60 tokens of text, after the 576 placeholders `image` of a picture or alone."""
+    """60 tokens of text, with or without the 576 placeholders `image` of a picture before them."""
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(10, 999, (1, TEXT), generator=generator)
     if image is None:
@@ -77,7 +77,7 @@ def inputs(image: int | None) -> Prompt:
 
 
 def padded(image: int) -> Prompt:
-    """Two prompts with an image; the second has 20 tokens of text less, and padding on its left."""
+    """Two prompts with an image; the second has 20 tokens of text fewer and padding on the left."""
     whole = inputs(image)
     ids = torch.cat([whole["input_ids"], whole["input_ids"].roll(20, 1)])
     ids[1, :20] = 0
@@ -89,7 +89,7 @@ def padded(image: int) -> Prompt:
 
 
 class Turns:
-    """Two generations, each in a thread, of which one runs at a time: they hand over after every token."""
+    """Two generations in threads that alternate after every token."""
 
     def __init__(self) -> None:
         self.seconds: tuple[list[float], list[float]] = ([], [])  # of each token; the first is the prompt's
@@ -109,13 +109,13 @@ class Turns:
 
 
 class Side:
-    """Streamer of transformers: gets the prompt first, then every token."""
+    """Streamer of transformers: receives the prompt, then every token."""
 
     def __init__(self, turns: Turns, side: int) -> None:
         self.turns, self.side, self.since = turns, side, 0.0
 
     def put(self, tokens: torch.Tensor) -> None:
-        """Take the time of a token and hand over."""
+        """Record the time of a token and let the other side run."""
         if self.since:
             self.turns.seconds[self.side].append(time.perf_counter() - self.since)
             self.turns.hand_over(self.side)
@@ -127,7 +127,7 @@ class Side:
 
 
 def in_turns(models: Sequence[Any], prompt: Prompt, tokens: int) -> list[list[float]]:
-    """Milliseconds of each token after the first, of both models."""
+    """Milliseconds of each token after the first, for both models."""
     turns = Turns()
 
     def run(side: int) -> None:
@@ -176,7 +176,7 @@ def compare(
 
 
 def median_interval(values: list[float]) -> tuple[float, float]:
-    """Values between which the median lies with a confidence of 95%: order statistics, no shape assumed."""
+    """95% confidence interval of the median by order statistics, without assumptions on the distribution."""
     values, count = sorted(values), len(values)
     tail, rank = 0.0, 0  # P(rank or fewer of the values lie below the median) = tail
     while rank < count // 2 and tail + math.comb(count, rank) / 2**count <= 0.025:
@@ -226,7 +226,7 @@ def read(path: Path) -> Document:
     """Read a document; the first version wrote no format.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is no such document.
     """
     document = json.loads(path.read_text())
     if isinstance(document, dict) and "format" not in document and "settings" in document:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Host time of a call of each Triton operator, at LLaVA-1.5's shapes, on a machine with no GPU.
 
-The kernels are compiled for a real target and handed to a driver that does nothing. So this counts what Python does:
-finding the plan, making the tensors of results and workspace (without memory behind them), choosing the kernel. It
-leaves out what lies below: taking memory from torch's cache, packing the arguments in C, and the launch itself. The
-second column takes Triton's own way to each launch.
+The kernels are compiled for a real target and launched by a driver that does nothing. The times therefore cover the
+Python code: looking up the plan, creating the tensors of results and workspace (without memory), selecting the kernel.
+They exclude torch's allocator, the packing of arguments in C and the launch itself. The second column uses Triton's own
+launch path.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ read = reader(FORMAT, "mustdrop bench host")
 
 
 class Driver:
-    """Driver of a GPU that is not there; counts launches."""
+    """Driver of an absent GPU; counts launches."""
 
     def __init__(self) -> None:
         self.launches = 0
@@ -46,7 +46,7 @@ class Driver:
 
     def get_current_device(self) -> int:
         """Index of the device."""
-        return -1  # that of tensors on no GPU
+        return -1  # of tensors without a GPU
 
     def get_current_stream(self, device: int) -> int:
         """The default stream."""
@@ -68,7 +68,7 @@ class Driver:
 def calls() -> dict[str, Callable[[], Any]]:
     """The sample call of each operator that has Triton kernels.
 
-    Tensors have no memory, but for the caches of in-place operators, whose addresses have to differ.
+    Tensors have no memory, except the caches of in-place operators, whose addresses must differ.
     """
     implementation = backends.get("triton").implementation
     return {
@@ -79,7 +79,7 @@ def calls() -> dict[str, Callable[[], Any]]:
 
 
 def microseconds(call: Callable[[], Any], seconds: float) -> float:
-    """Time of a call in the fastest of many short batches; slower ones were interrupted."""
+    """Time of a call in the fastest of many short batches, the least disturbed one."""
     batch, end = 10, time.perf_counter() + seconds
     times: list[float] = []
     while len(times) < 20 or time.perf_counter() < end:
@@ -101,7 +101,7 @@ def run(seconds: float, command: Sequence[str] = (), tell: Tell = lambda what, s
     """Measure every operator; the document.
 
     Raises:
-        Refusal: Triton interprets, so that nothing is launched.
+        Refusal: Triton's interpreter is on, so nothing is launched.
     """
     if interpreted():
         raise Refusal("TRITON_INTERPRET is set: nothing is launched then")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that is timed: its description, and its rates, measured in the same run."""
+"""Description of the machine, and its rates, measured in the same run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def describe(device: torch.device, threads: int) -> dict[str, Any]:
 
 
 def load() -> list[float] | None:
-    """The system's load averages over 1, 5 and 15 minutes; None where it has none."""
+    """The system's load averages over 1, 5 and 15 minutes; None if unknown."""
     return list(os.getloadavg()) if hasattr(os, "getloadavg") else None
 
 
@@ -76,7 +76,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The commit that the package is run from, with "+" where files differ from it.
+    """The commit of the package, with "+" if files differ from it.
 
     Outside a checkout the variable ``MUSTDROP_COMMIT`` (a copy of a tree travels without its history), else None.
     """

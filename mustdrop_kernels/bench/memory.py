@@ -16,7 +16,7 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 
 def available(device: torch.device) -> int:
-    """Bytes that can still be taken."""
+    """Bytes that can be allocated."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:
@@ -40,7 +40,7 @@ def resident() -> int:
 
 
 def peak_extra(call: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes at the peak of a call, its results included, above those before it; None where they cannot be measured.
+    """Bytes at the peak of a call, its results included, above those before it; None if they cannot be measured.
 
     On a CPU this is the growth of the resident set, so it covers what libraries allocate by themselves, and it is good
     to some ten kilobytes. On a GPU they are those of torch's allocator.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A whole LLaVA with and without dropping: time to the first token, decode rate, memory, and the parts of the prefill.
 
-The model has the true configuration and random weights, so nothing is downloaded and times and bytes are real; its
-answers are not. Random weights make the thresholds meaningless: the schedules have fixed budgets.
+The model has the real configuration and random weights: nothing is downloaded, times and bytes are real, answers are
+not. Thresholds are meaningless with random weights, so the schedules have fixed budgets.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def stages(model: Any, inputs: dict[str, torch.Tensor], setting: str, depth: int
 
 
 def measure(model: Any, batch: int, options: Options, tell: Tell) -> list[dict[str, Any]]:
-    """Rows of all settings, measured in turn, so that drift of the machine hits each of them.
+    """Rows of all settings, measured alternately, so that drift of the machine affects all.
 
     Ctrl-C ends the rounds; the rows are those of the rounds before, if each setting has one.
     """
@@ -197,7 +197,7 @@ def run(
     tell: Tell = lambda what, share: None,
     keep: Keep = lambda document: None,
 ) -> Document:
-    """Measure every batch size; `keep` gets the document after each."""
+    """Measure every batch size; `keep` takes the document after each."""
     about = machine.describe(options.device, torch.get_num_threads())
     tell(f"making {options.model}", 0.0)
     model = MODELS[options.model].build(getattr(torch, options.dtype), options.device)

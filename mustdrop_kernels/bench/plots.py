@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of a document: time against tokens, a roofline, bars of ratios. Needs matplotlib."""
+"""Pictures of a document: time against tokens, a roofline, bars of ratios. Requires matplotlib."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKERS = "osD^v<>PX*hd"
 
 
 def write_all(document: Document, folder: Path) -> list[Path]:
-    """Every picture that the document has the rows for; one set for each dtype."""
+    """Draw the pictures for which the document has rows, one set per dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for dtype in dict.fromkeys(row["dtype"] for row in document["rows"]):
@@ -63,7 +63,7 @@ def _ours(rows: Iterable[Row]) -> str | None:
 
 
 def _family(row: Row) -> tuple[Any, ...]:
-    """Shapes that differ in the number of tokens alone."""
+    """Shapes that differ only in the number of tokens."""
     shape = parse_shape(row["shape"])
     return dataclasses.astuple(dataclasses.replace(shape, name="", images=0, keep=0))
 

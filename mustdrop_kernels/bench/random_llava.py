@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """LLaVA models with random weights: configuration, model, processor, checkpoint. Nothing is downloaded.
 
-Times and bytes of such a model are real, its answers are not; thresholds mean nothing to it, so schedules have budgets.
+Times and bytes of such a model are real, answers are not; thresholds are meaningless, so schedules have budgets.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Document of ``mustdrop bench ops`` as tables, as Markdown, and beside an older one."""
+"""Document of ``mustdrop bench ops`` as tables and Markdown, and compared with an older one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> Document:
 
 
 def _renamed(document: Document) -> Document:
-    """A document of the former format, in the words of this one."""
+    """A document of the former format, converted to this one."""
     rows = [
         {"candidate" if name == "contender" else name: value for name, value in row.items()} for row in document["rows"]
     ]

@@ -22,10 +22,9 @@ from .shapes import Shape
 
 FORMAT = "mustdrop-bench/2"
 FORMER_FORMAT = "mustdrop-bench/1"  # "contender" for "candidate", "peer" for "baseline"
-# Copies of the inputs: what is read of them fills the cache so many times; at most so many; in at most this share of
-# the memory that is left.
+# Copies of the inputs: multiple of the cache that their reads fill; maximum number; maximum share of free memory.
 PAST_CACHE, MOST_COPIES, MEMORY_SHARE = 3, 512, 0.4
-QUICK_COPIES = 32  # at most, where a look at a CPU is wanted, whose cache may be hundreds of megabytes
+QUICK_COPIES = 32  # maximum of a quick run on a CPU, whose cache may have hundreds of megabytes
 Row = dict[str, Any]
 
 
@@ -38,11 +37,11 @@ class Options:
     dtypes: tuple[torch.dtype, ...]
     device: torch.device
     backends: tuple[str, ...]
-    baselines: tuple[str, ...] | None = None  # names; None: all, or all that need no compilation where that is left out
+    baselines: tuple[str, ...] | None = None  # names; None: all, without those that compile if `compiled` is false
     quick: bool = False
-    compiled: bool = True  # baselines that torch.compile makes take part; not where quick
+    compiled: bool = True  # includes baselines of torch.compile, unless quick
     seconds: float | None = None  # for each candidate of a case; None: those of the effort
-    hot: bool = False  # the same inputs every time, so that what fits stays in the cache
+    hot: bool = False  # the same inputs in each call, which stay in the cache if they fit
 
     @property
     def effort(self) -> timing.Effort:
@@ -57,7 +56,7 @@ class Candidate:
 
     name: str
     op_in_place: bool
-    kind: str  # "backend", "baseline", "context" (it computes something else, that ours is a share of)
+    kind: str  # "backend", "baseline", "context" (a larger computation, for scale)
     what: str
     call: Callable[[Inputs], Raw] | None = None
     baseline: Baseline | None = None
@@ -69,11 +68,11 @@ class Candidate:
 
     @property
     def in_place(self) -> bool:
-        """True where a call changes its inputs."""
+        """True if a call changes its inputs."""
         return self.baseline.in_place if self.baseline is not None else self.op_in_place
 
     def canonical(self, case: Case, raw: Raw, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Its result in the form that is compared."""
+        """Its result in comparable form."""
         if self.baseline is None:
             return case.spec.canonical(raw, inputs)
         if self.baseline.canonical is None:
@@ -104,7 +103,7 @@ def backend_call(
 
 
 def default_backends(device_type: str) -> tuple[str, ...]:
-    """The backends that serve the device, else the reference."""
+    """The backends that serve the device; the reference if there are none."""
     found = (backends.serving(op, device_type) for op in backends.OPS)
     return tuple(dict.fromkeys(name for name in found if name)) or ("reference",)
 
@@ -115,7 +114,7 @@ def plan(options: Options) -> Iterator[Case]:
         for dtype in options.dtypes:
             for op in options.ops:
                 if op in FLOAT32_ONLY and dtype != torch.float32 and torch.float32 in options.dtypes:
-                    continue  # the same again
+                    continue  # a repetition
                 yield Case(op, shape, torch.float32 if op in FLOAT32_ONLY else dtype, options.device)
 
 
@@ -216,7 +215,7 @@ def _better_of_two(rates: dict[str, Any], options: Options, dtypes: list[torch.d
     try:
         again = machine.measure(options.device, dtypes, options.quick)
     except RuntimeError:
-        return  # no memory is left, say; the first figures hold
+        return  # such as no free memory; the first rates hold
     rates["copy_bandwidth"] = max(rates["copy_bandwidth"], again["copy_bandwidth"])
     rates["matrix_rate"] = {name: max(rate, again["matrix_rate"][name]) for name, rate in rates["matrix_rate"].items()}
 
@@ -269,7 +268,7 @@ def _check_all(case: Case, found: list[Candidate], inputs: Inputs, tell: Callabl
             one.drop(error)
             continue
         if ours is None:
-            ours = {name: tensor.clone() for name, tensor in result.items()}  # it may be a view of what is changed next
+            ours = {name: tensor.clone() for name, tensor in result.items()}  # a view of memory may change next
         elif one.kind != "context":
             one.wrong = check.difference(case, ours, result)
             one.compared = [name for name in result if name in ours]

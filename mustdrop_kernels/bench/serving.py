@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Throughput of vLLM, with every token and with dropping: requests/s, time to the first token, blocks.
 
-Two engines, each in a process of its own, work in turn: in each round and for each number of requests in flight first
-one, then the other, so that drift of the machine hits both. A measurement keeps that number of requests in flight, each
-with its own picture, and counts from the first one's arrival to the last one's end. A table shows medians over the
-rounds, half the distance between the quartiles, and the ratio of the two within a round.
+Two engines in separate processes run alternately, for each round and number of requests in flight, so that drift of
+the machine affects both. A measurement keeps that number of requests in flight, each with its own picture, and lasts
+from the first arrival to the last completion. A table shows medians over the rounds, half the interquartile range, and
+the ratio of the two within a round.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Options:
 
 
 def settings(options: Options, arm: str, model: str | None) -> dict[str, Any]:
-    """Arguments of one engine. The arms differ in dropping alone."""
+    """Arguments of one engine. The arms differ only in dropping."""
     found = {**SETTINGS, "model": model, "max_num_seqs": max(options.concurrency), "enforce_eager": True}
     found["enable_prefix_caching"] = False
     found["dtype"] = options.dtype
@@ -151,7 +151,7 @@ class Meter:
 
 
 def picture(seed: int, side: int) -> Any:
-    """A picture of its own for each request, so that no cache holds it."""
+    """Different pictures for all requests, so that no cache holds them."""
     import numpy as np
     from PIL import Image
 
@@ -200,7 +200,7 @@ def measure(options: Options, model: str, tell: Tell) -> tuple[list[dict[str, An
 def write_narrow(folder: Path) -> None:
     """Write the checkpoint of a LLaVA-1.5 with 576 patches, less width, and random weights.
 
-    It computes enough that a prompt takes longer than the engine's own work.
+    It is large enough that a prompt takes longer than the engine's overhead.
     """
     from transformers import LlavaForConditionalGeneration
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shapes that are timed: model, pictures, text, kept tokens."""
+"""Benchmark shapes: model, pictures, text, kept tokens."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Shape:
     channels: int = 1024  # of the vision tower
     vision_heads: int = 16
     text_before: int = 35
-    queries: int = 60  # text rows that vote
+    queries: int = 60  # text query rows
     heads: int = 32
     kv_heads: int = 32
     head_dim: int = 128
@@ -70,7 +70,7 @@ SHAPES: dict[str, Shape] = {
 }  # fmt: skip
 
 DEFAULT = ("llava-1.5", "llava-next")
-# From one picture to sixteen, all else equal: for plots of time against tokens.
+# One to sixteen pictures, for plots of time over tokens.
 SWEEP = tuple(f"images-{n}" for n in (1, 2, 4, 8, 16))
 
 
@@ -93,7 +93,7 @@ def parse_shape(text: str) -> Shape:
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Shapes from their names with commas between; "sweep" stands for one to sixteen pictures."""
+    """Shapes from comma-separated names; "sweep" stands for one to sixteen pictures."""
     names = [name.strip() for name in text.split(",") if name.strip()]
     wanted = [shape for name in names for shape in (SWEEP if name == "sweep" else (name,))]
     return [parse_shape(name) for name in dict.fromkeys(wanted)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Interleaved rounds: every candidate is timed a little in each, so that drift of the machine hits all of them."""
+"""Interleaved rounds: each times every candidate briefly, so that drift of the machine affects all of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Timing:
         return quartiles(list(self.samples.values()))
 
     def ratio_to(self, base: Timing) -> tuple[float, float, float]:
-        """Quartiles of how many times the base's time this one takes, both taken from the same rounds."""
+        """Quartiles of the ratio of this time to the base's, both from the same rounds."""
         pairs = [seconds / base.samples[r] for r, seconds in self.samples.items() if r in base.samples]
         if not pairs:
             pairs = [seconds / base.quartiles[1] for seconds in self.samples.values()]
@@ -61,7 +61,7 @@ class Timing:
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
-    """(first quartile, median, third quartile), all the same where there is one value."""
+    """(first quartile, median, third quartile), all equal for one value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
@@ -69,7 +69,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 class Rotation:
-    """Copies of the inputs in turn, so that none is in the cache when it is used again."""
+    """Rotation of input copies, so that none is in the cache when it is used again."""
 
     def __init__(self, copies: Sequence[Inputs]) -> None:
         self.copies = copies
@@ -149,13 +149,13 @@ def interleaved(
     effort: Effort,
     compiled: Collection[str] = (),
 ) -> dict[str, Timing]:
-    """Time all of them. They have been called before, so nothing is compiled or allocated for the first time here.
+    """Time all calls. They must have run before, so that nothing compiles or initializes here.
 
     Args:
         calls: by name.
         copies: inputs with the same values in different memory.
-        device: where they are.
-        effort: how long to measure.
+        device: of the copies.
+        effort: duration of the measurement.
         compiled: names of calls that torch.compile made.
     """
     rotation = Rotation(copies)

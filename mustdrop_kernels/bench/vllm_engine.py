@@ -12,7 +12,7 @@ ARCHITECTURE = "MustDropLlavaForConditionalGeneration"
 
 
 def overrides(fields: dict[str, Any] | None) -> dict[str, Any]:
-    """The engine's arguments that switch the plug-in on, with fields of MustDropConfig; with None there are none."""
+    """Engine arguments that enable the plug-in with fields of MustDropConfig; none for None."""
     return {} if fields is None else {"hf_overrides": {"architectures": [ARCHITECTURE], "mustdrop": fields}}
 
 

@@ -57,7 +57,7 @@ class Checkpoint:
         return batch.to(self.model.device)
 
     def seen(self, pixel_values: Any) -> np.ndarray:  # (height, width, 3) uint8
-        """The image as the vision tower gets it, resized and cropped, with the normalization undone."""
+        """The input of the vision tower as an image: resized and cropped, with the normalization undone."""
         processor = self.processor.image_processor
         pixels = pixel_values[0].float().cpu().permute(1, 2, 0)
         mean, deviation = pixels.new_tensor(processor.image_mean), pixels.new_tensor(processor.image_std)
@@ -75,14 +75,14 @@ def prompt_text(processor: Any, question: str, images: int = 1) -> str:
 
 
 def require_packages(user: str, extra: str, **packages: str) -> None:
-    """Raise ``Refusal`` where one of these packages, by the names of their modules, is missing."""
+    """Raise ``Refusal`` if one of these packages, given by module names, is missing."""
     missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
     if missing:
         raise Refusal(f"{user} needs {' and '.join(missing)}: pip install 'mustdrop_kernels[{extra}]'")
 
 
 def require_extras() -> None:
-    """Raise ``Refusal`` where a package is missing that the demo needs."""
+    """Raise ``Refusal`` if a package that the demo requires is missing."""
     require_packages("the demo", "demo", transformers="transformers", PIL="pillow", matplotlib="matplotlib")
 
 
@@ -146,7 +146,7 @@ def _default_photograph() -> Path:
 
 
 def quiet_transformers() -> None:
-    """No advice and no progress bars of its own."""
+    """Disable the advice and progress bars of transformers."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
@@ -154,7 +154,7 @@ def quiet_transformers() -> None:
 
 
 def load_model(name: str | None, device: str) -> Checkpoint:
-    """The checkpoint of this name or in this folder; without one the small model that the package brings."""
+    """The checkpoint of this name or in this folder; by default the small model of the package."""
     from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 
     model: Any

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions to ask: made here, or from files in the formats of TextVQA, GQA and POPE."""
+"""Questions: generated, or from files in the formats of TextVQA, GQA and POPE."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Questions:
         return [int(score) if score in (0.0, 1.0) else round(score, 4) for score in found]
 
     def head(self, count: int | None) -> Questions:
-        """The first so many."""
+        """The first `count` questions; None: all."""
         return self if count is None else Questions(self.name, self.examples[:count], self.score, self.yes_or_no)
 
 
 def made(split: Split, seeds: Sequence[int], count: int) -> Questions:
-    """Questions about framed digits, `count` in all, the seeds in turn."""
+    """`count` questions about framed digits, with the seeds in turn."""
     each = -(-count // len(seeds))
     rows = [items(split, seed, each) for seed in seeds]
     in_turn = itertools.chain.from_iterable(zip(*rows, strict=True))
@@ -65,7 +65,7 @@ def _made(item: Item) -> Example:
 
 
 def read(path: Path, images: Path | None = None) -> Questions:
-    """Questions of a file, or of the one file in a folder that has any.
+    """Questions of a file, or of the only file with questions in a folder.
 
     Args:
         path: TextVQA's JSON ({"data": [...]}), GQA's ({question id: {...}}) or POPE's JSON lines.
@@ -91,7 +91,7 @@ _Row = tuple[str, str, tuple[str, ...], str]
 
 
 def _parse(file: Path) -> tuple[str, list[_Row]] | None:
-    """The format's name and rows (kind, question, answers, picture's name), if it is one."""
+    """The format's name and rows (kind, question, answers, picture's name); None if no format fits."""
     for name, rows in _FORMATS.items():
         try:
             found = list(rows(file.read_text()))
@@ -123,7 +123,7 @@ _FORMATS = {"TextVQA": _textvqa, "GQA": _gqa, "POPE": _pope}
 
 
 class _Pictures:
-    """Finds pictures by name, with or without their ending."""
+    """Index of pictures by name, with or without the suffix."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -132,7 +132,7 @@ class _Pictures:
         self.files = {file.stem: file for file in files} | {file.name: file for file in files}
 
     def find(self, name: str) -> Callable[[], Image.Image]:
-        """Opens it when called."""
+        """Function that opens the picture."""
         file = self.files.get(str(name))
         if file is None:
             raise ValueError(f"{self.folder} has no picture {name!r}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures to ask about: framed handwritten digits on photographs, all of it from files in the wheels of scikit-learn
-and scikit-image. Nothing is downloaded.
+"""Pictures of the questions: framed handwritten digits on photographs, from files in the wheels of scikit-learn and
+scikit-image. Nothing is downloaded.
 
-A picture has 4x4 cells. Some hold a box: a coloured frame, pale inside, with a digit in it. Digits and photographs of
+A picture has 4x4 cells. Some hold a box: a colored frame, pale inside, around a digit. Digits and photographs of
 the three splits are disjoint. (The digits' writers are not: scikit-learn does not say who wrote which.)
 """
 
@@ -77,13 +77,13 @@ class Box:
     digit: str
 
     def coverage(self) -> np.ndarray:  # (24, 24) float64
-        """The share of every patch that the box covers."""
+        """The fraction of every patch that the box covers."""
         along = [np.clip(np.minimum(_EDGES + PATCH, at + self.size) - np.maximum(_EDGES, at), 0, None) / PATCH
                  for at in (self.y, self.x)]  # fmt: skip
         return np.outer(*along)
 
     def patches(self) -> np.ndarray:
-        """Indices, in raster order, of the patches that it touches."""
+        """Indices, in raster order, of the patches that the box overlaps."""
         return np.flatnonzero(self.coverage() > 0)
 
 
@@ -92,7 +92,7 @@ _EDGES = np.arange(GRID) * PATCH
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is in it."""
+    """A picture and its contents."""
 
     pixels: np.ndarray  # (336, 336, 3) uint8
     boxes: tuple[Box, ...]
@@ -105,14 +105,14 @@ class Scene:
 
 
 def scene(split: Split, seed: int, index: int, boxes: tuple[int, int] = BOXES, tilt: float = 0.0) -> Scene:
-    """The picture with this number: the same wherever and in whatever order it is made.
+    """The picture with this number, which depends on the arguments only.
 
     Args:
-        split: whose digits and photographs.
+        split: of the digits and photographs.
         seed: of the whole series.
         index: number in the series.
-        boxes: how many, both included.
-        tilt: digits are turned by up to so many degrees, for more variety in training.
+        boxes: least and greatest number of boxes.
+        tilt: greatest rotation of the digits in degrees, for variety in training.
     """
     draw = np.random.default_rng((SPLITS.index(split), seed, index))
     pixels, photograph = _background(split, draw)

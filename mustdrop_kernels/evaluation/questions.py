@@ -27,7 +27,7 @@ class Question:
 
     @property
     def prompt(self) -> str:
-        """The text that a model gets."""
+        """The prompt of a model."""
         return PROMPT.format(self.text)
 
 
@@ -35,14 +35,14 @@ Asked = Callable[[Scene, np.random.Generator], Question | None]
 
 
 def _one(boxes: Sequence[Box], attribute: str, draw: np.random.Generator) -> int | None:
-    """A box whose colour or digit no other box has."""
+    """A box with a unique color or digit."""
     counts = Counter(getattr(box, attribute) for box in boxes)
     single = [i for i, box in enumerate(boxes) if counts[getattr(box, attribute)] == 1]
     return int(draw.choice(single)) if single else None
 
 
 def _of_one(kind: str, text: str, named: str, asked: str) -> Asked:
-    """A question about an attribute of the one box that another attribute names in the text."""
+    """A question about an attribute of the box that the text identifies by another attribute."""
 
     def ask(seen: Scene, draw: np.random.Generator) -> Question | None:
         i = _one(seen.boxes, named, draw)
@@ -104,7 +104,7 @@ assert len(PLACES) == CELLS
 
 
 def ask(seen: Scene, kind: str, draw: np.random.Generator) -> Question | None:
-    """A question of this kind; None where the scene has no answer to one."""
+    """A question of this kind; None if the scene has none."""
     return KINDS[kind](seen, draw)
 
 
@@ -118,7 +118,7 @@ class Item:
     question: Question
 
     def scene(self) -> Scene:
-        """The picture, made anew."""
+        """The picture, generated in each call."""
         return scene(self.split, self.seed, self.index)
 
 

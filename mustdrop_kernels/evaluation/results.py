@@ -21,7 +21,7 @@ Key = tuple[str, float | None]
 
 
 def keys(methods: Sequence[str], budgets: Sequence[float]) -> list[Key]:
-    """Every method with every budget; some methods take none."""
+    """All combinations of methods and budgets; some methods take no budget."""
     found: list[Key] = []
     for name in methods:
         alone = name == FULL or name.startswith(("after-", "preset-"))
@@ -58,9 +58,9 @@ def count(cell: dict[str, Any], processed: Sequence[float], *, last: float, kv_b
     Args:
         cell: of a document.
         processed: vision tokens in each layer.
-        last: and at the end.
+        last: vision tokens after the last layer.
         kv_bytes: of the cache.
-        text: tokens that are no vision tokens.
+        text: other tokens.
     """
     before = len(cell["tokens"])
     cell["tokens"].append(round(sum(processed) / len(processed), 3))
@@ -75,23 +75,23 @@ def read(path: Path) -> Document:
     """Read a document.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is no such document.
     """
     return read_document(path, FORMAT, "mustdrop eval")
 
 
 def write(document: Document, path: Path) -> None:
-    """Write a document as JSON, one cell a line; an interrupt leaves the former file whole."""
+    """Write a document as JSON, one cell a line; an interrupt leaves the previous file intact."""
     head = json.dumps({**document, "cells": None}, indent=1)
     cells = ",\n  ".join(json.dumps(cell, separators=(",", ":")) for cell in document["cells"])
     write_text(path, head.replace('"cells": null', f'"cells": [\n  {cells}\n ]') + "\n")
 
 
 def resume(new: Document, path: Path) -> Document:
-    """The document at `path` with the new one's cells added; the new one where there is none.
+    """The document at `path` with the cells of the new one added; the new one if there is none.
 
     Raises:
-        ValueError: that document is about something else.
+        ValueError: that document has another description.
     """
     if not path.exists():
         return new

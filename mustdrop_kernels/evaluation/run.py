@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runner of ``mustdrop eval``: every question, by every method.
 
-Questions go by in batches, and every batch through all methods: pictures are made once, all methods have answered the
-same questions whenever it stops, and where it stopped it goes on.
+All methods answer a batch of questions before the next batch: pictures are generated once, all methods have answered
+the same questions after an interrupt, and a run continues where it stopped.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ def run(
     Args:
         document: of ``start`` or ``resume``.
         subject: the model.
-        questions: what is asked.
+        questions: a data set.
         tell: takes the current step and the share of all that is done.
-        keep: is given the document now and then, and at the end.
+        keep: takes the document at intervals and at the end.
         batch: questions at a time.
         max_new_tokens: length of the answers.
-        every_s: how often to keep.
+        every_s: seconds between calls of `keep`.
     """
     sizes = Sizes.of(subject.model.config)
     ready = {}
@@ -59,7 +59,7 @@ def run(
     total, done = len(questions.examples), time.monotonic()
     for begin in range(0, total, batch):
         examples = questions.examples[begin : begin + batch]
-        # Only whole batches are kept, so each cell has this batch or has not.
+        # Only whole batches are kept, so a cell has all of this batch or nothing.
         missing = [n for n in ready if len(document["cells"][n]["right"]) < begin + len(examples)]
         if not missing:
             continue

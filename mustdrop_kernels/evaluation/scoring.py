@@ -14,7 +14,7 @@ import numpy as np
 _NUMBER_WORDS = "zero one two three four five six seven eight nine ten"
 _NUMBERS = {"none": "0", **{word: str(i) for i, word in enumerate(_NUMBER_WORDS.split())}}
 _ARTICLES = {"a", "an", "the"}
-# Contractions that people write without their apostrophe, and that no other word is.
+# Contractions that are often written without the apostrophe and are no other words.
 _CONTRACTED = (
     "ain't aren't can't couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how's i've isn't it's mightn't "
     "mustn't she's shouldn't that's there's they'd they're they've wasn't we've weren't what's where's who's won't "
@@ -46,12 +46,12 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """GQA: the one right answer, but for case and a stop at the end."""
+    """GQA: equality with the right answer, ignoring case and a final full stop."""
     return float(prediction.strip().rstrip(".").lower() == answers[0].strip().lower())
 
 
 def says_yes(prediction: str) -> bool:
-    """POPE: an answer whose first sentence has neither "no" nor "not" is a yes."""
+    """POPE: an answer is "yes" if its first sentence has neither "no" nor "not"."""
     words = prediction.split(".")[0].replace(",", "").lower().split()
     return "no" not in words and "not" not in words
 
@@ -62,7 +62,7 @@ def yes_no(prediction: str, answers: Sequence[str]) -> float:
 
 
 def f1(right: Sequence[float], truth: Sequence[bool]) -> dict[str, float]:
-    """Precision, recall and F1 of "yes", and the share of "yes", from which answers were right."""
+    """Precision, recall and F1 of "yes", and the share of "yes", from the correctness of the answers."""
     said = [yes if good else not yes for good, yes in zip(right, truth, strict=True)]
     hits = sum(a and b for a, b in zip(said, truth, strict=True))
     precision, recall = hits / max(1, sum(said)), hits / max(1, sum(truth))
@@ -96,7 +96,7 @@ def paired(ours: Sequence[float], theirs: Sequence[float], rounds: int = 4000) -
     if not difference.size:
         return 0.0, -1.0, 1.0
     draw = np.random.default_rng(0)
-    # Differences of right and wrong take few values: counts of each are a multinomial draw, cheap for any n.
+    # Differences of 0/1 scores take few values, so that a resample is a multinomial draw of their counts.
     values, counts = np.unique(difference, return_counts=True)
     means = draw.multinomial(difference.size, counts / difference.size, size=rounds) @ values / difference.size
     low, high = np.quantile(means, (0.025, 0.975))

@@ -28,10 +28,10 @@ def kinds(document: Document) -> list[str]:
 
 
 def late(document: Document) -> list[str]:
-    """Kinds of question that the model reads late: a third of its layers do not suffice.
+    """Kinds of question that need vision tokens beyond a third of the layers.
 
-    Those that lose more than half of what they had above nothing when all vision goes after a quarter of the layers;
-    all kinds where that has not been measured.
+    These lose more than half of their accuracy above chance when all vision tokens are dropped after a quarter of the
+    layers; all kinds if that has not been measured.
     """
     everything = kinds(document)
     full = _find(document, FULL, None)
@@ -49,7 +49,7 @@ def late(document: Document) -> list[str]:
 
 
 def rows(document: Document, only: Sequence[str] | None = None) -> list[Row]:
-    """One for each cell that has answers.
+    """A row for each cell with answers.
 
     Args:
         document: of ``mustdrop eval``.
@@ -77,7 +77,7 @@ def rows(document: Document, only: Sequence[str] | None = None) -> list[Row]:
 
 
 def differences(document: Document, ours: str, only: Sequence[str] | None = None) -> list[Row]:
-    """One method against every other at equal budgets, question by question."""
+    """Paired differences between one method and the others at equal budgets."""
     found = []
     for cell in document["cells"]:
         mine = _find(document, ours, cell["budget"])
@@ -92,7 +92,7 @@ def differences(document: Document, ours: str, only: Sequence[str] | None = None
 
 
 def notes(document: Document) -> list[str]:
-    """The machine, and what was not reached and why."""
+    """The machine, and unreachable settings with their reasons."""
     machine, about = document["machine"], document["about"]
     lines = [
         f"{about['questions']}, {len(document['kinds'])} questions, model {about['model']} in {about['dtype']}; "
@@ -132,14 +132,14 @@ def markdown(document: Document, ours: str, part: str | None = None) -> str:
     Args:
         document: of ``mustdrop eval``.
         ours: the method that the others are compared with.
-        part: the begin of a title, for one table alone.
+        part: beginning of a table's title, to print that table only.
     """
     sheets = _sheets(document, ours)
     return "\n\n".join(sheet.markdown() for sheet in sheets if sheet.note.lower().startswith((part or "").lower()))
 
 
 def _sheets(document: Document, ours: str) -> Iterable[Sheet]:
-    """Tables, whose note is their title."""
+    """Tables; their notes are their titles."""
     yield from _after_sheet(document)
     everything = late(document)
     names = kinds(document)
@@ -253,7 +253,7 @@ def _signed(row: Row) -> str:
 
 
 def draw(document: Document, path: Path, ours: str) -> None:
-    """Accuracy against tokens, a line a method; on the left the questions that are read late."""
+    """Accuracy over tokens, a line per method; on the left the kinds of ``late``."""
     parts = {"read late": late(document), "all questions": kinds(document)}
     if len(parts["read late"]) == len(parts["all questions"]):
         del parts["read late"]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vision tower's output, computed once a batch for all methods that leave the tower alone."""
+"""The vision tower's output, computed once per batch for all methods that do not change the tower."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from torch import nn
 
 
 class SharedTower:
-    """Stands in front of a tower's forward.
+    """Cache of a tower's forward pass.
 
     Attributes:
-        seconds: what the last batch's plain run took; a run that reused its output adds this much.
+        seconds: time of the last plain run, which a run that reuses its output adds to its own.
     """
 
     def __init__(self, tower: nn.Module):
@@ -25,12 +25,12 @@ class SharedTower:
         self._output: Any = None
 
     def next_batch(self) -> None:
-        """Forgets."""
+        """Drops the cached output."""
         self._output = None
 
     @contextlib.contextmanager
     def shared(self) -> Iterator[None]:
-        """Context in which the tower runs once a batch; afterwards `spared` is true where its output was reused."""
+        """Context in which the tower runs at most once per batch; then `spared` is true if its output was reused."""
         forward, self.spared = self.tower.forward, self._output is not None
 
         def once(*args: Any, **kwargs: Any) -> Any:
@@ -48,5 +48,5 @@ class SharedTower:
 
 
 def with_states(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A tower's arguments, asking for the hidden states of all layers."""
+    """A tower's arguments, with the hidden states of all layers as output."""
     return {**kwargs, "output_hidden_states": True}

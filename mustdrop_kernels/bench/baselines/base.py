@@ -26,16 +26,16 @@ class Baseline:
 
     name: str
     ops: tuple[str, ...]
-    build: Callable[[Case], Call]  # for this case; what it returns is timed
+    build: Callable[[Case], Call]  # for this case; the returned function is timed
     what: str  # one sentence
     # The result to compare with the operator's; None: the baseline computes something else.
     canonical: Callable[[Raw, Inputs], Canonical] | None
     why_not: Callable[[Case], str | None] = _serves
-    scratch: Callable[[Case], int] = lambda case: 0  # bytes that it allocates on the way
+    scratch: Callable[[Case], int] = lambda case: 0  # bytes of temporary memory
     in_place: bool = False
     compiles: bool = False
     detail: Callable[[Inputs], str] | None = (
-        None  # what it depends on the inputs, such as the kernel that torch chooses
+        None  # details that depend on the inputs, such as the kernel that torch chooses
     )
 
 
@@ -49,7 +49,7 @@ def compiled(baseline: Baseline) -> Baseline:
     """torch.compile of a baseline."""
 
     def build(case: Case) -> Call:
-        torch._dynamo.reset()  # each case compiles by itself: no recompilation limit is met, nothing becomes dynamic
+        torch._dynamo.reset()  # each case compiles separately: no recompilation limit, no dynamic sizes
         eager = baseline.build(case)
         return torch.compile(eager, dynamic=False)
 

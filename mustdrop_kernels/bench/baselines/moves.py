@@ -30,7 +30,7 @@ def _cut(cache: Tensor, keep: Tensor) -> Tensor:
 
 @for_case
 def _select_layers(case: Case, inputs: Inputs) -> Raw:
-    """New tensors, one after another; the old ones can be freed when the caller lets go of them."""
+    """New tensors, layer by layer; the old ones can be freed once the caller releases them."""
     keys, values, keep, _ = inputs.args
     return [_cut(cache, keep[0]) for cache in keys], [_cut(cache, keep[0]) for cache in values]
 

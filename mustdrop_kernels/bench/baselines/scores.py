@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Baselines of the attention scores: the whole matrix, only the rows of text, and other people's kernels."""
+"""Baselines of the attention scores: the whole matrix, only the rows of text, and kernels of other packages."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def whole_matrix(q: Tensor, k: Tensor, shape: Shape, scale: float, mask_device: 
 
 
 def text_rows(q: Tensor, k: Tensor, shape: Shape, scale: float) -> Tensor:
-    """The same from the rows of text alone; their q is (B, Hq, rows, D)."""
+    """The same, computed for the text rows only; q is (B, Hq, rows, D)."""
     rows, length = q.shape[2], k.shape[2]
     scores = q @ _repeat(k, q.shape[1]).transpose(-1, -2) * scale
     column = torch.arange(length, device=q.device)
@@ -119,7 +119,7 @@ def _text_rows_paged(case: Case, inputs: Inputs) -> Raw:
 
 @for_case
 def _sdpa(case: Case, inputs: Inputs) -> Raw:
-    """The values are the keys: their content does not matter to the time."""
+    """The keys serve as values, whose contents do not affect the time."""
     q, k = inputs.args[0], inputs.args[1]
     return F.scaled_dot_product_attention(q, k, k, is_causal=True, enable_gqa=k.shape[1] != q.shape[1])
 

@@ -67,7 +67,7 @@ def _published_dual(case: Case, inputs: Inputs) -> Raw:
 
 @for_case
 def _mask_dual(case: Case, inputs: Inputs) -> Raw:
-    """No union of sets: one mask, of which the positions are listed once."""
+    """One mask instead of a union of sets; its positions are listed once."""
     total, peak, types, global_threshold, individual_threshold = inputs.args
     limit = global_threshold * total.sum(-1, keepdim=True)
     low = (total < limit) & (peak < individual_threshold)

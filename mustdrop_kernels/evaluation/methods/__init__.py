@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The methods that compete, as configurations of this package's stages and operators."""
+"""The compared methods, as configurations of this package's stages and operators."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make(name: str, budget: float | None, sizes: Sizes) -> Method:
     ``MustDropConfig.presets()``), which take no budget.
 
     Raises:
-        Unreachable: the method cannot keep so few.
+        Unreachable: the method cannot keep so few tokens.
         ValueError: there is no such method.
     """
     if name == FULL:

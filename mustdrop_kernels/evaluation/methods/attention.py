@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that drop by what the text looks at, inside the language model: stage 2 with other settings."""
+"""Methods that drop by text-to-vision attention inside the language model: stage 2 with other settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...config import MustDropConfig
 from .base import Method, Sizes
 from .schedules import Unreachable, scaled, shaped
 
-# Tokens after each cut in SparseVLM's own settings for LLaVA-1.5, of 576.
+# Tokens of 576 after each cut, by average, in SparseVLM's settings for LLaVA-1.5.
 _SPARSEVLM = {192: (300, 200, 110), 128: (303, 110, 36), 64: (66, 30, 17)}
 
 
@@ -28,8 +28,8 @@ def _dropping(
 def fastv(sizes: Sizes, average: float) -> Method:
     """FastV (arXiv 2403.06764): one cut after an early layer, by the attention of the prompt's last token.
 
-    Departs: the layer is the latest of the first three that leaves 32 tokens or more, and the first where none does;
-    on the validation split that did best. The published K = 2 of 32 is too dear for small averages in a shallow model.
+    Differences: the layer is the last of the first three after which at least 32 tokens remain, else the first; this
+    was best on the validation split. The published K = 2 of 32 is too expensive for small averages in a shallow model.
     """
     for layer in (2, 1, 0):
         with contextlib.suppress(Unreachable):
@@ -42,8 +42,8 @@ def fastv(sizes: Sizes, average: float) -> Method:
 def sparsevlm(sizes: Sizes, average: float) -> Method:
     """SparseVLM (arXiv 2410.04417): cuts after layers 2, 6 and 15 of 32, by the attention of the text.
 
-    Departs: all text after the image rates, not only the words that resemble the picture; counts in proportion to the
-    published ones instead of by the rank of the attention matrix; dropped tokens are not recycled into aggregates.
+    Differences: all text after the image scores, not only the words that resemble the picture; counts are proportional
+    to the published ones and do not follow the rank of the attention matrix; dropped tokens are not recycled.
     """
     shape = next((_SPARSEVLM[budget] for budget in _SPARSEVLM if average >= budget), _SPARSEVLM[64])
     return _dropping(sizes, scaled((2, 6, 15), sizes.depth), average, shape, "after_image")
@@ -52,8 +52,8 @@ def sparsevlm(sizes: Sizes, average: float) -> Method:
 def pyramiddrop(sizes: Sizes, average: float) -> Method:
     """PyramidDrop (arXiv 2410.17247): four equal stages, each of half the tokens, by the attention of the last token.
 
-    Departs: the first cut takes as much as the average asks for, the later ones halve; where even that does not
-    suffice at the published layers (8, 16 and 24 of 32), the first cut moves to the first layer.
+    Differences: the first cut is as large as the average requires, the later ones halve; if that does not suffice at
+    the published layers (8, 16 and 24 of 32), the first cut moves to the first layer.
     """
     layers = scaled((7, 15, 23), sizes.depth)
     if (layers[0] + 1) * sizes.patches > 0.8 * average * sizes.depth:
@@ -62,5 +62,5 @@ def pyramiddrop(sizes: Sizes, average: float) -> Method:
 
 
 def all_after(layer: int) -> Method:
-    """Every vision token goes after this layer: what is read by then is all that the answer can use."""
+    """All vision tokens are dropped after this layer, so the answer depends on what the text has read by then."""
     return Method(MustDropConfig(merge=False, key_rate=0.0, pruning_layers=(layer,), budgets=(0,), evict=False))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Method: a configuration of the three stages, and for some another first stage."""
+"""Method: a configuration of the three stages, with an optional other first stage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Method:
-    """Ready for ``drop_tokens``."""
+    """A method as ``drop_tokens`` takes it."""
 
     config: MustDropConfig
     stage: Callable[[int], Callable[..., Any]] | None = None
@@ -41,5 +41,5 @@ class Method:
 
     @property
     def leaves_tower(self) -> bool:
-        """True where the vision tower computes the same as in the plain model."""
+        """True if the vision tower computes the same as in the plain model."""
         return not self.in_tower and not self.config.needs_vision_stage

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""MustDrop itself, with fixed budgets at this model's depth, and its presets."""
+"""MustDrop with fixed budgets at this model's depth, and its presets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PUBLISHED: dict[int, Shape] = {
     128: (40, _LAYERS, (200, 164, 128, 80)),
     64: (56, _LAYERS, (108, 82, 56, 40)),
 }
-# Chosen on the validation split: cuts after about the first layer and half of them, for few tokens after a quarter too.
+# Chosen on the validation split: cuts after the first layer and after half of them, for few tokens also a quarter.
 _READ: dict[int, Shape] = {
     192: (8, (2, 15), (6, 1)),
     128: (24, (2, 15), (6, 1)),
@@ -33,18 +33,18 @@ _READ: dict[int, Shape] = {
 def mustdrop(sizes: Sizes, average: float, **changes: Any) -> Method:
     """MustDrop (arXiv 2411.10803) with fixed counts: the presets "budget-*" at another depth.
 
-    Departs: windows merge by rank and tokens drop by rank, so that the number is met exactly; positions stay those of
-    the plain prompt.
+    Differences: windows merge by rank and tokens are dropped by rank, so that the budget is exact; positions are those
+    of the plain prompt.
     """
     return _with(sizes, average, _PUBLISHED, **changes)
 
 
 def read(sizes: Sizes, average: float) -> Method:
-    """MustDrop with other numbers: fewer windows merge, and tokens go where they have been read.
+    """MustDrop with other budgets: fewer windows merge, and most tokens are dropped in one late cut.
 
-    The published numbers merge 56 of 64 windows for 64 tokens, more than this task's pictures have background, and
-    drop little by little. Here windows with something in them stay whole, the first cut is larger, what it leaves stays
-    until half of the layers have read it, and then nearly all goes. No key tokens: they would stay to the end.
+    For 64 tokens the published budgets merge 56 of 64 windows, more than the background of this task's pictures, and
+    drop in small steps. Here windows with contents do not merge, the first cut is larger, its remaining tokens stay for
+    half of the layers, and then nearly all are dropped. There are no key tokens, which would stay to the end.
     """
     return _with(sizes, average, _READ, key_rate=0.0)
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Schedules: tokens kept after each pruning layer, so that all methods process the same number on average over layers.
 
-Papers name a setting by that average. A method that keeps all tokens in its first layers must keep fewer later;
-where its first layers alone cost more than the average allows, there is no such setting.
+Papers name a setting by that average. A method that keeps all tokens in its first layers must keep fewer later; if its
+first layers alone exceed the average, the setting does not exist.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Unreachable(ValueError):
 def scaled(layers: Sequence[int], depth: int) -> tuple[int, ...]:
     """Published pruning layers, from 0, at the same relative depth of another model; at least one layer has all tokens.
 
-    Layers that fall together are one.
+    Layers that coincide are listed once.
     """
     ends = (max(1, round((layer + 1) * depth / PUBLISHED_DEPTH)) for layer in layers)
     return tuple(dict.fromkeys(end - 1 for end in ends))
@@ -30,10 +30,11 @@ def scaled(layers: Sequence[int], depth: int) -> tuple[int, ...]:
 def shaped(start: int, layers: Sequence[int], depth: int, average: float, shape: Sequence[float]) -> tuple[int, ...]:
     """Budgets after each of `layers`, in proportion to `shape`, that bring the mean over `depth` layers to `average`.
 
-    None is above `start`. Rounded down, and what that leaves goes to the last ones, so the mean is never above.
+    No budget is above `start`. Budgets are rounded down and the remainder is added to the last ones, so that the mean
+    is at most `average`.
 
     Raises:
-        Unreachable: what the layers before the first cut process is too much already.
+        Unreachable: the layers before the first cut alone exceed the average.
     """
     lengths = [end - begin for begin, end in itertools.pairwise([*(layer + 1 for layer in layers), depth])]
     before = start * (layers[0] + 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Methods that leave the tower alone and choose, or merge, among its features before the language model.
+"""Methods that select or merge features of the unchanged tower before the language model.
 
 CLS attention and keys are those of the layer that makes the features (the last but one in LLaVA-1.5), as published.
 """
@@ -37,7 +37,7 @@ class Selection(OtherStage):
         self._chosen: Chosen | None = None
 
     def install(self, stack: contextlib.ExitStack) -> None:
-        """Adds the hooks: none within the tower, whose output may then come from anywhere."""
+        """Adds the hooks, none of them within the tower, whose output may be reused."""
         super().install(stack)
         body = self.family.body
         stack.callback(body.vision_tower.register_forward_pre_hook(self._ask_for_states, with_kwargs=True).remove)
@@ -45,7 +45,7 @@ class Selection(OtherStage):
         stack.callback(body.multi_modal_projector.register_forward_pre_hook(self._reduce).remove)
 
     def _ask_for_states(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        return args, with_states(kwargs)  # newer versions of transformers 5 keep the one that the features are, alone
+        return args, with_states(kwargs)  # newer versions of transformers 5 return the features' layer alone
 
     def _take_states(self, module: nn.Module, args: Any, output: Any) -> None:
         self._states = output.hidden_states
@@ -70,13 +70,13 @@ class Selection(OtherStage):
         return look[:, 1:], key[:, 1:]
 
     def layout(self) -> tuple[Tensor, Tensor]:
-        """As chosen."""
+        """The selection, without merging."""
         assert self._chosen is not None
         return self._chosen[1:]
 
 
 def best(scores: Tensor, count: int) -> Tensor:
-    """(B, N) -> (B, count), the places of the highest, ascending."""
+    """(B, N) -> (B, count), the indices of the highest, ascending."""
     types = torch.full(scores.shape, int(TokenType.VISION), dtype=torch.uint8, device=scores.device)
     return ops.select_topk(scores, types, count, capacity=count).keep
 
@@ -106,19 +106,19 @@ def _top(sizes: Sizes, average: float, rate: Callable[[Tensor, torch.Generator],
 
 
 def random(sizes: Sizes, average: float) -> Method:
-    """Any tokens: what a method has to beat."""
+    """Random tokens, the lower bound of a comparison."""
     return _top(sizes, average, lambda look, generator: torch.rand(look.shape, generator=generator).to(look.device))
 
 
 def cls_top(sizes: Sizes, average: float) -> Method:
-    """The tokens that CLS looks at most, as in FasterVLM (arXiv 2412.01818) and the first half of VisionZip."""
+    """The tokens with the highest CLS attention, as in FasterVLM (arXiv 2412.01818) and the first half of VisionZip."""
     return _top(sizes, average, lambda look, generator: look)
 
 
 def visionzip(sizes: Sizes, average: float) -> Method:
     """VisionZip (arXiv 2412.04467): most by CLS attention; the rest is merged into every n-th of it by its keys.
 
-    Departs: 10 of 64 tokens are merged ones at every budget (published for 64 of 576), and a merged token takes the
+    Differences: 10 of 64 tokens are merged ones at every budget (published for 64 of 576), and a merged token takes the
     position of the patch that it is merged into.
     """
     count = int(average)
@@ -138,10 +138,10 @@ def visionzip(sizes: Sizes, average: float) -> Method:
 
 
 def prumerge(sizes: Sizes, average: float) -> Method:
-    """LLaVA-PruMerge (arXiv 2403.15388): the tokens that CLS looks at most, each joined by others of like keys.
+    """LLaVA-PruMerge (arXiv 2403.15388): the tokens with the highest CLS attention, merged with those of similar keys.
 
-    Departs: a fixed number instead of the outliers of the attention; every other token goes to its nearest chosen
-    one, instead of the 32 nearest to each; weights are CLS attention, as published.
+    Differences: a fixed number instead of the outliers of the attention; every other token merges into its nearest
+    selected one, instead of the 32 nearest to each; weights are CLS attention, as published.
     """
 
     def choose(features: Tensor, look: Tensor, key: Tensor, generator: torch.Generator) -> Chosen:
@@ -159,7 +159,7 @@ def _average_into(
     members: Tensor,  # (B, R) of these, centres among them
     weights: Tensor,  # (B, N)
 ) -> tuple[Tensor, Tensor]:  # (B, M, C), (B, N) the centre of each patch, itself where it is no member
-    """Each member goes to the centre with the most similar key; weighted means."""
+    """Merges each member into the center with the most similar key, by weighted means."""
     unit = nn.functional.normalize(key.float(), dim=-1)
     nearest = (_take(unit, members) @ _take(unit, centres).transpose(1, 2)).argmax(-1)  # (B, R)
     own = torch.arange(centres.shape[1], device=key.device).expand_as(centres)

@@ -16,7 +16,7 @@ from ...placeholders import Share
 
 
 class OtherStage(VisionStage):
-    """A first stage of LLaVA-1.5 that leaves M tokens of the N patches of every image."""
+    """A first stage of LLaVA-1.5 that keeps M tokens of the N patches of every image."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -34,7 +34,7 @@ class OtherStage(VisionStage):
         """Number of tower layers that compute the features."""
 
     def install(self, stack: contextlib.ExitStack) -> None:
-        """Adds the hooks; the stack takes them away."""
+        """Adds the hooks; the stack removes them."""
         super().install(stack)
         stack.callback(self.family.body.multi_modal_projector.register_forward_hook(self._place).remove)
 
@@ -43,7 +43,7 @@ class OtherStage(VisionStage):
         raise NotImplementedError
 
     def _place(self, module: nn.Module, args: Any, features: Tensor) -> Tensor:
-        """Features (B, M, C) -> (B, N, C) at their placeholders; elsewhere zeros, which no language layer reads."""
+        """Features (B, M, C) -> (B, N, C) at their placeholders; zeros elsewhere, which no language layer reads."""
         slot, token = self.layout()
         batch, _, channels = features.shape
         placed = features.new_zeros(batch, token.shape[1], channels)

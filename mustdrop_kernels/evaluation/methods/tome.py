@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ToMe (arXiv 2210.09461): tokens of like keys are merged in pairs, in every layer of the vision tower."""
+"""ToMe (arXiv 2210.09461): tokens with similar keys merge in pairs, in every layer of the vision tower."""
 
 from __future__ import annotations
 
@@ -19,10 +19,9 @@ from .stage import OtherStage
 def tome(sizes: Sizes, average: float) -> Method:
     """ToMe (arXiv 2210.09461): bipartite matching of keys in every layer before the features, sizes in the softmax.
 
-    Departs: the number falls by one ratio from layer to layer instead of by one count, since a shallow tower cannot
-    reach small budgets otherwise, and a layer that has to lose more than half of its tokens matches twice; merging
-    follows the layer instead of standing between attention and MLP; a merged token takes the position of its first
-    patch.
+    Differences: the number of tokens falls by a constant ratio per layer instead of a constant count, since a shallow
+    tower cannot reach small budgets otherwise, and a layer that merges more than half of its tokens matches twice;
+    merging follows the layer instead of the attention; a merged token takes the position of its first patch.
     """
     if average > sizes.patches:
         raise Unreachable(f"there are only {sizes.patches} tokens")
@@ -52,7 +51,7 @@ class Merging(OtherStage):
         self._key = output
 
     def _weigh(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """A token that stands for n patches gets n times the attention."""
+        """Proportional attention: the weight of a token merged from n patches is n times larger."""
         if module is self.tower_layers[0]:
             self._sizes = torch.empty(0)
             return None
@@ -78,9 +77,9 @@ class Merging(OtherStage):
         return hook
 
     def _merge_pairs(self, hidden: Tensor, key: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """Merges `count` tokens, or as many as every other one is, into their best match among the others."""
+        """Merges `count` of every other token, at most all of them, into their best matches among the others."""
         unit = nn.functional.normalize(key.float(), dim=-1)
-        odd, even = unit[:, 1::2], unit[:, 2::2]  # CLS, the first, is neither
+        odd, even = unit[:, 1::2], unit[:, 2::2]  # CLS, the first token, does not merge
         likeness, match = (odd @ even.transpose(1, 2)).max(-1)
         gone = likeness.topk(min(count, odd.shape[1]), dim=1).indices
         length = hidden.shape[1]
