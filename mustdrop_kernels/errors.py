@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exceptions of the command line and of what it calls."""
+"""Exceptions of the command line and the code behind it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ class Refusal(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message; its type where it has none."""
+    """First line of an error's message; its type if it has none."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are written whole or not at all: an interrupt, a crash or a full disk leaves the former file.
-
-Reads JSON documents, too.
-"""
+"""Atomic writing of files: an interrupt, a crash or a full disk leaves the previous file. Reading of JSON documents."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A path beside `path`, with its ending, to write to; takes the place of `path` once everything is written.
-    Folders that are missing are made.
+    """A path beside `path`, with its suffix, to write to; replaces `path` at the end of the block.
+    Missing folders are created.
 
-    Where the block raises, also KeyboardInterrupt, `path` stays as it was and nothing else is left behind.
+    If the block raises, also KeyboardInterrupt, `path` does not change and no other file remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
@@ -28,7 +25,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     scratch = Path(name)
     try:
         yield scratch
-        scratch.chmod(0o666 & ~_umask())  # mkstemp's files are for their owner alone
+        scratch.chmod(0o666 & ~_umask())  # mkstemp gives permissions to the owner only
         scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -48,13 +45,13 @@ def folder_written_whole(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file, in UTF-8."""
+    """Write a text file atomically, in UTF-8."""
     with written_whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
 
 
 def _umask() -> int:
-    """The process's mask, which can be read by setting it alone."""
+    """The process's mask, which can only be read by setting it."""
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -64,7 +61,7 @@ def read_document(path: Path, kind: str | tuple[str, ...], maker: str) -> dict[s
     """Read a JSON document whose ``format`` is `kind`, or one of several; `maker` writes them.
 
     Raises:
-        ValueError: the file is something else.
+        ValueError: the file is no such document.
     """
     kinds = (kind,) if isinstance(kind, str) else kind
     try:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ``mustdrop`` command. Needs typer and rich, which are optional: ``pip install 'mustdrop_kernels[cli]'``."""
+"""The ``mustdrop`` command. Requires typer and rich, which are optional: ``pip install 'mustdrop_kernels[cli]'``."""
 
 from __future__ import annotations
 

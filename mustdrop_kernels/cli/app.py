@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands: their options and their exit status. Each command has a module of its own."""
+"""The commands with their options and exit status; each command has its own module."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def demo(
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Run a picture through a LLaVA with and without dropping; print what is saved and draw what was dropped."""
+    """Run a picture through a LLaVA with and without dropping; print the savings and draw the dropped tokens."""
     from .demo import DemoOptions, run, show, to_dict
 
     options = DemoOptions(image, prompt, model, preset, backend, out, max_new_tokens, seed)

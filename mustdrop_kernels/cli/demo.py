@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop demo``: one image through a LLaVA, plainly and with MustDrop, side by side, and a picture of it."""
+"""``mustdrop demo``: a question about an image to a LLaVA, with and without MustDrop, and a picture of the tokens."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def run(options: DemoOptions, progress: Callable[[str], None]) -> DemoResult:
 
 
 def _question(options: DemoOptions) -> tuple[Image, str, str, str | None]:
-    """Picture, its name, question, right answer where it is known."""
+    """Picture, its name, question, right answer if known."""
     if options.model is None and options.image is None:
         image, credit, question, truth = made_question(options.seed)
         return image, credit, options.prompt or question, truth if options.prompt is None else None
@@ -143,7 +143,7 @@ def _question(options: DemoOptions) -> tuple[Image, str, str, str | None]:
 
 
 def _device(config: MustDropConfig) -> str:
-    """The GPU where a backend serves it, else the CPU."""
+    """The GPU if a backend serves it, else the CPU."""
     import torch
 
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -159,7 +159,7 @@ def _device(config: MustDropConfig) -> str:
 
 
 def _refused(op: str, device: str, backend: str | None) -> str | None:
-    """Why an operator does not run on a device, None where it does."""
+    """The reason why an operator does not run on a device; None if it does."""
     name = backend or backends.serving(op, device)
     if name is None:
         return f"no backend serves {op} (`mustdrop doctor` gives the reasons)"
@@ -177,7 +177,7 @@ def _make_folder(folder: Path) -> None:
 def _measure(
     checkpoint: Checkpoint, inputs: Any, config: MustDropConfig, max_new_tokens: int, progress: Callable[[str], None]
 ) -> tuple[Runs, Runs, Report, int]:
-    """Plain generation and generation with MustDrop in turn, after a warm-up of each, so that drift hits both."""
+    """Generates plainly and with MustDrop alternately, after a warm-up of each, so that drift affects both."""
     from ..bench import generation
     from ..integrations.transformers import drop_tokens
 
@@ -278,7 +278,7 @@ def show(result: DemoResult, console: Console) -> None:
 def _comparison(result: DemoResult) -> Table:
     from ..bench.generation import WHAT
 
-    caption = f"{WHAT}. Fastest of {result.repeats} run(s) after a warm-up."  # what a busy machine disturbs least
+    caption = f"{WHAT}. Fastest of {result.repeats} run(s) after a warm-up."  # the least disturbed run
     table = Table(title="Plain generation and MustDrop", caption=caption, caption_justify="left")
     table.add_column("")
     table.add_column("plain", overflow="fold")

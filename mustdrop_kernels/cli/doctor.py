@@ -44,7 +44,7 @@ def examine() -> dict[str, Any]:
 
 
 def assess(found: dict[str, Any], present: list[str]) -> tuple[list[str], list[str]]:
-    """Problems, which decide about the exit status, and the next steps."""
+    """Problems, which determine the exit status, and next steps."""
     if not _load.core.loaded:
         return [str(_load.core.problem)], _repair_library(found)
     chosen = os.environ.get("MUSTDROP_BACKEND")
@@ -115,7 +115,7 @@ def _try_it() -> str:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    """Print what `examine` found."""
+    """Print the document of `examine`."""
     console.print(_pairs("Versions", found["versions"], missing="not installed"))
     console.print(_pairs("Machine", found["machine"], missing="unknown"))
     build = found["build"] if isinstance(found["build"], dict) else {"_native": found["build"]}
@@ -129,7 +129,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def _sources(found: dict[str, Any]) -> str | None:
-    """The digest of the libraries' sources, and whether the tree around the package has the same."""
+    """The digest of the libraries' sources, and whether it is that of the tree around the package."""
     if not found["libraries_of"]:
         return None
     remark = {True: ", as the sources here", False: ", others than the sources here: build again", None: ""}
@@ -161,7 +161,7 @@ def _pairs(title: str, values: dict[str, Any], missing: str) -> Table:
 
 
 def _environment(values: dict[str, str]) -> Table:
-    """Every variable that this package reads, and others that are set and matter."""
+    """All variables that this package reads, and other relevant ones that are set."""
     table = _table("\nEnvironment", "", "", "")
     for name in dict.fromkeys((*environment.VARIABLES, *values)):
         table.add_row(f"  {name}", _text(values.get(name), missing="not set"), environment.VARIABLES.get(name, ""))

@@ -60,7 +60,7 @@ def attempt(what: Callable[[], Any]) -> Any:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions by name; None where something is not installed."""
+    """Versions by name; None for packages that are not installed."""
     found: dict[str, Callable[[], str | None]] = {
         "mustdrop_kernels": _own_version,
         "python": platform.python_version,
@@ -88,7 +88,7 @@ def machine() -> dict[str, Any]:
 
 
 def libraries() -> list[dict[str, Any]]:
-    """The operator libraries, and the loader's error where one is not loaded."""
+    """The operator libraries, and the loader's error if one is not loaded."""
     return [
         {"name": library.path.stem, "path": str(library.path), "loaded": library.loaded, "problem": library.problem}
         for library in (_load.core, _load.cuda)
@@ -104,7 +104,7 @@ def sources() -> dict[str, Any]:
 
 
 def build() -> dict[str, Any] | str:
-    """Facts of the module `_native` about this build, or the reason that there are none."""
+    """Facts of the module `_native` about this build, or the reason why there are none."""
 
     def read() -> dict[str, Any]:
         _native = importlib.import_module("mustdrop_kernels._native")
@@ -150,7 +150,7 @@ def _vllm_plugin() -> str:
 
 
 def absent(device: str) -> str | None:
-    """The reason that this machine lacks a device; None where it has it."""
+    """The reason why this machine lacks a device; None if it has one."""
     if device != "cuda":
         return None
     if torch.version.cuda is None:
@@ -171,7 +171,7 @@ def operators() -> list[dict[str, Any]]:
 
 
 def _why_not(name: str, op: str, device: str, served_by: str | None) -> str | None:
-    """The reason that a backend is not behind torch.ops; None where it is."""
+    """The reason why a backend does not serve torch.ops; None if it does."""
     if name == served_by:
         return None
     reason = attempt(lambda: backends.get(name).why_not(op, device))
@@ -207,7 +207,7 @@ def _first_on_path(*names: str) -> str | None:
 
 
 def _first_line(program: str | None, *arguments: str) -> str | None:
-    """First line of a program's version; None where there is no such program."""
+    """First line of a program's version; None if there is no such program."""
     if program is None or shutil.which(program) is None:
         return None
     command = [program, *(arguments or ("--version",))]
@@ -230,7 +230,7 @@ def _nvcc() -> str | None:
 
 
 def _gpus() -> list[str]:
-    """The GPUs of torch; where it finds none, those of the driver."""
+    """The GPUs of torch; if torch finds none, those of the driver."""
     if absent("cuda") is None:
         found = []
         for index in range(torch.cuda.device_count()):

@@ -126,7 +126,7 @@ class _Plan:
             "dtype": str(subject.model.dtype).removeprefix("torch."), "max_new_tokens": self.max_new_tokens,
         }  # fmt: skip
         cells = self._cells(depth)
-        for cell in cells:  # refuse an unknown name before anything is measured
+        for cell in cells:  # unknown names raise before anything is measured
             with contextlib.suppress(Unreachable):
                 make(*cell, Sizes.of(subject.model.config))
         document = results.start(about, questions, cells)
@@ -179,7 +179,7 @@ def _show(document: dict[str, Any], ours: str, markdown: str | None) -> None:
 
 
 def require_extras() -> None:
-    """Raise ``Refusal`` where a package is missing that made questions need."""
+    """Raise ``Refusal`` if a package that generated questions require is missing."""
     from ..evaluation.checkpoint import require_packages
 
     needed = {"transformers": "transformers", "PIL": "pillow", "sklearn": "scikit-learn", "skimage": "scikit-image"}

@@ -91,7 +91,7 @@ def run(options: InspectOptions, progress: Callable[[str], None]) -> InspectResu
 
 
 def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
-    """Pictures with their names, and the question; by default those made for the small model."""
+    """Pictures with their names, and the question; by default generated ones for the small model."""
     if options.model is None and not options.images:
         image, credit, question, _ = made_question(options.seed)
         return [(image, credit)], options.prompt or question
@@ -100,7 +100,7 @@ def _question(options: InspectOptions) -> tuple[list[tuple[Any, str]], str]:
 
 
 def _load(options: InspectOptions) -> Checkpoint:
-    """A checkpoint of any model; without a name the small one of the package, named by its description."""
+    """A checkpoint of any model; by default the small one of the package, named by its description."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -112,7 +112,7 @@ def _load(options: InspectOptions) -> Checkpoint:
     try:
         model = AutoModelForImageTextToText.from_pretrained(options.model, dtype="auto", use_safetensors=True).eval()
         processor = AutoProcessor.from_pretrained(options.model)
-    except Exception as error:  # what a broken checkpoint raises depends on what is broken in it
+    except Exception as error:  # a broken checkpoint may raise anything
         raise Refusal(f"--model: {options.model} cannot be loaded: {first_line(error)}") from error
     return Checkpoint(model.to(device), processor, options.model)
 
@@ -127,7 +127,7 @@ def _generate(model: Any, inputs: Any, max_new_tokens: int) -> list[int]:
 
 
 def _seen(subject: Checkpoint, inputs: Any, pictures: list[tuple[Any, str]]) -> list[np.ndarray]:
-    """Each picture as the model gets it: cropped for LLaVA-1.5, whole for the others."""
+    """The pictures as inputs of the model: cropped for LLaVA-1.5, whole for other models."""
     import numpy as np
 
     if subject.model.config.model_type != "llava":
@@ -160,7 +160,7 @@ def _write(
     )
     page.table(*report.rows())
     for number, image in enumerate(prompt.images):
-        # InternVL's tiles are images of their own: the page shows the picture that they come from.
+        # InternVL's tiles are separate images: the page shows their picture.
         picture = pictures[min(number * len(pictures) // len(prompt.images), len(pictures) - 1)]
         page.heading(f"{image.modality.capitalize()} {number + 1}")
         page.figure(report.plot(picture, index=number), f"what was dropped from {image.modality} {number + 1}")

@@ -21,7 +21,7 @@ def status(shown: bool) -> Iterator[Callable[[str], None]]:
 
 @contextlib.contextmanager
 def bar() -> Iterator[Callable[[str, float], None]]:
-    """A bar; yields a function that takes the current step and the share of all that is done."""
+    """A bar; yields a function that takes the current step and the finished fraction."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
     text = TextColumn("{task.description}")
@@ -33,13 +33,13 @@ def bar() -> Iterator[Callable[[str, float], None]]:
 
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM, which time limits send, ends a measurement as Ctrl-C does."""
+    """Context in which SIGTERM, sent by time limits, ends a measurement like Ctrl-C."""
 
     def interrupt(*args: object) -> None:
         raise KeyboardInterrupt
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # the signals belong to the program that calls this
+        yield  # signal handlers belong to the calling program
         return
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -37,7 +37,7 @@ def _run(op: str, device: str, backend: str) -> dict[str, Tensor]:
 
 
 def _difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
-    """The first result that differs from the reference's, None where none does."""
+    """The first result that differs from the reference's; None if none does."""
     for name, wanted in expected.items():
         value = found[name]
         if value.shape != wanted.shape or value.dtype != wanted.dtype:

@@ -41,11 +41,11 @@ class Report:
         return json.dumps(self.to_dict(), allow_nan=False, **settings)
 
     def plot(self, image: Any, *, index: int = 0, prompt: PromptReport | None = None) -> Figure:
-        """Draw what was dropped from an image or, as a contact sheet, from a video. Needs matplotlib.
+        """Draw the dropped tokens of an image or, as a contact sheet, of a video. Requires matplotlib.
 
         Args:
             image: the picture, Pillow's or (height, width, 3) uint8; a sequence of them for a video.
-            index: which image of the prompt.
+            index: of the image in the prompt.
             prompt: by default the last one.
         """
         from .contact_sheets import as_frames, draw_video, pictures_of
@@ -97,7 +97,7 @@ class Report:
         return columns, rows
 
     def table(self, prompt: PromptReport | None = None) -> Table:
-        """One prompt (by default the last) as a table for ``rich.print``. Needs the extra package rich."""
+        """One prompt (by default the last) as a table for ``rich.print``. Requires the package rich."""
         from rich.table import Table
 
         prompt = self.last if prompt is None else prompt

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Contact sheets: a video stage by stage, and attention from text to vision layer by layer. Needs matplotlib."""
+"""Contact sheets: a video stage by stage, and attention from text to vision layer by layer. Requires matplotlib."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .records import ImageReport, PromptReport
 
 _PANEL, _GAP, _MARGIN, _CAPTION, _TITLE = 1.7, 0.08, 0.25, 0.3, 0.45  # inches
-_ACROSS = 6  # panels side by side where rows may be of any length
+_ACROSS = 6  # panels side by side in rows of any length
 
 
 def draw_video(
@@ -28,7 +28,7 @@ def draw_video(
 ) -> Figure:
     """One video of a prompt: a row for its frames, one for merging, one after each pruning layer.
 
-    A merged window has the mean of its colors in each frame, dropped patches fade away.
+    A merged window has the mean of its colors in each frame, dropped patches fade.
     """
     report = prompt.images[index]
     view = report.view()
@@ -54,7 +54,7 @@ def draw_attention(
 ) -> Figure:
     """Attention from the text queries in each layer: the mean over them and over heads, brightest at the maximum.
 
-    Dropped tokens are dark. Needs a report that was made with ``drop_tokens(..., heat_maps=True)``.
+    Dropped tokens are dark. Requires a report of ``drop_tokens(..., heat_maps=True)``.
 
     Raises:
         ValueError: no heat maps were recorded.
@@ -93,12 +93,12 @@ def _check(frames: Sequence[Array], grid: Sequence[int]) -> None:
         raise ValueError(f"the video has {grid[0]} frames of tokens, got {len(frames)} pictures")
 
 
-def _glow(frame: Array, heat: Array) -> Array:  # heat: (H, W) in 0..1, nan where nothing is left
+def _glow(frame: Array, heat: Array) -> Array:  # heat: (H, W) in 0..1, nan for dropped tokens
     """The picture in dark gray, lit by the attention."""
     import matplotlib
 
     heat = heat.reshape(-1)[patch_of_pixel(frame.shape[:2], heat.shape)]
-    shown = np.sqrt(np.nan_to_num(heat))  # small shares are seen, too
+    shown = np.sqrt(np.nan_to_num(heat))  # makes small shares visible
     gray = frame.astype(np.float64).mean(-1, keepdims=True) / 255
     color = matplotlib.colormaps["inferno"](shown)[..., :3]
     return np.clip(0.35 * gray * (1 - shown[..., None]) + color, 0, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of merged and dropped tokens of an image. Needs matplotlib, and draws without a display."""
+"""Pictures of merged and dropped tokens of an image. Requires matplotlib, no display."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
 INK, SOFT, _FAINT, PAPER = "#1f2430", "#4b5365", "#7b8394", "#ffffff"
 _MERGED, _KEY, _HATCH = "#00a9bd", "#ffc400", "#c3c8d1"
 _CACHE = {"plain generation": "#e3e6eb", "before stage 3": "#9fb6d6", "after stage 3": "#1d5fa8"}
-_FADED = 0.84  # how far a dropped patch goes from its colors, made gray, to the paper
+_FADED = 0.84  # blend of a dropped patch's gray with the background
 
-# Pixels at _DPI. A panel is about so wide: each of its patches has whole pixels.
+# Pixels at _DPI: approximate width of a panel, whose patches have whole pixels.
 _DPI, _PANEL = 150, 525
 _MARGIN, _GAP, _CAPTION, _ROW_END, _TITLE, _LEGEND, _STRIP = 38, 42, 93, 18, 63, 93, 188
 _AXIS_LABELS, _NOTE_LINE, _INDENT = 93, 26, 60
 _COLUMNS = 3
-_NOTE_CHARACTERS = 165  # of a line that is as wide as three panels
+_NOTE_CHARACTERS = 165  # of a row of three panels
 
 Array = np.ndarray[Any, Any]
 
 
 def draw_stages(
-    image: Array,  # (height, width, 3) uint8, what the vision tower saw
+    image: Array,  # (height, width, 3) uint8, input of the vision tower
     prompt: PromptReport,
     *,
     index: int = 0,
@@ -84,7 +84,7 @@ def draw_stages(
 
 
 def _panel(pixels: Sequence[int], grid: Sequence[int]) -> tuple[int, int]:
-    """Height and width in pixels of a panel with an image's proportions, whose patches have whole pixels."""
+    """Height and width in pixels of a panel with an image's proportions and patches of whole pixels."""
     wide = max(1, round(_PANEL / grid[1]))
     high = max(1, round(wide * grid[1] * pixels[0] / pixels[1] / grid[0]))
     return high * grid[0], wide * grid[1]
@@ -109,7 +109,7 @@ def token_image(
     token_of_patch: Array,  # (H, W) int64
     alive: Array | None = None,  # (H, W) bool
 ) -> Array:  # (height, width, 3) float in 0..1
-    """The image as its tokens: a merged window has its mean color, and what is not alive has faded."""
+    """The image by tokens: merged windows have their mean color, dropped patches are faded."""
     colors = image.astype(np.float64) / 255
     patch = patch_of_pixel(image.shape[:2], token_of_patch.shape)  # (height, width)
     token = token_of_patch.reshape(-1)[patch]
@@ -124,7 +124,7 @@ def token_image(
 
 
 def patch_of_pixel(pixels: tuple[int, ...], grid: tuple[int, ...]) -> Array:
-    """(height, width) int64: the patch, counted row by row, that has each pixel."""
+    """(height, width) int64: the patch of each pixel, counted row by row."""
     rows = np.arange(pixels[0]) * grid[0] // pixels[0]
     columns = np.arange(pixels[1]) * grid[1] // pixels[1]
     return rows[:, None] * grid[1] + columns
@@ -185,7 +185,7 @@ def _draw_tokens(axis: Axes, image: Array, report: ImageReport, alive: Array | N
 
 
 def _hatch(axis: Axes, patches: Array) -> None:  # (H, W) bool
-    """Diagonal lines through patches, which tell them from pale ones."""
+    """Diagonal lines through patches, which distinguish them from pale ones."""
     from matplotlib.collections import LineCollection
 
     lines = [((left, top + 1), (left + 1, top)) for top, left in np.argwhere(patches).tolist()]
@@ -204,7 +204,7 @@ def _frame(axis: Axes, window: Sequence[int], color: str, width: float) -> None:
 
 
 def _caption(axis: Axes, title: str, counts: str, indent: int = 0) -> None:
-    """Two lines above an axis, placed in points, so that they look the same on any size. `indent` is in pixels."""
+    """Two lines above an axis, placed in points, independent of the figure's size. `indent` is in pixels."""
     where: dict[str, Any] = {"xy": (0, 1), "xycoords": "axes fraction", "textcoords": "offset points"}
     left = -72 * indent / _DPI
     axis.annotate(title, xytext=(left, 22), fontsize=12.5, weight="bold", color=INK, va="bottom", **where)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Records of what was merged, kept and dropped: per stage, layer and image; cache sizes; times. All on the host."""
+"""Records of merged, kept and dropped tokens per stage, layer and image; cache sizes; times. All on the host."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..placeholders import first_placeholders
 class ViewReport:
     """A grid of vision tokens: a picture, or a video. Maps have its shape, (H, W), or (T, H, W) for T frames.
 
-    A token is named by the patch whose place it takes, counted row by row, frame after frame. A patch is what has a
+    A token is named by the patch whose position it takes, counted row by row, frame after frame. A patch has one
     placeholder in the prompt; in some models that is several patches of the vision tower.
     """
 
     token_of_patch: Tensor
-    """int64: the token that stands for each patch."""
+    """int64: the token of each patch."""
     key: Tensor
     """bool: patches whose token is a key token."""
     survived: dict[int, Tensor]
-    """Pruning layer -> bool: patches whose token goes on after it."""
+    """Pruning layer -> bool: patches whose token remains after it."""
     heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     """Layer -> float32: the attention that a text token pays it, mean over those that vote and over heads; nan where
     the token is gone. Empty without ``drop_tokens(..., heat_maps=True)``."""
@@ -74,7 +74,7 @@ class ViewReport:
             "token_of_patch": self.token_of_patch.tolist(),
             "key": self.key.int().tolist(),
             "survived": {str(layer): alive.int().tolist() for layer, alive in self.survived.items()},
-            **({"heat": heat} if heat else {}),  # -1 where the token is gone
+            **({"heat": heat} if heat else {}),  # -1 for dropped tokens
         }
 
 
@@ -108,11 +108,11 @@ class ImageReport:
 
     @property
     def patches(self) -> int:
-        """N: what plain generation would read, newline tokens and the like among them."""
+        """N: placeholders of plain generation, newline tokens included."""
         return self.token.numel()
 
     def view(self, number: int = -1) -> ViewReport:
-        """One of its views, by default the finest."""
+        """A view, by default the finest."""
         places = self.views[number]
         order = torch.zeros_like(self.token)
         order[places.flatten()] = torch.arange(places.numel())
@@ -127,7 +127,7 @@ class ImageReport:
 
     @property
     def token_of_patch(self) -> Tensor:
-        """int64: the token that stands for each patch."""
+        """int64: the token of each patch."""
         return self.view().token_of_patch
 
     @property
@@ -137,7 +137,7 @@ class ImageReport:
 
     @property
     def survived(self) -> dict[int, Tensor]:
-        """Pruning layer -> bool: patches whose token goes on after it."""
+        """Pruning layer -> bool: patches whose token remains after it."""
         return self.view().survived
 
     @property
@@ -176,7 +176,7 @@ class CacheReport:
 
 @dataclasses.dataclass(frozen=True)
 class PromptReport:
-    """One prompt (a batch of sequences with images) that was read."""
+    """One prompt: a batch of sequences with images."""
 
     length: int
     """Tokens of the plain prompt, padding included."""

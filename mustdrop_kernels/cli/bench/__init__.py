@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``mustdrop bench``: a sub-command for each subject that is measured."""
+"""``mustdrop bench``: a sub-command for each subject."""
 
 from __future__ import annotations
 

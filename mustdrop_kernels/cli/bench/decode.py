@@ -23,8 +23,8 @@ def decode(
 ) -> None:
     """Compare a decode step inside drop_tokens with one of the plain model.
 
-    Two models with the same random weights decode in turn, a token each, for four prompts: text alone, an image that
-    keeps its tokens, one that loses most of them, and a padded batch. CPU only.
+    Two models with the same random weights decode alternately, token by token, for four prompts: text alone, an image
+    that keeps its tokens, one that loses most of them, and a padded batch. CPU only.
     """
     with refusals():
         from ...bench import decode as measurement

@@ -17,10 +17,10 @@ def host(
     dry_run: DryRun = False,
     markdown: Markdown = False,
 ) -> None:
-    """Time what Python does in a call of each Triton operator. Needs Triton and no GPU.
+    """Time the Python code of a call of each Triton operator. Requires Triton, no GPU.
 
-    The kernels are compiled for sm_90 and handed to a driver that does nothing; the last column takes Triton's own way
-    to each launch.
+    The kernels are compiled for sm_90 and launched by a driver that does nothing; the last column uses Triton's own
+    launch path.
     """
     with refusals():
         from ...bench import host as measurement

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options that every sub-command of ``mustdrop bench`` has, and what they do."""
+"""Common options of the sub-commands of ``mustdrop bench``, and their implementation."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Defa
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Bad options and missing packages end the command with one sentence and status 2."""
+    """Context in which invalid options and missing packages end the command with one sentence and status 2."""
     try:
         yield
     except ImportError as error:
@@ -44,7 +44,7 @@ def refuse(reason: str) -> NoReturn:
 
 
 def check_device(device: str, used: bool = True) -> None:
-    """Raise ``ValueError`` for an unknown device, or one that is used and not there."""
+    """Raise ``ValueError`` for an unknown device, or for an absent one that is to be used."""
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda, got {device!r}")
     if used and device == "cuda" and not torch.cuda.is_available():
@@ -87,7 +87,7 @@ def carry_out(
         except KeyboardInterrupt:
             raise typer.Exit(130) from None
         if document.get("stopped") and not document["rows"]:
-            raise typer.Exit(130)  # nothing was finished: an older document stays
+            raise typer.Exit(130)  # nothing is finished: an older document stays
     keep(document)
     return document
 

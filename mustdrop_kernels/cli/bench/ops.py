@@ -64,7 +64,7 @@ def ops(
     """Time the operators beside other ways to compute the same, in interleaved rounds of one run.
 
     Each baseline's result is compared with ours first; one that differs is not timed, and the command ends with status
-    1. The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep what was finished. With
+    1. The document is written after each case; Ctrl-C and SIGTERM end the measurement and keep the finished cases. With
     OPs, --load shows those rows of the document.
     """
     from ... import backends as registry
@@ -140,7 +140,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _known(kind: str, names: Collection[str], there: Collection[str]) -> tuple[str, ...]:
-    """The names, all of which must be there."""
+    """The names; raises for unknown ones."""
     for name in names:
         if name not in there:
             raise ValueError(f"there is no {kind} {name!r}; there are {', '.join(there)}")

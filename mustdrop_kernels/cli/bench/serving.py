@@ -32,9 +32,9 @@ def serving(
     dry_run: DryRun = False,
     markdown: Markdown = False,
 ) -> None:
-    """Measure requests/s, time to the first token and blocks of vLLM, full and dropping in turn.
+    """Measure requests/s, time to the first token and blocks of vLLM, full and dropping alternately.
 
-    Needs vLLM; --dry-run and --load do not. Two engines run at once, each in a process of its own.
+    Requires vLLM, except for --dry-run and --load. Two engines run at once, in separate processes.
     """
     with refusals():
         from ...bench import serving as measurement
