@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of the composite operators on a CPU: the C++ override beside the composite of its parts, in rounds of both.
+"""Time of the composite operators on a CPU: the C++ override beside the composite of its parts, in alternating rounds.
 
 python bench/composites.py
 """
@@ -30,7 +30,7 @@ def llava(op: str) -> dict[str, Any]:
 
 
 def microseconds(call: Callable[[], Any], calls: int) -> float:
-    """Mean time of so many calls."""
+    """Mean time of `calls` calls."""
     start = time.perf_counter()
     for _ in range(calls):
         call()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options of the pytest-benchmark suites: which shapes, dtypes, device and backends. `make bench` runs them."""
+"""Options of the pytest-benchmark suites: shapes, dtypes, device and backends. `make bench` runs them."""
 
 from __future__ import annotations
 

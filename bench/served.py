@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Accuracy of ``mustdrop eval`` in vLLM with the plug-in, one engine a method.
+"""Accuracy of ``mustdrop eval`` in vLLM with the plug-in, one engine per method.
 
     .venv-vllm/bin/python bench/served.py --count 200
     .venv-vllm/bin/python bench/served.py --methods full,mustdrop-read --budgets 128,64 --json served.json
@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: the engine core in this process, so that the model can be watched.
+# Before vLLM is imported: the engine core in this process, so that the model is accessible.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -159,7 +159,7 @@ class Evaluator:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure every method; the filled document."""
+    """Measure all methods; returns the document."""
     from transformers import AutoConfig, AutoProcessor
     from vllm.version import __version__ as vllm_version
 

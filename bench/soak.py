@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Before torch is imported: oneDNN keeps a kernel for each shape that it has seen, 1,024 at most, and a soak sees new
-# shapes for an hour. With so few it is full within minutes, and does not look like a leak.
+# Before torch is imported: oneDNN caches up to 1,024 kernels, one per shape, and a soak has new shapes for an hour. A
+# small cache is full within minutes and does not look like a leak.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 import numpy as np
@@ -46,8 +46,8 @@ ENGINES: dict[str, tuple[str, dict[str, Any]]] = {  # module and settings of its
     "vllm-plain": ("soak_vllm", {"plain": True}),
 }
 FORMAT = "mustdrop-soak/1"
-ROUND = 20  # requests between two looks at the memory
-BLOCKS = 24  # means of the second half that the line goes through, since neighboring samples are similar
+ROUND = 20  # requests between two samples of the memory
+BLOCKS = 24  # means of the second half for the fit, since neighboring samples are correlated
 LIMIT = 0.01  # growth an hour, as a share of the memory, below which it is flat
 
 
@@ -55,7 +55,7 @@ LIMIT = 0.01  # growth an hour, as a share of the memory, below which it is flat
 
 
 def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
-    """Requests until the time is over; the document."""
+    """Run requests until the time is over; returns the document."""
     torch.set_num_threads(1)
     module, settings = ENGINES[engine]
     run = importlib.import_module(module).Soak(seed, **settings)
@@ -87,7 +87,7 @@ def soak(engine: str, minutes: float, seed: int) -> dict[str, Any]:
 
 
 def late(samples: list[tuple[float, int]]) -> np.ndarray:
-    """(2, blocks) times and sizes of the second half, when everything that is kept has been made; means of blocks."""
+    """(2, blocks) times and sizes of the second half, after warm-up; means of blocks."""
     half = np.array(samples[len(samples) // 2 :], dtype=np.float64)
     blocks = [part.mean(0) for part in np.array_split(half, min(BLOCKS, len(half)))]
     return np.stack(blocks, axis=1)
@@ -114,7 +114,7 @@ def growth(samples: list[tuple[float, int]]) -> dict[str, Any]:
 
 
 def markdown(documents: list[dict[str, Any]]) -> str:
-    """A row an engine."""
+    """A row per engine."""
     lines = ["| engine | minutes | requests | memory | growth an hour (95%) | |", "|---|---|---|---|---|---|"]
     for document in documents:
         found, last = document["growth"], document["samples"][-1][1] / 1024
@@ -132,7 +132,7 @@ def _slope(found: dict[str, Any]) -> str:
 
 
 def draw(documents: list[dict[str, Any]], path: Path) -> None:
-    """Memory over time, a panel an engine, with the line through the second half."""
+    """Memory over time, a panel per engine, with the line through the second half."""
     figure, (axes,) = panels(len(documents), 6.4 * len(documents), 3.6)
     for axis, document in zip(axes, documents, strict=True):
         times, sizes = np.array(document["samples"], dtype=np.float64).T

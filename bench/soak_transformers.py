@@ -30,11 +30,11 @@ WORDS = ("USER:", "What", "is", "in", "the", "image?", "car?", "and", "then", "s
 
 
 class Broken(Exception):
-    """Error of requests that are meant to fail."""
+    """Error of requests that fail on purpose."""
 
 
 def draw_prompt(rng: random.Random) -> str:
-    """Text with 0 to 3 pictures, and text behind them."""
+    """Text with 0 to 3 pictures, followed by text."""
     parts = []
     for _ in range(rng.choice((0, 1, 1, 1, 2, 3))):
         parts += [*rng.choices(WORDS, k=rng.randrange(4)), "<image>"]
@@ -42,14 +42,14 @@ def draw_prompt(rng: random.Random) -> str:
 
 
 def draw_pictures(rng: random.Random, text: str) -> list[Any]:
-    """As many as the text has places for."""
+    """One picture per placeholder of the text."""
     return [
         tiny_llava.picture(rng.randrange(50), flat=rng.choice((0.25, 0.5, 0.75))) for _ in range(text.count("<image>"))
     ]
 
 
 class Soak:
-    """A model, its processor, and what the requests came to."""
+    """A model, its processor, and counts of the outcomes of requests."""
 
     name = f"transformers {transformers.__version__}"
 
@@ -61,7 +61,7 @@ class Soak:
         self.kinds: Counter[str] = Counter()
 
     def round(self, requests: int) -> None:
-        """One after the other."""
+        """Run requests one after another."""
         for _ in range(requests):
             self._request()
 

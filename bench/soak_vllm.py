@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-# Before vLLM is imported: the engine core in this process, whose memory is the one that is looked at.
+# Before vLLM is imported: the engine core in this process, whose memory is sampled.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -27,11 +27,11 @@ import checkpoint
 
 PLAN = {"preset": "64", "pruning_layers": [1, 3, 5]}  # all stages, by thresholds
 IN_FLIGHT = 8
-BLOCKS = 24  # of 32 tokens; a prompt with three pictures takes 15 of them, and gives most of them back
+BLOCKS = 24  # of 32 tokens; a prompt with three pictures takes 15 of them, and returns most of them
 
 
 class Soak:
-    """An engine, and what the requests came to; `plain`: without the plug-in."""
+    """An engine, and counts of the outcomes of requests; `plain`: without the plug-in."""
 
     def __init__(self, seed: int, *, plain: bool = False) -> None:
         self.name = f"vLLM {vllm_version}{' without the plug-in' if plain else ''}"
@@ -69,7 +69,7 @@ class Soak:
         self.scheduler._preempt_request = counted
 
     def round(self, requests: int) -> None:
-        """Some at a time until none is left; the pool and the worker's records are then as before."""
+        """Run requests concurrently to the end, after which the pool and the worker's records must be as before."""
         running: set[str] = set()
         for _ in range(requests):
             while len(running) >= self.rng.randrange(1, IN_FLIGHT + 3):
@@ -77,7 +77,7 @@ class Soak:
             running.add(self._send(*self._draw()))
         while running:
             self._step(running)
-        # A step after which the worker has heard of all that ended.
+        # A step that informs the worker of all ended requests.
         self._send("car?", [], SamplingParams(max_tokens=1))
         while self.core.has_unfinished_requests():
             self.core.step()
@@ -93,7 +93,7 @@ class Soak:
             max_tokens=rng.choice((1, 2, 5, 11, 60)),
             temperature=temperature,
             n=rng.choice((1, 2)) if temperature else 1,
-            prompt_logprobs=rng.choice((None,) * 19 + (1,)),  # refused where there are pictures
+            prompt_logprobs=rng.choice((None,) * 19 + (1,)),  # refused for prompts with pictures
             ignore_eos=True,
         )
         self.kinds[f"pictures: {len(pictures)}"] += 1

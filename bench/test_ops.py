@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cases of `mustdrop bench ops` for pytest-benchmark: its statistics, its storage, its comparisons.
 
-Here one candidate runs after another; `mustdrop bench ops` interleaves them, so take ratios from there.
+Here the candidates run one after another; `mustdrop bench ops` interleaves them, so use its ratios.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lay the package out for the Hugging Face hub: a kernel that is built here, or a project for kernel-builder.
+"""Lay the package out for the Hugging Face hub: a built kernel, or a project for kernel-builder.
 
     python hub/hf_kernel.py build/hf                              # FOLDER/build/torch-stable-abi210-cpu-x86_64-linux
     MUSTDROP_CUDA_ARCHS="80;90" python hub/hf_kernel.py build/hf     # the same for this nvcc's CUDA
@@ -48,7 +48,7 @@ if "{id}" not in sys.modules:
 globals().update({{name: value for name, value in vars(sys.modules["{id}"]).items() if not name.startswith("__")}})
 """
 
-# kernel-builder gives flags to files, and to all machines the same: a file for each CPU kernel and instruction set.
+# kernel-builder sets flags per file, equal on all machines: one file per CPU kernel and instruction set.
 LEVEL = """\
 // SPDX-License-Identifier: Apache-2.0
 #if defined(__x86_64__)
@@ -76,7 +76,7 @@ def sources_digest() -> str:
 
 
 def backend(nvcc: str | None) -> tuple[str, str]:
-    """The kind of device, and what the folder's name calls it: ("cuda", "cu130")."""
+    """The kind of device, and its form in the folder's name: ("cuda", "cu130")."""
     if not os.environ.get("MUSTDROP_CUDA_ARCHS"):
         return "cpu", "cpu"
     output = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=True).stdout
@@ -162,7 +162,7 @@ def listed(folder: Path, patterns: str) -> str:
 
 
 def project(folder: Path) -> Path:
-    """Lay out a project for kernel-builder, which makes CMakeLists.txt and `_ops.py` in it; returns its folder."""
+    """Lay out a project for kernel-builder, which generates CMakeLists.txt and `_ops.py`; returns its folder."""
     if folder.exists():
         raise SystemExit(f"{folder} is there already")
     shutil.copytree(ROOT / "hub", folder, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
