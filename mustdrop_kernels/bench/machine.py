@@ -81,15 +81,15 @@ def commit() -> str | None:
     Outside a checkout the variable ``MUSTDROP_COMMIT`` (a copy of a tree travels without its history), else None.
     """
     root = Path(__file__).resolve().parents[2]
-    commit = os.environ.get("MUSTDROP_COMMIT") or None
+    given = os.environ.get("MUSTDROP_COMMIT") or None
     if not (root / ".git").exists():
-        return commit
+        return given
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD").strip()
         # Results and pictures that an earlier run wrote do not change what is timed.
         changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "mustdrop_kernels", "csrc")
     except (OSError, subprocess.SubprocessError):
-        return commit
+        return given
     return head + "+" if changed.strip() else head
 
 

@@ -125,7 +125,7 @@ def processor(grid: int = GRID, words: PreTrainedTokenizerFast | None = None, **
     size = PATCH * grid
     return LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        tokenizer=words or tokenizer(),
+        tokenizer=tokenizer() if words is None else words,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

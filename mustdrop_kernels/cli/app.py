@@ -13,9 +13,9 @@ from rich.console import Console
 from .._version import __version__
 from ..errors import Refusal
 from .bench import app as bench
-from .bench.measurement import refuse
 from .evaluate import evaluate
 from .flops import flops
+from .options import Backend, NewTokens, Prompt, Seed, refuse
 from .progress import status
 
 app = typer.Typer(
@@ -27,11 +27,6 @@ app = typer.Typer(
 )
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-# Of demo and inspect:
-Prompt = Annotated[str | None, typer.Option(help="The question about it. Default: one that fits it.")]
-Backend = Annotated[str | None, typer.Option(help="Name of a backend. Default: the one that serves the device.")]
-NewTokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
-Seed = Annotated[int, typer.Option(min=0, help="Number of the made picture and question.")]
 
 
 def _version(shown: bool) -> None:

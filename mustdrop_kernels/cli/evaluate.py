@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from ..errors import Refusal
-from .bench.measurement import Load, Threads, refuse
+from .options import Load, NewTokens, Threads, refuse
 from .progress import bar
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the document he
 Plot = Annotated[Path | None, typer.Option(help="Draw accuracy against tokens into this file.")]
 Markdown = Annotated[str | None, typer.Option(help="Print Markdown: all, or the table whose title begins with this.")]
 Batch = Annotated[int, typer.Option(min=1, help="Questions at a time.")]
-Tokens = Annotated[int, typer.Option(min=1, help="Length of the answers.")]
 
 QUICK_METHODS = ("random", "cls", "sparsevlm", "mustdrop-read")
 OURS = "mustdrop-read"
@@ -65,7 +64,7 @@ def evaluate(
     markdown: Markdown = None,
     load: Load = None,
     batch: Batch = 8,
-    max_new_tokens: Tokens = 4,
+    max_new_tokens: NewTokens = 4,
     threads: Threads = None,
 ) -> None:
     """Measure accuracy with all vision tokens and with fewer, by every method at equal average tokens."""

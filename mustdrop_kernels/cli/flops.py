@@ -16,7 +16,7 @@ from ..bench.units import size
 from ..config import MustDropConfig
 from ..flops import COUNTINGS, MODELS, Account, LanguageModel, account, schedule
 from ..flops import headline as headline_rows
-from .bench.measurement import refuse
+from .options import refuse
 
 # Those for 32 layers; "small-64" is for the small model.
 BUDGETS = [name for name in MustDropConfig.presets() if name.startswith("budget-")]

@@ -27,8 +27,8 @@ class ViewReport:
     survived: dict[int, Tensor]
     """Pruning layer -> bool: patches whose token remains after it."""
     heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
-    """Layer -> float32: the attention that a text token pays it, mean over those that vote and over heads; nan where
-    the token is gone. Empty without ``drop_tokens(..., heat_maps=True)``."""
+    """Layer -> float32: attention to each token, mean over text queries and heads; nan for dropped tokens. Empty
+    without ``drop_tokens(..., heat_maps=True)``."""
 
     @property
     def grid(self) -> tuple[int, ...]:

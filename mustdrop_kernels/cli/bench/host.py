@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .measurement import DryRun, Json, Load, Markdown, measure_sheet, refusals
+from ..options import DryRun, Json, Load, Markdown, refusals
+from .measurement import measure_sheet
 
 
 def host(

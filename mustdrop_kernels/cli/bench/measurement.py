@@ -1,54 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Common options of the sub-commands of ``mustdrop bench``, and their implementation."""
+"""Course of a sub-command of ``mustdrop bench``: print the plan, or load or measure a document, and show it."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Any
 
-import torch
 import typer
 from rich.console import Console
 
 from ...bench.documents import Document, Keep, Sheet, Tell, command_line, write
 from ...errors import Refusal
+from ..options import refusals, refuse
 from ..progress import bar, sigterm_interrupts
-
-Json = Annotated[Path | None, typer.Option("--json", help="Write the document to this file.")]
-Load = Annotated[Path | None, typer.Option(help="Show this document instead of measuring anything.")]
-Markdown = Annotated[bool, typer.Option("--markdown", help="Print a Markdown table instead of tables for a console.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be measured, its memory and its time.")]
-Threads = Annotated[int | None, typer.Option(min=1, help="Threads on a CPU. Default: torch's.")]
-
-
-@contextmanager
-def refusals() -> Iterator[None]:
-    """Context in which invalid options and missing packages end the command with one sentence and status 2."""
-    try:
-        yield
-    except ImportError as error:
-        refuse(f"{error}; pip install 'mustdrop_kernels[transformers,triton]' has what the models and kernels need")
-    except typer.Exit:  # a RuntimeError
-        raise
-    except (Refusal, ValueError, OSError, RuntimeError) as error:
-        refuse(str(error))
-
-
-def refuse(reason: str) -> NoReturn:
-    """End the command with status 2."""
-    print(f"mustdrop: {reason}", file=sys.stderr)
-    raise typer.Exit(2) from None
-
-
-def check_device(device: str, used: bool = True) -> None:
-    """Raise ``ValueError`` for an unknown device, or for an absent one that is to be used."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda, got {device!r}")
-    if used and device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: torch finds no GPU here")
 
 
 def carry_out(

@@ -9,7 +9,8 @@ import torch
 import typer
 from rich.console import Console
 
-from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, check_device, refusals, show_sheet
+from ..options import DryRun, Json, Load, Markdown, Threads, check_device, refusals
+from .measurement import carry_out, show_sheet
 
 
 def model(

@@ -15,7 +15,8 @@ from rich.console import Console
 if TYPE_CHECKING:
     from ...bench.documents import Document
 
-from .measurement import DryRun, Json, Load, Markdown, Threads, carry_out, check_device, refusals, refuse
+from ..options import DryRun, Json, Load, Markdown, Threads, check_device, refusals, refuse
+from .measurement import carry_out
 
 Ops = Annotated[list[str] | None, typer.Argument(metavar="[OP]...", help="Operators to time. Default: all.")]
 Device = Annotated[str, typer.Option(help="cpu or cuda.")]
