@@ -65,6 +65,12 @@ class MaskedReference:
         self._remember()
         return output.sequences[:, length:], torch.stack(output.logits, 1)
 
+    def check(self, output, inputs: dict[str, Tensor], new_tokens: int) -> None:
+        """The new tokens and logits of generate() are those that this reference generates for the same inputs."""
+        tokens, logits = self.generate(inputs, new_tokens)
+        assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+        torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+
     def _remember(self) -> None:
         """Tokens of this turn that the next one attends to."""
         total = self.cache.get_seq_length()

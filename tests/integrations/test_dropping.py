@@ -59,17 +59,10 @@ def test_masks_for_flash_attention(name, sdpa, inputs):
         check_against_masked_reference(sdpa, MustDropConfig(**CONFIGS[name]), inputs)
 
 
-def assert_equals_reference(output, reference, inputs):
-    """The new tokens and logits are those of the masked reference."""
-    tokens, logits = reference.generate(inputs, NEW_TOKENS)
-    assert torch.equal(output.sequences[:, -NEW_TOKENS:], tokens)
-    torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
-
-
 def check_against_masked_reference(model, config, inputs):
     output, report = run(model, config, inputs)
     reference = MaskedReference(model, config)
-    assert_equals_reference(output, reference, inputs)
+    reference.check(output, inputs, NEW_TOKENS)
     prompt = inputs["input_ids"]
     assert torch.equal(output.sequences[:, : prompt.shape[1]], prompt)
 
@@ -132,4 +125,4 @@ def test_depths(processor, one):
                 pass
         config = config.for_depth(layers)
         output, _ = run(model, config, one)
-        assert_equals_reference(output, MaskedReference(model, config), one)
+        MaskedReference(model, config).check(output, one, NEW_TOKENS)
