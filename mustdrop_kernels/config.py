@@ -43,8 +43,10 @@ class MustDropConfig:
     width of a window in a video; images use the last two."""
     merge_threshold: float = 0.8
     """A window merges if the mean cosine similarity of its patches is at least this."""
-    merge_budget: int | None = None
-    """Merge exactly this many windows of each image, the most similar ones, instead of using the threshold."""
+    merge_budget: int | float | None = None
+    """Merge the most similar windows of each image instead of using the threshold: this many (int), or this share of
+    the image's whole windows (float, from 0 to 1, rounded). Images with fewer whole windows merge all of them; windows
+    that the border of the grid cuts off do not merge."""
     merge_uniform: bool = False
     """Merge as many windows in every image of a batch as in the image with the fewest, as the published code does."""
     key_rate: float = 0.08
@@ -61,7 +63,8 @@ class MustDropConfig:
     the thresholds. Key tokens are kept even beyond the budget."""
     text_queries: str = "after_image"
     """The text queries, whose attention scores the vision tokens: "after_image", all text after the last image of the
-    sequence, or "last", its last token."""
+    sequence, or "last", its last token, whatever it is: a vision token that is the query is kept beyond the budget. A
+    sequence without text queries, which ends with its image, keeps all of its vision tokens."""
 
     evict: bool = True
     """Cut the KV cache of earlier layers to the final survivors."""
@@ -89,7 +92,10 @@ class MustDropConfig:
         self._require(math.prod(self.window) > 1 or not self.merge, "window", "of more than one patch")
         self._number("merge_threshold", -1.0, 1.0)
         if self.merge_budget is not None:
-            self._integer("merge_budget", minimum=0)
+            if isinstance(self.merge_budget, float):
+                self._number("merge_budget", 0.0, 1.0)
+            else:
+                self._integer("merge_budget", minimum=0)
             self._require(not self.merge_uniform, "merge_uniform", "False where merge_budget is given")
         self._number("key_rate", 0.0, 1.0)
 
@@ -138,9 +144,20 @@ class MustDropConfig:
         return self.merge and self.merge_at == "tower"
 
     @property
+    def drops_nothing(self) -> bool:
+        """Whether no token can be merged or dropped, whatever the prompt: preset "keep-all"."""
+        never = self.budgets is None and 0.0 in (self.global_threshold, self.individual_threshold)
+        return not self.merge and (never or not self.pruning_layers)
+
+    @property
     def needs_vision_stage(self) -> bool:
         """Whether stage 1 runs inside the vision tower, to merge patches or to select key tokens."""
         return self.merges_in_tower or self.key_rate > 0
+
+    def merged_windows(self, windows: int) -> int:
+        """The number of windows that ``merge_budget`` merges in an image of this many whole windows."""
+        budget = self.merge_budget or 0
+        return round(budget * windows) if isinstance(budget, float) else min(budget, windows)
 
     @property
     def first_evicted_layer(self) -> int | None:
@@ -201,12 +218,13 @@ _PRESETS: dict[str, dict[str, Any]] = {
     "128": dict(global_threshold=0.0012, individual_threshold=0.001),
     "64": dict(global_threshold=0.011, individual_threshold=0.01),
     "64-strict": dict(global_threshold=0.005, individual_threshold=0.001),
-    # r windows of 9 patches merge: 3 layers see 576 - 8 r tokens, 4 each of the first three budgets, 17 the last one.
-    "budget-192": dict(merge_budget=32, budgets=(272, 228, 184, 144)),
-    "budget-128": dict(merge_budget=40, budgets=(200, 164, 128, 80)),
-    "budget-64": dict(merge_budget=56, budgets=(108, 82, 56, 40)),
+    # r of LLaVA-1.5's 64 windows of 9 patches merge: 3 layers see 576 - 8 r tokens, 4 each of the first three budgets,
+    # 17 the last one.
+    "budget-192": dict(merge_budget=32 / 64, budgets=(272, 228, 184, 144)),
+    "budget-128": dict(merge_budget=40 / 64, budgets=(200, 164, 128, 80)),
+    "budget-64": dict(merge_budget=56 / 64, budgets=(108, 82, 56, 40)),
     # For 12 layers: mustdrop_kernels.evaluation.methods.mustdrop.read.
-    "small-64": dict(merge_budget=40, pruning_layers=(0, 2, 5), budgets=(106, 84, 8), key_rate=0.0),
+    "small-64": dict(merge_budget=40 / 64, pruning_layers=(0, 2, 5), budgets=(106, 84, 8), key_rate=0.0),
     "keep-all": dict(merge=False, key_rate=0.0, global_threshold=0.0, individual_threshold=0.0),
 }
 

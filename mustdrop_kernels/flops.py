@@ -94,9 +94,8 @@ def schedule(model: LanguageModel, config: MustDropConfig) -> tuple[list[int], l
     config = config.for_depth(model.layers)
     if config.budgets is None or (config.merge and config.merge_budget is None):
         raise ValueError("thresholds keep a number of tokens that depends on the picture: take a preset with budgets")
-    saved = (config.merge_budget or 0) * (math.prod(config.window) - 1) if config.merge else 0
-    if saved >= model.vision:
-        raise ValueError(f"merge_budget {config.merge_budget}: the model has only {model.vision} vision tokens")
+    size = math.prod(config.window)
+    saved = config.merged_windows(model.vision // size) * (size - 1) if config.merge else 0
     left = [model.vision - saved]
     for budget in config.budgets:
         left.append(min(budget, left[-1]))

@@ -23,11 +23,33 @@ class EncodedImage:
     token: Tensor  # (N) int64, the placeholder that holds the token of this one
     alive: Tensor  # (N) bool, placeholders that hold a token
     is_key_token: Tensor  # (N) bool, placeholders that hold a key token
+    importance: Tensor | None = None  # (N) float32, of each placeholder's token; None: there are no key tokens
+    hidden: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """(N) bool, placeholders that the prompt's attention mask hides, or empty: none."""
 
     @property
     def length(self) -> int:
         """N."""
         return self.token.shape[0]
+
+    def without(self, hidden: Tensor, config: MustDropConfig) -> EncodedImage:  # (N) bool
+        """The image without placeholders that the prompt's attention mask hides.
+
+        A token whose placeholder is hidden moves to the first visible placeholder that shares it; with published
+        positions, where a placeholder has no patch of its own, it is gone. Key tokens are selected among what is left.
+        """
+        place = torch.arange(self.length, device=self.token.device)
+        shared = self.token if config.positions == "original" else place
+        holder = first_placeholders(shared.masked_fill(hidden, self.length), self.length + 1)[shared]
+        alive = ~hidden & (holder == place) & self.alive[shared]
+        token = torch.where(hidden | (holder == self.length), place, holder)
+        if config.positions == "published":
+            token = torch.where(hidden, place, self.token)
+        image = dataclasses.replace(self, token=token, alive=alive, hidden=hidden)
+        if self.importance is None:
+            return dataclasses.replace(image, is_key_token=self.is_key_token & alive)
+        (flags,) = select_key_tokens([image], config)
+        return dataclasses.replace(image, is_key_token=flags)
 
 
 Share = tuple[Tensor, Tensor]
@@ -68,13 +90,20 @@ def merge_features(
     token, _ = own_tokens(features.shape[0], features.device)
     for view in views:
         window = config.window[-view.dim() :] if view.dim() <= len(config.window) else (1, *config.window)
+        budget = None
+        if config.merge_budget is not None:
+            whole, count = stages.whole_windows(view.shape, window)
+            budget = config.merged_windows(count)
+            view = view[tuple(slice(side) for side in whole)]
+        if not view.numel():
+            continue
         places = view.flatten().to(features.device)
         merged = ops.spatial_merge(
             features[places][None],
             view.shape,
             window,
             config.merge_threshold,
-            budget=config.merge_budget,
+            budget=budget,
             num_prefix_tokens=0,
             backend=config.backend,
         )
@@ -85,24 +114,27 @@ def merge_features(
     return features, token
 
 
-def find_key_tokens(
-    importance: Sequence[Tensor],  # per image (N) float32
-    shares: Sequence[Share],  # per image
-    views: Sequence[Sequence[Tensor]],  # per image
+def token_importance(
+    importance: Tensor,  # (N) float32, of each placeholder's patches
+    token: Tensor,  # (N) int64
     config: MustDropConfig,
-) -> list[Tensor]:  # per image (N) bool
-    """The most important tokens of each image; placeholders in no view, such as the ends of rows, are excluded.
+) -> Tensor:  # (N) float32
+    """Importance of each placeholder's token: the mean over its members if it was merged behind the tower."""
+    if config.merge_at == "features":
+        mean = torch.zeros_like(importance).scatter_reduce(0, token, importance, "mean", include_self=False)
+        return mean[token]
+    return importance
 
-    The importance of a token that was merged behind the tower is the mean over its members.
-    """
+
+def select_key_tokens(images: Sequence[EncodedImage], config: MustDropConfig) -> list[Tensor]:  # per image (N) bool
+    """The most important tokens of each image; placeholders in no view, such as the ends of rows, are excluded."""
     values, candidates = [], []
-    for value, (token, alive), grids in zip(importance, shares, views, strict=True):
-        if config.merge_at == "features":
-            value = torch.zeros_like(value).scatter_reduce(0, token, value, "mean", include_self=False)
-        shown = torch.zeros_like(alive)
-        shown[torch.cat([grid.flatten() for grid in grids]).to(alive.device)] = True
-        values.append(value)
-        candidates.append(alive & shown)
+    for image in images:
+        assert image.importance is not None
+        shown = torch.zeros_like(image.alive)
+        shown[torch.cat([grid.flatten() for grid in image.views]).to(shown.device)] = True
+        values.append(image.importance)
+        candidates.append(image.alive & shown)
     padded, vision = (pad_sequence(column, batch_first=True) for column in (values, candidates))
     selected = stages.select_key_tokens(padded, vision, config)
-    return [row[: len(alive)] for row, (_, alive) in zip(selected, shares, strict=True)]
+    return [row[: image.length] for row, image in zip(selected, images, strict=True)]

@@ -12,6 +12,7 @@ With budgets nothing here synchronizes with the device. With thresholds ``select
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
@@ -37,19 +38,45 @@ def merge_vision_tokens(
 ) -> ops.SpatialMerge:
     """Merges windows of similar patches. With ``config.merge_budget`` the length of the result is static.
 
-    With published positions merged windows come first, and the order of the tokens gives their positions.
+    With published positions merged windows come first, and the order of the tokens gives their positions. With a budget
+    the patches outside of whole windows come last; they do not merge.
     """
-    return ops.spatial_merge(
-        x,
-        grid,
-        config.window,
-        config.merge_threshold,
-        budget=config.merge_budget,
-        uniform=config.merge_uniform,
-        num_prefix_tokens=num_prefix_tokens,
-        merged_first=config.positions == "published",
+    merge = partial(
+        ops.spatial_merge, num_prefix_tokens=num_prefix_tokens, merged_first=config.positions == "published",
         backend=config.backend,
+    )  # fmt: skip
+    if config.merge_budget is None:
+        return merge(x, grid, config.window, config.merge_threshold, uniform=config.merge_uniform)
+    whole, count = whole_windows(grid, config.window)
+    budget = config.merged_windows(count)
+    if not count:
+        return merge(x, grid, [1] * len(whole), budget=0)
+    if whole == list(grid):
+        return merge(x, grid, config.window, budget=budget)
+    inside = torch.zeros(tuple(grid), dtype=torch.bool, device=x.device)
+    inside[tuple(slice(side) for side in whole)] = True
+    place = torch.arange(x.shape[1], device=x.device)
+    is_member = torch.cat([place[:num_prefix_tokens] >= 0, inside.flatten()])
+    # As many members and others as the sizes say, so that nothing synchronizes with the device.
+    members = num_prefix_tokens + math.prod(whole)
+    order = torch.argsort(~is_member, stable=True)
+    chosen, others = order[:members], order[members:]
+    part = merge(x[:, chosen], whole, config.window, budget=budget)
+    length, rest = part.tokens.shape[1], place[: len(others)].expand(len(x), -1)
+    assignment = part.assignment.new_empty(x.shape[:2])
+    assignment[:, chosen], assignment[:, others] = part.assignment, length + rest
+    return ops.SpatialMerge(
+        torch.cat([part.tokens, x[:, others]], 1),
+        part.counts + len(others),
+        assignment,
+        torch.cat([part.sizes, part.sizes.new_ones(rest.shape)], 1),
     )
+
+
+def whole_windows(grid: Sequence[int], window: Sequence[int]) -> tuple[list[int], int]:
+    """The part of a grid, from the origin, that whole windows tile, and the number of those windows."""
+    counts = [side // length for side, length in zip(grid, window, strict=True)]
+    return [count * length for count, length in zip(counts, window, strict=True)], math.prod(counts)
 
 
 def key_tokens(
@@ -152,16 +179,24 @@ def token_types(
     attention_mask: Tensor | None,  # (B, L), nonzero where there is a token; None: everywhere
     text_queries: str,  # as ``MustDropConfig.text_queries``
 ) -> Tensor:  # (B, L) uint8
-    """Token type of each position of a prompt. Sequences without an image have no text queries."""
+    """Token type of each position of a prompt. Sequences without an image have no text queries.
+
+    With "last" the last token of a sequence is the query, a vision token too: it is never dropped then. With
+    "after_image" a sequence that ends with its image has no query.
+    """
     place = torch.arange(vision.shape[1], device=vision.device)
     real = torch.ones_like(vision) if attention_mask is None else attention_mask.bool()
     last_vision = torch.where(vision & real, place, -1).amax(1, keepdim=True)
-    query = (place > last_vision) & (last_vision >= 0)
-    if text_queries == "last":
-        query &= place == torch.where(real, place, -1).amax(1, keepdim=True)
-    types = torch.where(query, int(TokenType.QUERY), int(TokenType.TEXT))
-    types = types.masked_fill(vision, int(TokenType.VISION)).masked_fill(~real, int(TokenType.PADDING))
-    return types.to(torch.uint8)
+    query = last_tokens(real) if text_queries == "last" else place > last_vision
+    types = torch.where(vision, int(TokenType.VISION), int(TokenType.TEXT))
+    types = types.masked_fill(query & (last_vision >= 0), int(TokenType.QUERY))
+    return types.masked_fill(~real, int(TokenType.PADDING)).to(torch.uint8)
+
+
+def last_tokens(real: Tensor) -> Tensor:  # (B, L) bool -> (B, L) bool
+    """The last real token of each sequence."""
+    place = torch.arange(real.shape[1], device=real.device)
+    return real & (place == torch.where(real, place, -1).amax(1, keepdim=True))
 
 
 class Pruned(NamedTuple):
@@ -252,6 +287,37 @@ def prune(
     query, key = query.detach(), key.detach()
     scores = ops.text_vision_scores(query, key, tokens.types, scale, lse=lse, backend=config.backend)
     return select(scores, tokens, config, stage)
+
+
+def masked_scores(
+    query: Tensor,  # (B, Hq, L, D) after RoPE
+    key: Tensor,  # (B, Hk, P+L, D) after RoPE
+    types: Tensor,  # (B, P+L) uint8
+    scale: float,
+    mask: Tensor,  # (B, Hq or 1, L, P+L): True where a query attends, or added to its scores
+    *,
+    group: dist.ProcessGroup | None = None,  # the ranks that share the heads; None: no others
+) -> ops.Scores:  # (B, P+L) float32 each
+    """``ops.text_vision_scores`` with an attention mask other than the causal one, sequence by sequence.
+
+    P[h,t,j] = softmax_j(scale q_t . k_j + mask_tj); total and peak are the sum and the maximum over text queries t of
+    the mean over heads, zero where j is no vision token.
+    """
+    batch, heads, length, _ = query.shape
+    found = []
+    for row in range(batch):
+        rows = (types[row, -length:] == TokenType.QUERY).nonzero()[:, 0]  # synchronizes with the device
+        own = mask[row][:, rows].float() if mask.is_floating_point() else mask[row][:, rows]
+        keys = key[row].repeat_interleave(heads // key.shape[1], 0).float()
+        scores = scale * query[row][:, rows].float() @ keys.transpose(1, 2)  # (Hq, T, P+L)
+        scores = scores + own if own.is_floating_point() else scores.masked_fill(~own, -torch.inf)
+        attention = scores.softmax(-1).mean(0)
+        attention = attention if group is None else mean_over_ranks(attention, group)
+        attention = attention.nan_to_num(0.0).masked_fill(types[row] != TokenType.VISION, 0.0)
+        peak = attention.amax(0) if len(rows) else attention.new_zeros(types.shape[1])
+        found.append((attention.sum(0), peak))
+    total, peak = (torch.stack(column) for column in zip(*found, strict=True))
+    return ops.Scores(total, peak)
 
 
 def select(scores: ops.Scores, tokens: Tokens, config: MustDropConfig, stage: int) -> Pruned:  # scores: (B, L) each

@@ -35,7 +35,7 @@ def test_default_is_preset_192():
 def test_budget_presets_keep_their_average(average):
     """Average number of processed vision tokens over the 32 layers of LLaVA-1.5-7B."""
     config = MustDropConfig.preset(f"budget-{average}")
-    merged = 576 - config.merge_budget * (math.prod(config.window) - 1)
+    merged = 576 - config.merged_windows(64) * (math.prod(config.window) - 1)
     tokens = [merged, *config.budgets]
     processed = [tokens[sum(layer > pruning for pruning in config.pruning_layers)] for layer in range(32)]
     assert sum(processed) / 32 == average
@@ -94,7 +94,8 @@ def test_is_frozen_hashable_and_normalized():
         ("window", 3, "a tuple of integers"),
         ("merge_threshold", 1.5, "a number from -1 to 1"),
         ("merge_threshold", float("nan"), "a number from -1 to 1"),
-        ("merge_budget", 2.5, "an integer of at least 0"),
+        ("merge_budget", 2.5, "a number from 0 to 1"),
+        ("merge_budget", -1, "an integer of at least 0"),
         ("key_rate", 1.01, "a number from 0 to 1"),
         ("key_rate", "8%", "a number from 0 to 1"),
         ("pruning_layers", (2, 2), "strictly ascending"),

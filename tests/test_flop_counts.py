@@ -76,11 +76,17 @@ def test_the_published_figure_is_among_the_countings() -> None:
     assert nearest["saved"] == pytest.approx(0.885, abs=1e-3)
 
 
+def test_a_merge_budget_adapts_to_the_windows_of_the_image() -> None:
+    """576 patches are 64 windows of 9; a merged one saves 8 tokens."""
+    for budget, merged in ((8, 8), (64, 64), (72, 64), (0.5, 32), (1.0, 64)):
+        processed, _ = flops.schedule(SEVEN, MustDropConfig(merge_budget=budget, budgets=(1, 1, 1, 1)))
+        assert processed[0] == 576 - 8 * merged
+
+
 @pytest.mark.parametrize(
     ("call", "words"),
     [
         (lambda: flops.schedule(SEVEN, MustDropConfig()), "thresholds"),
-        (lambda: flops.schedule(SEVEN, MustDropConfig(merge_budget=72, budgets=(1, 1, 1, 1))), "merge_budget 72"),
         (lambda: flops.account(SEVEN, [64]), "32 counts"),
         (lambda: flops.account(SEVEN, [64] * 32, [-1] * 32), "held"),
         (lambda: flops.account(SEVEN, [64] * 32, text=-1), "text"),

@@ -32,6 +32,9 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         self.past_types: Tensor | None = None
         """(B, P) uint8: types of P cached tokens before the prompts in the current layer. None of them is dropped."""
 
+        self.mask: Tensor | None = None
+        """(B, H or 1, L, P + L): the mask of the current layer, bool or added to the scores; None: causal."""
+
     @property
     def nothing_dropped(self) -> bool:
         """Whether no token has been dropped yet, so that the model's own inputs are valid."""
@@ -55,7 +58,10 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
     ) -> ops.Scores:
         types = self.key_types
-        scores = self._text_scores(query, key, types, scale, lse)
+        if self.mask is None:
+            scores = self._text_scores(query, key, types, scale, lse)
+        else:
+            scores = stages.masked_scores(query, key, types, scale, self.mask, group=self._group)
         past = types.shape[1] - self.tokens.length
         return ops.Scores(*(score[:, past:] for score in scores)) if past else scores
 

@@ -99,10 +99,13 @@ class ImageReport:
     alive: dict[int, Tensor]
     """Pruning layer -> (N) bool: placeholders whose token goes on after it."""
     kept: dict[int, int]
-    """Pruning layer -> tokens that go on after it."""
+    """Pruning layer -> vision tokens that go on after it. A last token of the prompt that is the text query itself is
+    not counted."""
     tokens: int
-    """Tokens after merging."""
+    """Tokens after merging, without those that attention_mask hides."""
     key_tokens: int
+    hidden: int = 0
+    """Placeholders that attention_mask hides; N: the image is as if it were not there."""
     heat: dict[int, Tensor] = dataclasses.field(default_factory=dict)
     """Layer -> (N) float32, as in ``ViewReport``."""
 
@@ -158,6 +161,7 @@ class ImageReport:
             "patches": self.patches,
             "tokens": self.tokens,
             "key_tokens": self.key_tokens,
+            "hidden": self.hidden,
             "kept": {str(layer): kept for layer, kept in self.kept.items()},
             **self.view().to_dict(),
             "other_views": [self.view(number).to_dict() for number in range(len(self.views) - 1)],
@@ -180,6 +184,9 @@ class PromptReport:
 
     length: int
     """Tokens of the plain prompt, padding included."""
+    rows: Tensor
+    """(B, length) int64: the row of each position of the plain prompt in the output of ``model(**inputs)``, whose
+    logits have a row for each remaining token; -1 for positions without one."""
     text: list[int]
     """Text tokens of each sequence."""
     images: list[ImageReport]
@@ -202,9 +209,11 @@ class PromptReport:
     @property
     def mean_tokens(self) -> float:
         """Vision tokens of an image, averaged over the language layers: the budget by which methods are compared."""
-        return sum(self.layer_tokens) / (len(self.layer_tokens) * len(self.images))
+        shown = sum(image.hidden < image.patches for image in self.images)
+        return sum(self.layer_tokens) / (len(self.layer_tokens) * max(shown, 1))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types."""
         fields = dataclasses.asdict(dataclasses.replace(self, images=[]))
+        fields["rows"] = self.rows.tolist()
         return {**fields, "mean_tokens": self.mean_tokens, "images": [image.to_dict() for image in self.images]}

@@ -43,8 +43,8 @@ def test_default_run_keeps_what_the_preset_says(default_run) -> None:
     config = MustDropConfig.preset("small-64")
     tokens = found["tokens"]
     assert tokens["patches"] == 576
-    assert tokens["merged_windows"] == config.merge_budget
-    assert tokens["after_merge"] == 576 - 8 * config.merge_budget
+    assert tokens["merged_windows"] == config.merged_windows(64)
+    assert tokens["after_merge"] == 576 - 8 * tokens["merged_windows"]
     assert tokens["after_layer"] == {str(n): k for n, k in zip(config.pruning_layers, config.budgets, strict=True)}
     assert 63 < tokens["mean_per_layer"] <= 64
 

@@ -25,6 +25,7 @@ class MaskedReference:
     def __init__(self, model, config: MustDropConfig) -> None:
         self.model, self.config = model, config
         self.before: list[Tensor] = []  # per layer, (B, past) bool: what is seen of earlier turns
+        self.mask: Tensor | None = None  # (B, 1, L, L) bool or added to the scores, in place of the causal one
         self.cache = None
 
     @torch.no_grad()
@@ -65,11 +66,18 @@ class MaskedReference:
         self._remember()
         return output.sequences[:, length:], torch.stack(output.logits, 1)
 
-    def check(self, output, inputs: dict[str, Tensor], new_tokens: int) -> None:
+    def check(self, output, inputs: dict[str, Tensor], new_tokens: int, **settings) -> None:
         """The new tokens and logits of generate() are those that this reference generates for the same inputs."""
-        tokens, logits = self.generate(inputs, new_tokens)
+        tokens, logits = self.generate(inputs, new_tokens, **settings)
         assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
         torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
+        """Logits (B, V) behind the prompt with this mask (B, 1, L, L)."""
+        self.mask = mask
+        _, logits = self.generate({**inputs, "position_ids": torch.arange(mask.shape[2]).expand(len(mask), -1)}, 1)
+        return logits[:, 0]
 
     def _remember(self) -> None:
         """Tokens of this turn that the next one attends to."""
@@ -88,7 +96,10 @@ class MaskedReference:
         ids, mask = inputs["input_ids"][:, self.offset :], inputs["attention_mask"][:, self.offset :].bool()
         self.embeds = self.model.get_input_embeddings()(ids).clone()
         self.present, self.key, self.text_queries = mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask)
-        images = encode(self.model, self.config, inputs)
+        config = self.model.config
+        tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
+        hidden = {token: (~mask[ids == token]).tolist() for token in tokens if token is not None}
+        images = encode(self.model, self.config, inputs, hidden)
         placeholder = torch.zeros_like(mask)
         for token_id in {image.token_id for image in images}:
             placeholder |= ids == token_id
@@ -98,13 +109,16 @@ class MaskedReference:
                     self.embeds[row, column] = image.features[number]
                     self.key[row, column] = number in image.keys
                     self.present[row, column] = image.owner[number] == number
+        placeholder &= mask
         for row in range(len(ids)):
             if placeholder[row].any():
+                last = int(mask[row].nonzero().max())
+                self.present[row, last] = True  # its logits are the output
                 begin = int(placeholder[row].nonzero().max()) + 1
-                self.text_queries[row, begin:] = mask[row, begin:]
                 if self.config.text_queries == "last":
-                    self.text_queries[row, :-1] = False
-        self.vision = placeholder & self.present
+                    begin = last
+                self.text_queries[row, begin:] = mask[row, begin:]
+        self.vision = placeholder & self.present & ~self.text_queries
 
     # Stages 2 and 3
 
@@ -120,9 +134,14 @@ class MaskedReference:
         if self.before:
             seen[:, : self.offset] = repeat(self.before[layer])
         mask = seen[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()[-query.shape[2] :]
-        mask = mask | torch.eye(length, dtype=torch.bool)[-query.shape[2] :]  # no NaN in rows without visible tokens
+        own = torch.eye(length, dtype=torch.bool)[-query.shape[2] :]  # no NaN in rows without visible tokens
+        bias = torch.zeros(())
+        if self.mask is not None:
+            mask = seen[:, None, None, :].expand_as(self.mask)
+            bias = self.mask if self.mask.is_floating_point() else bias
+            mask = mask if self.mask.is_floating_point() else mask & self.mask
         key, value = (x.repeat_interleave(module.num_key_value_groups, 1) for x in (key, value))
-        weights = (query @ key.transpose(2, 3) * scaling).masked_fill(~mask, -math.inf).softmax(-1)
+        weights = (query @ key.transpose(2, 3) * scaling + bias).masked_fill(~(mask | own), -math.inf).softmax(-1)
         if query.shape[2] > 1:
             alive = self.alive[layer]
             if layer in self.config.pruning_layers:

@@ -25,7 +25,7 @@ class Reference:
 
     token_id: int
     features: Tensor  # (N, C)
-    owner: list[int]  # the placeholder whose token each one shares
+    owner: list[int]  # the placeholder whose token each one shares; -1: hidden
     keys: set[int]
 
 
@@ -38,8 +38,10 @@ class Placeholder:
     importance: float | None  # None: no patch
 
 
-def encode(model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> list[Reference]:
-    """All images, then all videos, each in the order of the prompt."""
+def encode(
+    model: Any, config: MustDropConfig, inputs: dict[str, Tensor], hidden: dict[int, list[bool]]
+) -> list[Reference]:
+    """All images, then all videos, each in the order of the prompt; ``hidden``: placeholders by their id."""
     kind = {
         "llava": Llava,
         "vipllava": Vip,
@@ -55,28 +57,44 @@ def encode(model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> lis
         names = {"image": ("pixel_values", "pixel_values_images"), "video": ("pixel_values_videos",)}[modality]
         if any(name in inputs for name in names):
             token = getattr(model.config, f"{modality}_token_id")
+            rest = list(hidden[token])
             for placeholders, grids in kind(model, config, inputs).images(modality):
-                found.append(_finish(placeholders, grids, token, config))
+                own, rest = rest[: len(placeholders)], rest[len(placeholders) :]
+                found.append(_finish(placeholders, grids, token, config, own))
     return found
 
 
-def _finish(placeholders: list[Placeholder], grids: list[Tensor], token_id: int, config: MustDropConfig) -> Reference:
-    """Merging after the tower, and key tokens."""
+def _finish(
+    placeholders: list[Placeholder], grids: list[Tensor], token_id: int, config: MustDropConfig, hidden: list[bool]
+) -> Reference:
+    """Merging after the tower, and key tokens. The first visible placeholder of a token holds it."""
     features = torch.stack([place.feature for place in placeholders]).clone()
     importance = [place.importance for place in placeholders]
-    first: dict[Any, int] = {}
-    owner = [first.setdefault(i if p.owner is None else ("token", p.owner), i) for i, p in enumerate(placeholders)]
+    group: list[Any] = [i if p.owner is None else ("token", p.owner) for i, p in enumerate(placeholders)]
     if config.merge and config.merge_at == "features":
         for grid in grids:
-            for window in _windows(grid if grid.dim() == 3 else grid[None], config.window):
-                if _similarity(features[window]) >= config.merge_threshold:
-                    features[window[0]] = features[window].mean(0)
-                    importance[window[0]] = sum(importance[i] for i in window) / len(window)
-                    for i in window:
-                        owner[i] = window[0]
+            for window in _merging(features, grid if grid.dim() == 3 else grid[None], config):
+                features[window] = features[window].mean(0)
+                mean = sum(importance[i] for i in window) / len(window)
+                for i in window:
+                    group[i], importance[i] = ("window", window[0]), mean
+    first: dict[Any, int] = {}
+    owner = [-1 if hidden[i] else first.setdefault(own, i) for i, own in enumerate(group)]
     tokens = [i for i, own in enumerate(owner) if own == i and importance[i] is not None]
     tokens.sort(key=lambda i: (-importance[i], i))
     return Reference(token_id, features, owner, set(tokens[: math.ceil(config.key_rate * len(tokens))]))
+
+
+def _merging(features: Tensor, grid: Tensor, config: MustDropConfig) -> list[list[int]]:
+    """The windows of features that merge."""
+    windows = _windows(grid, config.window)
+    similarity = {window[0]: _similarity(features[window]) for window in windows}
+    if config.merge_budget is None:
+        return [window for window in windows if similarity[window[0]] >= config.merge_threshold]
+    frames, *sides = (1, *config.window)[-3:]
+    size = min(frames, len(grid)) * math.prod(sides)
+    whole = [window for window in windows if len(window) == size]
+    return sorted(whole, key=lambda window: -similarity[window[0]])[: _budget(config, len(whole))]
 
 
 def _windows(grid: Tensor, window: tuple[int, ...]) -> list[list[int]]:  # grid: (T, H, W)
@@ -86,6 +104,12 @@ def _windows(grid: Tensor, window: tuple[int, ...]) -> list[list[int]]:  # grid:
         grid[t : t + size[0], y : y + size[1], x : x + size[2]] for t in begins[0] for y in begins[1] for x in begins[2]
     ]
     return [part.flatten().tolist() for part in parts if part.numel() > 1]
+
+
+def _budget(config: MustDropConfig, windows: int) -> int | None:
+    """Windows of an image that merge by a budget, of those that the grid does not cut."""
+    budget = config.merge_budget
+    return round(budget * windows) if isinstance(budget, float) else budget
 
 
 def _similarity(x: Tensor) -> float:
@@ -153,7 +177,9 @@ class Llava:
         windows = _windows(torch.arange(side * side).view(1, side, side), self.config.window)
         similarity = {window[0]: _similarity(patches[window]) for window in windows}
         if self.config.merge_budget is not None:
-            merging = sorted(similarity, key=similarity.get, reverse=True)[: self.config.merge_budget]
+            whole = [window for window in windows if len(window) == math.prod(self.config.window)]
+            ranked = sorted((window[0] for window in whole), key=similarity.get, reverse=True)
+            merging = ranked[: _budget(self.config, len(whole))]
         else:
             merging = [begin for begin, value in similarity.items() if value >= self.config.merge_threshold]
         own = list(range(side * side))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Overhead of a decode step: no function of the package runs inside the model if the model can run unchanged."""
+"""Overhead of a decode step: no function of the package runs inside the layers if the model can run unchanged."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ PACKAGE = str(Path(mustdrop_kernels.__file__).parent)
 KEEP_ALL = MustDropConfig.preset("keep-all", pruning_layers=(1, 3))
 BUDGET = MustDropConfig(**PLAIN, **BUDGETS)
 STEPS = 5
+ENTRIES = {"passes.forward": 3, "passes._run_plain": 1, "passes._tokens": 1}
+"""Of the model, of its body and of its language model."""
 
 
 class Calls:
@@ -70,9 +72,12 @@ def test_nothing_of_ours_runs_in_a_step(rows, config, cache):
     first, *steps = ours_per_pass(rows, config, **cache)
     if len(rows[0]) > 1:
         assert sum(first.values()) > 40  # the counting works
+    for name in ("layers.set", "layers._install"):  # hooks of layers with inputs of their own come with the first step
+        steps[0].pop(name, None)
     for step in steps:
         # Layer 0, before the first pruning layer, holds more than the others; a static cache's has a mask of its own.
         own = {"decode.replace_inputs": 1} if config is BUDGET and cache and len(rows[0]) > 1 else {}
+        assert {name: step.pop(name) for name in ENTRIES} == ENTRIES
         methods = {name.split(".")[1] for name in step.keys() - own.keys()}
         assert methods <= {"update", "get_seq_length", "get_mask_sizes"}, step  # of the cache's layers
         assert step["decode.replace_inputs"] == own.get("decode.replace_inputs", 0)
@@ -82,7 +87,8 @@ def test_layers_enter_nothing_of_ours():
     """A growing cache adds no call to any of them."""
     for rows, config in (([[9], [4]], BUDGET), (ONE, KEEP_ALL), (ONE, BUDGET)):
         _, *steps = ours_per_pass(rows, config)
-        assert all(step.total() < tiny_models.LAYERS for step in steps), steps
+        ours = [step.total() - sum(ENTRIES.values()) for step in steps]
+        assert max(ours) < tiny_models.LAYERS, steps
 
 
 def calls_per_step(rows, config=None):

@@ -43,11 +43,11 @@ class OtherStage(VisionStage):
         raise NotImplementedError
 
     def _place(self, module: nn.Module, args: Any, features: Tensor) -> Tensor:
-        """Features (B, M, C) -> (B, N, C) at their placeholders; zeros elsewhere, which no language layer reads."""
+        """Features (B, M, C) -> (B, N, C) at all placeholders that share them, of which language layers read one."""
         slot, token = self.layout()
-        batch, _, channels = features.shape
-        placed = features.new_zeros(batch, token.shape[1], channels)
-        return placed.scatter(1, slot[..., None].expand_as(features), features)
+        batch, length, channels = features.shape
+        number = torch.zeros_like(token).scatter(1, slot, torch.arange(length, device=slot.device).expand(batch, -1))
+        return features.gather(1, number.gather(1, token)[..., None].expand(-1, -1, channels))
 
     def shares(self, run: TowerRun, lengths: Sequence[int], pack: Packing, device: torch.device) -> list[Share]:
         """For each placeholder of each image, the placeholder whose token it shares, and a mask of those with one."""

@@ -20,6 +20,13 @@ class DropLayer(DynamicLayer):
         super().__init__(*args, **kwargs)
         self.dropped = 0  # tokens of the plain prompt that this layer does not hold
 
+    @classmethod
+    def of(cls, plain: DynamicLayer) -> DropLayer:
+        """A layer with the contents of `plain`."""
+        layer = cls()
+        vars(layer).update(vars(plain))
+        return layer
+
     def get_seq_length(self) -> int:
         """Length of the plain sequence."""
         return super().get_seq_length() + self.dropped
@@ -40,12 +47,30 @@ class DropCache(ShortenedCache, DynamicCache):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config=config)
-        other = {type(layer).__name__ for layer in self.layers if type(layer) is not DynamicLayer}
-        if other:
-            raise ValueError(f"drop_tokens needs full attention in every layer, this model's cache has {other}")
+        self._prepare(config)
+
+    @classmethod
+    def adopt(cls, given: DynamicCache, config: Any) -> DropCache:  # config of the language model
+        """Turns a cache of the caller into a ``DropCache`` with the same contents; it stays the same object.
+
+        Raises:
+            ValueError: the cache is offloaded, or some of its layers hold less than all tokens.
+        """
+        if given.offloading:
+            raise ValueError("drop_tokens cannot shorten an offloaded cache; pass one that stays on the device")
+        _check_layers(given.layers)
+        given.__class__ = cls
+        assert isinstance(given, DropCache)
+        given._prepare(config)
+        return given
+
+    def _prepare(self, config: Any) -> None:
+        _check_layers(self.layers)
+        depth = config.num_hidden_layers
+        self.layers += [DynamicLayer() for _ in range(depth - len(self.layers))]  # without a config layers come later
+        self.layers[:] = [DropLayer.of(layer) for layer in self.layers]
         self.state = CacheState(self.layers)
         self.layer_inputs = {}
-        self.reset()
 
     def reset(self) -> None:
         """Empties the cache."""
@@ -86,3 +111,10 @@ class DropCache(ShortenedCache, DynamicCache):
             raise RuntimeError("a prompt that drop_tokens has shortened cannot be cropped")
         for layer in self.layers:
             layer.crop(-count)
+
+
+def _check_layers(layers: Sequence[Any]) -> None:
+    """Raises ``ValueError`` unless all layers hold all tokens."""
+    other = {type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer}
+    if other:
+        raise ValueError(f"drop_tokens needs full attention in every layer, this cache has {other}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers.cache_utils import StaticCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from .cache import DropCache
 from .compat import CACHE
@@ -22,16 +22,21 @@ def as_drop_cache(cache: Any) -> Any:
 def cache_for_prompt(config: Any, given: Any) -> Any:  # config of the language model
     """A cache for a prompt: the caller's, if tokens can be dropped from it, or a new one if none is given.
 
+    A ``DynamicCache`` of the caller, empty or with text, becomes a ``DropCache``: the same object.
+
     Raises:
         TypeError: tokens cannot be dropped from the given cache.
+        ValueError: some layers of the cache hold less than all tokens, or it is offloaded.
     """
     if given is None:
         return DropCache(config)
-    if isinstance(given, StaticCache) and not isinstance(given, DropStaticCache):
+    if isinstance(given, ShortenedCache):
+        return given
+    if isinstance(given, StaticCache):
         return DropStaticCache(given)
-    if not isinstance(given, ShortenedCache):
-        raise TypeError(
-            f"{CACHE} is a {type(given).__name__}; inside drop_tokens pass none, a StaticCache, or one that generate "
-            "returned inside drop_tokens"
-        )
-    return given
+    if type(given) is DynamicCache:
+        return DropCache.adopt(given, config)
+    raise TypeError(
+        f"{CACHE} is a {type(given).__name__}, from which drop_tokens cannot drop tokens; pass a DynamicCache, a "
+        "StaticCache, or none"
+    )

@@ -11,12 +11,13 @@ from torch import nn
 
 from ...config import MustDropConfig
 from ...report import Report
-from . import generating
-from .eager import wrapped_modules
+from .calls import calls_of
 from .families import family_of
-from .hooks import Hooks
+from .generating import Generating
+from .passes import Passes
 from .session import FirstStage, Session
 from .vision import VisionStage
+from .wrappers import unwrap
 
 _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -24,7 +25,7 @@ _active: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 @contextlib.contextmanager
 def drop_tokens(
     model: nn.Module,
-    config: MustDropConfig | None = None,
+    config: MustDropConfig | str | None = None,
     *,
     heat_maps: bool = False,
     vision_stage: FirstStage = VisionStage,
@@ -58,17 +59,30 @@ def drop_tokens(
             patches, its language model has sliding windows.
         RuntimeError: the model is in such a context already, or is called inside a compiled function.
     """
-    config = MustDropConfig() if config is None else config
-    *wrappers, model = wrapped_modules(model)
-    if model in _active:
-        raise RuntimeError("drop_tokens is active on this model already")
+    wrappers, model = unwrap(model)
     family = family_of(model)
+    if isinstance(config, str):
+        config = MustDropConfig.preset(config).for_depth(len(family.layers))
+    config = MustDropConfig() if config is None else config
     family.check(config)
-    session = Session(family, config, heat_maps, vision_stage)
-    hooks = Hooks(session)
+    calls = calls_of(model)
+    session = Session(family, config, calls, heat_maps, vision_stage)
+    passes = Passes(session)
     with contextlib.ExitStack() as stack:
-        _active.add(model)
-        stack.callback(_active.discard, model)
-        hooks.install(stack, wrappers)
-        generating.install(stack, hooks)
+        with calls.lock:
+            if model in _active:
+                raise RuntimeError("drop_tokens is active on this model already")
+            for _ in range(2):  # the second one completes what an interrupt in the first has left
+                stack.callback(_close, model, session, passes)
+            _active.add(model)
+            passes.install(wrappers)
+            Generating(passes).install()
         yield session.report
+
+
+def _close(model: nn.Module, session: Session, passes: Passes) -> None:
+    """Restores the model, after the pass that another thread may run."""
+    with session.calls.lock:
+        passes.close()
+        session.lifetime.end()
+        _active.discard(model)

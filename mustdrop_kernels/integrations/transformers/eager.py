@@ -10,9 +10,11 @@ import torch
 
 
 class EagerSwitch:
-    """A switch for everything compiled by ``torch.compile``, in this thread."""
+    """A switch for everything compiled by ``torch.compile``."""
 
     def __init__(self) -> None:
+        self.on = False
+        """Compiled functions run eagerly."""
         self._stance: Any = None
 
     def set(self, on: bool) -> None:
@@ -20,14 +22,7 @@ class EagerSwitch:
         if on and self._stance is None and "torch._dynamo" in sys.modules:
             self._stance = torch.compiler.set_stance("force_eager")
             self._stance.__enter__()
+            self.on = True
         elif not on and self._stance is not None:
-            stance, self._stance = self._stance, None
+            stance, self._stance, self.on = self._stance, None, False
             stance.__exit__(None, None, None)
-
-
-def wrapped_modules(model: Any) -> list[Any]:
-    """The wrappers of ``torch.compile(model)``, outermost first, and the model inside."""
-    found = [model]
-    while hasattr(found[-1], "_orig_mod"):
-        found.append(found[-1]._orig_mod)
-    return found

@@ -21,10 +21,10 @@ def image_reports(
     heat: Mapping[int, Tensor],  # layer -> (B, L) float32
 ) -> list[ImageReport]:
     """One report per image or video, in the order of the prompt. Synchronizes with the device."""
-    found = []
+    reports = []
     for modality, mask in placeholders.items():
         mask = mask.cpu()
-        alive = {layer: _alive(tokens, mask) for layer, tokens in after.items()}
+        types = {layer: _types(tokens, mask) for layer, tokens in after.items()}
         maps = {layer: values.cpu()[mask] for layer, values in heat.items()}
         places = torch.nonzero(mask).tolist()  # (row, column) of each placeholder
         begin = 0
@@ -37,21 +37,22 @@ def image_reports(
                 views=image.views,
                 token=token,
                 keys=image.is_key_token.cpu()[token],
-                alive={layer: flags[own][token] for layer, flags in alive.items()},
-                kept={layer: int(flags[own].sum()) for layer, flags in alive.items()},
+                alive={layer: (found[own] != TokenType.PADDING)[token] for layer, found in types.items()},
+                kept={layer: int((found[own] == TokenType.VISION).sum()) for layer, found in types.items()},
+                hidden=int(image.hidden.sum()),
                 tokens=int(image.alive.sum()),
                 key_tokens=int(image.is_key_token.sum()),
                 heat={layer: values[own][token] for layer, values in maps.items()},
             )
-            found.append((places[begin], report))
+            reports.append((places[begin], report))
             begin += image.length
-    return [report for _, report in sorted(found, key=lambda pair: pair[0])]
+    return [report for _, report in sorted(reports, key=lambda pair: pair[0])]
 
 
-def _alive(tokens: Tokens, placeholders: Tensor) -> Tensor:
-    """(number of placeholders) bool, in the order of the prompt: placeholders whose token remains."""
-    index, vision = tokens.index.cpu(), (tokens.types == TokenType.VISION).cpu()
-    flags = torch.zeros_like(placeholders)
-    rows = torch.arange(len(flags))[:, None].expand_as(index)
-    flags[rows[vision], index[vision]] = True
-    return flags[placeholders]
+def _types(tokens: Tokens, placeholders: Tensor) -> Tensor:
+    """(number of placeholders) uint8, in the order of the prompt: the types of remaining tokens, else padding."""
+    index, types = tokens.index.cpu(), tokens.types.cpu()
+    found = torch.full(placeholders.shape, int(TokenType.PADDING), dtype=torch.uint8)
+    sequence, row = (types != TokenType.PADDING).nonzero(as_tuple=True)
+    found[sequence, index[sequence, row]] = types[sequence, row]
+    return found[placeholders]

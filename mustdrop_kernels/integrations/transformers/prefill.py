@@ -25,6 +25,7 @@ from .attention import causal_mask
 from .cache import DropCache
 from .families import Family
 from .image_reports import image_reports
+from .masks import GivenMask
 from .prompt import read_prompt
 from .shortened_cache import LayerTokens
 from .static_cache import DropStaticCache
@@ -41,6 +42,7 @@ class Prefill:
         images: Mapping[str, Sequence[EncodedImage]],  # by modality
         input_ids: Tensor | None,  # (B, L)
         inputs: dict[str, Any],  # of the language model: the images are in inputs_embeds
+        mask: GivenMask,
         cache: DropCache | DropStaticCache | None,
         *,
         heat_maps: bool = False,
@@ -49,18 +51,23 @@ class Prefill:
         self.config = config
         self.stopwatch = stopwatch
         embeds = inputs["inputs_embeds"]
-        positions = family.read_positions(inputs.get("position_ids"), embeds)
+        shape, seen = embeds.shape[:2], 0 if cache is None else cache.seen
+        positions = family.read_positions(inputs.get("position_ids"), embeds, seen)
         token_ids = {modality: family.token_id(modality) for modality in images}
-        mask, seen = inputs.get("attention_mask"), 0 if cache is None else cache.seen
-        self.past = cache.past_tokens(mask, embeds.shape[0], embeds.device) if cache is not None and seen > 0 else None
+        mask.check(shape, seen)
+        real = mask.real_tokens(shape, seen)
+        self.given_mask, self.seen = mask, seen
+        self.past = cache.past_tokens(real, shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
+        if self.shortened and (mask.dense is not None or mask.unknown is not None):
+            raise ValueError("behind a cache that drop_tokens has shortened attention_mask must be (B, L)")
         self.static = cache if isinstance(cache, DropStaticCache) else None
-        own = mask if mask is None else mask[:, seen:]
+        own = real if real is None else real[:, seen:]
         self.prompt = prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
         self.plan = PaddedDropPlan(prompt.tokens, config, text_queries=prompt.text_queries, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> remaining tokens
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
-        self._masks: dict[int, Any] = {}  # by the tokens that a layer's cache held before
+        self._masks: dict[Any, Any] = {}  # by the tokens that a layer's cache held before, or "dense"
         self._rotary: Any = None
 
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -73,7 +80,10 @@ class Prefill:
         inputs = {**inputs, "inputs_embeds": self.take(inputs["inputs_embeds"], chosen)}
         if not self.plan.nothing_dropped:
             tokens = self.plan.tokens
-            inputs["attention_mask"] = _alive(tokens) if self.past is None else None
+            if self.given_mask.dense is not None:
+                inputs["attention_mask"] = self._dense()
+            else:
+                inputs["attention_mask"] = _alive(tokens) if self.past is None else None
             inputs["position_ids"] = self.family.position_ids(tokens.positions)
             if inputs.get("cache_position") is not None:  # transformers 4
                 inputs["cache_position"] = inputs["cache_position"][: tokens.length]
@@ -85,6 +95,8 @@ class Prefill:
         past = None if self.past is None else self.past[layer]
         if past is not None:
             self.plan.past_types = torch.where(past.real(), int(TokenType.TEXT), int(TokenType.PADDING)).to(torch.uint8)
+        if self.given_mask.dense is not None:
+            self.plan.mask = self._dense()
         if self.plan.nothing_dropped and not self.shortened:
             return inputs
         if self.static is not None:
@@ -97,12 +109,20 @@ class Prefill:
 
     def _mask(self, past: LayerTokens | None, hidden: Tensor) -> Any:
         """transformers' own mask, shared by layers whose caches hold the same tokens."""
+        if self.given_mask.dense is not None:
+            return self._dense()
         if id(past) not in self._masks:
             tokens = LayerTokens.of(self.plan.tokens)
             seen = tokens if past is None else past.followed_by(tokens)
             config, length = self.family.language_model.config, 0 if past is None else past.length
             self._masks[id(past)] = causal_mask(config, hidden, seen.alive, past=length)
         return self._masks[id(past)]
+
+    def _dense(self) -> Tensor:  # (B, H, remaining, seen + remaining)
+        """The caller's mask of 4 dimensions, for the remaining tokens."""
+        if "dense" not in self._masks:
+            self._masks["dense"] = self.given_mask.take(self.plan.tokens, self.seen)
+        return self._masks["dense"]
 
     def _end(self, layer: int) -> int:
         """Filled slots of the current layer when it attends."""
@@ -149,6 +169,11 @@ class Prefill:
 
     def take(self, hidden: Tensor, chosen: Pruned | None) -> Tensor:
         """The remaining hidden states; later layers get their masks and their rotary table (transformers' own)."""
+        if chosen is not None and self.given_mask.unknown is not None:
+            raise ValueError(
+                f"attention_mask is a {type(self.given_mask.unknown).__name__} from which drop_tokens cannot take the "
+                "remaining tokens; pass a mask (B, L), or a bool or float mask (B, 1, L, K)"
+            )
         hidden, tokens = self.plan.take(hidden, chosen), self.plan.tokens
         self._masks = {}
         self._rotary = self.family.rotary(hidden, tokens.positions)
@@ -166,6 +191,31 @@ class Prefill:
             length = before + self.plan.prompt_tokens.length
             cache.set_layer_tokens(length, self._layer_tokens(), renumbered=self.config.positions == "published")
         return self._report(processed, 0 if cache is None else cache.slot_bytes)
+
+    # The output's rows
+
+    def rows(self) -> Tensor | None:  # (B, L) int64 on the host
+        """The row of each position of the prompt in the output, -1 if it has none; None if nothing was dropped."""
+        if self.plan.nothing_dropped:
+            return None
+        tokens = self.plan.tokens
+        index, real = tokens.index.cpu(), (tokens.types != TokenType.PADDING).cpu()
+        rows = torch.full((len(index), self.plan.prompt_tokens.length), -1)
+        sequence, row = real.nonzero(as_tuple=True)
+        rows[sequence, index[sequence, row]] = row
+        return rows
+
+    def dropped(self) -> Tensor:  # (B, L) bool on the host
+        """The tokens of the prompt, padding aside, that the output has no row of."""
+        rows = self.rows()
+        real = (self.plan.prompt_tokens.types != TokenType.PADDING).cpu()
+        return real & (rows < 0) if rows is not None else torch.zeros_like(real)
+
+    def text_rows(self, x: Tensor, other: int) -> Tensor:  # (B, L) -> (B, remaining)
+        """The values of the remaining text tokens; `other` for vision tokens and padding."""
+        tokens = self.plan.tokens
+        x = x.masked_fill(self.prompt.vision, other).gather(1, tokens.index.clamp(min=0))
+        return x.masked_fill(tokens.types == TokenType.PADDING, other)
 
     def _compact(self, cache: DropCache | DropStaticCache) -> None:
         """Stage 3."""
@@ -196,8 +246,10 @@ class Prefill:
     def _report(self, processed: Sequence[Tokens], slot_bytes: int) -> PromptReport:
         plan, layers = self.plan, len(processed)
         before = [0] * layers if self.past is None else [past.length for past in self.past]
+        rows = self.rows()
         return PromptReport(
             length=plan.prompt_tokens.length,
+            rows=torch.arange(plan.prompt_tokens.length).repeat(len(self.prompt.text), 1) if rows is None else rows,
             text=self.prompt.text,
             images=image_reports(self.prompt.images, self.prompt.placeholders, self.after, self.heat or {}),
             layer_tokens=[sum(tokens.vision_token_counts) for tokens in processed],

@@ -20,7 +20,8 @@ from ...stages import Tokens
 class Prompt:
     """A batch of prompts, before anything is dropped."""
 
-    tokens: Tokens  # every placeholder is a vision token
+    tokens: Tokens  # every placeholder that the mask shows is a vision token
+    vision: Tensor  # (B, L) bool, all placeholders
     placeholders: dict[str, Tensor]  # by modality, (B, L) bool
     images: dict[str, list[EncodedImage]]  # by modality, in the order of the placeholders
     text: list[int]  # text tokens of each sequence
@@ -37,31 +38,31 @@ def read_prompt(
     token_ids: Mapping[str, int],  # by modality
     config: MustDropConfig,
 ) -> Prompt:
-    """Token types and counts of a prompt. Synchronizes with the device once, to read the counts.
+    """Token types and counts of a prompt. Placeholders that the mask hides are padding.
+
+    Synchronizes with the device once, to read the counts, and once more for each image if the mask hides placeholders.
 
     Raises:
-        ValueError: `input_ids` are missing, the mask has another shape, or a sequence with images has no text query.
+        ValueError: there are neither `input_ids` nor embeddings that show the placeholders.
     """
     if input_ids is None:
-        raise ValueError("drop_tokens finds the images by their placeholders: pass input_ids, not inputs_embeds")
-    if mask is not None and mask.shape != input_ids.shape:
-        shapes = f"{tuple(input_ids.shape)}, got {tuple(mask.shape)}"
-        raise ValueError(f"attention_mask must have the shape of input_ids {shapes}")
+        raise ValueError("drop_tokens finds the images by their placeholders: pass input_ids or inputs_embeds")
     places = {modality: input_ids == token_ids[modality] for modality in images}
     present = {modality: list(images[modality]) for modality in images}
     placeholders = torch.stack(list(places.values())).any(0)
-    alive = _spread("alive", present, places)
-    protected = _spread("is_key_token", present, places)
     types = stages.token_types(placeholders, mask, config.text_queries)
+    real = types != TokenType.PADDING
+    if mask is not None and bool((placeholders & ~real).any()):
+        present = {modality: _shown(present[modality], places[modality], real, config) for modality in images}
+    alive = _spread("alive", present, places)
+    text_query, vision = types == TokenType.QUERY, types == TokenType.VISION
+    # Where no text follows the images there are no text queries to score the vision tokens: they all remain.
+    protected = (_spread("is_key_token", present, places) | ~text_query.any(1, keepdim=True)) & vision
+    empty = placeholders & real & ~alive & ~stages.last_tokens(real)  # the last token's logits are the output
 
-    flags = (types != TokenType.PADDING, placeholders, alive, protected, types == TokenType.QUERY)
+    flags = (real, vision, protected, text_query, placeholders & real, empty)
     counts = torch.stack([flag.sum(1) for flag in flags])
-    lengths, slots, vision, key_counts, text_queries = (tuple(row) for row in counts.tolist())
-    pairs = zip(slots, text_queries, strict=True)
-    silent = [row for row, (slot, queries) in enumerate(pairs) if slot and not queries]
-    if silent and config.pruning_layers:
-        raise ValueError(f"no text follows the last image of sequence(s) {silent}: there are no text queries")
-
+    lengths, vision_counts, key_counts, text_queries, shown, merged = (tuple(row) for row in counts.tolist())
     tokens = Tokens(
         types=types,
         index=torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids).contiguous(),
@@ -69,12 +70,21 @@ def read_prompt(
         protected=protected,
         counts=counts[0].int(),
         lengths=lengths,
-        vision_token_counts=slots,
+        vision_token_counts=vision_counts,
         key_token_counts=key_counts,
     )
-    text = [length - slot for length, slot in zip(lengths, slots, strict=True)]
-    remaining = tuple(a + b for a, b in zip(text, vision, strict=True))
-    return Prompt(tokens, places, present, text, text_queries, placeholders & ~alive, remaining)
+    text = [length - count for length, count in zip(lengths, shown, strict=True)]
+    remaining = tuple(length - count for length, count in zip(lengths, merged, strict=True))
+    return Prompt(tokens, placeholders, places, present, text, text_queries, empty, remaining)
+
+
+def _shown(images: Sequence[EncodedImage], places: Tensor, real: Tensor, config: MustDropConfig) -> list[EncodedImage]:
+    """The images of a modality without the placeholders (B, L) that are not real."""
+    flat, begin, shown = real[places], 0, []
+    for image in images:
+        shown.append(image.without(~flat[begin : begin + image.length], config))
+        begin += image.length
+    return shown
 
 
 def repeated(images: Sequence[EncodedImage], places: Tensor, features: int) -> list[EncodedImage]:

@@ -82,7 +82,7 @@ class DropStaticCache(ShortenedCache, StaticCache):
 
     def __init__(self, given: StaticCache) -> None:
         if given.offloading:
-            raise ValueError("drop_tokens cannot shorten an offloaded static cache; take one that stays on the device")
+            raise ValueError("drop_tokens cannot shorten an offloaded static cache; pass one that stays on the device")
         Cache.__init__(self, layers=given.layers)
         other = {type(layer).__name__ for layer in self.layers if type(layer) not in (StaticLayer, DropStaticLayer)}
         if other:

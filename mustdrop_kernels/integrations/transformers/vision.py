@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from ... import stages
 from ...config import MustDropConfig
 from ...parallel import mean_over_ranks
-from ...placeholders import EncodedImage, Share, find_key_tokens, merge_features, own_tokens, shared_tokens
+from ...placeholders import (
+    EncodedImage,
+    Share,
+    merge_features,
+    own_tokens,
+    select_key_tokens,
+    shared_tokens,
+    token_importance,
+)
 from ...report import Stopwatch
 from .attention import hooked_config, padding_mask
 from .compat import features_of, hidden_of, with_features, with_hidden
@@ -55,17 +63,13 @@ class VisionStage:
         self.family = family
         self.config = config
         self.stopwatch = stopwatch
-        self.encoded: dict[str, list[EncodedImage]] = {}
-        """By modality: the images encoded last."""
         self._run: TowerRun | None = None  # while a get_..._features runs
 
     def install(self, stack: contextlib.ExitStack) -> None:
-        """Adds the hooks; the stack removes them."""
+        """Adds the hooks of a run of the tower; the stack removes them."""
         body, config = self.family.body, self.config
         towers: dict[int, Tower] = {}
         for modality in self.family.modalities:
-            name = f"get_{modality}_features"
-            patch(stack, body, name, self._wrap(modality, getattr(body, name)))
             tower = self.family.tower(modality)
             if tower is not None:
                 towers[id(tower.attention)] = tower
@@ -84,31 +88,32 @@ class VisionStage:
         for later in tower.layers[layer + 1 :]:
             stack.callback(later.register_forward_pre_hook(self._add_mask, with_kwargs=True).remove)
 
-    def _wrap(self, modality: str, get_features: Callable[..., Any]) -> Callable[..., Any]:
-        signature = inspect.signature(get_features)
+    def features_getter(
+        self, modality: str, plain: Callable[..., Any]
+    ) -> Callable[..., tuple[Any, list[EncodedImage]]]:
+        """A function that runs ``get_..._features`` with the hooks on, and also returns the images."""
+        signature = inspect.signature(plain)
 
-        @functools.wraps(get_features)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def get(*args: Any, **kwargs: Any) -> tuple[Any, list[EncodedImage]]:
             given = signature.bind(*args, **kwargs).arguments
             given.update(given.pop("kwargs", {}))
             arguments = {name: value for name, value in given.items() if value is not None}
-            if not self.encoded:
-                self.stopwatch.read()  # discards what an unfinished prompt has left
             self._run = run = self._begin_run(modality, arguments)
             try:
-                output = get_features(*args, **kwargs)
+                with contextlib.ExitStack() as hooks:
+                    self.install(hooks)
+                    output = plain(*args, **kwargs)
             finally:
                 self._run = None
             pieces = features_of(output)
             features, images = self._encode(run, torch.cat(pieces), [len(piece) for piece in pieces], arguments)
-            self.encoded[modality] = images
             if self.config.merge and not self.config.merges_in_tower:
                 output = with_features(output, features)
             if hasattr(output, "pooler_output"):
                 output.mustdrop = images  # generate() may pass this object on later, repeated
-            return output
+            return output, images
 
-        return wrapped
+        return get
 
     def _begin_run(self, modality: str, arguments: Arguments) -> TowerRun:
         run = TowerRun(modality, self.family.tower(modality))
@@ -212,12 +217,22 @@ class VisionStage:
                 features, shares = self._merge_features(features, lengths, pieces, views)
         else:
             shares = self.shares(run, lengths, pack, features.device)
-        is_key_token = [torch.zeros_like(alive) for _, alive in shares]
+        images = [
+            EncodedImage(run.modality, grids, token, alive, torch.zeros_like(alive))
+            for grids, (token, alive) in zip(views, shares, strict=True)
+        ]
         if run.importance:
             with self.stopwatch.measure("key tokens"):
-                is_key_token = find_key_tokens(pack(self._importance(run, shape)), shares, views, config)
-        rows = zip(views, shares, is_key_token, strict=True)
-        return features, [EncodedImage(run.modality, grids, *share, flags) for grids, share, flags in rows]
+                importance = pack(self._importance(run, shape))
+                images = [
+                    dataclasses.replace(image, importance=token_importance(values, image.token, config))
+                    for image, values in zip(images, importance, strict=True)
+                ]
+                flags = select_key_tokens(images, config)
+                images = [
+                    dataclasses.replace(image, is_key_token=keys) for image, keys in zip(images, flags, strict=True)
+                ]
+        return features, images
 
     def shares(self, run: TowerRun, lengths: Sequence[int], pack: Packing, device: torch.device) -> list[Share]:
         """The token of each placeholder of each image, and which hold one, after the tower.

@@ -57,6 +57,15 @@ class Family:
         """The id of a placeholder."""
         return int(getattr(self.model.config, f"{modality}_token_id"))
 
+    def placeholder_ids(self, embeds: Tensor) -> Tensor:  # (B, L, C) -> (B, L) int64
+        """Ids of the placeholders in embeddings of a prompt, by the embedding of a placeholder; -1 elsewhere."""
+        table = self.model.get_input_embeddings()
+        ids = torch.full(embeds.shape[:2], -1, dtype=torch.long, device=embeds.device)
+        for modality in self.modalities:
+            token = torch.tensor(self.token_id(modality), device=embeds.device)
+            ids.masked_fill_((embeds == table(token).to(embeds)).all(-1), self.token_id(modality))
+        return ids
+
     # Stage 1
 
     def tower(self, modality: str) -> Tower | None:
@@ -108,10 +117,10 @@ class Family:
     multi_axis: ClassVar[bool] = False
     """A token has several positions (time, height, width)."""
 
-    def read_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:  # embeds: (B, L, C)
-        """Converts the language model's position_ids to (B, L) or (B, L, axes)."""
+    def read_positions(self, positions: Tensor | None, embeds: Tensor, past: int) -> Tensor:  # embeds: (B, L, C)
+        """Converts the language model's position_ids, by default from `past` on, to (B, L) or (B, L, axes)."""
         if positions is None:
-            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+            positions = torch.arange(past, past + embeds.shape[1], device=embeds.device)[None]
         return positions.expand(embeds.shape[:2]).contiguous()
 
     def position_ids(self, positions: Tensor) -> Tensor:

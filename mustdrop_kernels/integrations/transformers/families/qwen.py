@@ -78,10 +78,10 @@ class Qwen2_5VL(Family):
             views.append((torch.arange(frames * height * width).view(shape),))
         return views
 
-    def read_positions(self, positions: Tensor | None, embeds: Tensor) -> Tensor:
+    def read_positions(self, positions: Tensor | None, embeds: Tensor, past: int) -> Tensor:
         """Converts (3, B, L), optionally preceded by text positions, or (B, L) to (B, L, 3)."""
         if positions is None or positions.dim() == 2:
-            positions = super().read_positions(positions, embeds)[None]
+            positions = super().read_positions(positions, embeds, past)[None]
         return positions[-3:].expand(3, *embeds.shape[:2]).permute(1, 2, 0).contiguous()
 
     def position_ids(self, positions: Tensor) -> Tensor:
