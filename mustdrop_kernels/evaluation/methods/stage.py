@@ -43,11 +43,12 @@ class OtherStage(VisionStage):
         raise NotImplementedError
 
     def _place(self, module: nn.Module, args: Any, features: Tensor) -> Tensor:
-        """Features (B, M, C) -> (B, N, C) at all placeholders that share them, of which language layers read one."""
+        """Features (B, M, C) -> (B, N, C) at all placeholders of their patches; zeros where a patch has no token."""
         slot, token = self.layout()
         batch, length, channels = features.shape
-        number = torch.zeros_like(token).scatter(1, slot, torch.arange(length, device=slot.device).expand(batch, -1))
-        return features.gather(1, number.gather(1, token)[..., None].expand(-1, -1, channels))
+        number = torch.arange(length, device=slot.device).expand(batch, -1)
+        number = torch.full_like(token, length).scatter(1, slot, number).gather(1, token)
+        return nn.functional.pad(features, (0, 0, 0, 1)).gather(1, number[..., None].expand(-1, -1, channels))
 
     def shares(self, run: TowerRun, lengths: Sequence[int], pack: Packing, device: torch.device) -> list[Share]:
         """For each placeholder of each image, the placeholder whose token it shares, and a mask of those with one."""
