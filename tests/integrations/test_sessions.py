@@ -192,8 +192,10 @@ def calls(model, inputs):
 
 @pytest.mark.parametrize("cache", [{}, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("rows", [ONE, None], ids=["one", "padded"])
-def test_calls_inside_generate(rows, cache, config, model):
+@pytest.mark.parametrize("kind", ["keep-all", "budgets"])
+def test_calls_inside_generate(rows, cache, kind, model):
     """Each call is dropped and reported as if alone, and so is the generate() around them."""
+    config = CONFIGS[kind]
     name = "llava" if model is model_of("llava") else "qwen2_5_vl"
     inputs, batch = inputs_of(name, rows), inputs_of(name)
     for other, way in [*((inputs_of(name, OTHER), way) for way in range(5)), (batch, 0)]:

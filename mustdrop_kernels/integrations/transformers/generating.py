@@ -46,7 +46,7 @@ class Generating:
         session = self.session
 
         @functools.wraps(plain)
-        def generate(inputs: Any = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        def generate(inputs: Any = None, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
             settings = self.model.generation_config if generation_config is None else generation_config
             setting = lambda name: kwargs.get(name, getattr(settings, name, None))  # noqa: E731
             pictures = has_pictures(kwargs)
@@ -55,7 +55,7 @@ class Generating:
                 raise ValueError(problem)
             if problem is not None or not session.lifetime.open:
                 with self.calls.generating(Generation(owner=None)):
-                    return plain(inputs, generation_config, **kwargs)
+                    return plain(inputs, generation_config, *args, **kwargs)
             cache = as_drop_cache(kwargs.get(CACHE, kwargs.get(OLD_CACHE)))
             if pictures and cache is not None:
                 cache = self._own_cache(cache)
@@ -64,7 +64,7 @@ class Generating:
             with session.generation(None if given is None else given.shape[1]) as generation:
                 with rollback_on_error(cache):
                     try:
-                        output = plain(inputs, generation_config, **kwargs)
+                        output = plain(inputs, generation_config, *args, **kwargs)
                         _check_consumed(generation)
                     finally:
                         self._end()

@@ -166,18 +166,19 @@ class Passes:
 
     @contextlib.contextmanager
     def _begin(self, step: Step | None, inputs: Inputs) -> Iterator[Pass]:
-        outer, choice = self.current, self.layers.choice
+        thread, outer, choice = self.calls.thread, self.current, self.layers.choice
         if step is None:
             self.session.stopwatch.read()  # discards what an unfinished prompt has left
         cache = as_drop_cache(next((value for value in inputs.values() if isinstance(value, Cache)), None))
         self.current = Pass(self, step, has_pictures(inputs))
+        before, thread.plain = thread.plain, False
         self.eager.set(True)
         self.plain_is_prepared = False
         try:
             with rollback_on_error(cache):
                 yield self.current
         finally:
-            self.current = outer
+            thread.plain, self.current = before, outer
             self.eager.set(outer is not None and not outer.plain)
             self.layers.set(() if outer is None else choice)
 
