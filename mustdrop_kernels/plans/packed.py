@@ -62,11 +62,13 @@ class PackedDropPlan(DropPlan[Tensor]):
     def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (remaining) int64
         """Drops the placeholders that hold no token after stage 1; synchronizes with the device.
 
+        The last row of a prompt remains, since it is the output.
+
         Returns:
             The remaining rows, as indices into the live rows.
         """
         place, real = self._padded()
-        dropped = empty[place] & real
+        dropped = empty[place] & real & ~stages.last_tokens(real)
         pairs = zip(self.tokens.lengths, dropped.sum(1).tolist(), strict=True)
         lengths = tuple(length - count for length, count in pairs)
         return self._keep(stages.drop_empty(self.tokens, dropped, lengths, backend=self.config.backend))
@@ -166,9 +168,8 @@ def _read_tokens(
     config: MustDropConfig,
 ) -> tuple[Tokens, list[int]]:
     """The members' tokens and numbers of text queries. Synchronizes with the device once, to read the counts."""
-    vision = placeholders[place] & real
-    types = stages.token_types(vision, real, config.text_queries)
-    text_query = types == TokenType.QUERY
+    types = stages.token_types(placeholders[place] & real, real, config.text_queries)
+    text_query, vision = types == TokenType.QUERY, types == TokenType.VISION
     # All vision tokens stay where no text follows the images, since there are no text queries to score them.
     protected = vision & ~text_query.any(1, keepdim=True)
     if is_key_token is not None:

@@ -94,6 +94,7 @@ def test_an_empty_cache_of_the_caller(made, rows, config):
     assert isinstance(caches[0], DropCache)
 
 
+@pytest.mark.skipif(tiny_models.tf.__version__ < "5", reason="generate() of transformers 4 ignores such images")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_cache_that_holds_text(name, config):
     """A system prompt that was read before, plainly; the image's prompt follows."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 
 import pytest
+import tiny_models
 import torch
 from masked_reference import MaskedReference
 from test_families import (
@@ -47,6 +48,8 @@ def runs(row):
 def hide(name, rows, what):
     """The inputs with some placeholders hidden by the mask."""
     inputs = inputs_of(name, rows)
+    if name == "qwen2_5_vl" and tiny_models.tf.__version__ < "5":
+        pytest.skip("plain generation of Qwen2.5-VL in transformers 4 fails with hidden placeholders")
     if name == "qwen2_5_vl":  # computes no positions where placeholders are hidden
         names = ("image_grid_thw", "video_grid_thw", "mm_token_type_ids", "input_ids", "attention_mask")
         sizes = {key: inputs[key] for key in names if key in inputs}

@@ -11,6 +11,7 @@ import threading
 
 import pytest
 import tiny_llava
+import tiny_models
 import torch
 from test_context import everything_attached
 from test_families import (
@@ -38,6 +39,8 @@ CONFIGS = {
 }
 OTHER = [[5, ("picture", 0), 4]]
 STATIC = {"cache_implementation": "static"}
+OLD = tiny_models.tf.__version__ < "5"
+"""generate() of transformers 4 keeps a static cache on the model, and Qwen2.5-VL the positions of the last prompt."""
 
 
 @pytest.fixture(params=CONFIGS)
@@ -197,6 +200,8 @@ def test_calls_inside_generate(rows, cache, kind, model):
     """Each call is dropped and reported as if alone, and so is the generate() around them."""
     config = CONFIGS[kind]
     name = "llava" if model is model_of("llava") else "qwen2_5_vl"
+    if OLD and (name == "qwen2_5_vl" or cache):
+        pytest.skip("transformers 4 itself has one generate() at a time here")
     inputs, batch = inputs_of(name, rows), inputs_of(name)
     for other, way in [*((inputs_of(name, OTHER), way) for way in range(5)), (batch, 0)]:
         with drop_tokens(model, config) as report, torch.no_grad():
@@ -268,6 +273,8 @@ def switching():
 def test_threads_in_one_context(cache, config, model, switching):
     """Each gets what it would get alone, and the report has all of their prompts."""
     name = "llava" if model is model_of("llava") else "qwen2_5_vl"
+    if OLD and (name == "qwen2_5_vl" or cache):
+        pytest.skip("transformers 4 itself has one generate() at a time here")
     batches = [inputs_of(name, rows) for rows in (ONE, OTHER, [[9]])]
     found = [[] for _ in batches]
 
@@ -338,7 +345,7 @@ def test_a_pipeline(models, processor, one):
     model = models["sdpa"]
     pipe = pipeline("image-text-to-text", model=model, processor=processor)
     ask = {"images": tiny_llava.picture(0), "text": "USER: <image>\nWhat is in the image? ASSISTANT:"}
-    settings = {"max_new_tokens": 4, "generate_kwargs": {"do_sample": False}}
+    settings = {"generate_kwargs": {"do_sample": False, "max_new_tokens": 4}}
     plain = pipe(**ask, **settings)[0]["generated_text"]
     config = MustDropConfig(pruning_layers=(1, 3), budgets=(20, 5))
     for given in (pipe, model):

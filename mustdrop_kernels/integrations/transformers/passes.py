@@ -129,6 +129,7 @@ class Passes:
                 with self._begin(step, inputs) as current:
                     return run(current, plain, inputs)
 
+        forward.__signature__ = signature  # type: ignore[attr-defined]  # transformers 4 reads it in each step
         return forward
 
     def _features(self, modality: str, plain: Callable[..., Any]) -> Callable[..., Any]:
