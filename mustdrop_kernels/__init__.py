@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 if _load.core.loaded:
     ops.contract.register_fakes()
     backends.serve_dispatcher()
-    ops.autograd.register()
+    ops.transforms.register_all()
+    ops.explicit.register()
 
 __all__ = ["MustDropConfig", "backends", "drop_tokens", "register_backend", "use_backend"]
 __all__ += [name for name in ops.__all__ if name != "OPS"]

@@ -50,13 +50,17 @@ inline void check_caches(const char* op, const Tensors& keys, const Tensors& val
   }
 }
 
-// Keep sets: one for all layers or one per layer, each (B, K) with counts (B), or (B, Hk, K) with counts (B, Hk).
-inline void check_keep_sets(const char* op, const Tensors& keep, const Tensors& counts, const Tensors& keys,
-                            const CacheLayout& layout, int64_t batch, const Tensor& like) {
+// Keep sets: one for all layers or one per layer.
+inline void check_lengths(const char* op, const Tensors& keep, const Tensors& counts, const Tensors& keys) {
   if (keep.size() != 1 && keep.size() != keys.size())
     refuse_argument(op, "keep", "must hold one tensor or one per layer (", keys.size(), "), got ", keep.size());
   if (counts.size() != keep.size())
     refuse_argument(op, "counts", "must hold as many tensors as keep (", keep.size(), "), got ", counts.size());
+}
+
+// Each keep set is (B, K) with counts (B), or (B, Hk, K) with counts (B, Hk).
+inline void check_keep_sets(const char* op, const Tensors& keep, const Tensors& counts, const Tensors& keys,
+                            const CacheLayout& layout, int64_t batch, const Tensor& like) {
   for (size_t i = 0; i < keep.size(); ++i) {
     const Argument set("keep", i), count("counts", i);
     const int64_t heads = keys[i].size(layout.heads);
@@ -81,6 +85,7 @@ inline void check_compact_kv(const Tensors& keys,      // [B, Hk, L, D] each
                              const Tensors& counts) {  // [B] or [B, Hk]
   constexpr const char* op = "compact_kv_";
   check_caches(op, keys, values, kDenseCache, keys.data());
+  check_lengths(op, keep, counts, keys);
   if (keys.empty()) return;
   check_keep_sets(op, keep, counts, keys, kDenseCache, keys[0].size(0), keys[0]);
   check_disjoint(op, keys, values, keep, counts);
@@ -99,6 +104,7 @@ inline void check_compact_paged_kv(const Tensors& keys,             // [blocks, 
   const int64_t batch = block_table.size(0);
   if (align_end && !seq_lens) refuse_argument(op, "seq_lens", "must be given with align_end");
   if (seq_lens) check_tensor(op, "seq_lens", *seq_lens, {batch}, ScalarType::Int, block_table, true);
+  check_lengths(op, keep, counts, keys);
   if (keys.empty()) return;
   check_at_least(op, {"keys", 0}, keys[0].size(1), 1);
   check_keep_sets(op, keep, counts, keys, kPagedCache, batch, block_table);

@@ -75,7 +75,7 @@ def dual_attention_select(
     """
     args = (q, k, token_types, scale, global_threshold, individual_threshold)
     options = {"protected": protected, "lse": lse, "capacity": capacity, "drop_multiple": drop_multiple}
-    return ScoredSelection(*call("dual_attention_select", backend, q, *args, **options))
+    return ScoredSelection(*call("dual_attention_select", backend, *args, **options))
 
 
 def topk_attention_select(
@@ -121,7 +121,7 @@ def topk_attention_select(
     """
     options = {"protected": protected, "lse": lse, "capacity": capacity, "drop_multiple": drop_multiple}
     args = (q, k, token_types, scale, budget)
-    return ScoredSelection(*call("topk_attention_select", backend, q, *args, budgets=budgets, **options))
+    return ScoredSelection(*call("topk_attention_select", backend, *args, budgets=budgets, **options))
 
 
 def _check_dual(a: Call) -> None:

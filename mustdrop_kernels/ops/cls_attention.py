@@ -43,7 +43,7 @@ def cls_attention(
         BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     options = {"counts": counts, "num_prefix_tokens": num_prefix_tokens}
-    return call("cls_attention", backend, q, q, k, scale, **options)
+    return call("cls_attention", backend, q, k, scale, **options)
 
 
 def _check(a: Call) -> None:

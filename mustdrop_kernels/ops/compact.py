@@ -45,8 +45,7 @@ def compact_kv_(
         BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (list(keys), list(values), list(keep), list(counts))
-    if args[0]:
-        call("compact_kv_", backend, args[0][0], *args, align_end=align_end)
+    call("compact_kv_", backend, *args, align_end=align_end)
 
 
 def compact_paged_kv_(
@@ -87,13 +86,14 @@ def compact_paged_kv_(
         BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     args = (list(keys), list(values), block_table, list(keep), list(counts))
-    call("compact_paged_kv_", backend, block_table, *args, seq_lens=seq_lens, align_end=align_end)
+    call("compact_paged_kv_", backend, *args, seq_lens=seq_lens, align_end=align_end)
 
 
 def _check_dense(a: Call) -> None:
     like = a.keys[0] if a.keys else (a.values[0] if a.values else torch.empty(0))
     check = Checker(a, like)
     _check_caches(check, a, ("B", "Hk", "L", "D"), 1, any_strides=False)
+    _check_lengths(check, a)
     if a.keys:
         _check_keep(check, a, a.keys[0].shape[0], [k.shape[1] for k in a.keys])
         _check_disjoint(check, a)
@@ -107,6 +107,7 @@ def _check_paged(a: Call) -> None:
     check(a.seq_lens is not None or not a.align_end, "seq_lens", "must be given with align_end")
     if a.seq_lens is not None:
         check.tensor("seq_lens", a.seq_lens, (batch,), (torch.int32,), any_strides=True)
+    _check_lengths(check, a)
     if a.keys:
         check.at_least("keys[0]", a.keys[0].shape[1], 1)
         _check_keep(check, a, batch, [k.shape[2] for k in a.keys])
@@ -128,12 +129,17 @@ def _check_caches(check: Checker, a: Call, shape: Sequence[str], shared: int, an
             check(distinct, argument, f"must not be expanded (stride 0), got strides {t.stride()}")
 
 
-def _check_keep(check: Checker, a: Call, batch: int, heads: Sequence[int]) -> None:
-    """Check keep sets: one for all layers or one per layer, each (B, K) with (B) or (B, Hk, K) with (B, Hk)."""
+def _check_lengths(check: Checker, a: Call) -> None:
+    """Check the lengths of the lists of keep sets: one set for all layers or one per layer."""
     keep, counts, layers = a.keep, a.counts, len(a.keys)
     ok = len(keep) in (1, layers)
     check(ok, "keep", f"must hold one tensor or one per layer ({layers}), got {len(keep)}")
     check(len(counts) == len(keep), "counts", f"must hold as many tensors as keep ({len(keep)}), got {len(counts)}")
+
+
+def _check_keep(check: Checker, a: Call, batch: int, heads: Sequence[int]) -> None:
+    """Check keep sets, each (B, K) with (B) or (B, Hk, K) with (B, Hk)."""
+    keep, counts = a.keep, a.counts
     for i, (indices, count) in enumerate(zip(keep, counts, strict=True)):
         served = heads if len(keep) == 1 else heads[i : i + 1]
         ok = indices.dim() in (2, 3)

@@ -39,6 +39,8 @@ class Gradient(NamedTuple):
     """(call, results) -> the tensors to save for ``backward``."""
     backward: Callable[[Call, torch.Size, Tensor, tuple[Tensor | None, ...]], Tensor]
     """(call without its tensors, the argument's shape, gradient of the first result, saved tensors) -> gradient."""
+    forward: Callable[[Call, Tensor, tuple[Tensor | None, ...]], Tensor]
+    """(call without its tensors, tangent of the argument, saved tensors) -> tangent of the first result."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Contract:
         writes: the arguments (lists of tensors) that are modified in place.
         float_results: whether a result is floating-point, so that it could require a gradient.
         gradient: None if the operator has none.
+        folds: whether the sequences along dimension 0 of all tensors are independent, so that ``vmap`` extends it.
         composite: composes it of other operators of the same backend, for backends without a kernel of their own:
             (from an operator's name to its implementation, the call) -> results.
         parts: the operators that ``composite`` calls.
@@ -67,6 +70,7 @@ class Contract:
     writes: tuple[str, ...] = ()
     float_results: bool = True
     gradient: Gradient | None = None
+    folds: Callable[[Call], bool] = lambda call: True
     composite: Callable[[Callable[[str], Implementation], Call], Any] | None = None
     parts: tuple[str, ...] = ()
 
@@ -76,6 +80,7 @@ class Contract:
 
 
 CONTRACTS: dict[str, Contract] = {}
+_libraries: list[torch.library.Library] = []  # kept alive: a registration lives as long as its Library
 
 
 def define(
@@ -120,10 +125,35 @@ def fake(op: str) -> Implementation:
     return call
 
 
+def device_type(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """Device type of the first tensor among a call's arguments and their lists; None without tensors."""
+    for value in (*args, *kwargs.values()):
+        for t in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(t, Tensor):
+                return t.device.type
+    return None
+
+
 def register_fakes() -> None:
     """Register the fakes with torch, for torch.compile and export. Called once, at import."""
-    for op in CONTRACTS:
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    _libraries.append(library)
+    for op, contract in CONTRACTS.items():
         torch.library.register_fake(f"{NAMESPACE}::{op}", fake(op))
+        if contract.writes:
+            library.impl(op, _empty_call(op), "CompositeExplicitAutograd")
+
+
+def _empty_call(op: str) -> Implementation:
+    """The operator where no device decides: a call whose lists are all empty, which has no effect."""
+
+    def call(*args: Any, **kwargs: Any) -> None:
+        on = device_type(args, kwargs)
+        if on is not None:
+            raise NotImplementedError(f"mustdrop::{op}: no backend serves {on} tensors")
+        check(op, *args, **kwargs)
+
+    return call
 
 
 def composed(op: str, implementation: Callable[[str], Implementation]) -> Implementation:

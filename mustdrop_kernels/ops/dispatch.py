@@ -3,47 +3,49 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor
 
 from .. import _load
 from .._namespace import operator
-from . import autograd, registry
+from . import registry
 from .contract import CONTRACTS
+from .explicit import explicit_operator
 
 
-def call(op: str, backend: str | None, on: Tensor, *args: Any, **kwargs: Any) -> Any:
+def call(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
     """Call an operator.
 
     Args:
         op: name of the operator.
         backend: name of an explicit backend; None: that of ``use_backend``, else ``torch.ops.mustdrop``.
-        on: the tensor whose device the operator runs on, one of ``args`` or the first of a list there.
-        args: positional arguments in the schema's order.
+        args: positional arguments in the schema's order, tensors and lists of tensors first.
         kwargs: keyword arguments.
 
     Raises:
-        TypeError: ``on`` is not a tensor.
+        TypeError: the first argument is not a tensor.
         BackendError: the explicit backend does not exist or does not serve the operator on this device.
         RuntimeError: an argument is invalid, or the operator library is not loaded.
     """
-    if not isinstance(on, Tensor):
-        _refuse_type(op, on, args)
-    implementation = registry.explicit(op, on.device.type, backend)
-    if implementation is None:
-        if not _load.core.loaded:
-            raise RuntimeError(f"mustdrop_kernels has no operators here: {_load.core.problem}")
-        return operator(op)(*args, **kwargs)
-    if autograd.needs_gradient(args, kwargs):
-        return autograd.apply(op, implementation, args, kwargs)
-    return implementation(*args, **kwargs)
+    device_type = _device_type(op, args)
+    name = registry.chosen(op, device_type, backend)
+    if _load.core.loaded:
+        return operator(op)(*args, **kwargs) if name is None else explicit_operator(op)(name, *args, **kwargs)
+    if name is None:
+        raise RuntimeError(f"mustdrop_kernels has no operators here: {_load.core.problem}")
+    return registry.implementation(op, device_type, name)(*args, **kwargs)
 
 
-def _refuse_type(op: str, given: object, args: tuple[Any, ...]) -> NoReturn:
-    name = next(
-        f"{name}[0]" if isinstance(arg, list) else name
-        for name, arg in zip(CONTRACTS[op].defaults, args, strict=False)
-        if arg is given or (isinstance(arg, list) and arg and arg[0] is given)
-    )
-    raise TypeError(f"mustdrop::{op}: {name} must be a Tensor, got {type(given).__name__}")
+def _device_type(op: str, args: tuple[Any, ...]) -> str | None:
+    """Device type of the first tensor; None if there are only empty lists."""
+    for index, arg in enumerate(args):
+        is_list = isinstance(arg, list)
+        if is_list and not arg:
+            continue
+        first = arg[0] if is_list else arg
+        if isinstance(first, Tensor):
+            return first.device.type
+        name = list(CONTRACTS[op].defaults)[index] + "[0]" * is_list
+        raise TypeError(f"mustdrop::{op}: {name} must be a Tensor, got {type(first).__name__}")
+    return None

@@ -36,7 +36,7 @@ def gather_tokens(
         RuntimeError: an argument has a wrong shape, dtype, device, layout or value; the message names it.
         BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
-    return call("gather_tokens", backend, x, x, keep, counts, align_end=align_end)
+    return call("gather_tokens", backend, x, keep, counts, align_end=align_end)
 
 
 def _check(a: Call) -> None:
@@ -58,22 +58,39 @@ def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
-    """Scatter-add of the kept rows' gradients to their source rows."""
+    source, target = _places(a, shape[1], saved)
+    return _moved(grad, target, source, shape[1])
+
+
+def _forward(a: Call, tangent: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
+    source, target = _places(a, tangent.shape[1], saved)
+    return _moved(tangent, source, target, target.shape[1])
+
+
+def _places(a: Call, length: int, saved: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor]:
+    """Rows of x and of the result (B, K) that each entry of ``keep`` moves; ``length`` and K where it moves none."""
     keep, counts = saved  # [B, K], [B]
     assert keep is not None
     assert counts is not None
-    length, capacity = shape[1], keep.shape[1]
+    capacity = keep.shape[1]
     kept = counts.long().clamp(0, capacity)[:, None]
-    slot = torch.arange(capacity, device=keep.device).expand_as(keep)
-    valid = (slot < kept) & (keep >= 0) & (keep < length)
-    if a.align_end:
-        slot = (slot + capacity - kept).clamp(max=max(capacity - 1, 0))
-    trailing = prod(shape[2:])
-    flat = grad.to(torch.promote_types(grad.dtype, torch.float32)).reshape(shape[0], capacity, trailing)
-    rows = flat.gather(1, slot[..., None].expand_as(flat)).masked_fill(~valid[..., None], 0.0)
-    target = torch.where(valid, keep, length)  # one extra row collects the invalid entries
-    out = flat.new_zeros(shape[0], length + 1, trailing)
-    return out.scatter_add(1, target[..., None].expand_as(rows), rows)[:, :length].reshape(shape)
+    entry = torch.arange(capacity, device=keep.device).expand_as(keep)
+    moves = (entry < kept) & (keep >= 0) & (keep < length)
+    target = entry + (capacity - kept) if a.align_end else entry
+    return torch.where(moves, keep, length), torch.where(moves, target, capacity)
 
 
-define(gather_tokens, _check, _fake, gradient=Gradient(_saved, _backward))
+def _moved(x: Tensor, source: Tensor, target: Tensor, length: int) -> Tensor:
+    """(B, length, ...): sum of the rows of x that move to each row, accumulated in float32 or wider.
+
+    Entries that move no row go from one extra row to another.
+    """
+    flat = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], prod(x.shape[2:]))
+    padded = torch.nn.functional.pad(flat, (0, 0, 0, 1))
+    columns = (-1, -1, flat.shape[2])
+    rows = padded.gather(1, source[..., None].expand(columns))
+    out = flat.new_zeros(x.shape[0], length + 1, flat.shape[2])
+    return out.scatter_add(1, target[..., None].expand(columns), rows)[:, :length].reshape(x.shape[0], length, *x.shape[2:])
+
+
+define(gather_tokens, _check, _fake, gradient=Gradient(_saved, _backward, _forward))

@@ -78,7 +78,7 @@ def spatial_merge(
         "sizes": sizes,
         "merged_first": merged_first,
     }
-    return SpatialMerge(*call("spatial_merge", backend, x, x, list(grid), list(window), threshold, **options))
+    return SpatialMerge(*call("spatial_merge", backend, x, list(grid), list(window), threshold, **options))
 
 
 def _check(a: Call) -> None:
@@ -124,15 +124,30 @@ def _saved(a: Call, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
 
 
 def _backward(a: Call, shape: torch.Size, grad: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
-    """d tokens[assignment[i]] / d x[i] = s_i / size of the merged token; exactly 1 if i is not merged."""
+    row, weight, _ = _linear(grad.shape[-1], saved)
+    return grad.float().gather(1, row) * weight
+
+
+def _forward(a: Call, tangent: Tensor, saved: tuple[Tensor | None, ...]) -> Tensor:
+    row, weight, capacity = _linear(tangent.shape[-1], saved)
+    out = tangent.new_zeros(tangent.shape[0], capacity, tangent.shape[-1], dtype=torch.float32)
+    return out.scatter_add(1, row, tangent.float() * weight)
+
+
+def _linear(channels: int, saved: tuple[Tensor | None, ...]) -> tuple[Tensor, Tensor, int]:
+    """Row (B, P+N, C) of each token and d tokens[row] / d x (B, P+N, 1); the number of rows.
+
+    The derivative is s_i / size of the merged token; exactly 1 if the token is not merged.
+    """
     assignment, sizes, out_sizes = saved  # [B, P+N], [B, P+N], [B, P+N']
     assert assignment is not None
     assert out_sizes is not None
     merged_size = out_sizes.gather(1, assignment)
     own_size = torch.ones_like(merged_size) if sizes is None else sizes
     weight = torch.where(own_size == merged_size, 1.0, own_size / merged_size)
-    rows = grad.float().gather(1, assignment[..., None].expand(-1, -1, grad.shape[-1]))
-    return rows * weight[..., None]
+    return assignment[..., None].expand(-1, -1, channels), weight[..., None], out_sizes.shape[1]
 
 
-define(spatial_merge, _check, _fake, gradient=Gradient(_saved, _backward))
+define(
+    spatial_merge, _check, _fake, gradient=Gradient(_saved, _backward, _forward), folds=lambda call: not call.uniform
+)

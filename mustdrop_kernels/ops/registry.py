@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from .._namespace import NAMESPACE
+from . import contract
 from .contract import CONTRACTS, Implementation, composed
 
 # Backends that serve torch.ops.mustdrop.* by default, best first.
@@ -142,20 +143,33 @@ def _chosen_now() -> str | None:
     return _traced_choice if torch.compiler.is_compiling() else _chosen.get()
 
 
+def chosen(op: str, device_type: str | None, name: str | None) -> str | None:
+    """Name of the backend that ``backend=`` or ``use_backend`` chooses; None for that of ``torch.ops.mustdrop``."""
+    name = name or _chosen_now()
+    return None if name is None or name == _serving.get((op, device_type)) else name
+
+
 def explicit(op: str, device_type: str, name: str | None) -> Implementation | None:
     """The implementation that ``backend=`` or ``use_backend`` chooses; None for ``torch.ops.mustdrop``.
 
     Raises:
         BackendError: the chosen backend does not exist or does not serve this operator on this device.
     """
-    name = name or _chosen_now()
-    if name is None or name == _serving.get((op, device_type)):
-        return None
+    name = chosen(op, device_type, name)
+    return None if name is None else implementation(op, device_type, name)
+
+
+def implementation(op: str, device_type: str | None, name: str) -> Implementation:
+    """A backend's implementation of an operator on a device; of one without tensors, on any.
+
+    Raises:
+        BackendError: the backend does not exist or does not serve this operator on this device.
+    """
     backend = get(name)
-    reason = backend.why_not(op, device_type)
+    reason = None if device_type is None else backend.why_not(op, device_type)
     if reason is not None:
         raise BackendError(f"backend {name!r} does not serve {op} on {device_type}: {reason}")
-    return backend.implementation(op)
+    return backend.implementation(op) if device_type is not None else contract.fake(op)
 
 
 def serve_dispatcher() -> None:

@@ -61,7 +61,7 @@ def select_dual(
     """
     args = (total, peak, token_types, global_threshold, individual_threshold)
     options = {"protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
-    return Selection(*call("select_dual", backend, total, *args, **options))
+    return Selection(*call("select_dual", backend, *args, **options))
 
 
 def select_topk(
@@ -100,7 +100,7 @@ def select_topk(
         BackendError: the explicit backend does not exist or does not serve this operator on this device.
     """
     options = {"budgets": budgets, "protected": protected, "capacity": capacity, "drop_multiple": drop_multiple}
-    return Selection(*call("select_topk", backend, scores, scores, token_types, k, **options))
+    return Selection(*call("select_topk", backend, scores, token_types, k, **options))
 
 
 def check_options(check: Checker, a: Call) -> None:
