@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gradients of the operators in reverse and forward mode, and errors for those without one.
 
-One autograd.Function serves every operator, on the Autograd key, which the transforms of ``torch.func`` process once for
-each of their levels.
+One autograd.Function serves every operator, on the Autograd key, which the transforms of ``torch.func`` process once
+for each of their levels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,22 +21,20 @@ from .contract import CONTRACTS, Call, Contract
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 
-def _tensors(args: Sequence[object], kwargs: Mapping[str, object]) -> Iterator[Tensor]:
-    for value in (*args, *kwargs.values()):
-        for t in value if isinstance(value, (list, tuple)) else (value,):
-            if isinstance(t, Tensor):
-                yield t
-
-
 def _has_tangent(t: Tensor) -> bool:
     return t.is_floating_point() and forward_ad.unpack_dual(t).tangent is not None
 
 
 def _is_differentiated(args: Sequence[object], kwargs: Mapping[str, object]) -> bool:
     """True if autograd records a call with these arguments, or carries their tangents along."""
-    if torch.is_grad_enabled() and any(t.requires_grad for t in _tensors(args, kwargs)):
-        return True
-    return forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args, kwargs)))
+    records, forward = torch.is_grad_enabled(), forward_ad._current_level >= 0
+    if not (records or forward):
+        return False
+    for value in (*args, *kwargs.values()):
+        for t in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(t, Tensor) and ((records and t.requires_grad) or (forward and _has_tangent(t))):
+                return True
+    return False
 
 
 def _refuse(contract: Contract, args: Sequence[object], kwargs: Mapping[str, object]) -> None:
@@ -51,8 +49,9 @@ def _refuse(contract: Contract, args: Sequence[object], kwargs: Mapping[str, obj
             " and has no gradient); detach them, or call it under torch.no_grad()"
         )
     if gradient is None:
-        if forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args, kwargs))):
-            raise RuntimeError(_no_gradient(op))
+        with torch.no_grad():
+            if _is_differentiated(args, kwargs):
+                raise RuntimeError(_no_gradient(op))
         return
     x, *others = contract.defaults
     given = vars(contract.bind(args, kwargs))
@@ -130,7 +129,7 @@ def register(library: torch.library.Library, contract: Contract, overload: Any, 
                 return redispatch(keys & _BELOW_AUTOGRAD, *args[:leading], *own, **kwargs)
 
             with enable_single_level_autograd_function():
-                return _Operator.apply(contract.name, below, kwargs, *own)
+                return _Operator.apply(contract.name, below, kwargs, *own)  # type: ignore[attr-defined]
         if contract.writes:
             call = contract.bind(own, kwargs)
             torch.autograd.graph.increment_version([t for name in contract.writes for t in getattr(call, name)])

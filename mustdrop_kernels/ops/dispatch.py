@@ -39,6 +39,8 @@ def call(op: str, backend: str | None, *args: Any, **kwargs: Any) -> Any:
 
 def _device_type(op: str, args: tuple[Any, ...]) -> str | None:
     """Device type of the first tensor; None if there are only empty lists."""
+    if isinstance(args[0], Tensor):
+        return args[0].device.type
     for index, arg in enumerate(args):
         is_list = isinstance(arg, list)
         if is_list and not arg:

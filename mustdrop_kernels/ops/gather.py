@@ -90,7 +90,9 @@ def _moved(x: Tensor, source: Tensor, target: Tensor, length: int) -> Tensor:
     columns = (-1, -1, flat.shape[2])
     rows = padded.gather(1, source[..., None].expand(columns))
     out = flat.new_zeros(x.shape[0], length + 1, flat.shape[2])
-    return out.scatter_add(1, target[..., None].expand(columns), rows)[:, :length].reshape(x.shape[0], length, *x.shape[2:])
+    return out.scatter_add(1, target[..., None].expand(columns), rows)[:, :length].reshape(
+        x.shape[0], length, *x.shape[2:]
+    )
 
 
 define(gather_tokens, _check, _fake, gradient=Gradient(_saved, _backward, _forward))

@@ -63,7 +63,7 @@ def _register_batching(library: torch.library.Library, contract: Contract, overl
             return result, pytree.tree_map(lambda _: 0, result)
 
         interpreter = retrieve_current_functorch_interpreter()
-        return custom_function_call_vmap_helper(interpreter, rule, call, *(given[name] for name in names))
+        return custom_function_call_vmap_helper(interpreter, rule, call, *(given[name] for name in names))  # type: ignore[arg-type]
 
     library.impl(contract.name, kernel, "FuncTorchBatched", with_keyset=True)
 

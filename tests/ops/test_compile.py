@@ -4,18 +4,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 import torch.fx.experimental._config
+from example import SIMPLE, simple_arguments
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import mustdrop_kernels as mk
 from mustdrop_kernels import backends
 from mustdrop_kernels.ops import registry
+from mustdrop_kernels.ops.contract import CONTRACTS
+from mustdrop_kernels.ops.samples import outcome
 
 from .cases import attention, normal, prompt, random_bits, same_bits, types_tensor
+from .sample_calls import sample
+from .schemas import OPS
 from .test_text_vision_packed import packed, paged
 
 
@@ -270,3 +276,44 @@ def test_choice_of_a_backend_is_traced(device, monkeypatch):
     with mk.use_backend("sevens"):
         assert same_bits(compiled(*arguments, None), seven)
     assert same_bits(compiled(*arguments, None), plain)
+
+
+@pytest.mark.parametrize(("op", "by"), [*((op, "argument") for op in OPS), (SIMPLE, "context")])
+def test_explicit_backends(backend, op, by):
+    """Every backend is one operator of the graph, with the bits of eager mode."""
+    chosen = backend.name if by == "argument" else None
+
+    def function(given):
+        given = {n: [t.clone() for t in v] if n in CONTRACTS[op].writes else v for n, v in given.items()}
+        return given, getattr(mk, op)(**given, backend=chosen)
+
+    getattr(backend, op)  # skips what the backend does not serve
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    with mk.use_backend(backend.name) if chosen is None else nullcontext():
+        eager, got = (outcome(op, *run(sample(op, backend.device))) for run in (function, compiled))
+    for name, value in eager.items():
+        assert same_bits(value, got[name]), name
+
+
+def test_explicit_backend_that_does_not_serve(device):
+    """The compiler reports the error of eager mode."""
+
+    def function(x):
+        return mk.gather_tokens(*simple_arguments(x, 0), backend="cuda" if device == "cpu" else "cpu")
+
+    with pytest.raises(Exception, match=r"backend '\w+' does not serve gather_tokens on"):
+        torch.compile(function, fullgraph=True, backend="aot_eager")(torch.ones(1, 2, 3, device=device))
+
+
+def test_gradient_of_an_explicit_backend_in_a_graph(backend):
+    x, merge = normal((1, 17, 8), 1, device=backend.device), backend.spatial_merge
+
+    def loss(x):
+        return (merge(x, [4, 4], [2, 2], 0.1).tokens ** 2).sum()
+
+    grads = []
+    for f in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_()
+        f(leaf).backward()
+        grads.append(leaf.grad)
+    assert same_bits(*grads)
