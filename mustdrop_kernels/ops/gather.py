@@ -85,14 +85,14 @@ def _moved(x: Tensor, source: Tensor, target: Tensor, length: int) -> Tensor:
 
     Entries that move no row go from one extra row to another.
     """
-    flat = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(*x.shape[:2], prod(x.shape[2:]))
+    batch, trailing = x.shape[0], x.shape[2:]
+    flat = x.to(torch.promote_types(x.dtype, torch.float32)).reshape(batch, x.shape[1], prod(trailing))
     padded = torch.nn.functional.pad(flat, (0, 0, 0, 1))
     columns = (-1, -1, flat.shape[2])
     rows = padded.gather(1, source[..., None].expand(columns))
-    out = flat.new_zeros(x.shape[0], length + 1, flat.shape[2])
-    return out.scatter_add(1, target[..., None].expand(columns), rows)[:, :length].reshape(
-        x.shape[0], length, *x.shape[2:]
-    )
+    out = flat.new_zeros(batch, length + 1, flat.shape[2])
+    out = out.scatter_add(1, target[..., None].expand(columns), rows)
+    return out[:, :length].reshape(batch, length, *trailing)
 
 
 define(gather_tokens, _check, _fake, gradient=Gradient(_saved, _backward, _forward))

@@ -146,7 +146,8 @@ def _chosen_now() -> str | None:
 def chosen(op: str, device_type: str | None, name: str | None) -> str | None:
     """Name of the backend that ``backend=`` or ``use_backend`` chooses; None for that of ``torch.ops.mustdrop``."""
     name = name or _chosen_now()
-    return None if name is None or name == _serving.get((op, device_type)) else name
+    serves = device_type is not None and name == _serving.get((op, device_type))
+    return None if serves else name
 
 
 def explicit(op: str, device_type: str, name: str | None) -> Implementation | None:
