@@ -45,13 +45,17 @@ def window_members(grid: list[int], window: list[int]) -> tuple[list[list[int]],
     return members, whole
 
 
+VANISHED = 2.0**-63  # norm of a token below which it counts as zero (docs/ops/spatial_merge.md)
+
+
 def window_similarity(tokens: np.ndarray) -> float:
     """Mean cosine over the ordered pairs i != j of a window's tokens (n, C); -inf where there is no pair."""
     n = len(tokens)
     if n < 2:
         return -math.inf
     with np.errstate(invalid="ignore"):  # infinite tokens
-        unit = [t / max(math.sqrt(float(t @ t)), 1e-8) for t in tokens]
+        norms = [math.sqrt(float(t @ t)) for t in tokens]
+        unit = [t / max(norm, 1e-8) if not norm < VANISHED else 0 * t for t, norm in zip(tokens, norms, strict=True)]
     pairs = [float(unit[i] @ unit[j]) for i in range(n) for j in range(n) if i != j]
     return sum(pairs) / len(pairs)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from .order import rank_descending
 
+VANISHED = 2.0**-63  # norm below which a token counts as zero: in float32 its square has lost bits
+
 
 def window_members(grid: Sequence[int], window: Sequence[int], device: torch.device) -> Tensor:
     """(windows, prod(window)): the patches of each window in raster order, -1 where the border cuts it."""
@@ -31,7 +33,9 @@ def window_similarity(x: Tensor, members: Tensor) -> Tensor:
     Computed in float64: torch's order of summation depends on the memory layout, and equal windows must tie.
     """
     present = members >= 0  # [windows, n]
-    u = x.double() / x.double().norm(dim=-1, keepdim=True).clamp(min=1e-8)  # [B, N, C]
+    norm = x.double().norm(dim=-1, keepdim=True)
+    u = x.double() / norm.clamp(min=1e-8)  # [B, N, C]
+    u = u.masked_fill(norm < VANISHED, 0.0)
     u = torch.where(present[..., None], u[:, members.clamp(min=0)], 0.0)  # [B, windows, n, C]
     n = present.sum(-1)
     squares = (u * u).sum((-1, -2))
@@ -90,7 +94,7 @@ def spatial_merge(
     assignment = torch.cat([torch.arange(prefix, device=x.device).expand(batch, -1), row], 1)
 
     capacity = length if budget is None else length - budget * (prod(window) - 1)
-    weight = torch.ones(batch, length, device=x.device) if sizes is None else sizes
+    weight = torch.ones(batch, length, dtype=torch.float32, device=x.device) if sizes is None else sizes
     # One extra row collects the tokens that are not written.
     tokens = x.new_zeros(batch, capacity + 1, channels)
     out_sizes = weight.new_zeros(batch, capacity + 1)
@@ -101,7 +105,7 @@ def spatial_merge(
 
     inside = members.clamp(min=0) + prefix
     member_weight = weight[:, inside] * present  # [B, W, n]
-    member = torch.where(present[..., None], x[:, inside].float(), 0.0)
+    member = torch.where(present[..., None], x[:, inside].double(), 0.0)  # sums may leave float32, means do not
     total = member_weight.sum(-1)  # [B, W]
     mean = (member_weight[..., None] * member).sum(-2) / total[..., None]
     target = torch.where(merged, assignment[:, prefix + members[:, 0]], capacity)  # [B, W]

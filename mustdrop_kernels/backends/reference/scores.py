@@ -16,8 +16,8 @@ def softmax(
 ) -> Tensor:
     """Masked softmax; a row without visible keys gives zeros."""
     scores = scores.masked_fill(~visible, -torch.inf)
-    if lse is None:
-        lse = scores.logsumexp(-1)
+    if lse is None:  # not by way of the normalizer, which drops the terms after the largest of huge scores
+        return scores.softmax(-1).masked_fill(~visible, 0.0)
     probability = (scores - lse[..., None]).exp()
     return probability.masked_fill(~visible | lse[..., None].isneginf(), 0.0)
 
@@ -32,14 +32,15 @@ def _head_mean(
 ) -> tuple[Tensor, Tensor]:
     """Head mean map [B, R, L] on query rows and vision columns, zero elsewhere; and the mask of query rows."""
     group = q.shape[1] // max(k.shape[1], 1)
-    scores = scale * q.float() @ k.float().repeat_interleave(group, 1).transpose(-1, -2)  # [B, Hq, R, L]
+    # In float64: torch may be set to multiply float32 in less.
+    scores = scale * q.double() @ k.double().repeat_interleave(group, 1).transpose(-1, -2)  # [B, Hq, R, L]
     column = torch.arange(k.shape[2], device=k.device)
     visible = (token_types != TokenType.PADDING)[:, None] & (column <= position[..., None])  # [B, R, L]
     probability = softmax(scores, visible[:, None], lse).sum(1) / max(q.shape[1], 1)
     inside = (position >= 0) & (position < k.shape[2])
     query = inside & (_take(token_types, position.clamp(0, max(k.shape[2] - 1, 0))) == TokenType.QUERY)  # [B, R]
     shown = query[..., None] & (token_types == TokenType.VISION)[:, None]
-    return probability.masked_fill(~shown, 0.0), query
+    return probability.masked_fill(~shown, 0.0).float(), query
 
 
 def _take(token_types: Tensor, index: Tensor) -> Tensor:
