@@ -26,16 +26,16 @@ __device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
   return {maximum, a.sum * fast_exp2(a.maximum - maximum) + b.sum * fast_exp2(b.maximum - maximum)};
 }
 
-// Adds two scores where they are visible.
+// Adds two scores where they are visible. Products are rounded as those in the maximum are: a fused difference would be
+// off by their rounding, which may be a large exponent.
 __device__ __forceinline__ void add_scores(RowPart& part, float s0, float s1, bool seen0, bool seen1, float scale) {
-  const float x0 = seen0 ? s0 * scale : -kLargest, x1 = seen1 ? s1 * scale : -kLargest;
+  const float x0 = seen0 ? product(s0, scale) : -kLargest, x1 = seen1 ? product(s1, scale) : -kLargest;
   const float top = fminf(fmaxf(x0, x1), kLargest);  // finite: infinities must not be subtracted
   if (top > part.maximum + kSlack) {
     part.sum *= fast_exp2(part.maximum - top);
     part.maximum = top;
   }
-  part.sum += (seen0 ? fast_exp2(fmaf(s0, scale, -part.maximum)) : 0.0f) +
-              (seen1 ? fast_exp2(fmaf(s1, scale, -part.maximum)) : 0.0f);
+  part.sum += (seen0 ? fast_exp2(x0 - part.maximum) : 0.0f) + (seen1 ? fast_exp2(x1 - part.maximum) : 0.0f);
 }
 
 // This thread's two keys of a block of 16.

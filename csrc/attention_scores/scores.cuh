@@ -167,7 +167,7 @@ __device__ __forceinline__ void add_weights(const ScoreParameters& p, const KeyT
         const float minus = two.at[i % 2 * 2], factor = two.at[i % 2 * 2 + 1];
         const int32_t key = tile.first + lane_key<M>(block) + i / 2 * 8;
         float &score = scores[block][eight][i], &sum = sums[block][eight][i];
-        const float weight = fast_exp2(fmaf(score, p.scale_log2, -minus));
+        const float weight = fast_exp2(product(score, p.scale_log2) - minus);
         if (!masked || (key <= position[row + i % 2] && minus != infinity())) sum = fmaf(weight, factor, sum);
         score = 0.0f;
       }

@@ -123,6 +123,13 @@ __device__ __forceinline__ float fast_exp2(float v) {  // within 2 ulp; subnorma
   return result;
 }
 
+// Rounded by itself, never fused with the sum that it is part of.
+__device__ __forceinline__ float product(float a, float b) {
+  float result;
+  asm("mul.rn.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));
+  return result;
+}
+
 __device__ __forceinline__ float max_nan(float a, float b) {  // NaN if one of them is, as in torch.amax
   float result;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(a), "f"(b));

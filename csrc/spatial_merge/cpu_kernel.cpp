@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "common/cpu_math.h"
+#include "spatial_merge/norms.h"
 
 namespace mustdrop::cpu::MUSTDROP_CPU_LEVEL {
 namespace {
@@ -33,19 +34,20 @@ void for_each_token(const MergeParameters& p, const WindowExtent& extent, const 
       for (int64_t w = extent.begin[2]; w < extent.end[2]; ++w) visit(p.prefix + (t * p.grid[1] + h) * p.grid[2] + w);
 }
 
+// |scale row|^2.
 template <class T>
-float square_sum(const T* row, int64_t channels) {
+float square_sum(const T* row, int64_t channels, float scale = 1.0f) {
   constexpr int kSums = 4;  // independent additions
   VecFloat sums[kSums] = {};
   int64_t c = 0;
   for (; c + kSums * kLanes <= channels; c += kSums * kLanes)
 #pragma GCC unroll 4
     for (int i = 0; i < kSums; ++i) {
-      const VecFloat a = load(row + c + i * kLanes);
+      const VecFloat a = load(row + c + i * kLanes) * scale;
       sums[i] += a * a;
     }
   for (; c < channels; c += kLanes) {
-    const VecFloat a = c + kLanes <= channels ? load(row + c) : load_part(row + c, channels - c);
+    const VecFloat a = (c + kLanes <= channels ? load(row + c) : load_part(row + c, channels - c)) * scale;
     sums[0] += a * a;
   }
   return sum_of((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -112,13 +114,13 @@ void similarity_of(const MergeTask& task, int64_t item) {
   RowSum<T> sum(task.sum, p.channels);
   for_each_token(p, extent, [&](int64_t token) {
     const T* row = image + token * p.x_row;
-    const float square = square_sum(row, p.channels), norm = sqrtf(square);
-    const float scale = 1.0f / (norm < 1e-8f ? 1e-8f : norm);
-    squares += square * scale * scale;
-    sum.add(scale, row);
+    const TokenUnit unit =
+        token_unit(square_sum(row, p.channels), [&](float scale) { return square_sum(row, p.channels, scale); });
+    squares += unit.square;
+    sum.add(unit.weight, row);
   });
   const float pairs = static_cast<float>(n) * static_cast<float>(n - 1);
-  p.similarity[item] = n > 1 ? (square_sum(sum.finish(), p.channels) - squares) / pairs : NAN;
+  p.similarity[item] = n > 1 ? (square_sum(sum.finish(), p.channels, 1.0f / kUnit) - squares) / pairs : NAN;
 }
 
 template <class T>
@@ -132,11 +134,11 @@ void write_merged(const MergeTask& task, const WindowExtent& extent, int64_t b) 
     const float weight = p.sizes ? p.sizes[b * p.sizes_batch + token] : 1.0f;
     size += weight;
     row = p.assignment[b * p.length + token];
-    sum.add(weight, image + token * p.x_row);
+    sum.add(weight * kShare, image + token * p.x_row);
   });
   const float* of_window = sum.finish();
   T* out = static_cast<T*>(p.tokens) + (b * p.capacity + row) * p.channels;
-  for (int64_t c = 0; c < p.channels; ++c) from_float(of_window[c] / size, out[c]);
+  for (int64_t c = 0; c < p.channels; ++c) from_float(of_window[c] / (size * kShare), out[c]);
   p.out_sizes[b * p.capacity + row] = size;
 }
 

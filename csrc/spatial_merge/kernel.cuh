@@ -16,6 +16,9 @@
 
 #include "common/device.cuh"
 
+#define MUSTDROP_NORM_FUNCTION __device__ __forceinline__
+#include "spatial_merge/norms.h"
+
 namespace mustdrop {
 
 constexpr int kMergeThreads = 256;
@@ -31,7 +34,7 @@ struct MergeParameters {
   int64_t* assignment;                            // [B, P+N]
   float* out_sizes;                               // [B, capacity]
   float* similarity;                              // [B, W]
-  float* inverse;                                 // [B, W, members]: 1 / |x|
+  float* inverse;                                 // [B, W, members]: TokenUnit::weight
   int32_t* rank;                                  // [B, W]: rank among the candidates, by descending similarity
   int32_t* window_row;                            // [B, W]: row of a merged window, -1 if it does not merge
   int32_t* row;                                   // [B, N]: row of a token that does not merge
@@ -88,24 +91,29 @@ struct MergeTokens {
   }
 };
 
+// |scale token|^2. Called by one warp.
+template <class T, int V>
+__device__ __forceinline__ float square_of(const T* token, int32_t channels, float scale) {
+  float sum = 0.0f;
+#pragma unroll 4
+  for (int32_t c = lane_id() * V; c < channels; c += kWarp * V) {
+    const Pack<T, V> piece = load_pack<T, V>(token + c);
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum += to_float(piece.at[i]) * scale * (to_float(piece.at[i]) * scale);
+  }
+  return warp_sum(sum);
+}
+
 // Called by one warp. Writes `inverse` [count].
 template <class T, int V>
 __device__ __forceinline__ float window_similarity(const MergeParameters& p, const MergeWindow& w,
                                                    const MergeTokens<T>& x, float* inverse) {
   float squares = 0.0f;
   for (int32_t m = 0; m < w.count; ++m) {
-    const T* token = x.at(p, w, m);
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V) {
-      const Pack<T, V> piece = load_pack<T, V>(token + c);
-#pragma unroll
-      for (int i = 0; i < V; ++i) sum += to_float(piece.at[i]) * to_float(piece.at[i]);
-    }
-    sum = warp_sum(sum);
-    const float norm = sqrtf(sum), one_over = 1.0f / (norm < 1e-8f ? 1e-8f : norm);
-    squares += sum * one_over * one_over;
-    if (lane_id() == 0) inverse[m] = one_over;
+    const auto square = [&](float scale) { return square_of<T, V>(x.at(p, w, m), p.channels, scale); };
+    const TokenUnit unit = token_unit(square(1.0f), square);
+    squares += unit.square;
+    if (lane_id() == 0) inverse[m] = unit.weight;
   }
   __syncwarp();
   float total = 0.0f;
@@ -114,12 +122,12 @@ __device__ __forceinline__ float window_similarity(const MergeParameters& p, con
 #pragma unroll 4
     for (int32_t m = 0; m < w.count; ++m) {
       const Pack<T, V> piece = load_pack<T, V>(x.at(p, w, m) + c);
-      const float one_over = inverse[m];
+      const float weight = inverse[m];
 #pragma unroll
-      for (int i = 0; i < V; ++i) sum[i] += to_float(piece.at[i]) * one_over;
+      for (int i = 0; i < V; ++i) sum[i] += to_float(piece.at[i]) * weight;
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i) total += sum[i] * sum[i];
+    for (int i = 0; i < V; ++i) total += sum[i] / kUnit * (sum[i] / kUnit);
   }
   total = warp_sum(total);
   const float n = static_cast<float>(w.count);
@@ -209,13 +217,13 @@ __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b
 #pragma unroll 4
     for (int32_t m = 0; m < w.count; ++m) {
       const Pack<T, V> piece = load_pack<T, V>(x.at(p, w, m) + c);
-      const float s = weight(m);
+      const float s = weight(m) * kShare;
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] += s * to_float(piece.at[i]);
     }
     Pack<T, V> mean;
 #pragma unroll
-    for (int i = 0; i < V; ++i) mean.at[i] = from_float<T>(sum[i] / total);
+    for (int i = 0; i < V; ++i) mean.at[i] = from_float<T>(sum[i] / (total * kShare));
     store_pack<T, V>(tokens + int64_t(merged_row) * p.channels + c, mean);
   }
 }

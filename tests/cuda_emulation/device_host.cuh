@@ -37,6 +37,11 @@ __device__ __forceinline__ float fast_exp2(float v) {
   return result < bits_to_float(0x00800000u) ? 0.0f : result;
 }
 
+__device__ __forceinline__ float product(float a, float b) {
+  const volatile float rounded = a * b;  // not fused
+  return rounded;
+}
+
 __device__ __forceinline__ float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 
 __device__ __forceinline__ void copy16_async(void* shared, const void* global, bool valid) {

@@ -45,7 +45,9 @@ def _cases(draw: st.DrawFn) -> Case:
         "on": draw(st.one_of(st.none(), st.none(), st.integers(0, 2**16))),  # the threshold is a window's similarity
         "alike": draw(st.sampled_from([0.0, 0.5, 2.0])),
         "copies": draw(st.integers(0, 3)),  # windows that are copies of another one: exact ties
-        "special": draw(st.sampled_from([None, None, None, "zero", "nan", "inf", "tiny", "large"])),
+        "special": draw(
+            st.sampled_from([None, None, None, "zero", "nan", "inf", "tiny", "large", "vanishing", "huge", "mixed"])
+        ),
         "sizes": draw(st.sampled_from([None, None, "whole", "with zeros"])),
         "layouts": [draw(layouts(3)), draw(layouts(2))],
         "seed": draw(SEEDS),
@@ -78,6 +80,9 @@ def _build(case: Case) -> dict[str, Any]:
     }
 
 
+_SCALES = {"tiny": 1e-3, "large": 100.0, "vanishing": 1e-25, "huge": 1e30}
+
+
 def _tokens(case: Case) -> Tensor:
     """(B, P+N, C): noise with a variable common part; copies of windows; special values."""
     batch, prefix, length = case["batch"], case["prefix"], case["prefix"] + math.prod(case["grid"])
@@ -90,8 +95,10 @@ def _tokens(case: Case) -> Tensor:
     for _ in range(case["copies"] if len(full) > 1 else 0):
         source, target = rng.integers(0, len(full), 2)
         x[:, full[target]] = x[:, full[source]]
-    if case["special"] in ("tiny", "large"):
-        x *= 1e-3 if case["special"] == "tiny" else 100
+    if case["special"] in _SCALES:
+        x *= _SCALES[case["special"]]
+    elif case["special"] == "mixed":  # norms of all sizes
+        x *= torch.from_numpy(2.0 ** rng.integers(-100, 124, (*x.shape[:2], 1))).float()
     elif case["special"] is not None and x.numel():
         b, t, c = (int(rng.integers(0, n)) for n in x.shape)
         if case["special"] == "zero":

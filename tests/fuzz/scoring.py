@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from .inputs import (
     SEEDS,
     WIDTHS,
     Case,
+    dtype_of,
     integers,
     laid,
     layouts,
@@ -47,11 +49,25 @@ def _attention(draw: st.DrawFn) -> Case:
         "dim": draw(WIDTHS),
         "scale": draw(st.sampled_from([None, None, None, 0.0, -0.3, 0.1])),  # None: 1 / sqrt(dim)
         "nan": draw(PLACES),
+        "exponent": draw(st.sampled_from([None, None, None, -60, 5, 12, 50])),  # of whole vectors times 2^exponent
         "seed": draw(SEEDS),
     }
 
 
+def _vectors(shape: Sequence[int], case: Case, stream: int = 0) -> Tensor:
+    """Gaussian, or whole numbers times a power of two: of any size, their scores are exact in float32."""
+    exponent = case.get("exponent")
+    if exponent is None:
+        return normal(shape, case["seed"] + stream, case["dtype"], GAIN)
+    most = -60 if case.get("lse") else 12 if case["dtype"] == "float16" else exponent  # a given lse is rounded
+    exponent = min(exponent, most)
+    whole = numbers(case["seed"] + stream).integers(-3, 4, tuple(shape))
+    return torch.from_numpy(whole * 2.0**exponent).to(dtype_of(case["dtype"]))
+
+
 def _scale(case: Case) -> float:
+    if case.get("exponent") is not None:
+        return 0.25
     return 1 / math.sqrt(max(1, case["dim"])) if case["scale"] is None else case["scale"]
 
 
@@ -86,8 +102,8 @@ def _cls_cases(draw: st.DrawFn) -> Case:
 
 def _build_cls(case: Case) -> dict[str, Any]:
     heads = math.prod(case["heads"])
-    q = normal((case["batch"], heads, case["dim"]), case["seed"], case["dtype"], GAIN)
-    k = normal((case["batch"], heads, case["span"], case["dim"]), case["seed"] + 1, case["dtype"], GAIN)
+    q = _vectors((case["batch"], heads, case["dim"]), case)
+    k = _vectors((case["batch"], heads, case["span"], case["dim"]), case, 1)
     q, k = _with_nan(q, k, case)
     return {
         "q": laid(q, case["layouts"][0]),
@@ -127,8 +143,8 @@ def _dense_cases(draw: st.DrawFn) -> Case:
 
 def _build_dense(case: Case) -> dict[str, Any]:
     batch, (kv_heads, group), dim = case["batch"], case["heads"], case["dim"]
-    q = normal((batch, kv_heads * group, case["rows"], dim), case["seed"], case["dtype"], GAIN)
-    k = normal((batch, kv_heads, case["length"], dim), case["seed"] + 1, case["dtype"], GAIN)
+    q = _vectors((batch, kv_heads * group, case["rows"], dim), case)
+    k = _vectors((batch, kv_heads, case["length"], dim), case, 1)
     q, k = _with_nan(q, k, case)
     q, k = laid(q, case["layouts"][0]), laid(k, case["layouts"][1])
     types = laid(token_types(batch, case["length"], case["types"]), case["layouts"][2])
@@ -329,8 +345,8 @@ def _build_varlen(case: Case) -> dict[str, Any]:
     (kv_heads, group), dim, margins = case["heads"], case["dim"], case["margins"]
     total_q = sum(q for q, _ in case["lengths"]) + 2 * margins[0]
     total_k = sum(k for _, k in case["lengths"]) + 2 * margins[1]
-    q = normal((total_q, kv_heads * group, dim), case["seed"], case["dtype"], GAIN)
-    k = normal((total_k, kv_heads, dim), case["seed"] + 1, case["dtype"], GAIN)
+    q = _vectors((total_q, kv_heads * group, dim), case)
+    k = _vectors((total_k, kv_heads, dim), case, 1)
     q, k = _with_nan(q, k, case)
     cu_q = _bounds([q for q, _ in case["lengths"]], margins[0], case["bad_q"])
     cu_k = _bounds([k for _, k in case["lengths"]], margins[1], case["bad_k"])
@@ -423,8 +439,8 @@ def _build_paged(case: Case) -> dict[str, Any]:
     given = zip(case["seq_lens"], case["lengths"], strict=True)
     seq_lens = [k if bad is None else bad for bad, (_, k) in given]
     total_q = sum(q for q, _ in case["lengths"])
-    q = normal((total_q, kv_heads * group, dim), case["seed"], case["dtype"], GAIN)
-    cache = normal((len(order), slots, kv_heads, dim), case["seed"] + 1, case["dtype"], GAIN)
+    q = _vectors((total_q, kv_heads * group, dim), case)
+    cache = _vectors((len(order), slots, kv_heads, dim), case, 1)
     q, cache = _with_nan(q, cache, case)
     cu_q = _bounds([q for q, _ in case["lengths"]], 0, case["bad_q"])
     lse = 2 + normal((kv_heads * group, total_q), case["seed"] + 2, "float32") if case["lse"] else None

@@ -92,9 +92,9 @@ def _cls_mean_kernel(
         part = tl.load(stats + 2 * (head * tiles + tile) + 1, mask=tile < tiles, other=0.0)
         most = tl.max(top, axis=0)
         most = tl.where(most == float("-inf"), 0.0, most)
-        lse = most + tl.log2(tl.sum(part * tl.exp2(top - most), axis=0))
+        mass = tl.sum(part * tl.exp2(top - most), axis=0)
         score = tl.load(scores + head * length + row, mask=shown, other=float("-inf"))
-        mean += tl.where(lse == float("-inf"), 0.0, tl.exp2(score - lse))
+        mean += tl.where(mass == 0.0, 0.0, tl.exp2(score - most) / mass)
     tl.store(out + b * length + row, tl.where(shown, mean * share, 0.0), mask=row < length)
 
 

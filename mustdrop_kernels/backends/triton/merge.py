@@ -61,16 +61,30 @@ def _similarity_kernel(
         column = start + tl.arange(0, COLUMNS)[None, :]
         value = widen(tl.load(rows + column, mask=present[:, None] & (column < C), other=0.0))
         squares += tl.sum(value * value, axis=1)
+    # Rules and constants as in csrc/spatial_merge/norms.h.
+    large, small = squares > 2.0**100, squares < 2.0**-80
+    scale = tl.where(large, 2.0**-100, tl.where(small, 2.0**60, 1.0))
+    vanished = small
+    if tl.max((large | (small & present)).to(tl.int32)) > 0:
+        squares = tl.zeros([MEMBERS], tl.float32)
+        for start in range(0, C, COLUMNS):
+            column = start + tl.arange(0, COLUMNS)[None, :]
+            value = widen(tl.load(rows + column, mask=present[:, None] & (column < C), other=0.0)) * scale[:, None]
+            squares += tl.sum(value * value, axis=1)
+        vanished = small & (squares < 2.0**-6)
     norm = tl.sqrt_rn(squares)
-    inverse = tl.div_rn(1.0, tl.where(norm < 1e-8, 1e-8, norm))
+    inverse = tl.div_rn(1.0, tl.where(small, 1e-8, tl.where(norm < 1e-8 * scale, 1e-8 * scale, norm)))
+    inverse = tl.where(vanished, 0.0, inverse * (tl.where(small, 1.0, scale) * 2.0**24))
 
+    # u is 2^24 times as long, so that the inverse of the largest norm is a normal number.
     of_sum, own = 0.0, 0.0  # |sum u|^2 and sum |u|^2
     for start in range(0, C, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         value = widen(tl.load(rows + column, mask=present[:, None] & (column < C), other=0.0))
         unit = value * inverse[:, None]
-        together = tl.sum(unit, axis=0)
+        together = tl.sum(unit, axis=0) * 2.0**-24
         of_sum += tl.sum(together * together)
+        unit *= 2.0**-24
         own += tl.sum(tl.sum(unit * unit, axis=1))
     n = tl.sum(present.to(tl.int32))
     pairs = (n * (n - 1)).to(tl.float32)
@@ -251,7 +265,8 @@ def _write_kernel(
         else:
             member = tl.arange(0, MEMBERS)
             total = tl.sum(size)
-            mean = tl.div_rn(tl.sum(size[:, None] * widen(value), axis=0)[None, :], total)
+            share = size * 2.0**-12  # so that the sum stays in float32
+            mean = tl.div_rn(tl.sum(share[:, None] * widen(value), axis=0)[None, :], total * 2.0**-12)
             # Row 0 of the tile is the merged token; the others zero the rows that merging has freed, from the end.
             last = tl.sum(present.to(tl.int32))
             target = tl.where(member == 0, tl.max(row), length - saved - member)

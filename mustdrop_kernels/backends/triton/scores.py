@@ -74,7 +74,7 @@ class _Plan:
 
         self.no_heads = heads == 0
         self.info = (batch, HEADER + q_longest)
-        self.norms = (batch, heads, q_longest) if lse is None else None
+        self.norms = (batch, heads, q_longest, 2) if lse is None else None
         self.shares = (batch, splits, k_longest, SHARED_ROWS) if splits > 1 else None
         self.tails = (batch, splits, 2, k_longest) if splits > 1 else None
         self.map = (batch, max_query, k_longest)

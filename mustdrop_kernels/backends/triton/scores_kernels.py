@@ -97,7 +97,8 @@ def lse_kernel(
     types,
     table,
     info,
-    norms,  # [B, Hq, q_longest] float32: log2 of the sum of 2^score, by index of query row
+    norms,  # [B, Hq, q_longest, 2] float32, by index of query row: the highest score, before it is scaled, and log2 of
+    # the sum of 2^((score - highest) scale)
     scale,  # times log2(e)
     q_longest,
     blocks,
@@ -152,24 +153,37 @@ def lse_kernel(
                 )
                 score = dot(query, key, score)
             visible = exists[None, :] & (column[None, :] <= position[:, None])
-            score = tl.where(visible, score * scale, float("-inf"))
+            score = tl.where(visible, _signed(score, scale), float("-inf"))
             higher = tl.maximum(top, tl.max(score, axis=1))
             base = tl.where(higher == float("-inf"), 0.0, higher)  # no visible key so far
-            mass = mass * tl.exp2(top - base) + tl.sum(tl.exp2(score - base[:, None]), axis=1)
+            share = tl.where(visible, tl.exp2((score - base[:, None]) * tl.abs(scale)), 0.0)
+            before = tl.where(top == float("-inf"), 0.0, tl.exp2((top - base) * tl.abs(scale)))
+            mass = mass * before + tl.sum(share, axis=1)
             top = higher
-        at = norms + (b * (HEADS * GROUP) + h) * q_longest + row
-        tl.store(at, tl.where(mass == 0.0, float("-inf"), top + tl.log2(mass)), mask=there)
+        at = norms + 2 * ((b * (HEADS * GROUP) + h) * q_longest + row)
+        tl.store(at, top, mask=there)
+        tl.store(at + 1, tl.where(mass == 0.0, float("-inf"), tl.log2(mass)), mask=there)
+
+
+@triton.jit
+def _signed(score, scale):
+    """The score with the sign of its product with scale. A difference of scores is exact near the highest, whatever
+    their size; one of rounded products is not where the compiler fuses product and difference."""
+    return tl.where(scale < 0.0, -score, score)
 
 
 @triton.jit
 def _normalizer(lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS: tl.constexpr):
-    """Base-2 logarithm of the sum of exponentials of some rows of one head; -inf: the row has no visible key."""
+    """top and norm of some rows of one head: a score weighs 2^((score - top) scale - norm). -inf: no visible key."""
     if lse is not None:
         at = lse + b * lse_batch + h * lse_head + (q_begin + i).to(tl.int64) * lse_row
         norm = tl.load(at, mask=there, other=float("-inf")) * 1.4426950408889634  # log2(e)
+        top = tl.zeros_like(norm)
     else:
-        norm = tl.load(norms + (b * HEADS + h) * q_longest + r, mask=there, other=float("-inf"))
-    return norm
+        at = norms + 2 * ((b * HEADS + h) * q_longest + r)
+        top = tl.load(at, mask=there, other=0.0)
+        norm = tl.load(at + 1, mask=there, other=float("-inf"))
+    return top, norm
 
 
 @triton.jit
@@ -206,11 +220,12 @@ def _head_sum(
                     q_at[None, :] + (h * q_head + d)[:, None], mask=there[None, :] & (d < D)[:, None], other=0.0
                 )
                 score = dot(key, query, score)
-            norm = _normalizer(
+            top, norm = _normalizer(
                 lse, norms, b, h, i, r, there, q_begin, q_longest, lse_batch, lse_head, lse_row, HEADS * GROUP
             )
             seen = visible & (norm != float("-inf"))[None, :]
-            acc += tl.where(seen, tl.exp2(score * scale - norm[None, :]), 0.0)
+            above = (_signed(score, scale) - top[None, :]) * tl.abs(scale)
+            acc += tl.where(seen, tl.exp2(above - norm[None, :]), 0.0)
     return acc
 
 
@@ -222,7 +237,7 @@ def scores_kernel(
     lse,  # [B, Hq, Lq] or [Hq, total_q] float32, or None: norms
     table,
     info,
-    norms,  # [B, Hq, q_longest] float32, or None: lse
+    norms,  # [B, Hq, q_longest, 2] float32, or None: lse
     total,  # [B, Lk] or [total_k] float32
     peak,
     shares,  # SPLITS > 1: [B, SPLITS, k_longest, SHARED] float32, sums over the heads of a split
@@ -308,7 +323,7 @@ def map_kernel(
     types,  # [B, Lk] uint8
     lse,  # [B, Hq, Lq] float32, or None: norms
     info,
-    norms,  # [B, Hq, q_longest] float32, or None: lse
+    norms,  # [B, Hq, q_longest, 2] float32, or None: lse
     out,  # [B, max_query, Lk] float32
     scale,  # times log2(e)
     q_longest,
