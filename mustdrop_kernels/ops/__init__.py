@@ -9,6 +9,14 @@ All operators share these properties:
 - float32, float16 and bfloat16; sums in float32, rounded once. Operators that only move tokens take any dtype.
 - Any strides with a contiguous last dimension; a paged cache may have any strides.
 - The same input gives the same bits on the same device. Ties go to the lower index; NaN ranks lowest.
+- ``spatial_merge`` and ``gather_tokens`` are differentiable in ``x``, in reverse and forward mode and under
+  ``torch.func`` (``grad``, ``vjp``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``, ``vmap``, composed too). The others
+  have no gradient: the backward pass raises, and so does a call with a forward-mode tangent, except of
+  ``select_dual`` and ``select_topk``, whose results are integers. ``vmap`` batches all operators but the in-place
+  ones, which no transform of ``torch.func`` may contain.
+- Lists of tensors have one length, or one entry for all layers; a call whose lists are all empty has no effect.
+- Numbers may be Python's, NumPy's or tensors of no dimension; arrays serve as lists of numbers.
+- torch's settings (default dtype and device, deterministic algorithms, matmul precision, autocast) change no bit.
 - A wrong argument raises a RuntimeError that names it, and an explicit backend that does not serve the call a
   ``mustdrop_kernels.backends.BackendError``, before any work.
 
