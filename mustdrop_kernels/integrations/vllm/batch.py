@@ -6,17 +6,26 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import images
+
+
+class StepRequest(NamedTuple):
+    """A request of the current step."""
+
+    name: str
+    images: Sequence[Any]  # its multimodal features
 
 
 class DropRecord:
     """Number of dropped tokens of each running request. One per worker, equal on all ranks."""
 
     def __init__(self) -> None:
-        self.requests: Callable[[], Sequence[str]] = lambda: ()
+        self.requests: Callable[[], Sequence[StepRequest]] = lambda: ()
         """The requests of the current step, in the order of its rows."""
         self.dropped: dict[str, int] = {}
         self._updates: dict[str, int] = {}
@@ -41,7 +50,7 @@ class DropRecord:
 class Batch:
     """One step: R requests and their new tokens, packed row by row."""
 
-    requests: list[str]
+    requests: list[StepRequest]
     metadata: Any  # vLLM's attention metadata
     new: list[int]  # new tokens of each request
     lengths: list[int]  # length of each plain sequence, new tokens included
@@ -54,22 +63,26 @@ class Batch:
         return sum(self.new)
 
     @classmethod
-    def of(cls, record: DropRecord, metadata: Any, image: Tensor) -> Batch:  # image: (rows) bool, placeholders
+    def of(cls, record: DropRecord, metadata: Any) -> Batch:
         """The batch of a step. Requests that begin, first or after preemption, are removed from the record."""
         begins = metadata.query_start_loc.tolist()
         new = [b - a for a, b in itertools.pairwise(begins)]
         lengths = metadata.seq_lens[: len(new)].tolist()
         requests = list(record.requests())[: len(new)]
         fresh = [a == b for a, b in zip(new, lengths, strict=True)]
-        record.remove(request for request, first in zip(requests, fresh, strict=True) if first)
-        holds = torch.zeros(image.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(image, 0, out=holds[1:])
-        found = (holds[begins[1:]] - holds[begins[:-1]]).tolist()
+        record.remove(request.name for request, first in zip(requests, fresh, strict=True) if first)
         return cls(
             requests=requests,
             metadata=metadata,
             new=new,
             lengths=lengths,
-            dropped_before=[record.dropped.get(request, 0) for request in requests],
-            beginning=[i for i, (first, count) in enumerate(zip(fresh, found, strict=True)) if first and count > 0],
+            dropped_before=[record.dropped.get(request.name, 0) for request in requests],
+            beginning=[i for i, first in enumerate(fresh) if first and requests[i].images],
         )
+
+    def placeholders(self, device: torch.device) -> Tensor:
+        """(rows) bool: the rows of images of requests that begin."""
+        members = set(self.beginning)
+        pairs = zip(self.requests, self.new, strict=True)
+        parts = [images.rows(r.images if i in members else (), rows) for i, (r, rows) in enumerate(pairs)]
+        return torch.cat(parts).to(device)

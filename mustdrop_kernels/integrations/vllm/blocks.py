@@ -22,7 +22,7 @@ def release_leading_blocks(kv_cache_manager: Any, request_id: str, tokens: int) 
     return freed
 
 
-def keep_out_of_prefix_cache(kv_cache_manager: Any, private: Callable[[Any], bool]) -> None:
+def keep_out_of_prefix_cache(kv_cache_manager: Any, private: Callable[[Any], Any]) -> None:
     """Keeps the blocks of private requests out of the prefix cache; ``never_share`` keeps them from reading it."""
     coordinator = kv_cache_manager.coordinator
     cache_blocks = coordinator.cache_blocks

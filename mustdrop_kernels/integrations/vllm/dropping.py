@@ -23,8 +23,6 @@ class DropTokensMixin:
     vLLM's own code runs the steps in which no token is dropped and no request has lost any.
     """
 
-    requires_raw_input_tokens = True  # the placeholders show where the images are
-
     # Attributes of the model.
     config: Any
     language_model: Any
@@ -89,11 +87,9 @@ class DropTokensMixin:
         flags, self._flags = self._flags, None
         context = get_forward_context()
         metadata = self._plain_metadata(context)
-        if metadata is None or input_ids is None:
+        if metadata is None:
             return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-        rows = metadata.num_actual_tokens
-        placeholders = input_ids[:rows] == self.config.image_token_index
-        batch = Batch.of(self.drop_record, metadata, placeholders)
+        batch = Batch.of(self.drop_record, metadata)
         if not batch.beginning and not any(batch.dropped_before):
             return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
         with metadata_swap(context, self._names) as swap:
@@ -102,14 +98,13 @@ class DropTokensMixin:
                 lengths = [length - count for length, count in zip(batch.lengths, dropped, strict=True)]
                 swap.use(self._metadata.build(metadata, batch.new, lengths, dropped))
                 return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            if inputs_embeds is None:
-                inputs_embeds = self.language_model.embed_input_ids(input_ids)
-            hidden = inputs_embeds[:rows]
+            assert inputs_embeds is not None  # as in every step of a model with images
+            rows = batch.rows
             final, plan = self._prefill.run(
-                batch, placeholders, None if flags is None else flags.first(rows), hidden, positions[:rows], swap
+                batch, None if flags is None else flags.first(rows), inputs_embeds[:rows], positions[:rows], swap
             )
         for i in plan.members:
-            self.drop_record.add(batch.requests[i], plan.dropped[i])
+            self.drop_record.add(batch.requests[i].name, plan.dropped[i])
         padding = inputs_embeds.shape[0] - rows
         return final if padding == 0 else torch.nn.functional.pad(final, (0, 0, 0, padding))
 

@@ -32,7 +32,6 @@ class Prefill:
     def run(
         self,
         batch: Batch,
-        placeholders: Tensor,  # (rows) bool
         flags: PlaceholderFlags | None,  # of stage 1; None: it has not run
         hidden: Tensor,  # (rows, C)
         positions: Tensor,  # (rows) int64
@@ -43,7 +42,12 @@ class Prefill:
         ranks = get_tp_group()
         group = ranks.device_group if ranks.world_size > 1 else None
         plan = PackedDropPlan(
-            batch.new, batch.beginning, placeholders, self._config, is_key_token=is_key_token, group=group
+            batch.new,
+            batch.beginning,
+            batch.placeholders(hidden.device),
+            self._config,
+            is_key_token=is_key_token,
+            group=group,
         )
         if flags is not None and self._config.merge:
             rows = plan.drop_empty(flags.empty)

@@ -9,6 +9,7 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
+from . import images
 from .blocks import keep_out_of_prefix_cache, never_share, release_leading_blocks, shares_blocks
 
 logger = init_logger("vllm.mustdrop")
@@ -23,11 +24,11 @@ class MustDropScheduler(Scheduler):
         super().__init__(*args, **kwargs)
         self.released_blocks = 0
         """Number of blocks that running requests have freed."""
-        keep_out_of_prefix_cache(self.kv_cache_manager, private=lambda request: request.has_encoder_inputs)
+        keep_out_of_prefix_cache(self.kv_cache_manager, private=images.features)
 
     def add_request(self, request: Any) -> None:
         """Keeps blocks of prompts with images private, since their contents depend on the whole prompt."""
-        if request.has_encoder_inputs:
+        if images.features(request):
             never_share(request)
         super().add_request(request)
 
@@ -36,7 +37,7 @@ class MustDropScheduler(Scheduler):
         plan = super().schedule(*args, **kwargs)
         begin = [new.req_id for new in plan.scheduled_new_reqs] + list(plan.scheduled_cached_reqs.resumed_req_ids)
         for request_id in begin:
-            if self.requests[request_id].has_encoder_inputs and shares_blocks(self.kv_cache_manager, request_id):
+            if images.features(self.requests[request_id]) and shares_blocks(self.kv_cache_manager, request_id):
                 raise RuntimeError(f"mustdrop: request {request_id} has blocks of another, which cannot be compacted")
         return plan
 
@@ -54,7 +55,7 @@ class MustDropScheduler(Scheduler):
         attend to image tokens that were dropped before they were generated.
         """
         plan = super()._try_schedule_encoder_inputs
-        if num_computed_tokens > 0:
+        if num_computed_tokens > 0 or not images.features(request):
             return plan(request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens)
         if problem := _cannot_serve(request):
             logger.warning("mustdrop: request %s is refused: %s", request.request_id, problem)

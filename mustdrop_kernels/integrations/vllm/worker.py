@@ -7,6 +7,9 @@ from typing import Any
 
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from . import images
+from .batch import StepRequest
+
 
 class MustDropCPUWorker(CPUWorker):
     """vLLM's CPU worker around a model of this plug-in."""
@@ -16,7 +19,9 @@ class MustDropCPUWorker(CPUWorker):
         super().load_model(**kwargs)
         runner = self.model_runner
         self.drop_record = runner.model.drop_record
-        self.drop_record.requests = lambda: runner.input_batch.req_ids
+        self.drop_record.requests = lambda: [
+            StepRequest(name, images.features(runner.requests[name])) for name in runner.input_batch.req_ids
+        ]
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocates the cache; raises ``ValueError`` if the model cannot use it."""

@@ -21,6 +21,13 @@ from mustdrop_kernels.config import MustDropConfig
 
 PAGE_SIZE = 32  # of a block, the fewest that vLLM's CPU attention takes
 BUDGETS = {"merge": False, "key_rate": 0.0, "pruning_layers": [1, 3, 5], "budgets": [70, 40, 20]}
+KEEP_ALL = {
+    "merge": False,
+    "key_rate": 0.0,
+    "pruning_layers": [1, 3],
+    "global_threshold": 0.0,
+    "individual_threshold": 0.0,
+}
 PLANS = {
     "budgets": BUDGETS,
     "thresholds": {
@@ -114,7 +121,8 @@ def free_blocks(llm):
 
 
 def drop_record(llm):
-    return llm.llm_engine.model_executor.driver_worker.worker.drop_record
+    """None in a plain engine."""
+    return getattr(llm.llm_engine.model_executor.driver_worker.worker, "drop_record", None)
 
 
 class Transformers:

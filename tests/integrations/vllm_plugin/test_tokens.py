@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, PAGE_SIZE, PLANS, drop_record, engine, free_blocks, generate, scheduler
+from engines import ASKS, BUDGETS, KEEP_ALL, PAGE_SIZE, PLANS, drop_record, engine, free_blocks, generate, scheduler
 
 NEW = 20
 
@@ -38,7 +38,6 @@ def test_drops_are_not_whole_blocks(transformers_of):
 def test_keep_all_equals_plain_vllm(checkpoint):
     with engine(checkpoint, None) as llm:
         plain = generate(llm, ASKS, NEW)
-    plan = {"merge": False, "key_rate": 0.0, "global_threshold": 0.0, "individual_threshold": 0.0}
-    with engine(checkpoint, {**plan, "pruning_layers": [1, 3]}) as llm:
+    with engine(checkpoint, KEEP_ALL) as llm:
         assert generate(llm, ASKS, NEW) == plain
         assert scheduler(llm).released_blocks == 0
