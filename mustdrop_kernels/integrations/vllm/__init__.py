@@ -9,8 +9,8 @@ switched on for one model by ``hf_overrides``, for every LLaVA by the environmen
 
 plugin.py registers the models; settings.py reads and checks the settings; engine.py configures the engine; scheduler.py
 and blocks.py run in the engine core; worker.py, model.py, dropping.py, tower.py, vision.py, anyres.py, key_tokens.py,
-batch.py, prefill.py and metadata.py where the model is; images.py in both. The number of tokens that a prompt has lost
-travels from there to the scheduler with the step's output.
+batch.py, prefill.py, metadata.py and adapters.py where the model is; images.py in both; beams.py marks requests of beam
+search before they are sent. The number of tokens that a prompt has lost reaches the scheduler with the step's output.
 """
 
 from .plugin import register

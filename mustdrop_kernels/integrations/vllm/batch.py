@@ -19,6 +19,7 @@ class StepRequest(NamedTuple):
 
     name: str
     images: Sequence[Any]  # its multimodal features
+    adapter: int = 0  # of LoRA; 0: none
 
 
 class DropRecord:

@@ -26,6 +26,7 @@ class DropTokensMixin:
     # Attributes of the model.
     config: Any
     language_model: Any
+    lora_manager: Any = None  # set by vLLM
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -100,8 +101,9 @@ class DropTokensMixin:
                 return model.forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             assert inputs_embeds is not None  # as in every step of a model with images
             rows = batch.rows
+            flags = None if flags is None else flags.first(rows)
             final, plan = self._prefill.run(
-                batch, None if flags is None else flags.first(rows), inputs_embeds[:rows], positions[:rows], swap
+                batch, flags, inputs_embeds[:rows], positions[:rows], swap, self.lora_manager
             )
         for i in plan.members:
             self.drop_record.add(batch.requests[i].name, plan.dropped[i])

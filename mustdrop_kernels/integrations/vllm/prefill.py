@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from vllm.distributed import get_tp_group
 
 from ...config import MustDropConfig
 from ...plans import PackedDropPlan
+from .adapters import set_adapters
 from .batch import Batch
 from .metadata import MetadataBuilder, MetadataSwap, StepMetadata, cache_views
 from .vision import PlaceholderFlags
@@ -36,6 +38,7 @@ class Prefill:
         hidden: Tensor,  # (rows, C)
         positions: Tensor,  # (rows) int64
         swap: MetadataSwap,
+        lora_manager: Any = None,  # vLLM's
     ) -> tuple[Tensor, PackedDropPlan]:
         """The final hidden states (rows, C), zero in dropped rows, and the plan after the last layer."""
         is_key_token = None if flags is None else flags.is_key_token
@@ -54,7 +57,7 @@ class Prefill:
             hidden, positions = plan.take(hidden, rows), plan.take(positions, rows)
         self._recording = True
         try:
-            hidden = self._run_layers(batch, plan, hidden, positions, swap)
+            hidden = self._run_layers(plan, hidden, positions, lambda: self._lay_out(batch, plan, swap, lora_manager))
         finally:
             self._recording, self._query_key = False, None
         keys, values = zip(*(cache_views(layer.self_attn.attn.kv_cache) for layer in self._model.layers), strict=True)
@@ -62,17 +65,17 @@ class Prefill:
         return hidden.new_zeros(batch.rows, hidden.shape[1]).index_copy_(0, plan.rows, hidden), plan
 
     def _run_layers(
-        self, batch: Batch, plan: PackedDropPlan, hidden: Tensor, positions: Tensor, swap: MetadataSwap
+        self, plan: PackedDropPlan, hidden: Tensor, positions: Tensor, lay_out: Callable[[], None]
     ) -> Tensor:
         residual: Tensor | None = None
-        swap.use(self._step_metadata(batch, plan))
+        lay_out()
         for index, layer in enumerate(self._model.layers):
             plan.begin_layer()
             hidden, residual = layer(positions, hidden, residual)
             if index in self._config.pruning_layers:
                 rows = plan.prune(*self._pop_query_key(layer.self_attn.attn), layer.self_attn.attn.impl.scale)
                 hidden, residual, positions = (plan.take(x, rows) for x in (hidden, residual, positions))
-                swap.use(self._step_metadata(batch, plan))
+                lay_out()
         return self._model.norm(hidden, residual)[0]
 
     def _pop_query_key(self, attention: Any) -> tuple[Tensor, Tensor]:
@@ -81,6 +84,12 @@ class Prefill:
         assert recorded is not None
         query, key = recorded
         return query.unflatten(-1, (-1, attention.head_size)), key.unflatten(-1, (-1, attention.head_size))
+
+    def _lay_out(self, batch: Batch, plan: PackedDropPlan, swap: MetadataSwap, lora_manager: Any) -> None:
+        """Attention metadata and adapters of the live rows."""
+        swap.use(self._step_metadata(batch, plan))
+        if lora_manager is not None:
+            set_adapters(lora_manager, [request.adapter for request in batch.requests], plan.counts)
 
     def _step_metadata(self, batch: Batch, plan: PackedDropPlan) -> StepMetadata:
         """Before the last drop the remaining tokens of a prompt are in its first blocks.

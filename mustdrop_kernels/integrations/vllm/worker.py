@@ -19,9 +19,7 @@ class MustDropCPUWorker(CPUWorker):
         super().load_model(**kwargs)
         runner = self.model_runner
         self.drop_record = runner.model.drop_record
-        self.drop_record.requests = lambda: [
-            StepRequest(name, images.features(runner.requests[name])) for name in runner.input_batch.req_ids
-        ]
+        self.drop_record.requests = lambda: _step_requests(runner)
 
     def initialize_from_config(self, kv_cache_config: Any) -> None:
         """Allocates the cache; raises ``ValueError`` if the model cannot use it."""
@@ -39,3 +37,9 @@ class MustDropCPUWorker(CPUWorker):
         if output is not None and (dropped := self.drop_record.pop_updates()):
             output.mustdrop_dropped = dropped
         return output
+
+
+def _step_requests(runner: Any) -> list[StepRequest]:
+    batch = runner.input_batch
+    pairs = zip(batch.req_ids, batch.request_lora_mapping.tolist(), strict=False)
+    return [StepRequest(name, images.features(runner.requests[name]), adapter) for name, adapter in pairs]
