@@ -10,6 +10,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from . import images
+from .beams import prompt_tokens
 from .blocks import keep_out_of_prefix_cache, never_share, release_leading_blocks, shares_blocks
 
 logger = init_logger("vllm.mustdrop")
@@ -51,8 +52,8 @@ class MustDropScheduler(Scheduler):
     ) -> Any:
         """Schedules the whole prompt of a request with images and nothing after it, or nothing in this step.
 
-        A preempted request reads its generated tokens again, in a later step: they must neither be text queries nor
-        attend to image tokens that were dropped before they were generated.
+        A preempted request, or one of beam search, reads its generated tokens again, in a later step: they must neither
+        be text queries nor attend to image tokens that were dropped before they were generated.
         """
         plan = super()._try_schedule_encoder_inputs
         if num_computed_tokens > 0 or not images.features(request):
@@ -61,7 +62,7 @@ class MustDropScheduler(Scheduler):
             logger.warning("mustdrop: request %s is refused: %s", request.request_id, problem)
             self.encoder_cache_mismatch_reqs.add(request.request_id)  # vLLM ends these with an error
             return [], 0, encoder_compute_budget, *_NO_LOADS
-        prompt = request.num_prompt_tokens
+        prompt = prompt_tokens(request)
         if num_new_tokens >= prompt:
             planned = plan(request, 0, prompt, encoder_compute_budget, shift_computed_tokens)
             if planned[1] == prompt:

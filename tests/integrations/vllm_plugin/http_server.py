@@ -78,11 +78,11 @@ class HttpServer:
             time.sleep(0.2)
         raise AssertionError(f"vllm serve does not answer:\n{self.log.read_text()[-4000:]}")
 
-    def answers(self, asks, tokens):
+    def answers(self, asks, tokens, **more):
         """Tokens of each request, all at once and each in one piece."""
 
         async def send(client, number, ask):
-            response = await client.post("/v1/chat/completions", json=body(ask, tokens))
+            response = await client.post("/v1/chat/completions", json=body(ask, tokens, **more))
             assert response.is_success, response.text
             return response.json()["choices"][0]["token_ids"]
 

@@ -66,6 +66,13 @@ def test_answers_equal_transformers(name, servers, expected):
 
 
 @pytest.mark.parametrize("name", SWITCHES)
+def test_one_beam_is_greedy(name, servers, expected):
+    asks, new = ASKED[:3], 4
+    beams = servers[name].answers(asks, new, use_beam_search=True)
+    assert beams == [tokens[:new] for tokens in expected[:3]]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
 def test_clients_that_hang_up_change_nothing(name, servers, expected):
     server, leaving = servers[name], {0: 1, 2: 4}
     streams = server.streams(ASKED, NEW, leaving)

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Beam search, which sends a prompt and the tokens generated so far as one new prompt.
+
+vLLM does not record where the generated tokens begin, so a field of its sampling parameters does. They are read in a
+step of their own, as after preemption.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
+from vllm.v1.engine.input_processor import InputProcessor
+
+FIELD = "mustdrop_prompt_tokens"
+
+
+def install() -> None:
+    """Records the length of the original prompt in all requests of beam search; repeated calls change nothing."""
+    if not hasattr(BeamSearchSequence.get_prompt, "__wrapped__"):
+        BeamSearchSequence.get_prompt = _with_length(BeamSearchSequence.get_prompt)
+        InputProcessor.process_inputs = _with_field(InputProcessor.process_inputs)
+
+
+def prompt_tokens(request: Any) -> int:
+    """Number of tokens of a request's prompt that were not generated."""
+    total, given = request.num_prompt_tokens, None
+    if request.sampling_params is not None:
+        given = (request.sampling_params.extra_args or {}).get(FIELD)
+    images_end = max((f.mm_position.offset + f.mm_position.length for f in request.mm_features), default=0)
+    return given if isinstance(given, int) and images_end <= given <= total else total
+
+
+def _with_length(get_prompt: Any) -> Any:
+    @functools.wraps(get_prompt)
+    def wrapped(sequence: Any) -> Any:
+        prompt = get_prompt(sequence)
+        if prompt["type"] == "multimodal":
+            prompt[FIELD] = len(sequence.orig_prompt["prompt_token_ids"])
+        return prompt
+
+    return wrapped
+
+
+def _with_field(process_inputs: Any) -> Any:
+    @functools.wraps(process_inputs)
+    def wrapped(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        request = process_inputs(self, request_id, prompt, *args, **kwargs)
+        if isinstance(prompt, dict) and FIELD in prompt:
+            sampling = request.sampling_params  # the request's own copy
+            sampling.extra_args = {**(sampling.extra_args or {}), FIELD: prompt[FIELD]}
+        return request
+
+    return wrapped
