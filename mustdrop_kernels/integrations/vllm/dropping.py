@@ -36,7 +36,9 @@ class DropTokensMixin:
         self._names = [layer.layer_name for layer in attention]
         self._metadata = MetadataBuilder(attention[0])
         self._prefill = Prefill(self.language_model.model, self.drop_config, self._metadata)
-        self._vision = tower.build(self, vllm_config, prefix) if self.drop_config.needs_vision_stage else None
+        has_tower = vllm_config.model_config.multimodal_config.get_limit_per_prompt("image") > 0
+        stage_1 = self.drop_config.needs_vision_stage and has_tower
+        self._vision = tower.build(self, vllm_config, prefix) if stage_1 else None
         self._flags: PlaceholderFlags | None = None  # of the next step
 
     def _attention_layers(self) -> list[Any]:

@@ -8,6 +8,7 @@ from typing import Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from ...config import MustDropConfig
 from . import settings
 
 _SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.MustDropScheduler"
@@ -23,17 +24,21 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
         hf_config = vllm_config.model_config.hf_config
         if not hasattr(hf_config, settings.FIELD) and (fields := settings.from_environment()) is not None:
             setattr(hf_config, settings.FIELD, fields)  # hf_config is sent to all processes
-        settings.read(hf_config)
-        for problem in _problems(vllm_config):
+        config = settings.read(hf_config)
+        for problem in _problems(vllm_config, config):
             raise ValueError(f"mustdrop: {problem}")
         _set_up(vllm_config)
 
 
-def _problems(vllm_config: Any) -> list[str]:
+def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
     parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
-    longest, batched = vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens
+    model, lora = vllm_config.model_config, vllm_config.lora_config
+    longest, batched = model.max_model_len, scheduler.max_num_batched_tokens
     scheduled = scheduler.max_num_scheduled_tokens or batched
     checks = {
+        f"runner must be 'generate', got {model.runner_type!r}: pooling reads the hidden states of all tokens, those "
+        "that were dropped included": model.runner_type != "generate",
+        f"model_class_overrides must leave out {model.architecture}": model.architecture in model.model_class_overrides,
         "only vLLM's CPU attention is served so far": not current_platform.is_cpu(),
         "pipeline_parallel_size must be 1: a stage has no access to the drops of an earlier one": (
             parallel.pipeline_parallel_size > 1
@@ -47,6 +52,20 @@ def _problems(vllm_config: Any) -> list[str]:
         "kv_transfer_config cannot be used: another engine would read the pages of tokens that are gone": (
             vllm_config.kv_transfer_config is not None
         ),
+        "kv_offloading_size cannot be used: it keeps the pages of tokens that are gone": (
+            cache.kv_offloading_size is not None
+        ),
+        "ec_transfer_config cannot be used: images must be encoded by the engine that drops their tokens": (
+            vllm_config.ec_transfer_config is not None
+        ),
+        "mm_encoder_only cannot be used: images must be encoded by the engine that drops their tokens": (
+            vllm_config.is_mm_encoder_only
+        ),
+        "ec_manager_config cannot be used: a prompt's images must be in the cache at once": (
+            vllm_config.ec_manager_config.encoder_cache_manager_cls is not None
+        ),
+        "enable_tower_connector_lora needs merge=False and key_rate=0.0: adapters of the tower are laid out for all "
+        "of its tokens": lora is not None and lora.enable_tower_connector_lora and config.needs_vision_stage,
         f"kv_cache_dtype must be 'auto', got {cache.cache_dtype!r}": cache.cache_dtype != "auto",
         "the model runner V2 is not served: unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
         "long_prefill_token_threshold must be 0: a prompt with an image is read in one piece": (

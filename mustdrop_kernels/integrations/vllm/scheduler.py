@@ -36,9 +36,10 @@ class MustDropScheduler(Scheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plans a step; raises ``RuntimeError`` if blocks that the worker will compact are shared."""
         plan = super().schedule(*args, **kwargs)
-        begin = [new.req_id for new in plan.scheduled_new_reqs] + list(plan.scheduled_cached_reqs.resumed_req_ids)
-        for request_id in begin:
-            if images.features(self.requests[request_id]) and shares_blocks(self.kv_cache_manager, request_id):
+        for request_id, count in plan.num_scheduled_tokens.items():
+            request = self.requests[request_id]
+            begins = request.num_computed_tokens == count and images.features(request)
+            if begins and shares_blocks(self.kv_cache_manager, request_id):
                 raise RuntimeError(f"mustdrop: request {request_id} has blocks of another, which cannot be compacted")
         return plan
 

@@ -50,11 +50,12 @@ class Server:
 
         self.loop = asyncio.new_event_loop()
         cores = sorted(os.sched_getaffinity(0))
-        if len(cores) < ranks:
+        processes = ranks * settings.get("data_parallel_size", 1)
+        if len(cores) < processes:
             pytest.skip("each rank needs a core")
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
-            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:ranks])))
+            patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:processes])))
             arguments = engines.arguments(checkpoint, plan, tensor_parallel_size=ranks, **settings)
             self.engine = self.run(self._start(AsyncLLM, AsyncEngineArgs(disable_log_stats=True, **arguments)))
 
@@ -92,6 +93,24 @@ class Server:
 
     def tokens(self, asks, tokens):
         return [joined(pieces) for pieces in self.streams(asks, tokens)]
+
+    def in_parts(self, asks, tokens):
+        """How a session ends whose prompt is sent piece by piece, and its tokens."""
+        return self.run(self._in_parts(asks, tokens))
+
+    async def _in_parts(self, asks, tokens):
+        from vllm.engine.protocol import StreamingInput
+        from vllm.sampling_params import RequestOutputKind
+
+        async def parts():
+            for ask in asks:
+                yield StreamingInput(prompt=ask.for_vllm())
+
+        sampling = engines.sampling(tokens)
+        sampling.output_kind = RequestOutputKind.DELTA
+        pieces = [output.outputs[0] async for output in self.engine.generate(parts(), sampling, "parts")]
+        reasons = [piece.finish_reason for piece in pieces if piece.finish_reason is not None]
+        return reasons[-1], joined(piece.token_ids for piece in pieces)
 
     def pool_is_free(self):
         """vLLM clears its prefix cache only if no request holds a block."""

@@ -8,8 +8,8 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
-from engines import ASKS, BUDGETS, KEEP_ALL, PLANS, engine, generate
-from vllm.sampling_params import BeamSearchParams
+from engines import ASKS, BUDGETS, KEEP_ALL, engine, generate
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import drop_tokens
@@ -23,6 +23,12 @@ def beam_search(llm, asks, width):
     params = BeamSearchParams(beam_width=width, max_tokens=NEW, ignore_eos=True)
     outputs = llm.beam_search([ask.for_vllm() for ask in asks], params)
     return [[sequence.tokens[-NEW:] for sequence in output.sequences] for output in outputs]
+
+
+def greedy(llm, ask, extra_args):
+    params = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args=extra_args)
+    (output,) = llm.generate([ask.for_vllm()], params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
 
 
 @torch.no_grad()
@@ -41,13 +47,10 @@ def test_beams_equal_transformers(checkpoint, transformers_of):
     with engine(checkpoint, BUDGETS) as llm:
         assert beam_search(llm, asks, 1) == [[tokens] for tokens in generate(llm, asks, NEW)]
         found = beam_search(llm, asks, 3)
+        for length in (0, 3, 100, 10_000, "all"):  # the field arrives among parameters that clients fill in
+            assert greedy(llm, asks[0], {beams.FIELD: length}) == generate(llm, asks[:1], NEW)[0]
     for i in (0, 2):  # transformers mixes up several pictures of a prompt in beam search
         assert found[i] == in_transformers(transformers_of, asks[i], 3)
-
-
-def test_one_beam_is_greedy_with_key_tokens(checkpoint):
-    with engine(checkpoint, PLANS["key tokens"]) as llm:
-        assert beam_search(llm, ASKS, 1) == [[tokens] for tokens in generate(llm, ASKS, NEW)]
 
 
 def test_keep_all_equals_plain_vllm(checkpoint):
@@ -55,15 +58,3 @@ def test_keep_all_equals_plain_vllm(checkpoint):
         plain = beam_search(llm, ASKS, 3)
     with engine(checkpoint, KEEP_ALL) as llm:
         assert beam_search(llm, ASKS, 3) == plain
-
-
-def test_lengths_that_no_beam_search_sends_are_ignored(checkpoint, transformers_of):
-    """The field arrives in the sampling parameters, which clients fill in too."""
-    from vllm import SamplingParams
-
-    expected = transformers_of.generate(ASKS[0], BUDGETS, NEW)[0]
-    with engine(checkpoint, BUDGETS) as llm:
-        for length in (0, 3, 100, 10_000, "all"):
-            sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args={beams.FIELD: length})
-            (output,) = llm.generate([ASKS[0].for_vllm()], sampling, use_tqdm=False)
-            assert list(output.outputs[0].token_ids) == expected

@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
-from engines import BUDGETS, arguments
+from engines import BUDGETS, PLANS, arguments
 from servers import switched_on
 
 from mustdrop_kernels.bench.vllm_engine import ARCHITECTURE
@@ -35,8 +35,50 @@ SETTINGS = {
         "speculative decoding cannot be used",
     ),
     "cache type": (dict(kv_cache_dtype="fp8"), "kv_cache_dtype must be 'auto'"),
+    "cache of another type": (dict(kv_cache_dtype="bfloat16"), "kv_cache_dtype must be 'auto'"),
+    "KV transfer": (
+        dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),
+        "kv_transfer_config cannot be used",
+    ),
+    "KV offloading": (dict(kv_offloading_size=0.01), "kv_offloading_size cannot be used"),
+    "an engine that encodes": (
+        dict(ec_transfer_config={"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}),
+        "ec_transfer_config cannot be used",
+    ),
+    "encoder only": (dict(mm_encoder_only=True), "mm_encoder_only cannot be used"),
+    "encoder cache": (
+        dict(ec_manager_config={"encoder_cache_manager_cls": "vllm.v1.core.encoder_cache_manager.EncoderCacheManager"}),
+        "ec_manager_config cannot be used",
+    ),
+    "pooling": (dict(runner="pooling"), "runner must be 'generate', got 'pooling'"),
+    "classification": (dict(runner="pooling", convert="classify"), "runner must be 'generate', got 'pooling'"),
+    "embedding": (dict(convert="embed"), "runner must be 'generate', got 'pooling'"),
+    "token embedding": (
+        dict(runner="pooling", pooler_config={"task": "token_embed"}),
+        "runner must be 'generate', got 'pooling'",
+    ),
+    "another class": (
+        dict(model_class_overrides={ARCHITECTURE: "vllm.model_executor.models.llava:LlavaForConditionalGeneration"}),
+        f"model_class_overrides must leave out {ARCHITECTURE}",
+    ),
     "scheduler": (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "scheduler_cls must be left out"),
     "worker": (dict(worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"), "worker_cls must be left out"),
+}
+STAGE_1 = {
+    "adapters of the tower": (
+        dict(enable_lora=True, enable_tower_connector_lora=True),
+        "enable_tower_connector_lora needs merge=False and key_rate=0.0",
+    ),
+}
+BY_VLLM = {
+    "experts": (dict(enable_expert_parallel=True), "Number of experts in the model must be greater than 0"),
+    "microbatches": (dict(ubatch_size=2), "Microbatching currently only supports"),
+    "sampling masks": (dict(return_sampling_mask=True), "requires Model Runner V2"),
+    "trace replay": (dict(enable_trace_replay=True), "requires Model Runner V2"),
+    "routed experts": (dict(enable_return_routed_experts=True), "requires Model Runner V2"),
+    "sharded sampling": (dict(enable_batch_sharded_sampling=True), "Model Runner V1 does not support"),
+    "sleep": (dict(enable_sleep_mode=True), "Sleep mode is not supported on current platform"),
+    "transformers' model": (dict(model_impl="transformers"), "is not a registered model"),
 }
 FIELDS = {
     "nothing": (None, "must hold"),
@@ -62,6 +104,37 @@ def test_settings(name, checkpoint):
     settings, sentence = SETTINGS[name]
     with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
         configure(checkpoint, BUDGETS, **settings)
+
+
+@pytest.mark.parametrize("name", STAGE_1)
+def test_settings_with_stage_1(name, checkpoint):
+    settings, sentence = STAGE_1[name]
+    configure(checkpoint, BUDGETS, **settings)
+    for plan in (PLANS["merge only"], PLANS["key tokens"]):
+        with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
+            configure(checkpoint, plan, **settings)
+
+
+@pytest.mark.parametrize("name", BY_VLLM)
+def test_settings_that_vllm_itself_refuses(name, checkpoint):
+    """For this model, on a CPU; a vLLM that takes them needs a check of the plug-in."""
+    settings, sentence = BY_VLLM[name]
+    with pytest.raises(ValueError, match=sentence):
+        configure(checkpoint, BUDGETS, **settings)
+
+
+def test_models_of_transformers_are_left_alone(checkpoint):
+    """The variable enables vLLM's LLaVA models only."""
+    with switched_on("budget-64"):
+        assert configure(checkpoint, None, model_impl="transformers").scheduler_config.scheduler_cls is None
+
+
+def test_overrides_may_be_a_function(checkpoint):
+    def override(config):
+        config.update({"architectures": [ARCHITECTURE], "mustdrop": BUDGETS})
+        return config
+
+    assert configure(checkpoint, None, hf_overrides=override).scheduler_config.scheduler_cls.endswith("Scheduler")
 
 
 @pytest.mark.parametrize("name", FIELDS)

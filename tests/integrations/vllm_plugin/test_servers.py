@@ -70,6 +70,26 @@ def test_clients_that_hang_up_change_nothing(name, servers, answers):
     assert server.pool_is_free()
 
 
+def test_prompts_that_arrive_in_parts(servers, answers):
+    """One that begins with an image ends with an error; a later image is read plainly."""
+    server, (asks, expected) = servers["one rank"], zip(*answers["one rank"], strict=True)
+    assert server.in_parts([asks[0]], NEW) == ("error", [])
+    assert server.in_parts([asks[1]], NEW) == ("length", expected[1])
+    assert server.in_parts([asks[1], asks[0]], NEW)[0] == "length"
+    assert server.tokens(asks, NEW) == list(expected)
+    assert server.pool_is_free()
+
+
+def test_two_engines_share_the_requests(checkpoint, answers):
+    asks, expected = zip(*answers["one rank"], strict=True)
+    server = Server(checkpoint, BUDGETS, data_parallel_size=2)
+    try:
+        assert server.tokens(asks * 3, NEW) == list(expected * 3)
+        assert server.pool_is_free()
+    finally:
+        server.stop()
+
+
 def test_killed_engines_leave_nothing_behind(servers, answers, checkpoint):
     """Both killed at work and started again."""
     for server in servers.values():
