@@ -13,6 +13,8 @@ from typing import Any
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
 from vllm.v1.engine.input_processor import InputProcessor
 
+from . import images
+
 FIELD = "mustdrop_prompt_tokens"
 
 
@@ -28,8 +30,7 @@ def prompt_tokens(request: Any) -> int:
     total, given = request.num_prompt_tokens, None
     if request.sampling_params is not None:
         given = (request.sampling_params.extra_args or {}).get(FIELD)
-    images_end = max((f.mm_position.offset + f.mm_position.length for f in request.mm_features), default=0)
-    return given if isinstance(given, int) and images_end <= given <= total else total
+    return given if isinstance(given, int) and images.end(request.mm_features) <= given <= total else total
 
 
 def _with_length(get_prompt: Any) -> Any:

@@ -8,7 +8,6 @@ from typing import Any
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from ...config import MustDropConfig
 from . import settings
 
 _SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.MustDropScheduler"
@@ -24,13 +23,13 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
         hf_config = vllm_config.model_config.hf_config
         if not hasattr(hf_config, settings.FIELD) and (fields := settings.from_environment()) is not None:
             setattr(hf_config, settings.FIELD, fields)  # hf_config is sent to all processes
-        config = settings.read(hf_config)
-        for problem in _problems(vllm_config, config):
+        settings.read(hf_config)
+        for problem in _problems(vllm_config):
             raise ValueError(f"mustdrop: {problem}")
         _set_up(vllm_config)
 
 
-def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
+def _problems(vllm_config: Any) -> list[str]:
     parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
     model, lora = vllm_config.model_config, vllm_config.lora_config
     longest, batched = model.max_model_len, scheduler.max_num_batched_tokens
@@ -64,8 +63,9 @@ def _problems(vllm_config: Any, config: MustDropConfig) -> list[str]:
         "ec_manager_config cannot be used: a prompt's images must be in the cache at once": (
             vllm_config.ec_manager_config.encoder_cache_manager_cls is not None
         ),
-        "enable_tower_connector_lora needs merge=False and key_rate=0.0: adapters of the tower are laid out for all "
-        "of its tokens": lora is not None and lora.enable_tower_connector_lora and config.needs_vision_stage,
+        "enable_tower_connector_lora cannot be used: vLLM lays out the tower's adapters without its CLS token": (
+            lora is not None and lora.enable_tower_connector_lora
+        ),
         f"kv_cache_dtype must be 'auto', got {cache.cache_dtype!r}": cache.cache_dtype != "auto",
         "the model runner V2 is not served: unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
         "long_prefill_token_threshold must be 0: a prompt with an image is read in one piece": (

@@ -15,6 +15,11 @@ def features(request: Any) -> list[Any]:
     return [feature for feature in request.mm_features or () if feature.modality == "image"]
 
 
+def end(features: Iterable[Any]) -> int:
+    """Number of tokens of a prompt up to the end of its last image."""
+    return max((f.mm_position.offset + f.mm_position.length for f in features), default=0)
+
+
 def rows(features: Iterable[Any], length: int) -> Tensor:
     """(length) bool: the tokens of a prompt that hold image features."""
     found = torch.zeros(length, dtype=torch.bool)

@@ -57,7 +57,8 @@ class MustDropScheduler(Scheduler):
         be text queries nor attend to image tokens that were dropped before they were generated.
         """
         plan = super()._try_schedule_encoder_inputs
-        if num_computed_tokens > 0 or not images.features(request):
+        found = images.features(request)
+        if not found or images.end(found) <= num_computed_tokens:
             return plan(request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens)
         if problem := _cannot_serve(request):
             logger.warning("mustdrop: request %s is refused: %s", request.request_id, problem)

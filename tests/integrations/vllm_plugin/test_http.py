@@ -22,8 +22,8 @@ TWO = Ask("USER: <image>\n<image>\nWhat is in the images? ASSISTANT:", (2, 0))
 ASKED = [ASKS[0], ASKS[1], TWO, Ask("USER: <image>\ncar? ASSISTANT:", (1,)), ASKS[0]]
 OVERRIDES = {"architectures": [ARCHITECTURE], "mustdrop": BUDGETS}
 SWITCHES = {
-    "argument": (["--hf-overrides", json.dumps(OVERRIDES)], {}),
-    "variable": ([], {VARIABLE: json.dumps(BUDGETS)}),
+    "argument": (["--hf-overrides", json.dumps(OVERRIDES), "--mm-processor-cache-type", "shm"], {}),
+    "variable": (["--mm-tensor-ipc", "torch_shm"], {VARIABLE: json.dumps(BUDGETS)}),
 }
 
 

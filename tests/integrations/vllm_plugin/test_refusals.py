@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import torch
-from engines import BUDGETS, PLANS, arguments
+from engines import BUDGETS, arguments
 from servers import switched_on
 
 from mustdrop_kernels.bench.vllm_engine import ARCHITECTURE
@@ -57,18 +57,16 @@ SETTINGS = {
         dict(runner="pooling", pooler_config={"task": "token_embed"}),
         "runner must be 'generate', got 'pooling'",
     ),
+    "adapters of the tower": (
+        dict(enable_lora=True, enable_tower_connector_lora=True),
+        "enable_tower_connector_lora cannot be used",
+    ),
     "another class": (
         dict(model_class_overrides={ARCHITECTURE: "vllm.model_executor.models.llava:LlavaForConditionalGeneration"}),
         f"model_class_overrides must leave out {ARCHITECTURE}",
     ),
     "scheduler": (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "scheduler_cls must be left out"),
     "worker": (dict(worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"), "worker_cls must be left out"),
-}
-STAGE_1 = {
-    "adapters of the tower": (
-        dict(enable_lora=True, enable_tower_connector_lora=True),
-        "enable_tower_connector_lora needs merge=False and key_rate=0.0",
-    ),
 }
 BY_VLLM = {
     "experts": (dict(enable_expert_parallel=True), "Number of experts in the model must be greater than 0"),
@@ -104,15 +102,6 @@ def test_settings(name, checkpoint):
     settings, sentence = SETTINGS[name]
     with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
         configure(checkpoint, BUDGETS, **settings)
-
-
-@pytest.mark.parametrize("name", STAGE_1)
-def test_settings_with_stage_1(name, checkpoint):
-    settings, sentence = STAGE_1[name]
-    configure(checkpoint, BUDGETS, **settings)
-    for plan in (PLANS["merge only"], PLANS["key tokens"]):
-        with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
-            configure(checkpoint, plan, **settings)
 
 
 @pytest.mark.parametrize("name", BY_VLLM)
