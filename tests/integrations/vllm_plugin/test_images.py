@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+
 import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
@@ -10,6 +13,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 import tiny_llava
 import torch
 from engines import ASKS, BUDGETS, KEEP_ALL, PLANS, drop_record, engine, sampling
+from http_server import TEMPLATE, data_url
 
 NEW = 8
 SETTINGS = {"enable_mm_embeds": True, "enable_prompt_embeds": True}
@@ -75,6 +79,17 @@ def prompt_embeddings(model):
     return embeddings
 
 
+def chat(llm, model):
+    """Tokens of a chat whose text beside the picture is given as embeddings."""
+    file = io.BytesIO()
+    torch.save(model.get_input_embeddings()(torch.tensor(ids("What is in the image?"))).detach(), file)
+    embeddings = {"type": "prompt_embeds", "data": base64.b64encode(file.getvalue()).decode()}
+    picture = {"type": "image_url", "image_url": {"url": data_url(PICTURE.images()[0])}}
+    message = {"role": "user", "content": [picture, embeddings, {"type": "text", "text": "car?"}]}
+    (output,) = llm.chat([message], sampling(NEW), use_tqdm=False, chat_template=TEMPLATE)
+    return list(output.outputs[0].token_ids)
+
+
 def answers(llm, requests):
     """Tokens of each request, and how many of its prompt were dropped."""
     dropped = {}
@@ -96,7 +111,7 @@ def served(checkpoint, transformers_of):
     found = {}
     for name, plan in SERVED.items():
         with engine(checkpoint, plan, **SETTINGS) as llm:
-            found[name] = answers(llm, requests)
+            found[name] = *answers(llm, requests), chat(llm, model)
             alone = [answers(llm, {key: request}) for key, request in requests.items()]
             assert {key: tokens for one, _ in alone for key, tokens in one.items()} == found[name][0]
     return found
@@ -111,6 +126,7 @@ def test_text_with_image_tokens_is_text(served, transformers_of):
 
 def test_pictures_equal_plain_vllm_if_all_is_kept(served):
     assert served["keep-all"][0] == served["plain"][0]
+    assert served["keep-all"][2] == served["plain"][2] != served["budgets"][2]
     assert set(served["keep-all"][1].values()) == {0}
 
 
@@ -120,7 +136,7 @@ def test_only_vision_tokens_are_dropped(served, transformers_of):
 
 
 def test_ways_to_give_a_picture_agree(served, transformers_of):
-    tokens, _ = served["budgets"]
+    tokens = served["budgets"][0]
     expected = transformers_of.generate(PICTURE, BUDGETS, NEW)[0]
     for name in ("a picture", "token ids", "features of the picture", "the picture again", "an identifier"):
         assert tokens[name] == expected, name
