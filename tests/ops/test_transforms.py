@@ -285,7 +285,7 @@ def test_in_place_operators_refuse_tangents(backend, op, which):
 
 @pytest.mark.parametrize("op", OPS)
 def test_torch_ops_take_the_same_path(op):
-    """The kernels behind the transforms are registered for torch.ops and for explicit backends alike."""
+    """The kernels behind the transforms are registered for torch.ops and for explicit backends."""
     keys = ["FuncTorchDynamicLayerFrontMode"] if CONTRACTS[op].writes else ["FuncTorchBatched"]
     keys += ["Autograd"] if CONTRACTS[op].float_results else []
     for namespace in ("mustdrop", "mustdrop_explicit"):

@@ -86,7 +86,8 @@ def place_tokens(
     """The tokens of an image at its placeholders. By default each patch has one, in order.
 
     Tokens whose patches were all cropped away are left out. The number of key tokens is that of the image, so tiles
-    that CLS attends to more have more of them.
+    that CLS attends to more have more of them. An empty placeholder repeats the feature of its window: if it ends the
+    prompt, its row is the output and remains.
     """
     features = torch.cat([tile.features for tile in tiles])
     begins = itertools.accumulate((len(tile.features) for tile in tiles), initial=0)
@@ -100,7 +101,8 @@ def place_tokens(
     def at_placeholders(x: Tensor) -> Tensor:  # (tokens, ...) -> (P, ...)
         return x.new_zeros(places + 1, *x.shape[1:]).index_copy(0, slot, x)[:-1]
 
-    placed, alive = at_placeholders(features), at_placeholders(torch.ones_like(slot, dtype=torch.bool))
+    placed = torch.nn.functional.pad(features, (0, 0, 0, 1))[token]
+    alive = at_placeholders(torch.ones_like(slot, dtype=torch.bool))
     contents = torch.where(alive, TOKEN, EMPTY)
     if config.key_rate > 0:
         importance = at_placeholders(torch.cat([tile.importance for tile in tiles if tile.importance is not None]))

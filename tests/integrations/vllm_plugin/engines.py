@@ -149,7 +149,7 @@ class Transformers:
 
         inputs = self.processor(images=ask.images() or None, text=ask.text, return_tensors="pt")
         length = inputs["input_ids"].shape[1]
-        if not ask.pictures or (ask.text.endswith("<image>") and plan["pruning_layers"]):
+        if not ask.pictures:
             output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
             return output[0, length:].tolist(), 0
         settings = {**plan, "evict_from": 0}
