@@ -94,6 +94,7 @@ class MaskedReference:
     def _read(self, inputs: dict[str, Tensor]) -> None:
         """Flags of each position of the prompt, (B, L) each."""
         ids, mask = inputs["input_ids"][:, self.offset :], inputs["attention_mask"][:, self.offset :].bool()
+        self.earlier = inputs["attention_mask"][:, : self.offset].bool()  # what this turn's mask shows of earlier ones
         self.embeds = self.model.get_input_embeddings()(ids).clone()
         self.present, self.key, self.text_queries = mask.clone(), torch.zeros_like(mask), torch.zeros_like(mask)
         config = self.model.config
@@ -132,7 +133,7 @@ class MaskedReference:
         seen = torch.ones(query.shape[0], length, dtype=torch.bool)
         seen[:, self.offset : self.offset + prompt.shape[1]] = prompt
         if self.before:
-            seen[:, : self.offset] = repeat(self.before[layer])
+            seen[:, : self.offset] = repeat(self.before[layer] & self.earlier)
         mask = seen[:, None, None, :] & torch.ones(length, length, dtype=torch.bool).tril()[-query.shape[2] :]
         own = torch.eye(length, dtype=torch.bool)[-query.shape[2] :]  # no NaN in rows without visible tokens
         bias = torch.zeros(())

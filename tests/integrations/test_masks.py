@@ -18,11 +18,13 @@ from test_families import (
     THRESHOLDS,
     assert_keep_all_changes_nothing,
     assert_same_bits,
+    cache_of,
     configs,
     generate,
     inputs_of,
     model_of,
 )
+from test_static import own_cache
 from tiny_models import IMAGE, VIDEO
 from torch.nn.attention.flex_attention import create_block_mask
 
@@ -133,6 +135,50 @@ def test_a_hidden_image_is_as_if_it_were_not_there():
     assert [image.hidden for image in first.images] == [0, 36]
     assert first.mean_tokens == second.mean_tokens
     assert first.text == second.text
+
+
+# Later turns
+
+
+def next_turn(first, inputs, more):
+    """A turn whose mask hides every second placeholder of the first one."""
+    images, ids = images_of(inputs), torch.cat([first.sequences, more["input_ids"]], 1)
+    mask = torch.ones_like(ids)
+    mask[:, : images.shape[1]] = inputs["attention_mask"]
+    mask[:, : images.shape[1]][images] = torch.arange(int(images.sum())) % 2
+    return {**more, "input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("kind", ["thresholds", "budgets", "no eviction", "keep-all"])
+@pytest.mark.parametrize("rows", [ONE, [[3, ("picture", 0), 8], [9, ("picture", 1), 4]]], ids=["one", "padded"])
+def test_a_later_turn_hides_tokens_of_an_earlier_one(rows, kind, cache):
+    model, inputs = model_of("llava"), inputs_of("llava", rows)
+    settings = BUDGETS if kind == "budgets" else THRESHOLDS
+    config = MustDropConfig(**PLAIN, **settings, evict=kind != "no eviction")
+    config = KEEP_ALL if kind == "keep-all" else config
+    own = {"past_key_values": own_cache(model)} if cache == "static" else {}
+    with drop_tokens(model, config):
+        first = generate(model, inputs, **own)
+        turn = next_turn(first, inputs, {"input_ids": torch.tensor([[40, 41, 42]] * len(rows))})
+        second = generate(model, turn, past_key_values=cache_of(first))
+    reference = MaskedReference(model, config)
+    reference.check(first, inputs, NEW_TOKENS)
+    reference.check(second, turn, NEW_TOKENS)
+
+
+@pytest.mark.skipif(tiny_models.tf.__version__ < "5", reason="generate() of transformers 4 ignores such images")
+@pytest.mark.parametrize("kind", ["thresholds", "budgets"])
+def test_a_later_turn_with_an_image_hides_tokens_of_an_earlier_one(kind):
+    model, inputs = model_of("llava_next"), inputs_of("llava_next", ONE)
+    config = MustDropConfig(**PLAIN, **(BUDGETS if kind == "budgets" else THRESHOLDS))
+    with drop_tokens(model, config):
+        first = generate(model, inputs)
+        turn = next_turn(first, inputs, inputs_of("llava_next", [[2, ("picture", 0), 5]]))
+        second = generate(model, turn, past_key_values=cache_of(first))
+    reference = MaskedReference(model, config)
+    reference.check(first, inputs, NEW_TOKENS)
+    reference.check(second, turn, NEW_TOKENS)
 
 
 # 4 dimensions

@@ -77,9 +77,11 @@ class DropCache(ShortenedCache, DynamicCache):
         self.layers[:] = [DropLayer() for _ in self.layers]
         self.state.clear()
 
-    def set_layer_tokens(self, prompt_length: int, tokens: Sequence[LayerTokens], *, renumbered: bool) -> None:
-        """Sets the tokens of a prompt of this length that each layer holds."""
-        super().set_layer_tokens(prompt_length, tokens, renumbered=renumbered)
+    def set_layer_tokens(
+        self, prompt_length: int, tokens: Sequence[LayerTokens], hidden: Tensor | None, *, renumbered: bool
+    ) -> None:
+        """Sets the tokens of a prompt that each layer holds, and those that its mask hid (B, prompt_length)."""
+        super().set_layer_tokens(prompt_length, tokens, hidden, renumbered=renumbered)
         for layer, entry in zip(self.layers, self.layer_tokens, strict=True):
             layer.dropped = prompt_length - entry.length
 

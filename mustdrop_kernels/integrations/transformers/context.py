@@ -35,18 +35,21 @@ def drop_tokens(
     ``model.generate(**inputs)`` and ``model(**inputs)`` are called as usual, with the processor's plain inputs. The
     output of ``generate`` begins with the given ``input_ids``, all placeholders included, so slicing by the prompt's
     length and decoding work as without dropping. ``model(**inputs)`` returns the logits of the remaining tokens, padded
-    on the left; the last one is the prompt's last token. Prompts without an image run unchanged.
+    on the left; the last one is the prompt's last token, and ``report.last.rows`` maps the prompt's positions to rows.
+    Prompts without an image run unchanged.
 
     The cache that ``generate(return_dict_in_generate=True)`` returns can be continued inside a context, by one token or
-    by a whole turn. One prompt is read at a time: do not share the model between threads.
+    by a whole turn. Passes of several threads run one after the other. What was taken from the model inside the context
+    and is called after it runs the model's own code.
 
     With ``cache_implementation="static"``, or a ``StaticCache`` as the cache, the remaining tokens move to the front of
     its buffers, and decoding can be compiled into one graph. Prompts with images run eagerly, compiled parts of the
     model included.
 
     Args:
-        model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``).
-        config: by default ``MustDropConfig()``.
+        model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``), or what
+            ``wrappers.unwrap`` finds one in: a compiled or PEFT model, a pipeline.
+        config: by default ``MustDropConfig()``; the name of a preset is that preset at the model's depth.
         heat_maps: record the attention of the text in every layer, for pictures; costs time and memory.
         vision_stage: makes stage 1; another one than MustDrop's can be compared with it.
 

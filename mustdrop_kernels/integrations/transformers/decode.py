@@ -34,6 +34,7 @@ class Decode:
         self.family = family
         self.cache = cache
         self.hidden = hidden
+        self.mask = mask
         self.later = None if mask is None else mask[:, cache.prompt_length :].bool()
 
     def inputs(self) -> dict[str, Any]:
@@ -81,7 +82,7 @@ class Decode:
         else:
             length = self.cache.generated + self.hidden.shape[1] if size is None else size - tokens.length
             later = self.hidden.new_ones(self.hidden.shape[0], length, dtype=torch.bool)
-        return torch.cat([tokens.real(), later], dim=1)
+        return torch.cat([tokens.shown(self.mask), later], dim=1)
 
 
 def replace_inputs(layer: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -90,7 +91,7 @@ def replace_inputs(layer: int, module: nn.Module, args: Any, kwargs: dict[str, A
 
 
 def check_mask(cache: ShortenedCache, mask: Tensor | None, new: int) -> None:
-    """Checks that the caller's mask covers the plain prompt, whose part is ignored, and all tokens after it.
+    """Checks that the caller's mask covers the plain prompt and all tokens after it.
 
     Raises:
         ValueError: the mask has another shape.
@@ -116,4 +117,6 @@ def needs_nothing(cache: Any, family: Family, mask: Tensor | None) -> bool:
     if name != "sdpa" and "flash" not in name:  # others need a mask even if nothing is hidden
         return False
     check_mask(cache, mask, 1)
-    return mask is None or bool(mask[:, cache.prompt_length :].all())
+    if mask is None or cache.state.hidden is None:
+        return mask is None or bool(mask.all())
+    return bool((mask.bool() | nn.functional.pad(cache.state.hidden, (0, mask.shape[1] - cache.prompt_length))).all())

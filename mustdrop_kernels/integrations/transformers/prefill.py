@@ -57,6 +57,7 @@ class Prefill:
         mask.check(shape, seen)
         real = mask.real_tokens(shape, seen)
         self.given_mask, self.seen = mask, seen
+        self.hidden = None if real is None else ~real.bool()  # (B, seen + L), tokens that the mask hides
         self.past = cache.past_tokens(real, shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
         if self.shortened and (mask.dense is not None or mask.unknown is not None):
@@ -64,6 +65,8 @@ class Prefill:
         self.static = cache if isinstance(cache, DropStaticCache) else None
         own = real if real is None else real[:, seen:]
         self.prompt = prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
+        if not seen and not prompt.tokens.padded:
+            self.hidden = None
         self.plan = PaddedDropPlan(prompt.tokens, config, text_queries=prompt.text_queries, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> remaining tokens
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
@@ -112,7 +115,7 @@ class Prefill:
         if self.given_mask.dense is not None:
             return self._dense()
         if id(past) not in self._masks:
-            tokens = LayerTokens.of(self.plan.tokens)
+            tokens = LayerTokens.of(self.plan.tokens, self.seen)
             seen = tokens if past is None else past.followed_by(tokens)
             config, length = self.family.language_model.config, 0 if past is None else past.length
             self._masks[id(past)] = causal_mask(config, hidden, seen.alive, past=length)
@@ -186,10 +189,10 @@ class Prefill:
             for i in range(len(processed)):
                 self.static.limit(i, None)
         if cache is not None and not self.plan.nothing_dropped:
-            before = 0 if self.past is None else cache.seen - processed[0].length
             self._compact(cache)
-            length = before + self.plan.prompt_tokens.length
-            cache.set_layer_tokens(length, self._layer_tokens(), renumbered=self.config.positions == "published")
+            length = self.seen + self.plan.prompt_tokens.length
+            renumbered = self.config.positions == "published"
+            cache.set_layer_tokens(length, self._layer_tokens(), self.hidden, renumbered=renumbered)
         return self._report(processed, 0 if cache is None else cache.slot_bytes)
 
     # The output's rows
@@ -239,7 +242,7 @@ class Prefill:
         found: dict[tuple[int, int], LayerTokens] = {}
         for past, tokens in pairs:
             if (id(past), id(tokens)) not in found:
-                own = LayerTokens.of(tokens)
+                own = LayerTokens.of(tokens, self.seen)
                 found[id(past), id(tokens)] = own if past is None else past.followed_by(own)
         return [found[id(past), id(tokens)] for past, tokens in pairs]
 

@@ -46,19 +46,21 @@ class LayerTokens:
     length: int  # padding included
     counts: Tensor  # (B) real tokens of each sequence
     alive: Tensor | None  # (B, length) bool; None: no padding
+    index: Tensor  # (B, length) int64, place in the plain sequence; undefined in padding
 
     @classmethod
-    def of(cls, tokens: Tokens) -> LayerTokens:
-        """The part of `tokens` that is needed after the prompt."""
+    def of(cls, tokens: Tokens, begin: int) -> LayerTokens:
+        """The part of `tokens` that is needed after the prompt, which is at `begin` of the plain sequence."""
         alive = tokens.types != TokenType.PADDING if tokens.padded else None
-        return cls(tokens.length, tokens.counts, alive)
+        return cls(tokens.length, tokens.counts, alive, tokens.index + begin)
 
     def followed_by(self, other: LayerTokens) -> LayerTokens:
         """These tokens followed by others."""
         alive = None
         if self.alive is not None or other.alive is not None:
             alive = torch.cat([self.real(), other.real()], dim=1)
-        return LayerTokens(self.length + other.length, self.counts + other.counts, alive)
+        index = torch.cat([self.index, other.index], dim=1)
+        return LayerTokens(self.length + other.length, self.counts + other.counts, alive, index)
 
     def real(self) -> Tensor:  # (B, length) bool
         """False in padding."""
@@ -66,9 +68,20 @@ class LayerTokens:
             return self.alive
         return torch.ones(len(self.counts), self.length, dtype=torch.bool, device=self.counts.device)
 
+    def shown(self, mask: Tensor | None) -> Tensor:  # (B, plain length or more), nonzero: shown -> (B, length) bool
+        """False in padding, and where a later mask hides a token."""
+        if mask is None:
+            return self.real()
+        return self.real() & mask.bool().gather(1, self.index.clamp(min=0))
+
+    def masked(self, mask: Tensor | None) -> LayerTokens:
+        """These tokens without those that a later mask hides. Synchronizes with the device if there is a mask."""
+        shown = self.shown(mask)
+        return self if torch.equal(shown, self.real()) else dataclasses.replace(self, alive=shown)
+
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of the rows of the batch, as to keys and values."""
-        self.counts = change(self.counts)
+        self.counts, self.index = change(self.counts), change(self.index)
         self.alive = None if self.alive is None else change(self.alive)
 
 
@@ -80,6 +93,7 @@ class Checkpoint:
     layer_tokens: list[LayerTokens]
     prompt_length: int
     renumbered: bool
+    hidden: Tensor | None
     row_changes: int
 
 
@@ -95,6 +109,8 @@ class CacheState:
     """Length of the plain prompt, padding included."""
     renumbered: bool = False
     """Positions count what a layer holds."""
+    hidden: Tensor | None = None
+    """(B, prompt_length) bool: tokens of the plain prompt that its mask hid; None: no token."""
     row_changes: int = 0
     """Number of changes of the batch's rows."""
 
@@ -117,12 +133,13 @@ class CacheState:
 
     def clear(self) -> None:
         """Clears the state of an empty cache."""
-        self.layer_tokens, self.prompt_length, self.renumbered = [], 0, False
+        self.layer_tokens, self.prompt_length, self.renumbered, self.hidden = [], 0, False, None
         self._open()
 
     def change_rows(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of the rows of the batch, as to keys and values."""
         self.row_changes += 1
+        self.hidden = None if self.hidden is None else change(self.hidden)
         for entry in {id(entry): entry for entry in self.layer_tokens}.values():
             entry.change_rows(change)
 
@@ -183,20 +200,25 @@ class ShortenedCache:
         return sum(x[:, :, 0].numel() * x.element_size() for x in (layer.keys, layer.values))
 
     def past_tokens(self, mask: Tensor | None, batch: int, device: torch.device) -> list[LayerTokens]:
-        """The tokens of each layer, those after the prompt included. `mask` (B, plain length or more): real tokens."""
+        """The tokens of each layer, those after the prompt included. `mask` (B, plain length or more): shown tokens."""
         seen, begin = self.seen, self.prompt_length if self.shortened else 0
         alive = None if mask is None else mask[:, begin:seen].bool()
         whole = torch.full((batch,), seen - begin, dtype=torch.int32, device=device)
-        later = LayerTokens(seen - begin, whole if alive is None else alive.sum(1, dtype=torch.int32), alive)
+        counts = whole if alive is None else alive.sum(1, dtype=torch.int32)
+        index = torch.arange(begin, seen, device=device).expand(batch, -1)
+        later = LayerTokens(seen - begin, counts, alive, index)
         if not self.shortened:
             return [later] * len(self.layers)
-        entries = {id(entry): entry.followed_by(later) for entry in self.layer_tokens}
+        entries = {id(entry): entry.masked(mask).followed_by(later) for entry in self.layer_tokens}
         return [entries[id(entry)] for entry in self.layer_tokens]
 
-    def set_layer_tokens(self, prompt_length: int, tokens: Sequence[LayerTokens], *, renumbered: bool) -> None:
-        """Sets the tokens of a prompt of this length that each layer holds."""
+    def set_layer_tokens(
+        self, prompt_length: int, tokens: Sequence[LayerTokens], hidden: Tensor | None, *, renumbered: bool
+    ) -> None:
+        """Sets the tokens of a prompt that each layer holds, and those that its mask hid (B, prompt_length)."""
         state = self.state
         state.layer_tokens, state.prompt_length, state.renumbered = list(tokens), prompt_length, renumbered
+        state.hidden = hidden
 
     def stored(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:  # (B, Hk, length, D) each
         """The keys and values of a layer, of its first `length` slots or of all."""
@@ -228,9 +250,10 @@ class ShortenedCache:
 
     def _make_checkpoint(self, lengths: list[Any]) -> Checkpoint:
         state = self.state
-        return Checkpoint(lengths, list(state.layer_tokens), state.prompt_length, state.renumbered, state.row_changes)
+        tokens = list(state.layer_tokens)
+        return Checkpoint(lengths, tokens, state.prompt_length, state.renumbered, state.hidden, state.row_changes)
 
     def _restore_state(self, checkpoint: Checkpoint) -> None:
         state = self.state
         state.layer_tokens, state.prompt_length = list(checkpoint.layer_tokens), checkpoint.prompt_length
-        state.renumbered = checkpoint.renumbered
+        state.renumbered, state.hidden = checkpoint.renumbered, checkpoint.hidden

@@ -110,9 +110,11 @@ class DropStaticCache(ShortenedCache, StaticCache):
         for i, layer in enumerate(self.layers):
             layer.mode = "own" if i in self.layer_inputs else "whole"
 
-    def set_layer_tokens(self, prompt_length: int, tokens: Sequence[LayerTokens], *, renumbered: bool) -> None:
-        """Sets the tokens of a prompt of this length that each layer holds."""
-        super().set_layer_tokens(prompt_length, tokens, renumbered=renumbered)
+    def set_layer_tokens(
+        self, prompt_length: int, tokens: Sequence[LayerTokens], hidden: Tensor | None, *, renumbered: bool
+    ) -> None:
+        """Sets the tokens of a prompt that each layer holds, and those that its mask hid (B, prompt_length)."""
+        super().set_layer_tokens(prompt_length, tokens, hidden, renumbered=renumbered)
         for layer, entry in zip(self.layers, self.layer_tokens, strict=True):
             layer.cumulative_length.fill_(entry.length)
             layer.dropped.fill_(prompt_length - entry.length)
