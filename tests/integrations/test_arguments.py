@@ -358,11 +358,13 @@ def test_keep_all_with_features_that_were_computed_before():
     with torch.no_grad():
         features = lambda: {"image": model.model.get_image_features(pixel_values=pixels, return_dict=True)}  # noqa: E731
         plain = model(**inputs, mm_encoder_outputs=features()).logits
-        given = features()
+        given, again = features(), features()
         with drop_tokens(model, CONFIGS["keep-all"]):
             assert torch.equal(model(**inputs, mm_encoder_outputs=given).logits, plain)
+            last = model(**inputs, mm_encoder_outputs=again, logits_to_keep=2).logits
         with drop_tokens(model, CONFIGS["budgets"]), pytest.raises(ValueError, match="pass pixel_values"):
             model(**inputs, mm_encoder_outputs=given)
+    torch.testing.assert_close(last, plain[:, -2:], atol=1e-5, rtol=0)
 
 
 # Presets on any grid

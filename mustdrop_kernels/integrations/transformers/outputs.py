@@ -32,7 +32,7 @@ class Outputs:
         Raises:
             ValueError: one of the positions was dropped.
         """
-        rows = None if prefill is None else prefill.rows()
+        rows = None if prefill is None else prefill.rows
         if prefill is not None and self._labels is not None and not prefill.config.drops_nothing:
             labels = prefill.text_rows(self._labels, IGNORED)
             self._labels.resize_(labels.shape).copy_(labels)

@@ -270,8 +270,17 @@ class Pass:
         cache = as_drop_cache(inputs.get(CACHE))
         if isinstance(cache, ShortenedCache):
             cache.state.bind(self.session.lifetime)
+        prefill = None
         if any(self.encoded.values()):
-            return self._read_prompt(plain, inputs, cache)
+            output, prefill = self._read_prompt(plain, inputs, cache)
+        else:
+            output = self._continue(plain, inputs, cache)
+        if self.outputs is not None:
+            output.last_hidden_state = self.outputs.select(output.last_hidden_state, prefill)
+        return output
+
+    def _continue(self, plain: Forward, inputs: Inputs, cache: Any) -> Any:
+        """A pass over text, or over what follows a shortened prompt."""
         if not isinstance(cache, ShortenedCache) or not cache.shortened:
             self.passes.layers.set(())
             return plain(**inputs)
@@ -298,16 +307,14 @@ class Pass:
         places = self.input_ids == self.family.token_id(modality)
         return repeated(images, places, sum(map(len, features_of(output))))
 
-    def _read_prompt(self, plain: Forward, inputs: Inputs, given: Any) -> Any:
+    def _read_prompt(self, plain: Forward, inputs: Inputs, given: Any) -> tuple[Any, Prefill | None]:
         try:
             prompt, later, cache = self._split(inputs, given)
             prefill = self._prefill(prompt, cache)
         except (TypeError, ValueError):
             if not self.config.drops_nothing:
                 raise
-            output = plain(**inputs)  # with what cannot be cut, such as a cache of the caller's own kind
-            self._select(output, None)
-            return output
+            return plain(**inputs), None  # with what cannot be cut, such as a cache of the caller's own kind
         self.passes.layers.set(ALL_LAYERS)
         output = plain(**prefill.model_inputs(prompt), drop_prefill=prefill)
         report = prefill.finish(cache)
@@ -318,17 +325,11 @@ class Pass:
             generation.reported = True
         self.passes.layers.set(())
         if later is not None:
-            self.encoded = {}
-            hidden = self.run_language(plain, later).last_hidden_state
+            hidden = self._continue(plain, later, cache).last_hidden_state
             output.last_hidden_state = torch.cat([output.last_hidden_state, hidden], dim=1)
         if given is None and prompt.get("use_cache") is False:
             output[CACHE] = None  # the cache for the tokens after the prompt is this pass's alone
-        self._select(output, prefill)
-        return output
-
-    def _select(self, output: Any, prefill: Prefill | None) -> None:
-        if self.outputs is not None:
-            output.last_hidden_state = self.outputs.select(output.last_hidden_state, prefill)
+        return output, prefill
 
     def _split(self, inputs: Inputs, given: Any) -> tuple[Inputs, Inputs | None, DropCache | DropStaticCache | None]:
         """The prompt's inputs, those of the tokens after it, and the cache.

@@ -72,6 +72,9 @@ class Prefill:
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
         self._masks: dict[Any, Any] = {}  # by the tokens that a layer's cache held before, or "dense"
         self._rotary: Any = None
+        self.rows: Tensor | None = None
+        """(B, L) int64 on the host, after ``finish``: the row of each position of the prompt in the output, -1 without
+        one; None if nothing was dropped."""
 
     def model_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The language model's inputs without the placeholders that stage 1 has emptied."""
@@ -184,6 +187,7 @@ class Prefill:
 
     def finish(self, cache: DropCache | DropStaticCache | None) -> PromptReport:
         """After the last layer: compacts the cache and returns the report. Synchronizes with the device."""
+        self.rows = self._rows()
         processed = list(self.plan.cached_tokens)
         if self.static is not None:
             for i in range(len(processed)):
@@ -197,8 +201,7 @@ class Prefill:
 
     # The output's rows
 
-    def rows(self) -> Tensor | None:  # (B, L) int64 on the host
-        """The row of each position of the prompt in the output, -1 if it has none; None if nothing was dropped."""
+    def _rows(self) -> Tensor | None:
         if self.plan.nothing_dropped:
             return None
         tokens = self.plan.tokens
@@ -210,9 +213,8 @@ class Prefill:
 
     def dropped(self) -> Tensor:  # (B, L) bool on the host
         """The tokens of the prompt, padding aside, that the output has no row of."""
-        rows = self.rows()
         real = (self.plan.prompt_tokens.types != TokenType.PADDING).cpu()
-        return real & (rows < 0) if rows is not None else torch.zeros_like(real)
+        return real & (self.rows < 0) if self.rows is not None else torch.zeros_like(real)
 
     def text_rows(self, x: Tensor, other: int) -> Tensor:  # (B, L) -> (B, remaining)
         """The values of the remaining text tokens; `other` for vision tokens and padding."""
@@ -249,7 +251,7 @@ class Prefill:
     def _report(self, processed: Sequence[Tokens], slot_bytes: int) -> PromptReport:
         plan, layers = self.plan, len(processed)
         before = [0] * layers if self.past is None else [past.length for past in self.past]
-        rows = self.rows()
+        rows = self.rows
         return PromptReport(
             length=plan.prompt_tokens.length,
             rows=torch.arange(plan.prompt_tokens.length).repeat(len(self.prompt.text), 1) if rows is None else rows,
