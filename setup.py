@@ -66,9 +66,12 @@ def cuda_arguments() -> list[str]:
     return [f"-DMUSTDROP_CUDA_ARCHS={archs}", f"-DCMAKE_CUDA_COMPILER={nvcc}"]
 
 
+SHARED_HEADERS = ("common/token_types.h", "spatial_merge/norms.h")  # of CPU and CUDA kernels
+
+
 def kernel_headers() -> list[Path]:
     """Headers of the CUDA kernels relative to csrc/, which the backend `cupy` compiles at run time."""
-    paths = [*(ROOT / "csrc").glob("*/*.cuh"), ROOT / "csrc" / "common" / "token_types.h"]
+    paths = [*(ROOT / "csrc").glob("*/*.cuh"), *(ROOT / "csrc" / name for name in SHARED_HEADERS)]
     return sorted(path.relative_to(ROOT / "csrc") for path in paths)
 
 

@@ -184,9 +184,6 @@ class PromptReport:
 
     length: int
     """Tokens of the plain prompt, padding included."""
-    rows: Tensor
-    """(B, length) int64: the row of each position of the plain prompt in the output of ``model(**inputs)``, whose
-    logits have a row for each remaining token; -1 for positions without one."""
     text: list[int]
     """Text tokens of each sequence."""
     images: list[ImageReport]
@@ -200,6 +197,9 @@ class PromptReport:
     """The cache at the start of decoding."""
     milliseconds: dict[str, float]
     """Time that the stages themselves took, by name: "merge", "key tokens", "layer 2", ..., "evict"."""
+    rows: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    """(B, length) int64: the row of each position of the plain prompt in the output of ``model(**inputs)``, whose
+    logits have a row for each remaining token; -1 for positions without one."""
 
     @property
     def caches(self) -> tuple[CacheReport, CacheReport, CacheReport]:

@@ -17,7 +17,8 @@ def softmax(
     """Masked softmax; a row without visible keys gives zeros."""
     scores = scores.masked_fill(~visible, -torch.inf)
     if lse is None:  # not by way of the normalizer, which drops the terms after the largest of huge scores
-        return scores.softmax(-1).masked_fill(~visible, 0.0)
+        nothing = scores.isneginf().all(-1, keepdim=True)
+        return scores.softmax(-1).masked_fill(~visible | nothing, 0.0)
     probability = (scores - lse[..., None]).exp()
     return probability.masked_fill(~visible | lse[..., None].isneginf(), 0.0)
 
