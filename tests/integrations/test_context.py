@@ -9,6 +9,7 @@ import functools
 
 import pytest
 import torch
+from attached import everything_attached
 from torch import nn
 from transformers import AttentionInterface, DynamicCache, EncoderDecoderCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -155,26 +156,6 @@ def test_gradients_reach_the_kept_tokens(sdpa, one):
 
 
 # The model is left as it was.
-
-
-def everything_attached(model):
-    """Hooks, attributes and configs of every module, by identity."""
-    state = {}
-    for name, module in model.named_modules():
-        for key, value in vars(module).items():
-            if key.endswith("_hooks") or "_hooks_" in key:
-                value = tuple(value.items()) if isinstance(value, dict) else value
-            elif key in ("_modules", "_parameters", "_buffers"):
-                value = tuple((name, id(item)) for name, item in value.items())
-            else:
-                value = id(value)
-            state[name, key] = value
-    configs = (model.config, model.config.text_config, model.config.vision_config, model.generation_config)
-    return state, [copy.deepcopy(config.to_dict()) for config in configs], _attention(model)
-
-
-def _attention(model):
-    return [module.config._attn_implementation for module in model.modules() if hasattr(module, "config")]
 
 
 def test_model_is_left_as_it_was(model, padded):

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from attached import everything_attached
 from prompts import make_inputs
-from test_context import everything_attached, generate
+from test_context import generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mustdrop_kernels

@@ -13,7 +13,7 @@ import pytest
 import tiny_llava
 import tiny_models
 import torch
-from test_context import everything_attached
+from attached import everything_attached
 from test_families import (
     BUDGETS,
     FEATURES,

@@ -6,11 +6,13 @@ Written apart from the package, in loops, with decisions of its own. Positions a
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from collections.abc import Iterator
 
 import torch
-from reference_vision import encode
+from reference_vision import Margin, encode
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -27,16 +29,52 @@ class MaskedReference:
         self.before: list[Tensor] = []  # per layer, (B, past) bool: what is seen of earlier turns
         self.mask: Tensor | None = None  # (B, 1, L, L) bool or added to the scores, in place of the causal one
         self.cache = None
+        self.margin = Margin()  # of the decisions of all stages
 
     @torch.no_grad()
     def generate(self, inputs: dict[str, Tensor], new_tokens: int, **settings) -> tuple[Tensor, Tensor]:
         """New tokens (B, new_tokens) and their logits (B, new_tokens, V). A second call is the next turn."""
+        if self.cache is not None:
+            settings["past_key_values"] = self.cache
+        with self._replacing(inputs):
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                output_logits=True,
+                return_dict_in_generate=True,
+                **{"do_sample": False, **settings},
+            )
+        length = inputs["input_ids"].shape[1]
+        self.sequences, self.scores = output.sequences, output.get("sequences_scores")
+        self._remember(output)
+        return output.sequences[:, length:], torch.stack(output.logits, 1)
+
+    def check(self, output, inputs: dict[str, Tensor], new_tokens: int, **settings) -> None:
+        """The new tokens and logits of generate() are those that this reference generates for the same inputs."""
+        tokens, logits = self.generate(inputs, new_tokens, **settings)
+        assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+        torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
+
+    @torch.no_grad()
+    def read(self, inputs: dict[str, Tensor], mask: Tensor | None = None) -> Tensor:
+        """Logits (B, new, V) of one forward pass, with a mask (B, 1, L, L). A second call is the next turn.
+
+        ``input_ids`` and ``attention_mask`` are those of all turns, ``position_ids`` those of the new tokens.
+        """
+        self.mask = mask
+        with self._replacing(inputs):
+            new = {**inputs, "input_ids": inputs["input_ids"][:, self.offset :]}
+            output = self.model(**new, past_key_values=self.cache, use_cache=True)
+        self._remember(output)
+        return output.logits
+
+    @contextlib.contextmanager
+    def _replacing(self, inputs: dict[str, Tensor]) -> Iterator[None]:
+        """The language model's attention and the contents of placeholders are this reference's."""
         self.offset = 0 if self.cache is None else self.cache.get_seq_length()
         self._read(inputs)
         self.alive: list[Tensor] = []
         self.rows, length = inputs["input_ids"].shape
-        if self.cache is not None:
-            settings["past_key_values"] = self.cache
         language = self.model.model.language_model
         implementation = language.config._attn_implementation
 
@@ -50,37 +88,15 @@ class MaskedReference:
         _running.append(self)
         language.config._attn_implementation = "masked_reference"
         try:
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=new_tokens,
-                output_logits=True,
-                return_dict_in_generate=True,
-                **{"do_sample": False, **settings},
-            )
+            yield
         finally:
             language.config._attn_implementation = implementation
             _running.pop()
             hook.remove()
-        self.sequences = output.sequences
-        self.cache = getattr(output, "cache", None) or output.past_key_values
-        self._remember()
-        return output.sequences[:, length:], torch.stack(output.logits, 1)
 
-    def check(self, output, inputs: dict[str, Tensor], new_tokens: int, **settings) -> None:
-        """The new tokens and logits of generate() are those that this reference generates for the same inputs."""
-        tokens, logits = self.generate(inputs, new_tokens, **settings)
-        assert torch.equal(output.sequences[:, inputs["input_ids"].shape[1] :], tokens)
-        torch.testing.assert_close(torch.stack(output.logits, 1), logits, atol=1e-4, rtol=0)
-
-    @torch.no_grad()
-    def read(self, inputs: dict[str, Tensor], mask: Tensor) -> Tensor:
-        """Logits (B, V) behind the prompt with this mask (B, 1, L, L)."""
-        self.mask = mask
-        _, logits = self.generate({**inputs, "position_ids": torch.arange(mask.shape[2]).expand(len(mask), -1)}, 1)
-        return logits[:, 0]
-
-    def _remember(self) -> None:
+    def _remember(self, output) -> None:
         """Tokens of this turn that the next one attends to."""
+        self.cache = getattr(output, "cache", None) or output.past_key_values
         total = self.cache.get_seq_length()
         seen = []
         for layer in range(len(self.alive) - 1):
@@ -100,7 +116,7 @@ class MaskedReference:
         config = self.model.config
         tokens = [getattr(config, name, None) for name in ("image_token_id", "video_token_id")]
         hidden = {token: (~mask[ids == token]).tolist() for token in tokens if token is not None}
-        images = encode(self.model, self.config, inputs, hidden)
+        images = encode(self.model, self.config, inputs, hidden, self.margin)
         placeholder = torch.zeros_like(mask)
         for token_id in {image.token_id for image in images}:
             placeholder |= ids == token_id
@@ -111,6 +127,7 @@ class MaskedReference:
                     self.key[row, column] = number in image.keys
                     self.present[row, column] = image.owner[number] == number
         placeholder &= mask
+        self.tokens = placeholder & self.present
         for row in range(len(ids)):
             if placeholder[row].any():
                 last = int(mask[row].nonzero().max())
@@ -164,12 +181,15 @@ class MaskedReference:
             return alive
         total, peak, key = queries.sum(0), queries.amax(0), self.key[row][vision]
         if self.config.budgets is None:
-            share = self.config.global_threshold * total.sum()
-            stays = (total >= share) | (peak >= self.config.individual_threshold) | key
+            share, individual = float(self.config.global_threshold * total.sum()), self.config.individual_threshold
+            reaches = self.margin.reaches
+            pairs = zip(key.tolist(), total.tolist(), peak.tolist(), strict=True)
+            stays = torch.tensor([is_key or reaches(t, share) or reaches(p, individual) for is_key, t, p in pairs])
         else:
-            budget = max(self.config.budgets[self.config.pruning_layers.index(layer)], int(key.sum()))
-            best = total.masked_fill(key, math.inf).topk(min(budget, len(total))).indices
-            stays = torch.zeros_like(key).index_fill(0, best, True)
+            others = (~key).nonzero().flatten()
+            budget = self.config.budgets[self.config.pruning_layers.index(layer)] - int(key.sum())
+            best = self.margin.best(total[others].tolist(), max(budget, 0))
+            stays = key.index_fill(0, others[best], True)
         alive = alive.clone()
         alive[vision] = stays
         return alive

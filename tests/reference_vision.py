@@ -19,6 +19,28 @@ from torch import Tensor
 from mustdrop_kernels.config import MustDropConfig
 
 
+class Margin:
+    """Decisions, and the smallest relative distance of one of them from the opposite one."""
+
+    def __init__(self) -> None:
+        self.smallest = math.inf
+
+    def reaches(self, value: float, threshold: float) -> bool:
+        """Whether a value is at least the threshold."""
+        self._distance(value, threshold)
+        return value >= threshold
+
+    def best(self, values: list[float], count: int) -> list[int]:
+        """The places of the largest values, of the first ones among equals."""
+        order = sorted(range(len(values)), key=lambda i: -values[i])
+        if 0 < count < len(values):
+            self._distance(values[order[count - 1]], values[order[count]])
+        return order[:count]
+
+    def _distance(self, a: float, b: float) -> None:
+        self.smallest = min(self.smallest, abs(a - b) / max(abs(a), abs(b), 1e-30))
+
+
 @dataclasses.dataclass
 class Reference:
     """An image or a video with N placeholders."""
@@ -39,7 +61,7 @@ class Placeholder:
 
 
 def encode(
-    model: Any, config: MustDropConfig, inputs: dict[str, Tensor], hidden: dict[int, list[bool]]
+    model: Any, config: MustDropConfig, inputs: dict[str, Tensor], hidden: dict[int, list[bool]], margin: Margin
 ) -> list[Reference]:
     """All images, then all videos, each in the order of the prompt; ``hidden``: placeholders by their id."""
     kind = {
@@ -58,14 +80,19 @@ def encode(
         if any(name in inputs for name in names):
             token = getattr(model.config, f"{modality}_token_id")
             rest = list(hidden[token])
-            for placeholders, grids in kind(model, config, inputs).images(modality):
+            for placeholders, grids in kind(model, config, inputs, margin).images(modality):
                 own, rest = rest[: len(placeholders)], rest[len(placeholders) :]
-                found.append(_finish(placeholders, grids, token, config, own))
+                found.append(_finish(placeholders, grids, token, config, own, margin))
     return found
 
 
 def _finish(
-    placeholders: list[Placeholder], grids: list[Tensor], token_id: int, config: MustDropConfig, hidden: list[bool]
+    placeholders: list[Placeholder],
+    grids: list[Tensor],
+    token_id: int,
+    config: MustDropConfig,
+    hidden: list[bool],
+    margin: Margin,
 ) -> Reference:
     """Merging after the tower, and key tokens. The first visible placeholder of a token holds it."""
     features = torch.stack([place.feature for place in placeholders]).clone()
@@ -73,7 +100,7 @@ def _finish(
     group: list[Any] = [i if p.owner is None else ("token", p.owner) for i, p in enumerate(placeholders)]
     if config.merge and config.merge_at == "features":
         for grid in grids:
-            for window in _merging(features, grid if grid.dim() == 3 else grid[None], config):
+            for window in _merging(features, grid, config, margin):
                 features[window] = features[window].mean(0)
                 mean = sum(importance[i] for i in window) / len(window)
                 for i in window:
@@ -81,24 +108,22 @@ def _finish(
     first: dict[Any, int] = {}
     owner = [-1 if hidden[i] else first.setdefault(own, i) for i, own in enumerate(group)]
     tokens = [i for i, own in enumerate(owner) if own == i and importance[i] is not None]
-    tokens.sort(key=lambda i: (-importance[i], i))
-    return Reference(token_id, features, owner, set(tokens[: math.ceil(config.key_rate * len(tokens))]))
+    keys = margin.best([importance[i] for i in tokens], math.ceil(config.key_rate * len(tokens)))
+    return Reference(token_id, features, owner, {tokens[i] for i in keys})
 
 
-def _merging(features: Tensor, grid: Tensor, config: MustDropConfig) -> list[list[int]]:
-    """The windows of features that merge."""
-    windows = _windows(grid, config.window)
-    similarity = {window[0]: _similarity(features[window]) for window in windows}
+def _merging(features: Tensor, grid: Tensor, config: MustDropConfig, margin: Margin) -> list[list[int]]:
+    """The windows of features, at the places of a grid (H, W) or (T, H, W), that merge."""
+    window = (1, *config.window)[-3:] if grid.dim() == 3 else (1, *config.window[-2:])
+    windows = _windows(grid if grid.dim() == 3 else grid[None], window)
     if config.merge_budget is None:
-        return [window for window in windows if similarity[window[0]] >= config.merge_threshold]
-    frames, *sides = (1, *config.window)[-3:]
-    size = min(frames, len(grid)) * math.prod(sides)
-    whole = [window for window in windows if len(window) == size]
-    return sorted(whole, key=lambda window: -similarity[window[0]])[: _budget(config, len(whole))]
+        return [places for places in windows if margin.reaches(_similarity(features[places]), config.merge_threshold)]
+    whole = [places for places in windows if len(places) == math.prod(window)]
+    best = margin.best([_similarity(features[places]) for places in whole], _budget(config, len(whole)))
+    return [whole[i] for i in best]
 
 
-def _windows(grid: Tensor, window: tuple[int, ...]) -> list[list[int]]:  # grid: (T, H, W)
-    size = (1, *window)[-3:]
+def _windows(grid: Tensor, size: tuple[int, ...]) -> list[list[int]]:  # grid: (T, H, W)
     begins = [range(0, length, step) for length, step in zip(grid.shape, size, strict=True)]
     parts = [
         grid[t : t + size[0], y : y + size[1], x : x + size[2]] for t in begins[0] for y in begins[1] for x in begins[2]
@@ -106,7 +131,7 @@ def _windows(grid: Tensor, window: tuple[int, ...]) -> list[list[int]]:  # grid:
     return [part.flatten().tolist() for part in parts if part.numel() > 1]
 
 
-def _budget(config: MustDropConfig, windows: int) -> int | None:
+def _budget(config: MustDropConfig, windows: int) -> int:
     """Windows of an image that merge by a budget, of those that the grid does not cut."""
     budget = config.merge_budget
     return round(budget * windows) if isinstance(budget, float) else budget
@@ -121,8 +146,8 @@ def _similarity(x: Tensor) -> float:
 class Llava:
     """An image is one tile of a CLIP or SigLIP tower."""
 
-    def __init__(self, model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> None:
-        self.model, self.body, self.config, self.inputs = model, model.model, config, inputs
+    def __init__(self, model: Any, config: MustDropConfig, inputs: dict[str, Tensor], margin: Margin) -> None:
+        self.model, self.body, self.config, self.inputs, self.margin = model, model.model, config, inputs, margin
         self._numbers = itertools.count()
 
     def images(self, modality: str) -> list[tuple[list[Placeholder], list[Tensor]]]:
@@ -174,22 +199,14 @@ class Llava:
 
     def _merge(self, x: Tensor, prefix: int) -> tuple[Tensor, list[int]]:
         side, patches = math.isqrt(x.shape[0] - prefix), x[prefix:]
-        windows = _windows(torch.arange(side * side).view(1, side, side), self.config.window)
-        similarity = {window[0]: _similarity(patches[window]) for window in windows}
-        if self.config.merge_budget is not None:
-            whole = [window for window in windows if len(window) == math.prod(self.config.window)]
-            ranked = sorted((window[0] for window in whole), key=similarity.get, reverse=True)
-            merging = ranked[: _budget(self.config, len(whole))]
-        else:
-            merging = [begin for begin, value in similarity.items() if value >= self.config.merge_threshold]
+        grid = torch.arange(side * side).view(side, side)
         own = list(range(side * side))
         tokens = dict(enumerate(patches))
-        for window in windows:
-            if window[0] in merging:
-                tokens[window[0]] = patches[window].mean(0)
-                for patch in window[1:]:
-                    del tokens[patch]
-                    own[patch] = window[0]
+        for window in _merging(patches, grid, self.config, self.margin):
+            tokens[window[0]] = patches[window].mean(0)
+            for patch in window[1:]:
+                del tokens[patch]
+                own[patch] = window[0]
         order = sorted(tokens)
         return torch.stack([*x[:prefix], *(tokens[patch] for patch in order)]), [order.index(patch) for patch in own]
 
@@ -318,7 +335,7 @@ class VideoLlava(Llava):
 class Qwen:
     """Features are the model's; the attention of its full layer is computed here."""
 
-    def __init__(self, model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: Any, config: MustDropConfig, inputs: dict[str, Tensor], margin: Margin) -> None:
         self.body, self.inputs = model.model, inputs
 
     def images(self, modality: str) -> list[tuple[list[Placeholder], list[Tensor]]]:
@@ -377,7 +394,7 @@ class Qwen:
 class InternVL:
     """Features are the model's; the attention of its last layer is computed here."""
 
-    def __init__(self, model: Any, config: MustDropConfig, inputs: dict[str, Tensor]) -> None:
+    def __init__(self, model: Any, config: MustDropConfig, inputs: dict[str, Tensor], margin: Margin) -> None:
         self.body, self.inputs = model.model, inputs
         self.settings = model.config
 
