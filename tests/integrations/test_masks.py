@@ -207,6 +207,13 @@ def structures(inputs):
         for run in runs(flags):
             near[row, 0, run.stop + 2 : run.stop + 4, run.start : run.stop : 2] = False
     yield "text that does not attend to every patch", near
+    late = mask.clone()
+    for row, flags in enumerate(images):
+        for run in runs(flags):
+            late[row, 0, run.stop :, run.start : run.stop - 1 : 2] = False
+    yield "patches that only other patches attend to", late
+    place = torch.arange(mask.shape[2])
+    yield "a window", mask & (place[:, None] - place < 20)
     yield "a bias", added(mask) - 0.05 * (torch.arange(mask.shape[2])[:, None] - torch.arange(mask.shape[2])).abs()
 
 

@@ -42,11 +42,18 @@ class GivenMask:
             )
 
     def real_tokens(self, shape: torch.Size, seen: int) -> Tensor | None:
-        """(B, seen + L), nonzero where there is a token; of a dense mask what the last query attends to."""
+        """(B, seen + L), nonzero where there is a token.
+
+        Of a dense mask what the last query attends to, itself or through other tokens. Synchronizes with the device.
+        """
         if self.dense is None:
             return self.real
         batch, length = shape
-        return attends(self.dense[:, :, -1]).any(1)[:, : seen + length].expand(batch, -1)
+        attended = attends(self.dense).any(1)[:, :, : seen + length]
+        real = attended[:, -1]
+        while not torch.equal(real, further := real | (real[:, seen:, None] & attended).any(1)):
+            real = further
+        return real.expand(batch, -1)
 
     def take(self, tokens: Tokens, seen: int) -> Tensor:  # -> (B, H, remaining, seen + remaining)
         """The dense mask of the remaining tokens; padding attends to itself alone."""
