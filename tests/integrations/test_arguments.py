@@ -195,6 +195,16 @@ def test_logits_to_keep_counts_positions_of_the_prompt(name, rows, config):
                 assert torch.equal(call(model, inputs, config, logits_to_keep=keep)[0].logits, plain)
 
 
+def test_logits_to_keep_of_more_positions_than_rows_are_left(config):
+    """Positions that the mask hides count, and have no row."""
+    model, inputs = model_of("llava"), inputs_of("llava", [[3, ("picture", 0), ("picture", 1), 2]])
+    inputs["attention_mask"][:, -38:-2] = 0  # the second image
+    whole, _ = call(model, inputs, config)
+    logits = call(model, inputs, config, logits_to_keep=38)[0].logits
+    assert logits.shape[1] == 38
+    torch.testing.assert_close(logits[:, -2:], whole.logits[:, -2:], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_map_positions(name, config):
     """Text has its row, in order; the rows of vision tokens are as many as were kept; the rest has none."""

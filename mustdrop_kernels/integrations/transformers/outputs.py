@@ -53,7 +53,8 @@ class Outputs:
                 "dropped; report.last.rows maps the prompt's positions to the rows of the logits of a call without "
                 "logits_to_keep"
             )
-        if not isinstance(keep, Tensor) and bool((rows[:, -keep:] == torch.arange(hidden.shape[1])[-keep:]).all()):
+        last = torch.arange(hidden.shape[1]).expand(batch, -1)
+        if not isinstance(keep, Tensor) and torch.equal(rows[:, -keep:], last[:, -keep:]):
             return hidden[:, -keep:]
         wanted = _select(rows, keep).clamp(min=0).to(hidden.device)  # padding, whose logits mean nothing: any row
         sequence = _select(torch.arange(batch)[:, None].expand_as(rows), keep).to(hidden.device)
