@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``python -m tests.fuzz``: every operator on every available backend, with a progress bar, a table and a record."""
+"""``python -m tests.fuzz``: every operator, and drop_tokens, on every available backend; a progress bar, a record."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import hypothesis
 import torch
+import transformers
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -54,7 +55,7 @@ def fuzz(
     jobs: Jobs = 1,
     fast: Fast = False,
 ) -> None:
-    """Generate cases, compare all backends with the float64 oracle and with each other, shrink and save failures.
+    """Generate cases, compare all backends with the oracle and with each other, shrink and save failures.
 
     Exits with status 1 on a mismatch.
     """
@@ -152,7 +153,7 @@ def _run(
 
 
 def _table(tallies: list[Tally]) -> Table:
-    table = Table(title="Every case is compared with the float64 oracle")
+    table = Table(title="Every case is compared with the oracle")
     for column in ("operator", "cases", "near a threshold", "mismatches", "s", "computed by"):
         table.add_column(column, justify="left" if column in ("operator", "computed by") else "right")
     for tally in tallies:
@@ -173,6 +174,7 @@ def _record(
         "seed": seed,
         "machine": describe(torch.device("cpu"), 1),
         "hypothesis": hypothesis.__version__,
+        "transformers": transformers.__version__,
         "runners": {name: {"cases": total[name]} for name in shares},
         "not_playing": missing,
         "seconds": round(time.monotonic() - begin, 1),

@@ -42,6 +42,8 @@ class Family:
         check: (description, arguments, cache of the oracle's results, answer) -> whether the case was near a threshold;
             raises an AssertionError on any difference that nearness does not explain.
         in_place: arguments whose tensors the operator modifies; they are the answer.
+        function: takes the arguments and `backend`. Default: the operator of that name.
+        kinds: description -> its features, for the record. Default: those of an operator's tensors.
     """
 
     op: str
@@ -49,6 +51,8 @@ class Family:
     build: Callable[[Case], dict[str, Any]]
     check: Callable[[Case, dict[str, Any], dict[str, Any], list[Tensor]], bool]
     in_place: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None
+    kinds: Callable[[Case], list[str]] | None = None
 
     def changed(self, arguments: dict[str, Any]) -> list[Tensor]:
         """The tensors that a call modifies."""

@@ -49,13 +49,13 @@ class Runner(Protocol):
         """Release resources."""
 
 
-def call_of(backend: str, op: str, case: Case) -> Callable[..., Any]:
-    """The operator of a backend; a hash of the case configures the emulated device."""
+def call_of(backend: str, family: Family, case: Case) -> Callable[..., Any]:
+    """The family's function on a backend; a hash of the case configures the emulated device."""
     if backend in EMULATED:
         if backend not in backends.registered():
             backends.register_backend(EMULATED[backend]())
         cuda_emulation.configure_for(json.dumps(case, sort_keys=True))
-    function = getattr(mustdrop_kernels, op)
+    function = family.function or getattr(mustdrop_kernels, family.op)
     return lambda **arguments: function(**arguments, backend=backend)
 
 
@@ -71,7 +71,7 @@ class Here:
         """Does nothing: `answer` computes."""
 
     def answer(self, family: Family, case: Case) -> Answer:
-        call = call_of(self.name, family.op, case) if self.call is None else self.call(family.op, case)
+        call = call_of(self.name, family, case) if self.call is None else self.call(family.op, case)
         return family.compute(case, call)
 
     def close(self) -> None:

@@ -165,7 +165,7 @@ class _Trial:
         self.tally.cases += 1
         self.tally.by_runner.update(near.keys())
         self.tally.near.update(name for name, is_near in near.items() if is_near)
-        self.tally.kinds.update(kinds_of(case))
+        self.tally.kinds.update((self.family.kinds or kinds_of)(case))
 
 
 def search(

@@ -10,6 +10,7 @@ import os
 
 import cuda_emulation
 import pytest
+from ops.schemas import OPS
 
 from mustdrop_kernels import backends
 from mustdrop_kernels.ops import registry
@@ -22,7 +23,7 @@ CASES = int(os.environ.get("MUSTDROP_FUZZ_CASES", "100"))
 SEED = int(os.environ.get("MUSTDROP_FUZZ_SEED", "1"))
 
 
-@pytest.mark.parametrize("op", FAMILIES)
+@pytest.mark.parametrize("op", OPS)
 def test_every_backend_agrees_with_the_oracle(op, monkeypatch):
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))  # the emulation registers itself
     runners = [Here("cpu"), Here("reference")]
@@ -34,7 +35,7 @@ def test_every_backend_agrees_with_the_oracle(op, monkeypatch):
     assert sum(tally.near.values()) <= 0.2 * CASES * len(runners), "too many cases are near a threshold"
 
 
-@pytest.mark.parametrize("op", FAMILIES)
+@pytest.mark.parametrize("op", OPS)
 def test_triton_interpreted(op):
     """Slow, so of few cases; `make fuzz` runs more."""
     if reason := backends.get("triton").why_not(op, "cpu"):

@@ -22,5 +22,5 @@ def deciding(op: str) -> tuple[str, ...]:
 def tensors_in(arguments: dict[str, Any]) -> list[torch.Tensor]:
     flat = []
     for value in arguments.values():
-        flat += value if isinstance(value, list) else [value]
+        flat += [*value.values()] if isinstance(value, dict) else value if isinstance(value, list) else [value]
     return [t for t in flat if isinstance(t, torch.Tensor)]
