@@ -143,8 +143,10 @@ def build(case: Case) -> dict[str, Any]:
         first["dense"] = dense
     if case.get("rows_of_logits") == "labels":
         real = first["attention_mask"].bool()
-        behind = torch.nn.functional.pad(real, (1, -1))  # behind a token that the mask shows, which predicts it
-        first["labels"] = first["input_ids"].masked_fill(~(real & behind), -100)
+        text = real & (first["input_ids"] != IMAGE) & (first["input_ids"] != VIDEO)
+        # The mask shows the token before, which predicts this one, and some text, so that no row of padding does.
+        shown = torch.nn.functional.pad(real & (text.cumsum(1) > 0), (1, -1))
+        first["labels"] = first["input_ids"].masked_fill(~(real & shown), -100)
     second = batch(model, name, case["turn"]) if "turn" in case else {}
     return {"case": case, "first": first, "second": second}
 
