@@ -31,7 +31,6 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         """The tokens of the plain prompts."""
         self.past_types: Tensor | None = None
         """(B, P) uint8: types of P cached tokens before the prompts in the current layer. None of them is dropped."""
-
         self.mask: Tensor | None = None
         """(B, H or 1, L, P + L): the mask of the current layer, bool or added to the scores; None: causal."""
 

@@ -22,15 +22,7 @@ from .search import compare, search
 CASES = int(os.environ.get("MUSTDROP_FUZZ_DROPPING_CASES", "60"))
 SEED = int(os.environ.get("MUSTDROP_FUZZ_SEED", "1"))
 FAMILY = FAMILIES["drop_tokens"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_drop_tokens_agrees_with_the_masked_reference():

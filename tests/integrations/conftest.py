@@ -5,17 +5,12 @@ from __future__ import annotations
 
 import pytest
 import tiny_llava
-import torch
 from prompts import PROMPTS, make_inputs
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """These models are so small that a second thread only waits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def small_models(one_thread):
+    """All tests of this folder run tiny models."""
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,6 @@ def needs_nothing(cache: Any, family: Family, mask: Tensor | None) -> bool:
     if name != "sdpa" and "flash" not in name:  # others need a mask even if nothing is hidden
         return False
     check_mask(cache, mask, 1)
-    if mask is None or cache.state.hidden is None:
-        return mask is None or bool(mask.all())
-    return bool((mask.bool() | nn.functional.pad(cache.state.hidden, (0, mask.shape[1] - cache.prompt_length))).all())
+    if mask is not None and cache.state.hidden is not None:
+        mask = mask.bool() | nn.functional.pad(cache.state.hidden, (0, mask.shape[1] - cache.prompt_length))
+    return mask is None or bool(mask.all())

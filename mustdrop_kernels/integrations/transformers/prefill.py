@@ -57,7 +57,6 @@ class Prefill:
         mask.check(shape, seen)
         real = mask.real_tokens(shape, seen)
         self.given_mask, self.seen = mask, seen
-        self.hidden = None if real is None else ~real.bool()  # (B, seen + L), tokens that the mask hides
         self.past = cache.past_tokens(real, shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
         if self.shortened and (mask.dense is not None or mask.unknown is not None):
@@ -65,8 +64,9 @@ class Prefill:
         self.static = cache if isinstance(cache, DropStaticCache) else None
         own = real if real is None else real[:, seen:]
         self.prompt = prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
-        if not seen and not prompt.tokens.padded:
-            self.hidden = None
+        self.hidden: Tensor | None = None  # (B, seen + L), tokens that the mask hides
+        if real is not None and (seen or prompt.tokens.padded):
+            self.hidden = ~real.bool()
         self.plan = PaddedDropPlan(prompt.tokens, config, text_queries=prompt.text_queries, group=family.ranks)
         self.after: dict[int, Tokens] = {}  # pruning layer -> remaining tokens
         self.heat: dict[int, Tensor] | None = {} if heat_maps else None  # layer -> (B, L) of the plain prompt
