@@ -75,9 +75,10 @@ class PackedDropPlan(DropPlan[Tensor]):
 
     # Layer by layer.
 
-    def _score(  # (live, Hq, D), (live, Hk, D), (Hq, live)
+    def scores(  # (live, Hq, D), (live, Hk, D), (Hq, live)
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
     ) -> ops.Scores:
+        """See ``DropPlan.scores``."""
         place, _ = self._padded()
         if self._group is not None:
             lse = None if lse is None else lse[:, place].transpose(0, 1)

@@ -53,9 +53,10 @@ class PaddedDropPlan(DropPlan["Pruned | None"]):
         """Token types of the keys of the current layer."""
         return self.tokens.types if self.past_types is None else torch.cat([self.past_types, self.tokens.types], dim=1)
 
-    def _score(  # (B, Hq, L, D), (B, Hk, P + L, D), (B, Hq, L)
+    def scores(  # (B, Hq, L, D), (B, Hk, P + L, D), (B, Hq, L)
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
     ) -> ops.Scores:
+        """See ``DropPlan.scores``."""
         types = self.key_types
         if self.mask is None:
             scores = self._text_scores(query, key, types, scale, lse)

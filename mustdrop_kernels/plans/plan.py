@@ -65,7 +65,7 @@ class DropPlan(abc.ABC, Generic[Chosen]):
         Returns:
             The remaining rows, for ``take``.
         """
-        scores = self._score(query.detach(), key.detach(), scale, None if lse is None else lse.detach())
+        scores = self.scores(query.detach(), key.detach(), scale, None if lse is None else lse.detach())
         pruned = stages.select(scores, self.tokens, self.config, self._stage)
         self._stage += 1
         self._layers_before_last_drop = len(self.cached_tokens)
@@ -76,7 +76,7 @@ class DropPlan(abc.ABC, Generic[Chosen]):
         """The remaining rows of hidden states, residuals or positions."""
 
     @abc.abstractmethod
-    def _score(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> ops.Scores:
+    def scores(self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None) -> ops.Scores:
         """Scores (B, L) of ``tokens``, averaged over the heads of all ranks."""
 
     @abc.abstractmethod

@@ -239,7 +239,7 @@ def test_a_dropped_position_is_refused(name):
 
 @pytest.mark.parametrize(("name", "rows"), [*((name, BATCH) for name in NAMES), ("qwen2_5_vl", ONE)])
 def test_labels_follow_the_rows(name, rows, config):
-    """The loss is that of the rows that are left; vision rows carry none, and gradients reach the weights."""
+    """The loss is that of the rows left that a token precedes; vision rows carry none, and gradients reach weights."""
     model, inputs = copy.deepcopy(model_of(name)), inputs_of(name, rows)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
     with drop_tokens(model, config) as report:
@@ -250,9 +250,9 @@ def test_labels_follow_the_rows(name, rows, config):
         assert torch.equal(output.loss, model(**inputs, labels=labels).loss)
     else:
         left = torch.full(logits.shape[:2], -100)
-        for row, sequence in enumerate(report.last.rows):
-            for position, place in enumerate(sequence.tolist()):
-                if place >= 0 and inputs["input_ids"][row, position] not in (IMAGE, VIDEO):
+        for row, sequence in enumerate(report.last.rows.tolist()):
+            for position, place in enumerate(sequence):
+                if place > 0 and place - 1 in sequence and inputs["input_ids"][row, position] not in (IMAGE, VIDEO):
                     left[row, place] = labels[row, position]
         expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), left[:, 1:].flatten())
         torch.testing.assert_close(output.loss, expected)

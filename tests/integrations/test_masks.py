@@ -214,6 +214,9 @@ def structures(inputs):
     yield "patches that only other patches attend to", late
     place = torch.arange(mask.shape[2])
     yield "a window", mask & (place[:, None] - place < 20)
+    tree = mask.clone()
+    tree[:, :, -1, -3:-1] = False  # the last token and the two before it go on behind the same text
+    yield "a tree", tree
     yield "a bias", added(mask) - 0.05 * (torch.arange(mask.shape[2])[:, None] - torch.arange(mask.shape[2])).abs()
 
 
@@ -260,6 +263,69 @@ def test_the_structure_of_a_mask_is_kept(kind):
         assert kept < int(reference.vision.sum())
         assert (logits - last_logits(model, inputs, config)).abs().max() > 1e-3, label  # the structure matters
         assert torch.equal(last_logits(model, four, KEEP_ALL), last_logits(model, four)), label
+
+
+@torch.no_grad()
+def test_documents_in_one_sequence():
+    """Text that the last query does not reach stays as it is; an image that no text query reaches is refused."""
+    model, config = model_of("llava"), MustDropConfig(**PLAIN, **BUDGETS)
+    one, text = inputs_of("llava", ONE), torch.tensor([[14, 15, 16, 17]])
+    length = one["input_ids"].shape[1]
+    for parts in ([text, one["input_ids"]], [one["input_ids"], text]):
+        sizes = [part.shape[1] for part in parts]
+        mask = torch.block_diag(*[torch.ones(size, size).tril() for size in sizes]).bool()[None, None]
+        place = torch.cat([torch.arange(size) for size in sizes])[None]
+        given = {**one, "input_ids": torch.cat(parts, 1), "attention_mask": mask, "position_ids": place}
+        with drop_tokens(model, config) as report:
+            alone = model(**one).logits[0]
+            both = model(**given).logits[0]
+        first, second = report.prompts
+        assert second.text == [first.text[0] + text.shape[1]]
+        assert [image.kept for image in second.images] == [image.kept for image in first.images]
+        of_text, of_image = second.rows[0].split(sizes)[:: 1 if parts[0] is text else -1]
+        torch.testing.assert_close(both[of_text], model(text).logits[0], atol=1e-4, rtol=0)
+        torch.testing.assert_close(both[of_image[of_image >= 0]], alone, atol=1e-4, rtol=0)
+
+    ids, mask = torch.cat([one["input_ids"]] * 2, 1), torch.block_diag(*[torch.ones(length, length).tril()] * 2)
+    pictures = torch.cat([one["pixel_values"]] * 2)
+    given = {"input_ids": ids, "attention_mask": mask.bool()[None, None], "pixel_values": pictures}
+    with pytest.raises(ValueError, match="give each document a sequence of the batch"), drop_tokens(model, config):
+        model(**given)
+    assert torch.equal(last_logits(model, given, KEEP_ALL), last_logits(model, given))
+
+
+@torch.no_grad()
+def test_a_window_behind_a_cache_that_holds_text():
+    """Cached tokens that no new query attends to are real in the next turn."""
+    model, config = model_of("llava"), MustDropConfig(**PLAIN, **BUDGETS)
+    inputs = inputs_of("llava", [[12, ("picture", 1), 8]])
+    ids, seen = inputs["input_ids"], 10
+    place = torch.arange(ids.shape[1])
+    mask = ((place[:, None] >= place) & (place[:, None] - place < 8))[None, None]
+    turn = torch.tensor([[9, 8]])
+    whole = {"attention_mask": torch.ones(1, ids.shape[1] + 2, dtype=torch.long)}
+    reference = MaskedReference(model, config)
+    reference.read(inputs, mask)
+    expected = reference.read({**whole, "input_ids": torch.cat([ids, turn], 1)})
+    with drop_tokens(model, config):
+        cache = model(input_ids=ids[:, :seen], attention_mask=mask[:, :, :seen, :seen]).past_key_values
+        given = {**inputs, "input_ids": ids[:, seen:], "attention_mask": mask[:, :, seen:]}
+        model(**given, past_key_values=cache)
+        logits = model(input_ids=turn, past_key_values=cache, **whole).logits
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_heat_maps_under_a_mask():
+    """They show the attention under it."""
+    model, inputs = model_of("llava"), inputs_of("llava", ONE)
+    mask, (image,) = causal(inputs), runs(images_of(inputs)[0])
+    mask[0, 0, image.stop :, image.start + 5] = False
+    with drop_tokens(model, MustDropConfig(**PLAIN, **BUDGETS), heat_maps=True) as report:
+        model(**{**inputs, "attention_mask": mask})
+    heat = report.last.images[0].heat[1].flatten()
+    assert heat[5] == 0
+    assert (heat > 0).sum() == 35
 
 
 @torch.no_grad()

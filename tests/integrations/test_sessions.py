@@ -11,7 +11,6 @@ import threading
 
 import pytest
 import tiny_llava
-import tiny_models
 import torch
 from attached import everything_attached
 from test_families import (
@@ -31,6 +30,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.transformers import drop_tokens
+from mustdrop_kernels.integrations.transformers.compat import STATIC_CACHE_GETTERS
 
 CONFIGS = {
     "keep-all": MustDropConfig.preset("keep-all", pruning_layers=(1, 3)),
@@ -39,7 +39,6 @@ CONFIGS = {
 }
 OTHER = [[5, ("picture", 0), 4]]
 STATIC = {"cache_implementation": "static"}
-OLD = tiny_models.tf.__version__ < "5"
 """generate() of transformers 4 keeps a static cache on the model, and Qwen2.5-VL the positions of the last prompt."""
 
 
@@ -200,8 +199,6 @@ def test_calls_inside_generate(rows, cache, kind, model):
     """Each call is dropped and reported as if alone, and so is the generate() around them."""
     config = CONFIGS[kind]
     name = "llava" if model is model_of("llava") else "qwen2_5_vl"
-    if OLD and (name == "qwen2_5_vl" or cache):
-        pytest.skip("transformers 4 itself has one generate() at a time here")
     inputs, batch = inputs_of(name, rows), inputs_of(name)
     for other, way in [*((inputs_of(name, OTHER), way) for way in range(5)), (batch, 0)]:
         with drop_tokens(model, config) as report, torch.no_grad():
@@ -273,8 +270,6 @@ def switching():
 def test_threads_in_one_context(cache, config, model, switching):
     """Each gets what it would get alone, and the report has all of their prompts."""
     name = "llava" if model is model_of("llava") else "qwen2_5_vl"
-    if OLD and (name == "qwen2_5_vl" or cache):
-        pytest.skip("transformers 4 itself has one generate() at a time here")
     batches = [inputs_of(name, rows) for rows in (ONE, OTHER, [[9]])]
     found = [[] for _ in batches]
 
@@ -296,7 +291,11 @@ def test_threads_in_one_context(cache, config, model, switching):
     for answers, want in zip(found, expected, strict=True):
         for answer in answers:
             assert not isinstance(answer, Exception), answer
-            assert_same_bits(answer, want)
+            if STATIC_CACHE_GETTERS and cache:  # the bits depend on the size of the cache, and that on earlier calls
+                assert torch.equal(answer.sequences, want.sequences)
+                torch.testing.assert_close(answer.logits, want.logits, atol=1e-5, rtol=0)
+            else:
+                assert_same_bits(answer, want)
     assert len(report.prompts) == 6
 
 

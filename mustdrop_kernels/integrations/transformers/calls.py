@@ -40,6 +40,10 @@ class Generation:
     """By modality: images that generate() encodes before its first pass."""
     reported: bool = False
     """Its prompt is in the report."""
+    static_cache: Any = None
+    """The cache of ``cache_implementation="static"``."""
+    rope_deltas: Any = None
+    """Difference between position and index, which Qwen2.5-VL keeps on the model between steps."""
 
 
 class ThreadState(threading.local):
@@ -58,16 +62,20 @@ class ModelCalls:
         self.lock = threading.RLock()
         """Held during a forward pass, and while a context begins and ends."""
         self.thread = ThreadState()
+        self.generations: list[Generation] = []
+        """Those of all threads, nested ones too."""
 
     @contextlib.contextmanager
     def generating(self, generation: Generation) -> Iterator[Generation]:
         """Sets this thread's generate(); calls may be nested."""
         thread = self.thread
         outer, thread.generation = thread.generation, generation
+        self.generations.append(generation)
         try:
             yield generation
         finally:
             thread.generation = outer
+            self.generations.remove(generation)
 
 
 _calls: weakref.WeakKeyDictionary[nn.Module, ModelCalls] = weakref.WeakKeyDictionary()

@@ -7,11 +7,19 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import LlavaModel
+from transformers import GenerationMixin, LlavaModel
 
 OLD_CACHE = "past_key_values"
 CACHE = "cache" if "cache" in inspect.signature(LlavaModel.forward).parameters else OLD_CACHE
 """Models' keyword for the cache; newer versions of transformers 5 renamed it and still accept the old one."""
+
+
+STATIC_CACHE_GETTERS = tuple(
+    name
+    for name in ("_get_cache", "_prepare_static_cache")
+    if hasattr(GenerationMixin, name) and "_cache" in getattr(GenerationMixin, name).__code__.co_names
+)
+"""Methods that keep the static cache of generate() on the model, as ``_cache``; none in newer versions."""
 
 
 def hidden_of(output: Any) -> Any:

@@ -13,7 +13,7 @@ from transformers.masking_utils import create_masks_for_generate
 
 from .caches import as_drop_cache, cache_for_prompt
 from .calls import Generation, Step
-from .compat import CACHE, OLD_CACHE
+from .compat import CACHE, OLD_CACHE, STATIC_CACHE_GETTERS
 from .decode import Decode, needs_nothing
 from .passes import Passes, has_pictures
 from .rollback import rollback_on_error
@@ -32,6 +32,7 @@ class Generating:
     def __init__(self, passes: Passes) -> None:
         self.passes, self.session, self.calls = passes, passes.session, passes.calls
         self.model = passes.session.family.model
+        self.body = vars(passes.session.family.body)
 
     def install(self) -> None:
         """Replaces the methods."""
@@ -41,6 +42,8 @@ class Generating:
         replace(model, MASKS, self._masks(getattr(model, MASKS, create_masks_for_generate)))
         if hasattr(model, OLD_MASKS):
             replace(model, OLD_MASKS, self._masks(getattr(model, OLD_MASKS)))
+        for name in STATIC_CACHE_GETTERS:
+            replace(model, name, self._static_cache(getattr(model, name)))
 
     def _generate(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         session = self.session
@@ -67,7 +70,7 @@ class Generating:
                         output = plain(inputs, generation_config, *args, **kwargs)
                         _check_consumed(generation)
                     finally:
-                        self._end()
+                        self._end(generation)
                 return output
 
         return generate
@@ -86,8 +89,10 @@ class Generating:
             if self.session.lifetime.open:
                 self.passes.eager.set(on)
 
-    def _end(self) -> None:
+    def _end(self, generation: Generation) -> None:
         with self.calls.lock:
+            if generation.rope_deltas is not None:
+                self.body["rope_deltas"] = generation.rope_deltas
             if self.session.lifetime.open:
                 self.passes.eager.set(False)
                 self.passes.layers.set(())
@@ -98,10 +103,17 @@ class Generating:
 
         @functools.wraps(plain)
         def prepare(input_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            inputs = plain(input_ids, *args, **kwargs)
             generation = self.calls.thread.generation
             if generation is None or generation.owner is not self.session or not self.session.lifetime.open:
-                return inputs
+                return plain(input_ids, *args, **kwargs)
+            if "rope_deltas" not in self.body:
+                inputs = plain(input_ids, *args, **kwargs)
+            else:
+                with self.calls.lock:
+                    if generation.rope_deltas is not None:
+                        self.body["rope_deltas"] = generation.rope_deltas
+                    inputs = plain(input_ids, *args, **kwargs)
+                    generation.rope_deltas = self.body["rope_deltas"]
             if generation.step is not None:
                 _check_consumed(generation)
             cache, mask = inputs.get(CACHE), kwargs.get("attention_mask")
@@ -129,6 +141,28 @@ class Generating:
             return inputs
 
         return prepare
+
+    def _static_cache(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+        """A cache of its own for a generate() that begins while another one uses the cache on the model."""
+
+        @functools.wraps(plain)
+        def get(*args: Any, **kwargs: Any) -> Any:
+            with self.calls.lock:
+                attributes = vars(self.model)
+                kept = attributes.get("_cache")
+                used = kept is not None and any(other.static_cache is kept for other in self.calls.generations)
+                if used:
+                    del attributes["_cache"]
+                try:
+                    cache = plain(*args, **kwargs)
+                finally:
+                    if used:
+                        attributes["_cache"] = kept
+                if self.calls.thread.generation is not None:
+                    self.calls.thread.generation.static_cache = cache
+                return cache
+
+        return get
 
     def _masks(self, plain: Callable[..., Any]) -> Callable[..., Any]:
         """Suppresses generate()'s own masks for a shortened static cache, since they have the plain length."""

@@ -41,19 +41,41 @@ class GivenMask:
                 f"attention_mask must have the shape of input_ids {beginning}, got {tuple(self.real.shape)}"
             )
 
-    def real_tokens(self, shape: torch.Size, seen: int) -> Tensor | None:
-        """(B, seen + L), nonzero where there is a token.
+    def real_tokens(self, vision: Tensor, seen: int) -> Tensor | None:
+        """(B, seen + L), nonzero where there is a token, for a prompt with placeholders (B, L) behind cached tokens.
 
-        Of a dense mask what the last query attends to, itself or through other tokens. Synchronizes with the device.
+        Of a dense mask the cached tokens, text that attends to itself and to more, and what such text or the last query
+        attends to, itself or through other tokens. Rows that attend to all keys are not such text: transformers writes
+        them for padding. Synchronizes with the device if the mask is dense.
         """
         if self.dense is None:
             return self.real
-        batch, length = shape
-        attended = attends(self.dense).any(1)[:, :, : seen + length]
-        real = attended[:, -1]
-        while not torch.equal(real, further := real | (real[:, seen:, None] & attended).any(1)):
-            real = further
-        return real.expand(batch, -1)
+        attended = self._attended(seen + vision.shape[1])
+        count = attended.sum(2)
+        real = ~vision & attended.diagonal(seen, 1, 2) & (count > 1) & (count < attended.shape[2])
+        real[:, -1] = True
+        real = _reached(attended, real)
+        real[:, :seen] = True
+        return real
+
+    def check_queries(self, queries: Tensor, vision: Tensor, seen: int) -> None:
+        """Checks that each vision token (B, L) is reached by a text query (B, L), itself or through other tokens.
+
+        Raises:
+            ValueError: the mask separates them, as it does for several documents in one sequence.
+        """
+        if self.dense is None:
+            return
+        reached = _reached(self._attended(seen + vision.shape[1]), queries)
+        if bool((vision & ~reached[:, seen:] & queries.any(1, keepdim=True)).any()):
+            raise ValueError(
+                "attention_mask separates an image from the text queries, as for several documents in one sequence; "
+                "give each document a sequence of the batch"
+            )
+
+    def _attended(self, keys: int) -> Tensor:  # (B or 1, L, keys) bool
+        assert self.dense is not None
+        return attends(self.dense[..., :keys]).any(1)
 
     def take(self, tokens: Tokens, seen: int) -> Tensor:  # -> (B, H, remaining, seen + remaining)
         """The dense mask of the remaining tokens; padding attends to itself alone."""
@@ -76,6 +98,15 @@ class GivenMask:
 def attends(dense: Tensor) -> Tensor:
     """bool: where a dense mask lets a query attend. Masks that are added hide by the dtype's smallest number."""
     return dense if dense.dtype == torch.bool else dense > torch.finfo(dense.dtype).min / 2
+
+
+def _reached(attended: Tensor, queries: Tensor) -> Tensor:  # (B or 1, L, K), (B, L) -> (B, K) bool
+    """What the queries attend to, themselves or through other tokens of the prompt. Synchronizes with the device."""
+    seen = attended.shape[2] - attended.shape[1]
+    reached = (queries[:, :, None] & attended).any(1)
+    while not torch.equal(reached, further := reached | (reached[:, seen:, None] & attended).any(1)):
+        reached = further
+    return reached
 
 
 def mask_of(given: Any, before: Any) -> GivenMask:

@@ -34,7 +34,7 @@ class Outputs:
         """
         rows = None if prefill is None else prefill.rows
         if prefill is not None and self._labels is not None and not prefill.config.drops_nothing:
-            labels = prefill.text_rows(self._labels, IGNORED)
+            labels = prefill.labels(self._labels, IGNORED)
             self._labels.resize_(labels.shape).copy_(labels)
         if not isinstance(self._keep, Tensor) and not self._keep:
             return hidden

@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import ops
 from ...config import MustDropConfig
 from ...ops import TokenType
-from ...parallel import mean_over_ranks
 from ...placeholders import EncodedImage
 from ...plans import PaddedDropPlan
 from ...report import CacheReport, PromptReport, Stopwatch
@@ -26,7 +24,7 @@ from .cache import DropCache
 from .families import Family
 from .image_reports import image_reports
 from .masks import GivenMask
-from .prompt import read_prompt
+from .prompt import find_placeholders, read_prompt
 from .shortened_cache import LayerTokens
 from .static_cache import DropStaticCache
 
@@ -53,9 +51,9 @@ class Prefill:
         embeds = inputs["inputs_embeds"]
         shape, seen = embeds.shape[:2], 0 if cache is None else cache.seen
         positions = family.read_positions(inputs.get("position_ids"), embeds, seen)
-        token_ids = {modality: family.token_id(modality) for modality in images}
+        placeholders = find_placeholders(input_ids, {modality: family.token_id(modality) for modality in images})
         mask.check(shape, seen)
-        real = mask.real_tokens(shape, seen)
+        real = mask.real_tokens(torch.stack(list(placeholders.values())).any(0), seen)
         self.given_mask, self.seen = mask, seen
         self.past = cache.past_tokens(real, shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
@@ -63,7 +61,9 @@ class Prefill:
             raise ValueError("behind a cache that drop_tokens has shortened attention_mask must be (B, L)")
         self.static = cache if isinstance(cache, DropStaticCache) else None
         own = real if real is None else real[:, seen:]
-        self.prompt = prompt = read_prompt(input_ids, own, positions, images, token_ids, config)
+        self.prompt = prompt = read_prompt(placeholders, own, positions, images, config)
+        types = prompt.tokens.types
+        mask.check_queries(types == TokenType.QUERY, types == TokenType.VISION, seen)
         self.hidden: Tensor | None = None  # (B, seen + L), tokens that the mask hides
         if real is not None and (seen or prompt.tokens.padded):
             self.hidden = ~real.bool()
@@ -153,12 +153,8 @@ class Prefill:
         self, query: Tensor, key: Tensor, scale: float, lse: Tensor | None
     ) -> Tensor:  # (B, plain length) float32
         """Attention to vision tokens, mean over text queries and heads; nan without a remaining vision token."""
-        tokens, group = self.plan.tokens, self.family.ranks
-        found, _ = ops.text_vision_scores(
-            query.detach(), key.detach(), self.plan.key_types, scale, lse=lse, backend=self.config.backend
-        )
-        found = found[:, found.shape[1] - tokens.length :]
-        found = found if group is None else mean_over_ranks(found, group)
+        tokens = self.plan.tokens
+        found, _ = self.plan.scores(query.detach(), key.detach(), scale, lse)
         rows, columns = (tokens.types == TokenType.VISION).nonzero(as_tuple=True)
         text_queries = torch.tensor(self.prompt.text_queries, device=found.device).clamp(min=1)
         heat = found.new_full((len(text_queries), self.plan.prompt_tokens.length), torch.nan)
@@ -216,11 +212,12 @@ class Prefill:
         real = (self.plan.prompt_tokens.types != TokenType.PADDING).cpu()
         return real & (self.rows < 0) if self.rows is not None else torch.zeros_like(real)
 
-    def text_rows(self, x: Tensor, other: int) -> Tensor:  # (B, L) -> (B, remaining)
-        """The values of the remaining text tokens; `other` for vision tokens and padding."""
+    def labels(self, labels: Tensor, ignored: int) -> Tensor:  # (B, L) -> (B, remaining)
+        """The labels of remaining text tokens that a token precedes; `ignored` for the others."""
         tokens = self.plan.tokens
-        x = x.masked_fill(self.prompt.vision, other).gather(1, tokens.index.clamp(min=0))
-        return x.masked_fill(tokens.types == TokenType.PADDING, other)
+        labels = labels.masked_fill(self.prompt.vision, ignored).gather(1, tokens.index.clamp(min=0))
+        padding = tokens.types == TokenType.PADDING
+        return labels.masked_fill(padding | torch.nn.functional.pad(padding, (1, -1)), ignored)
 
     def _compact(self, cache: DropCache | DropStaticCache) -> None:
         """Stage 3."""

@@ -30,24 +30,28 @@ class Prompt:
     remaining: tuple[int, ...]  # tokens of each sequence without the empty placeholders
 
 
-def read_prompt(
-    input_ids: Tensor | None,  # (B, L)
-    mask: Tensor | None,  # (B, L), nonzero where there is a token
-    positions: Tensor,  # (B, L) or (B, L, axes)
-    images: Mapping[str, Sequence[EncodedImage]],  # by modality
-    token_ids: Mapping[str, int],  # by modality
-    config: MustDropConfig,
-) -> Prompt:
-    """Token types and counts of a prompt. Placeholders that the mask hides are padding.
-
-    Synchronizes with the device once, to read the counts, and once more for each image if the mask hides placeholders.
+def find_placeholders(input_ids: Tensor | None, token_ids: Mapping[str, int]) -> dict[str, Tensor]:
+    """(B, L) bool by modality, from ids (B, L) and the placeholder's id of each modality.
 
     Raises:
         ValueError: there are neither `input_ids` nor embeddings that show the placeholders.
     """
     if input_ids is None:
         raise ValueError("drop_tokens finds the images by their placeholders: pass input_ids or inputs_embeds")
-    places = {modality: input_ids == token_ids[modality] for modality in images}
+    return {modality: input_ids == token_id for modality, token_id in token_ids.items()}
+
+
+def read_prompt(
+    places: Mapping[str, Tensor],  # by modality, (B, L) bool
+    mask: Tensor | None,  # (B, L), nonzero where there is a token
+    positions: Tensor,  # (B, L) or (B, L, axes)
+    images: Mapping[str, Sequence[EncodedImage]],  # by modality
+    config: MustDropConfig,
+) -> Prompt:
+    """Token types and counts of a prompt. Placeholders that the mask hides are padding.
+
+    Synchronizes with the device once, to read the counts, and once more for each image if the mask hides placeholders.
+    """
     present = {modality: list(images[modality]) for modality in images}
     placeholders = torch.stack(list(places.values())).any(0)
     types = stages.token_types(placeholders, mask, config.text_queries)
@@ -65,7 +69,7 @@ def read_prompt(
     lengths, vision_counts, key_counts, text_queries, shown, merged = (tuple(row) for row in counts.tolist())
     tokens = Tokens(
         types=types,
-        index=torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids).contiguous(),
+        index=torch.arange(types.shape[1], device=types.device).expand_as(types).contiguous(),
         positions=positions,
         protected=protected,
         counts=counts[0].int(),
@@ -75,7 +79,7 @@ def read_prompt(
     )
     text = [length - count for length, count in zip(lengths, shown, strict=True)]
     remaining = tuple(length - count for length, count in zip(lengths, merged, strict=True))
-    return Prompt(tokens, placeholders, places, present, text, text_queries, empty, remaining)
+    return Prompt(tokens, placeholders, dict(places), present, text, text_queries, empty, remaining)
 
 
 def _shown(images: Sequence[EncodedImage], places: Tensor, real: Tensor, config: MustDropConfig) -> list[EncodedImage]:

@@ -118,8 +118,6 @@ def _cases(draw: st.DrawFn) -> Case:
         case |= draw(draw(st.sampled_from([_generates(), _forwards(case["attention"])])))
     if name == "qwen2_5_vl" and case.get("nested"):
         case["goes_on"] = False  # the model counts on from the positions of its last call
-    if case.get("form") == "window" and case["cache"] == "text":
-        case["goes_on"] = False  # nothing tells that a cached token before the window is none of padding
     if case.pop("goes_on") and turn is not None:
         case |= {"turn": turn, "contexts": draw(st.integers(1, 2))}
     return case
@@ -161,7 +159,8 @@ def _forwards(draw: st.DrawFn, attention: str) -> Case:
     found["cache"] = draw(st.sampled_from(["none", "empty", "text", "StaticCache", "no"]))
     found["embeds"] = draw(st.sampled_from([None, None, "alone"]))
     if found["cache"] != "StaticCache":
-        bools = ["bool", "images", "holes", "window"] if attention == "sdpa" else []  # eager attention adds them
+        bools = ["bool", "images", "holes", "window", "tree"]  # which eager attention adds
+        bools = bools if attention == "sdpa" else []
         found["form"] = draw(st.sampled_from([None, None, "added", "bias", "slopes", *bools]))
     found["rows_of_logits"] = draw(
         st.sampled_from(["all", "all", "labels", 1, 2, 7, [-1], [-3, -1], [0, -2], [[-1, -1], [-1, -2], [-2, -1]]])

@@ -107,6 +107,11 @@ def _four_dimensions(mask: Tensor, pictures: Pictures, form: str, heads: int) ->
             dense[row, 0, own, own] = mask[row, own].bool()
         elif form == "holes":  # text that does not attend to every patch
             dense[row, 0, own.stop : own.stop + 2, own.start : own.stop : 2] = False
+    if form == "tree":  # the last token and the one before it go on behind the same text
+        for row, real in enumerate(mask.bool()):
+            last = real.nonzero().flatten()[-2:]
+            if not any(own.start <= last[-1] + 1 and last[0] < own.stop for owner, own in pictures if owner == row):
+                dense[row, 0, last[-1], last[:-1]] = False
     if form == "window":
         count = mask.cumsum(1)[:, None]
         dense &= count[..., None] - count[:, :, None] < 16
@@ -143,9 +148,7 @@ def build(case: Case) -> dict[str, Any]:
         first["dense"] = dense
     if case.get("rows_of_logits") == "labels":
         real = first["attention_mask"].bool()
-        text = real & (first["input_ids"] != IMAGE) & (first["input_ids"] != VIDEO)
-        # The mask shows the token before, which predicts this one, and some text, so that no row of padding does.
-        shown = torch.nn.functional.pad(real & (text.cumsum(1) > 0), (1, -1))
+        shown = torch.nn.functional.pad(real, (1, -1))  # the token before, which predicts this one
         first["labels"] = first["input_ids"].masked_fill(~(real & shown), -100)
     second = batch(model, name, case["turn"]) if "turn" in case else {}
     return {"case": case, "first": first, "second": second}
