@@ -102,6 +102,7 @@ def run(case: Case, first: Inputs, second: Inputs, around: Callable[[], Any]) ->
     model = model_of(case)
     first, settings = dict(first), _cache(case, model, first)
     model.model.rope_deltas = first.pop("rope_deltas", None)
+    _forget_sizes(model)
     begin, go_on = (_generate, _generate_on) if case["call"] == "generate" else (_forward, _forward_on)
     with torch.no_grad(), contextlib.ExitStack() as stack:
         prompts = getattr(stack.enter_context(around()), "prompts", [])
@@ -228,12 +229,17 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(*(x.contiguous().reshape(-1).view(torch.uint8) for x in (a, b)))
 
 
+def _forget_sizes(model: Any) -> None:
+    """Makes generate() choose the size of a static cache, on which bits depend, without regard to the last one."""
+    vars(model).pop("_previous_max_cache_length", None)
+
+
 @torch.no_grad()
 def _state(model: Any, name: str) -> tuple[Any, Tensor]:
     """What is attached to a model, and its plain logits."""
     logits = model(**batch(model, name, OTHER)).logits
     model.model.rope_deltas = None  # of the last prompt of Qwen2.5-VL
-    vars(model).pop("_previous_max_cache_length", None)  # of the last static cache of generate()
+    _forget_sizes(model)
     return everything_attached(model), logits
 
 
