@@ -35,10 +35,10 @@ __host__ __device__ inline MergeLayout merge_layout(const MergeParameters& p, in
 template <class T, int V>
 __device__ __forceinline__ void fetch_window(const MergeParameters& p, const MergeWindow& w, const MergeTokens<T>& from,
                                              T* to) {
-  for (int32_t m = 0; m < w.count; ++m) {
-    const T* token = from.at(p, w, m);
+  for (auto member = MergeMember::first(p, w); member.m < w.count; member.next(p, w)) {
+    const T* token = from.at(member);
     for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V)
-      copy16_async(to + int64_t(m) * p.channels + c, token + c, true);
+      copy16_async(to + int64_t(member.m) * p.channels + c, token + c, true);
   }
 }
 

@@ -114,8 +114,10 @@ void similarity_of(const MergeTask& task, int64_t item) {
   RowSum<T> sum(task.sum, p.channels);
   for_each_token(p, extent, [&](int64_t token) {
     const T* row = image + token * p.x_row;
-    const TokenUnit unit =
-        token_unit(square_sum(row, p.channels), [&](float scale) { return square_sum(row, p.channels, scale); });
+    float square = square_sum(row, p.channels);
+    const float scale = norm_scale(square);
+    if (scale != 1.0f) square = square_sum(row, p.channels, scale);
+    const TokenUnit unit = token_unit(square, scale);
     squares += unit.square;
     sum.add(unit.weight, row);
   });

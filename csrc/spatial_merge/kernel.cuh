@@ -68,11 +68,24 @@ __device__ __forceinline__ MergeWindow window_at(const MergeParameters& p, int32
   return w;
 }
 
-// The patch of member m of a window.
-__device__ __forceinline__ int32_t member(const MergeParameters& p, const MergeWindow& w, int32_t m) {
-  const int32_t c = m % w.extent[2], r = m / w.extent[2] % w.extent[1], t = m / w.extent[2] / w.extent[1];
-  return ((w.start[0] + t) * p.grid[1] + w.start[1] + r) * p.grid[2] + w.start[2] + c;
-}
+// The members of a window in order, without a division each.
+struct MergeMember {
+  int32_t m, patch, column, row;
+
+  __device__ __forceinline__ static MergeMember first(const MergeParameters& p, const MergeWindow& w) {
+    return {0, (w.start[0] * p.grid[1] + w.start[1]) * p.grid[2] + w.start[2], 0, 0};
+  }
+
+  __device__ __forceinline__ void next(const MergeParameters& p, const MergeWindow& w) {
+    ++m, ++patch;
+    if (++column < w.extent[2]) return;
+    column = 0;
+    patch += p.grid[2] - w.extent[2];
+    if (++row < w.extent[1]) return;
+    row = 0;
+    patch += (p.grid[1] - w.extent[1]) * p.grid[2];
+  }
+};
 
 __device__ __forceinline__ int32_t window_of(const MergeParameters& p, int32_t patch) {
   const int32_t c = patch % p.grid[2], r = patch / p.grid[2] % p.grid[1], t = patch / p.grid[2] / p.grid[1];
@@ -86,8 +99,8 @@ struct MergeTokens {
   int64_t stride;  // between patches, or between members
   bool in_shared;
 
-  __device__ __forceinline__ const T* at(const MergeParameters& p, const MergeWindow& w, int32_t m) const {
-    return base + (in_shared ? m : member(p, w, m)) * stride;
+  __device__ __forceinline__ const T* at(const MergeMember& member) const {
+    return base + (in_shared ? member.m : member.patch) * stride;
   }
 };
 
@@ -109,20 +122,23 @@ template <class T, int V>
 __device__ __forceinline__ float window_similarity(const MergeParameters& p, const MergeWindow& w,
                                                    const MergeTokens<T>& x, float* inverse) {
   float squares = 0.0f;
-  for (int32_t m = 0; m < w.count; ++m) {
-    const auto square = [&](float scale) { return square_of<T, V>(x.at(p, w, m), p.channels, scale); };
-    const TokenUnit unit = token_unit(square(1.0f), square);
+  for (auto member = MergeMember::first(p, w); member.m < w.count; member.next(p, w)) {
+    const T* token = x.at(member);
+    float square = square_of<T, V>(token, p.channels, 1.0f);
+    const float scale = norm_scale(square);
+    if (scale != 1.0f) square = square_of<T, V>(token, p.channels, scale);
+    const TokenUnit unit = token_unit(square, scale);
     squares += unit.square;
-    if (lane_id() == 0) inverse[m] = unit.weight;
+    if (lane_id() == 0) inverse[member.m] = unit.weight;
   }
   __syncwarp();
   float total = 0.0f;
   for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V) {
     float sum[V] = {};
 #pragma unroll 4
-    for (int32_t m = 0; m < w.count; ++m) {
-      const Pack<T, V> piece = load_pack<T, V>(x.at(p, w, m) + c);
-      const float weight = inverse[m];
+    for (auto member = MergeMember::first(p, w); member.m < w.count; member.next(p, w)) {
+      const Pack<T, V> piece = load_pack<T, V>(x.at(member) + c);
+      const float weight = inverse[member.m];
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] += to_float(piece.at[i]) * weight;
     }
@@ -173,7 +189,7 @@ __device__ __forceinline__ int32_t assign_rows(const MergeParameters& p, const f
     if (patch < p.patches) {
       window = window_of(p, patch);
       goes = window_row[window] >= 0;
-      heads = goes && !p.merged_first && member(p, window_at(p, window), 0) == patch;
+      heads = goes && !p.merged_first && MergeMember::first(p, window_at(p, window)).patch == patch;
     }
     const int32_t stands = patch < p.patches && (!goes || heads);
     // Its barrier: all threads have read window_row.
@@ -193,15 +209,15 @@ __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b
   float* out_sizes = p.out_sizes + b * p.capacity;
   int64_t* assignment = p.assignment + b * (p.prefix + p.patches) + p.prefix;
   const float* sizes = p.sizes ? p.sizes + b * p.size_stride + p.prefix : nullptr;
-  const auto weight = [&](int32_t m) { return sizes ? sizes[member(p, w, m)] : 1.0f; };
+  const auto weight = [&](int32_t patch) { return sizes ? sizes[patch] : 1.0f; };
   if (merged_row < 0) {
-    for (int32_t m = 0; m < w.count; ++m) {
-      const int32_t patch = member(p, w, m), place = row[patch];
+    for (auto member = MergeMember::first(p, w); member.m < w.count; member.next(p, w)) {
+      const int32_t place = row[member.patch];
       if (lane_id() == 0) {
-        assignment[patch] = place;
-        out_sizes[place] = weight(m);
+        assignment[member.patch] = place;
+        out_sizes[place] = weight(member.patch);
       }
-      const T* token = x.at(p, w, m);
+      const T* token = x.at(member);
 #pragma unroll 4
       for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V)
         store_pack<T, V>(tokens + int64_t(place) * p.channels + c, load_pack<T, V>(token + c));
@@ -209,15 +225,17 @@ __device__ __forceinline__ void write_window(const MergeParameters& p, int64_t b
     return;
   }
   float total = 0.0f;
-  for (int32_t m = 0; m < w.count; ++m) total += weight(m);
-  for (int32_t m = lane_id(); m < w.count; m += kWarp) assignment[member(p, w, m)] = merged_row;
+  for (auto member = MergeMember::first(p, w); member.m < w.count; member.next(p, w)) {
+    total += weight(member.patch);
+    if (lane_id() == 0) assignment[member.patch] = merged_row;
+  }
   if (lane_id() == 0) out_sizes[merged_row] = total;
   for (int32_t c = lane_id() * V; c < p.channels; c += kWarp * V) {
     float sum[V] = {};
 #pragma unroll 4
-    for (int32_t m = 0; m < w.count; ++m) {
-      const Pack<T, V> piece = load_pack<T, V>(x.at(p, w, m) + c);
-      const float s = weight(m) * kShare;
+    for (auto member = MergeMember::first(p, w); member.m < w.count; member.next(p, w)) {
+      const Pack<T, V> piece = load_pack<T, V>(x.at(member) + c);
+      const float s = weight(member.patch) * kShare;
 #pragma unroll
       for (int i = 0; i < V; ++i) sum[i] += s * to_float(piece.at[i]);
     }

@@ -23,11 +23,13 @@ struct TokenUnit {
   float weight, square;
 };
 
-// `square`: |x|^2 in float32. scaled_square(scale) = |scale x|^2 in float32.
-template <class ScaledSquare>
-MUSTDROP_NORM_FUNCTION TokenUnit token_unit(float square, const ScaledSquare& scaled_square) {
-  const float scale = square > kLargeSquare ? kLargeScale : square < kSmallSquare ? kSmallScale : 1.0f;
-  if (scale != 1.0f) square = scaled_square(scale);
+// The scale at which a token is squared, given its |x|^2 in float32.
+MUSTDROP_NORM_FUNCTION float norm_scale(float square) {
+  return square > kLargeSquare ? kLargeScale : square < kSmallSquare ? kSmallScale : 1.0f;
+}
+
+// `square`: |scale x|^2 in float32.
+MUSTDROP_NORM_FUNCTION TokenUnit token_unit(float square, float scale) {
   if (scale > 1.0f && square < kVanishedSquare) return {0.0f, 0.0f};
   const float norm = sqrtf(square), least = 1e-8f * scale;
   const float inverse = 1.0f / (norm < least ? least : norm);
