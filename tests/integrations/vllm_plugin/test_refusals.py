@@ -91,6 +91,18 @@ FIELDS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def models():
+    """The models of vLLM's registry, which model_class_overrides changes for good."""
+    from vllm import ModelRegistry
+
+    plugin.register()
+    before = dict(ModelRegistry.models)
+    yield
+    ModelRegistry.models.clear()
+    ModelRegistry.models.update(before)
+
+
 def configure(checkpoint, plan, **settings):
     from vllm.engine.arg_utils import EngineArgs
 
