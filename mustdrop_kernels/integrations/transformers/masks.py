@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...ops import TokenType
 from ...stages import Tokens
 
 
@@ -41,7 +43,7 @@ class GivenMask:
                 f"attention_mask must have the shape of input_ids {beginning}, got {tuple(self.real.shape)}"
             )
 
-    def real_tokens(self, vision: Tensor, seen: int) -> Tensor | None:
+    def real_tokens(self, placeholders: Iterable[Tensor], seen: int) -> Tensor | None:
         """(B, seen + L), nonzero where there is a token, for a prompt with placeholders (B, L) behind cached tokens.
 
         Of a dense mask the cached tokens, text that attends to itself and to more, and what such text or the last query
@@ -50,6 +52,7 @@ class GivenMask:
         """
         if self.dense is None:
             return self.real
+        vision = torch.stack(list(placeholders)).any(0)
         attended = self._attended(seen + vision.shape[1])
         count = attended.sum(2)
         real = ~vision & attended.diagonal(seen, 1, 2) & (count > 1) & (count < attended.shape[2])
@@ -58,15 +61,16 @@ class GivenMask:
         real[:, :seen] = True
         return real
 
-    def check_queries(self, queries: Tensor, vision: Tensor, seen: int) -> None:
-        """Checks that each vision token (B, L) is reached by a text query (B, L), itself or through other tokens.
+    def check_queries(self, types: Tensor, seen: int) -> None:
+        """Checks that a text query reaches each vision token, itself or through other tokens. `types` (B, L) uint8.
 
         Raises:
             ValueError: the mask separates them, as it does for several documents in one sequence.
         """
         if self.dense is None:
             return
-        reached = _reached(self._attended(seen + vision.shape[1]), queries)
+        queries, vision = types == TokenType.QUERY, types == TokenType.VISION
+        reached = _reached(self._attended(seen + types.shape[1]), queries)
         if bool((vision & ~reached[:, seen:] & queries.any(1, keepdim=True)).any()):
             raise ValueError(
                 "attention_mask separates an image from the text queries, as for several documents in one sequence; "

@@ -53,7 +53,7 @@ class Prefill:
         positions = family.read_positions(inputs.get("position_ids"), embeds, seen)
         placeholders = find_placeholders(input_ids, {modality: family.token_id(modality) for modality in images})
         mask.check(shape, seen)
-        real = mask.real_tokens(torch.stack(list(placeholders.values())).any(0), seen)
+        real = mask.real_tokens(placeholders.values(), seen)
         self.given_mask, self.seen = mask, seen
         self.past = cache.past_tokens(real, shape[0], embeds.device) if cache is not None and seen > 0 else None
         self.shortened = cache is not None and cache.shortened  # before this prompt
@@ -62,8 +62,7 @@ class Prefill:
         self.static = cache if isinstance(cache, DropStaticCache) else None
         own = real if real is None else real[:, seen:]
         self.prompt = prompt = read_prompt(placeholders, own, positions, images, config)
-        types = prompt.tokens.types
-        mask.check_queries(types == TokenType.QUERY, types == TokenType.VISION, seen)
+        mask.check_queries(prompt.tokens.types, seen)
         self.hidden: Tensor | None = None  # (B, seen + L), tokens that the mask hides
         if real is not None and (seen or prompt.tokens.padded):
             self.hidden = ~real.bool()
