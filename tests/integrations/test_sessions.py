@@ -332,6 +332,32 @@ def test_wrapped_models(wrap, llava):
     assert report.last.images[0].kept == {1: 30, 3: 10}
 
 
+def test_a_peft_model(llava):
+    """Adapters apply inside of a context, and may be switched there."""
+    peft = pytest.importorskip("peft")
+    inputs, config = inputs_of("llava"), CONFIGS["budgets"]
+    adapter = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    with drop_tokens(llava, config), torch.no_grad():
+        base = llava(**inputs).logits
+    adapted = peft.get_peft_model(copy.deepcopy(llava), adapter).eval()
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    with drop_tokens(merged, config), torch.no_grad():
+        expected, logits = generate(merged, inputs), merged(**inputs).logits
+    with torch.no_grad():
+        plain = adapted(**inputs).logits
+        with drop_tokens(adapted, config) as report:
+            output = generate(adapted, inputs)
+            torch.testing.assert_close(adapted(**inputs).logits, logits, atol=1e-4, rtol=0)
+            with adapted.disable_adapter():
+                assert torch.equal(adapted(**inputs).logits, base)
+        with drop_tokens(adapted, CONFIGS["keep-all"]):
+            assert torch.equal(adapted(**inputs).logits, plain)
+        assert torch.equal(adapted(**inputs).logits, plain)
+    assert torch.equal(output.sequences, expected.sequences)
+    assert len(report.prompts) == 3
+    assert (logits - base).abs().max() > 1e-2
+
+
 def test_data_parallel_on_several_devices_is_refused(llava):
     wrapped = nn.DataParallel(llava)
     wrapped.device_ids = [0, 1]
