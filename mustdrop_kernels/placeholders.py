@@ -24,7 +24,7 @@ class EncodedImage:
     alive: Tensor  # (N) bool, placeholders that hold a token
     is_key_token: Tensor  # (N) bool, placeholders that hold a key token
     importance: Tensor | None = None  # (N) float32, of each placeholder's token; None: there are no key tokens
-    hidden: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    hidden: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, dtype=torch.bool, device="cpu"))
     """(N) bool, placeholders that the prompt's attention mask hides, or empty: none."""
 
     @property

@@ -90,7 +90,7 @@ def compact_paged_kv_(
 
 
 def _check_dense(a: Call) -> None:
-    like = a.keys[0] if a.keys else (a.values[0] if a.values else torch.empty(0))
+    like = a.keys[0] if a.keys else (a.values[0] if a.values else torch.empty(0, device="cpu"))
     check = Checker(a, like)
     _check_caches(check, a, ("B", "Hk", "L", "D"), 1, any_strides=False)
     _check_lengths(check, a)

@@ -53,12 +53,12 @@ class _Make:
         self.device, self.dtype = device, dtype
 
     def normal(self, seed: int, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+        values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), device="cpu")
         return values.to(dtype or self.dtype).to(self.device)
 
     def bits(self, seed: int, *shape: int) -> Tensor:
         """Random float16 bit patterns, NaN included: moves must preserve them."""
-        values = torch.randint(-(2**15), 2**15, shape, generator=torch.Generator().manual_seed(seed))
+        values = torch.randint(-(2**15), 2**15, shape, generator=torch.Generator().manual_seed(seed), device="cpu")
         return values.to(torch.int16).view(torch.float16).to(self.device)
 
     def ints(self, values: Any, dtype: torch.dtype = torch.int32) -> Tensor:

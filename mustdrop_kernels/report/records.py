@@ -118,7 +118,7 @@ class ImageReport:
         """A view, by default the finest."""
         places = self.views[number]
         order = torch.zeros_like(self.token)
-        order[places.flatten()] = torch.arange(places.numel())
+        order[places.flatten()] = torch.arange(places.numel(), device="cpu")
         survived = {layer: alive[places] for layer, alive in self.alive.items()}
         heat = {layer: values[places] for layer, values in self.heat.items()}
         return ViewReport(order[self.token[places]], self.keys[places], survived, heat)
@@ -197,7 +197,7 @@ class PromptReport:
     """The cache at the start of decoding."""
     milliseconds: dict[str, float]
     """Time that the stages themselves took, by name: "merge", "key tokens", "layer 2", ..., "evict"."""
-    rows: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long))
+    rows: Tensor = dataclasses.field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.long, device="cpu"))
     """(B, length) int64: the row of each position of the plain prompt in the output of ``model(**inputs)``, whose
     logits have a row for each remaining token; -1 for positions without one."""
 

@@ -68,7 +68,7 @@ def spatial_merge(
     if budget is not None:
         merged = rank_descending(similarity, complete.expand_as(similarity)) < budget
     else:
-        merged = (similarity >= torch.tensor(threshold, dtype=torch.float32).item()) & mergeable
+        merged = (similarity >= torch.tensor(threshold, dtype=torch.float32, device="cpu").item()) & mergeable
         if uniform:
             merged = merged & complete
             fewest = merged.sum(-1).amin() if batch else 0

@@ -38,8 +38,8 @@ def select_dual(
 ) -> tuple[Tensor, Tensor]:
     """See ``mustdrop_kernels.select_dual``."""
     total, peak = total.float(), peak.float()
-    limit = torch.tensor(global_threshold, dtype=torch.float32).item() * total.sum(-1, keepdim=True)
-    dropped = (total < limit) & (peak < torch.tensor(individual_threshold, dtype=torch.float32).item())
+    limit = torch.tensor(global_threshold, dtype=torch.float32, device="cpu").item() * total.sum(-1, keepdim=True)
+    dropped = (total < limit) & (peak < torch.tensor(individual_threshold, dtype=torch.float32, device="cpu").item())
     dropped &= token_types == TokenType.VISION
     if protected is not None:
         dropped &= ~protected

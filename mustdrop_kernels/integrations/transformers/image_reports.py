@@ -52,7 +52,7 @@ def image_reports(
 def _types(tokens: Tokens, placeholders: Tensor) -> Tensor:
     """(number of placeholders) uint8, in the order of the prompt: the types of remaining tokens, else padding."""
     index, types = tokens.index.cpu(), tokens.types.cpu()
-    found = torch.full(placeholders.shape, int(TokenType.PADDING), dtype=torch.uint8)
+    found = torch.full(placeholders.shape, int(TokenType.PADDING), dtype=torch.uint8, device="cpu")
     sequence, row = (types != TokenType.PADDING).nonzero(as_tuple=True)
     found[sequence, index[sequence, row]] = types[sequence, row]
     return found[placeholders]

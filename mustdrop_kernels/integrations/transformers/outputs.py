@@ -43,21 +43,23 @@ class Outputs:
         assert prefill is not None
         batch, length = rows.shape
         later = hidden.shape[1] - prefill.plan.tokens.length  # an assistant's candidate tokens
-        rows = torch.cat([rows, torch.arange(hidden.shape[1] - later, hidden.shape[1]).expand(batch, later)], 1)
-        gone = torch.cat([prefill.dropped(), torch.zeros(batch, later, dtype=torch.bool)], 1)
+        rows = torch.cat(
+            [rows, torch.arange(hidden.shape[1] - later, hidden.shape[1], device="cpu").expand(batch, later)], 1
+        )
+        gone = torch.cat([prefill.dropped(), torch.zeros(batch, later, dtype=torch.bool, device="cpu")], 1)
         keep = self._keep.cpu() if isinstance(self._keep, Tensor) else self._keep
         if _select(gone, keep).any():
-            place = torch.arange(length + later).expand(batch, -1)
+            place = torch.arange(length + later, device="cpu").expand(batch, -1)
             raise ValueError(
                 f"logits_to_keep: position {int(_select(place, keep)[_select(gone, keep)][0])} of the prompt was "
                 "dropped; report.last.rows maps the prompt's positions to the rows of the logits of a call without "
                 "logits_to_keep"
             )
-        last = torch.arange(hidden.shape[1]).expand(batch, -1)
+        last = torch.arange(hidden.shape[1], device="cpu").expand(batch, -1)
         if not isinstance(keep, Tensor) and torch.equal(rows[:, -keep:], last[:, -keep:]):
             return hidden[:, -keep:]
         wanted = _select(rows, keep).clamp(min=0).to(hidden.device)  # padding, whose logits mean nothing: any row
-        sequence = _select(torch.arange(batch)[:, None].expand_as(rows), keep).to(hidden.device)
+        sequence = _select(torch.arange(batch, device="cpu")[:, None].expand_as(rows), keep).to(hidden.device)
         return hidden[sequence, wanted]
 
 

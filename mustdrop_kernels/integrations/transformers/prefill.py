@@ -201,7 +201,7 @@ class Prefill:
             return None
         tokens = self.plan.tokens
         index, real = tokens.index.cpu(), (tokens.types != TokenType.PADDING).cpu()
-        rows = torch.full((len(index), self.plan.prompt_tokens.length), -1)
+        rows = torch.full((len(index), self.plan.prompt_tokens.length), -1, device="cpu")
         sequence, row = real.nonzero(as_tuple=True)
         rows[sequence, index[sequence, row]] = row
         return rows
@@ -250,7 +250,9 @@ class Prefill:
         rows = self.rows
         return PromptReport(
             length=plan.prompt_tokens.length,
-            rows=torch.arange(plan.prompt_tokens.length).repeat(len(self.prompt.text), 1) if rows is None else rows,
+            rows=torch.arange(plan.prompt_tokens.length, device="cpu").repeat(len(self.prompt.text), 1)
+            if rows is None
+            else rows,
             text=self.prompt.text,
             images=image_reports(self.prompt.images, self.prompt.placeholders, self.after, self.heat or {}),
             layer_tokens=[sum(tokens.vision_token_counts) for tokens in processed],

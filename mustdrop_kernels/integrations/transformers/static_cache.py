@@ -39,7 +39,7 @@ class DropStaticLayer(StaticLayer):
         layer = cls(plain.max_cache_len)
         vars(layer).update(vars(plain))
         if "cumulative_length" not in vars(plain):  # transformers 4 counts nonzero keys instead
-            layer.cumulative_length = torch.as_tensor(plain.get_seq_length())
+            layer.cumulative_length = torch.as_tensor(plain.get_seq_length(), device="cpu")
         layer.dropped = torch.zeros_like(layer.cumulative_length)
         layer.state, layer.mode, layer.end = state, "whole", 0
         return layer

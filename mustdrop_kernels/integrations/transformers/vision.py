@@ -208,10 +208,10 @@ class VisionStage:
         lengths = list(pieces)
         if run.tower is not None:
             shape = (family.tiles(run.modality, arguments), run.lead + run.grid[0] * run.grid[1])
-            lengths = [len(image) for image in pack(torch.zeros(shape))]
+            lengths = [len(image) for image in pack(torch.zeros(shape, device="cpu"))]
             views = family.views(run.modality, lengths, arguments)
         else:
-            views = [(torch.arange(length)[None],) for length in lengths]  # one row
+            views = [(torch.arange(length, device="cpu")[None],) for length in lengths]  # one row
         if config.merge and not config.merges_in_tower:
             with self.stopwatch.measure("merge"):
                 features, shares = self._merge_features(features, lengths, pieces, views)

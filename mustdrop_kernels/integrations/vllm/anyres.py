@@ -23,7 +23,7 @@ def shown_patches(
     to fill the tiles.
     """
     side = tile_size // patch_size
-    patches = torch.arange(tiles * side * side)
+    patches = torch.arange(tiles * side * side, device="cpu")
     end = patches.new_full((1,), -1)
     if tiles == 1:
         return torch.cat([patches, end])

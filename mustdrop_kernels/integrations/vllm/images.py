@@ -22,7 +22,7 @@ def end(features: Iterable[Any]) -> int:
 
 def rows(features: Iterable[Any], length: int) -> Tensor:
     """(length) bool: the tokens of a prompt that hold image features."""
-    found = torch.zeros(length, dtype=torch.bool)
+    found = torch.zeros(length, dtype=torch.bool, device="cpu")
     for position in (feature.mm_position for feature in features):
         place = slice(position.offset, position.offset + position.length)
         found[place] = True if position.is_embed is None else position.is_embed

@@ -54,4 +54,4 @@ class InternVL(Family):
     def views(self, modality: str, lengths: Sequence[int], arguments: Arguments) -> list[tuple[Tensor, ...]]:
         """The placeholders of a tile."""
         height, width = (side // self._joined for side in self.grid(modality, arguments))
-        return [(torch.arange(height * width).view(height, width),) for _ in lengths]
+        return [(torch.arange(height * width, device="cpu").view(height, width),) for _ in lengths]

@@ -75,7 +75,7 @@ class Llava(Family):
         """The patches of the tile."""
         height, width = self.grid(modality, arguments)
         lead = self.lead(modality, arguments)
-        return [(lead + torch.arange(height * width).view(height, width),) for _ in lengths]
+        return [(lead + torch.arange(height * width, device="cpu").view(height, width),) for _ in lengths]
 
     @property
     def feature_layers(self) -> int | list[int]:

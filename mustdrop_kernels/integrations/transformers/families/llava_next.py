@@ -52,11 +52,11 @@ class LlavaNext(Llava):
         """The overview, and the picture without newlines. Placeholders are found by packing numbers on the host."""
         height, width = self.grid(modality, arguments)
         lead = self.lead(modality, arguments)
-        marks = torch.zeros(self.tiles(modality, arguments), lead + height * width)
+        marks = torch.zeros(self.tiles(modality, arguments), lead + height * width, device="cpu")
         views: list[tuple[Tensor, ...]] = []
         for packed in self.pack(modality, marks, arguments, gap=1.0):
-            overview = lead + torch.arange(height * width).view(height, width)
-            fine = torch.arange(overview.numel() + lead, len(packed))
+            overview = lead + torch.arange(height * width, device="cpu").view(height, width)
+            fine = torch.arange(overview.numel() + lead, len(packed), device="cpu")
             ends = packed[fine].nonzero()
             if len(fine) > 1:
                 fine = fine.view(-1, int(ends[0]) + 1)[:, :-1]
@@ -96,7 +96,7 @@ class LlavaNextVideo(LlavaNext):
             return super().views(modality, lengths, arguments)
         frames = pixels_of(arguments).shape[1]
         height, width = self._pooled(*self.grid(modality, arguments))
-        return [(torch.arange(frames * height * width).view(frames, height, width),) for _ in lengths]
+        return [(torch.arange(frames * height * width, device="cpu").view(frames, height, width),) for _ in lengths]
 
     def _pooled(self, height: int, width: int) -> tuple[int, int]:
         stride = self.model.config.spatial_pool_stride
@@ -126,7 +126,7 @@ class LlavaOnevision(LlavaNextVideo):
         """Pictures that are shrunk after the tower cannot merge in it, since that requires all patches."""
         if modality == "image" and "image_sizes" in arguments:
             height, width = self.grid(modality, arguments)
-            marks = torch.ones(self.tiles(modality, arguments), height * width)
+            marks = torch.ones(self.tiles(modality, arguments), height * width, device="cpu")
             marks[:, ::2] = 0.0
             packed = torch.cat(self.pack(modality, marks, arguments, gap=0.0))
             if not ((packed == 0) | (packed == 1)).all():

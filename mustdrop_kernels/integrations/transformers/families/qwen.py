@@ -61,7 +61,7 @@ class Qwen2_5VL(Family):
         """The model's own order of windows."""
         visual: Any = self.body.visual
         if hasattr(visual, "get_window_index"):  # until a version of transformers 5
-            return torch.as_tensor(visual.get_window_index(grid)[0])
+            return torch.as_tensor(visual.get_window_index(grid)[0], device="cpu")
         order, _ = sys.modules[type(visual).__module__].get_vision_window_index(
             grid,
             spatial_merge_size=visual.spatial_merge_size,
@@ -75,7 +75,7 @@ class Qwen2_5VL(Family):
         views: list[tuple[Tensor, ...]] = []
         for frames, height, width in self._sizes(modality, arguments):
             shape = (height, width) if modality == "image" and frames == 1 else (frames, height, width)
-            views.append((torch.arange(frames * height * width).view(shape),))
+            views.append((torch.arange(frames * height * width, device="cpu").view(shape),))
         return views
 
     def read_positions(self, positions: Tensor | None, embeds: Tensor, past: int) -> Tensor:

@@ -40,5 +40,5 @@ class VideoLlava(Llava):
         frames = arguments["pixel_values_videos"].shape[1]
         height, width = self.grid(modality, arguments)
         lead = self.lead(modality, arguments)
-        places = torch.arange(frames * (lead + height * width)).view(frames, -1)[:, lead:]
+        places = torch.arange(frames * (lead + height * width), device="cpu").view(frames, -1)[:, lead:]
         return [(places.reshape(frames, height, width),) for _ in lengths]
