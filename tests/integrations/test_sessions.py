@@ -383,12 +383,21 @@ def test_a_pipeline(models, processor, one):
     assert pipe(**ask, **settings)[0]["generated_text"] == plain
 
 
-def test_a_preset_by_name(llava):
-    """Without the pruning layers that the model lacks."""
-    inputs = inputs_of("llava", ONE)
-    with drop_tokens(llava, "budget-64") as report:
-        generate(llava, inputs)
-    assert report.config == MustDropConfig.preset("budget-64").for_depth(6)
-    assert report.last.images[0].patches == 36
+@pytest.mark.parametrize(
+    ("name", "merge_at"), [("llava", "tower"), ("qwen2_5_vl", "features"), ("internvl", "features")]
+)
+def test_a_preset_by_name(name, merge_at):
+    """Without the pruning layers that the model lacks; with merging after a tower that requires all patches."""
+    model, inputs = model_of(name), inputs_of(name, ONE)
+    with drop_tokens(model, "budget-64") as report:
+        generate(model, inputs)
+    expected = MustDropConfig.preset("budget-64", merge_at=merge_at).for_depth(6)
+    assert report.config == expected
+    with drop_tokens(model, expected) as other:
+        generate(model, inputs)
+    assert report.last.images[0].kept == other.last.images[0].kept
+    with drop_tokens(model, "keep-all"):
+        kept = generate(model, inputs)
+    assert_same_bits(kept, generate(model, inputs))
     with pytest.raises(ValueError, match="no preset 'budget'; there are 192"):
-        drop_tokens(llava, "budget").__enter__()
+        drop_tokens(model, "budget").__enter__()

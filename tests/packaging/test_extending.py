@@ -63,7 +63,7 @@ def test_an_operator_by_the_page(tmp_path: Path) -> None:
     for language, file, text in blocks():
         apply(language, tmp_path / file, text)
     paths = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = {"PATH": paths, "PYTHONPATH": str(tmp_path)}
+    environment = {"PATH": paths, "PYTHONPATH": str(tmp_path), "MUSTDROP_TEST_BACKENDS": "cpu,reference"}
 
     def run(*words: str) -> str:
         return output_of_python(*words, folder=tmp_path, without="MUSTDROP_", **environment)

@@ -49,7 +49,8 @@ def drop_tokens(
     Args:
         model: LLaVA-1.5, -NeXT, -NeXT-Video, -OneVision, Video-LLaVA, Qwen2.5-VL, InternVL (``families``), or what
             ``wrappers.unwrap`` finds one in: a compiled or PEFT model, a pipeline.
-        config: by default ``MustDropConfig()``; the name of a preset is that preset at the model's depth.
+        config: by default ``MustDropConfig()``; the name of a preset is that preset at the model's depth, which merges
+            features if patches cannot merge in the model's tower.
         heat_maps: record the attention of the text in every layer, for pictures; costs time and memory.
         vision_stage: makes stage 1; another one than MustDrop's can be compared with it.
 
@@ -65,7 +66,7 @@ def drop_tokens(
     wrappers, model = unwrap(model)
     family = family_of(model)
     if isinstance(config, str):
-        config = MustDropConfig.preset(config).for_depth(len(family.layers))
+        config = family.preset(config)
     config = MustDropConfig() if config is None else config
     family.check(config)
     calls = calls_of(model)

@@ -141,10 +141,8 @@ class Family:
         """
         self._check_depth(config)
         towers = {modality: self.tower(modality) for modality in self.modalities}
-        if config.merges_in_tower:
-            reasons = [self.why_whole(modality, {}) for modality in self.modalities]
-            if all(reasons):
-                raise ValueError(refusal(str(reasons[0])))
+        if config.merges_in_tower and (reason := self._why_always_whole()):
+            raise ValueError(refusal(reason))
         if config.key_rate > 0 and not any(towers.values()):
             raise ValueError(
                 "key tokens are found in a CLIP, SigLIP or InternVL vision tower or in Qwen2.5-VL's, this model's is "
@@ -154,6 +152,22 @@ class Family:
             raise ValueError("positions='published' renumbers tokens, which have several positions each in this model")
         if config.positions == "published" and config.merge and not self.published:
             raise ValueError("merging with positions='published' is what the published code does with LLaVA-1.5 alone")
+
+    def preset(self, name: str) -> MustDropConfig:
+        """A preset at the model's depth, which merges features if patches cannot merge in the tower.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        config = MustDropConfig.preset(name).for_depth(len(self.layers))
+        if config.merges_in_tower and self._why_always_whole():
+            config = dataclasses.replace(config, merge_at="features")
+        return config
+
+    def _why_always_whole(self) -> str | None:
+        """The reason why no input's patches can merge in the tower, or None."""
+        reasons = [self.why_whole(modality, {}) for modality in self.modalities]
+        return reasons[0] if all(reasons) else None
 
     published: ClassVar[bool] = False
     """Whether the published code supports this model; an image's placeholders are the patches of one tile then."""
