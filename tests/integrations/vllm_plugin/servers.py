@@ -23,15 +23,18 @@ from mustdrop_kernels.integrations.vllm.settings import VARIABLE
 def switched_on(plan):
     """By the environment variable, as if vLLM's plug-ins were loaded only now."""
     from vllm import ModelRegistry
+    from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     plain = {name: ModelRegistry.models[name] for name in ARCHITECTURES.values()}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, plan)
         plugin.register()
+        _MODEL_ARCH_BY_HASH.clear()  # classes that vLLM has found before, by the name of the architecture
         try:
             yield
         finally:
+            _MODEL_ARCH_BY_HASH.clear()
             ModelRegistry.models.update(plain)
             for name in plain:
                 del MODELS_CONFIG_MAP[name]

@@ -95,10 +95,12 @@ FIELDS = {
 def models():
     """The models of vLLM's registry, which model_class_overrides changes for good."""
     from vllm import ModelRegistry
+    from vllm.model_executor.model_loader.utils import _MODEL_ARCH_BY_HASH
 
     plugin.register()
     before = dict(ModelRegistry.models)
     yield
+    _MODEL_ARCH_BY_HASH.clear()
     ModelRegistry.models.clear()
     ModelRegistry.models.update(before)
 
