@@ -105,8 +105,8 @@ def _four_dimensions(mask: Tensor, pictures: Pictures, form: str, heads: int) ->
     for row, own in pictures:
         if form == "images":  # attention in both directions inside of an image
             dense[row, 0, own, own] = mask[row, own].bool()
-        elif form == "holes":  # text that does not attend to every patch
-            dense[row, 0, own.stop : own.stop + 2, own.start : own.stop : 2] = False
+        elif form == "holes":  # text that does not attend to every patch; a last one that nothing reaches is hidden
+            dense[row, 0, own.stop : own.stop + 2, own.start : own.stop - 1 : 2] = False
     if form == "tree":  # the last token and the one before it go on behind the same text
         for row, real in enumerate(mask.bool()):
             last = real.nonzero().flatten()[-2:]
