@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops.test_defaults import SETTINGS
 from test_families import FAMILIES, assert_same_bits, configs, generate, inputs_of, model_of
 
 import mustdrop_kernels
@@ -29,30 +30,7 @@ OF_MODELS = (
 )
 
 
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def deterministic():
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-DEFAULTS = {
-    "float64": lambda: default_dtype(torch.float64),
-    "another device": lambda: torch.device("meta"),
-    "deterministic": deterministic,
-}
+DEFAULTS = ("default dtype float64", "default device meta", "deterministic algorithms")
 
 
 def results(model, inputs, config=None):
@@ -68,14 +46,14 @@ def test_torch_defaults(name, default):
     model, inputs = model_of(name), inputs_of(name)
     plain = results(model, inputs)
     try:
-        with DEFAULTS[default]():
+        with SETTINGS[default]():
             assert_same_bits(results(model, inputs)[0], plain[0])
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"plain generation: {error}")
     for settings in configs(name).values():
         config = MustDropConfig(**settings)
         output, logits, report = results(model, inputs, config)
-        with DEFAULTS[default]():
+        with SETTINGS[default]():
             again = results(model, inputs, config)
         assert_same_bits(again[0], output)
         assert torch.equal(again[1], logits)
