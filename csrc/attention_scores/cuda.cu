@@ -4,15 +4,15 @@
 
 #include "attention_scores/checks.h"
 #include "attention_scores/cls.cuh"
+#include "attention_scores/plan.h"
 #include "attention_scores/scores.cuh"
 
 namespace mustdrop {
 namespace {
 
 constexpr int64_t kNoLimit = INT_MAX;
-constexpr int kNormalizerParts = 8;            // of the keys; each use of a row's normalizer reads all of its parts
-constexpr int64_t kMostPartials = 64ll << 20;  // bytes of workspace for partial sums
-constexpr int64_t kMostParts = 64ll << 20;     // bytes of workspace for normalizers, unless one part exceeds it
+constexpr int64_t kMostPartials = 64ll << 20;   // bytes of workspace for partial sums
+constexpr int64_t kMostPartBytes = 64ll << 20;  // bytes of workspace for normalizers, unless one part exceeds it
 
 int32_t narrow(int64_t value) {
   if (value > INT_MAX) throw std::runtime_error("mustdrop: a tensor is too large for the attention scores");
@@ -32,7 +32,6 @@ ScoreParameters describe(const Tensor& q, int64_t q_heads, int64_t q_rows, const
   p.q_head = q.stride(q_heads), p.q_row = q.stride(q_rows);
   p.k_head = k.stride(k_heads), p.k_row = k.stride(k_rows);
   p.k_dim = k.size(last) > 1 ? k.stride(last) : 1;
-  p.vector = p.k_dim == 1 && aligned16(q, dim) && aligned16(k, dim);
   p.scale_log2 = static_cast<float>(scale) * kLog2E;
   if (p.heads > 0) p.head_share = 1.0f / static_cast<float>(p.heads);
   if (lse) {
@@ -56,78 +55,93 @@ ScoreParameters describe_dense(const Tensor& q, const Tensor& k, const Tensor& t
 
 // ---------------------------------------------------------------------------------------------- launches
 
+// Whether the kernels copy 16 bytes at once: each row of q and k consists of aligned pieces, whose offsets from the
+// head's first element have 32 bits in units of a piece.
+bool takes_vectors(const ScoreParameters& p, const Tensor& q, const Tensor& k) {
+  const auto fits = [](const Tensor& t) {
+    int64_t last = 0;
+    for (int64_t d = 0; d < t.dim(); ++d) last += std::max<int64_t>(t.size(d) - 1, 0) * t.stride(d);
+    return last * t.element_size() / 16 <= UINT_MAX;
+  };
+  return p.k_dim == 1 && aligned16(q, p.dim) && aligned16(k, p.dim) && fits(q) && fits(k);
+}
+
 // Whether tiles of 128 keys are used: they halve the reads of each row; there must be enough for every multiprocessor.
 bool takes_wide_tiles(const ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
   const int64_t tiles = int64_t(p.batch) * ceil_div(keys, kTileKeys<2>);
-  return static_cast<int64_t>(sizeof(ScoreShared<2>)) <= facts.shared_bytes &&
+  return static_cast<int64_t>(std::max(sizeof(ScoreShared<2>), sizeof(NormalizerShared<2>))) <= facts.shared_bytes &&
          tiles * std::min(kScoreCluster, p.heads) >= facts.multiprocessors;
 }
 
 // Distributes the work over blocks; depends on shapes and the device alone.
-template <class T, int M>
+template <int M>
 void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
   p.tiles = narrow(ceil_div(keys, kTileKeys<M>));
-  const int64_t slots = int64_t(kResident<T, M>) * facts.multiprocessors, tiles = int64_t(p.batch) * p.tiles;
+  const int64_t tiles = int64_t(p.batch) * p.tiles, heads = int64_t(p.batch) * p.heads;
+  // Without clusters the splits and parts are in a workspace.
   const int64_t partial_bytes = tiles * p.row_capacity * kTileKeys<M> * static_cast<int64_t>(sizeof(float));
-  const auto fits = [&](int64_t splits) {
-    return p.row_capacity > 0 && splits <= std::min(kScoreCluster, p.heads) && tiles * splits <= slots &&
-           (has_clusters(facts) || splits * partial_bytes <= kMostPartials);
-  };
-  p.splits = 1;
-  while (fits(2 * int64_t(p.splits))) p.splits *= 2;
+  const int64_t most_splits = has_clusters(facts) ? kScoreCluster : kMostPartials / std::max<int64_t>(partial_bytes, 1);
+  p.split_bits = split_heads(tiles, p.heads, facts.multiprocessors,
+                             p.row_capacity == 0 ? 1 : std::min<int64_t>(kScoreCluster, most_splits));
 
-  const int64_t heads = int64_t(p.batch) * p.heads, longest = std::max<int64_t>(ceil_div(p.max_keys, kTileKeys<M>), 1);
+  const int64_t longest = std::max<int64_t>(ceil_div(p.max_keys, kTileKeys<M>), 1);
   const int64_t part_bytes = heads * p.row_capacity * static_cast<int64_t>(sizeof(RowPart));
-  const int64_t most = std::min<int64_t>(kNormalizerParts, kMostParts / std::max<int64_t>(part_bytes, 1));
-  const int64_t parts = clamp_to(slots / heads, 1, clamp_to(most, 1, longest));
-  p.part_tiles = narrow(ceil_div(longest, parts));
-  p.part_count = narrow(ceil_div(longest, p.part_tiles));
+  const int64_t most = has_clusters(facts) ? kMostParts : kMostPartBytes / std::max<int64_t>(part_bytes, 1);
+  p.part_splits = split_keys(heads, longest, facts.multiprocessors, std::min<int64_t>(kMostParts, most));
+  p.part_count = has_clusters(facts) ? 1 : p.part_splits;
+  p.part_tiles = narrow(ceil_div(longest, p.part_splits));
 }
 
-template <class T, int M>
+template <class T, int M, bool kVector>
 void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, int64_t keys) {
   const DeviceFacts facts = device.facts();
-  plan_blocks<T, M>(p, facts, keys);
-  const int64_t tiles = int64_t(p.batch) * p.tiles, heads = int64_t(p.batch) * p.heads;
-  const bool makes_parts = !p.lse && p.row_capacity > 0, uses_partials = !has_clusters(facts) && p.splits > 1;
+  plan_blocks<M>(p, facts, keys);
+  const int64_t tiles = narrow(int64_t(p.batch) * p.tiles), heads = int64_t(p.batch) * p.heads;
+  const bool makes_parts = !p.lse && p.row_capacity > 0, clusters = has_clusters(facts);
+  const bool uses_partials = !clusters && p.split_bits > 0;
+  const int64_t groups = std::min(tiles, groups_at_once(p.split_bits, facts.multiprocessors));
   const int64_t parts = makes_parts ? heads * p.row_capacity * p.part_count : 0;
-  const int64_t partials = uses_partials ? tiles * p.splits * p.row_capacity * kTileKeys<M> : 0;
+  const int64_t partials = uses_partials ? (tiles << p.split_bits) * p.row_capacity * kTileKeys<M> : 0;
   Workspace workspace(like, Workspace::size(parts * sizeof(RowPart)) + Workspace::size(partials * sizeof(float)));
   p.parts = workspace.allocate<RowPart>(parts);
   if (uses_partials) p.partials = workspace.allocate<float>(partials);
 
   if (makes_parts)
-    device.launch({dim3(blocks(heads * p.part_count)), kScoreThreads, sizeof(NormalizerShared<M>)},
-                  MUSTDROP_KERNEL(normalizer_kernel<T, M>), p);
-  device.launch({dim3(blocks(tiles * p.splits)), kScoreThreads, sizeof(ScoreShared<M>),
-                 uses_partials ? 1u : static_cast<unsigned>(p.splits)},
-                MUSTDROP_KERNEL(score_kernel<T, M>), p);
+    device.launch({dim3(blocks(heads * p.part_splits)), kScoreThreads, sizeof(NormalizerShared<M>),
+                   clusters ? static_cast<unsigned>(p.part_splits) : 1u},
+                  MUSTDROP_KERNEL(normalizer_kernel<T, M, kVector>), p);
+  device.launch({dim3(blocks(groups << p.split_bits)), kScoreThreads, sizeof(ScoreShared<M>),
+                 clusters ? 1u << p.split_bits : 1u, makes_parts},
+                MUSTDROP_KERNEL(score_kernel<T, M, kVector>), p);
   if (uses_partials)
     device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, MUSTDROP_KERNEL(score_finish_kernel<M>),
                   p);
 }
 
 // `p` is set but for the plan and the workspaces; there is at least one sequence and head.
-void launch_scores(const Device& device, const Tensor& like, ScoreParameters p) {
+void launch_scores(const Device& device, const Tensor& q, const Tensor& k, ScoreParameters p) {
   const int64_t keys = p.cu_k ? p.max_keys : p.keys;  // the most keys of a sequence
   if (keys == 0) return;
   p.row_capacity = std::min({p.max_rows_q, p.rows, p.max_rows});
-  with_float_type(like.scalar_type(), [&](auto* type) {
+  const bool vectors = takes_vectors(p, q, k);
+  with_float_type(q.scalar_type(), [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
+    if (!vectors) return launch_tiles<T, 1, false>(device, q, p, keys);
     if constexpr (sizeof(T) == 2) {
-      if (takes_wide_tiles(p, device.facts(), keys)) return launch_tiles<T, 2>(device, like, p, keys);
+      if (takes_wide_tiles(p, device.facts(), keys)) return launch_tiles<T, 2, true>(device, q, p, keys);
     }
-    launch_tiles<T, 1>(device, like, p, keys);
+    launch_tiles<T, 1, true>(device, q, p, keys);
   });
 }
 
 // total and peak of this shape. `whole`: the kernel writes every element.
-Scores run_scores(const Device& device, const Tensor& like, ScoreParameters p, std::vector<int64_t> shape, bool whole) {
+Scores run_scores(const Device& device, const Tensor& q, const Tensor& k, ScoreParameters p, std::vector<int64_t> shape,
+                  bool whole) {
   const bool runs = p.batch > 0 && p.heads > 0;
   const auto allocate = whole && runs ? new_empty : new_zeros;
-  Scores scores{allocate(like, shape, ScalarType::Float), allocate(like, shape, ScalarType::Float)};
+  Scores scores{allocate(q, shape, ScalarType::Float), allocate(q, shape, ScalarType::Float)};
   p.total = mutable_data<float>(scores.total), p.peak = mutable_data<float>(scores.peak);
-  if (runs) launch_scores(device, like, p);
+  if (runs) launch_scores(device, q, k, p);
   return scores;
 }
 
@@ -135,7 +149,7 @@ Scores run_scores(const Device& device, const Tensor& like, ScoreParameters p, s
 
 Scores launch_text_vision_scores(const Device& device, const Tensor& q, const Tensor& k, const Tensor& token_types,
                                  double scale, const OptionalTensor& lse) {
-  return run_scores(device, q, describe_dense(q, k, token_types, scale, lse), {k.size(0), k.size(2)}, true);
+  return run_scores(device, q, k, describe_dense(q, k, token_types, scale, lse), {k.size(0), k.size(2)}, true);
 }
 
 // ---------------------------------------------------------------------------------------------- operators
@@ -166,7 +180,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_varlen(const Tensor& q,           
   p.rows = narrow(q.size(0)), p.max_rows_q = narrow(std::min(max_seqlen_q, q.size(0)));
   p.keys = narrow(k.size(0)), p.max_keys = narrow(std::min(max_seqlen_k, k.size(0)));
   p.cu_q = data<int32_t>(cu_seqlens_q), p.cu_k = data<int32_t>(cu_seqlens_k);
-  const Scores scores = run_scores(device, q, p, {k.size(0)}, false);  // gaps between the sequences stay zero
+  const Scores scores = run_scores(device, q, k, p, {k.size(0)}, false);  // gaps between the sequences stay zero
   return {scores.total, scores.peak};
 }
 
@@ -188,7 +202,7 @@ std::tuple<Tensor, Tensor> text_vision_scores_paged(const Tensor& q,            
   p.max_keys = narrow(std::min(token_types.size(1), block_table.size(1) * p.page_size));
   p.type_batch = token_types.stride(0), p.table_batch = block_table.stride(0), p.k_block = k_cache.stride(0);
   p.cu_q = data<int32_t>(cu_seqlens_q), p.seq_lens = data<int32_t>(seq_lens), p.table = data<int32_t>(block_table);
-  const Scores scores = run_scores(device, q, p, {p.batch, p.keys}, true);
+  const Scores scores = run_scores(device, q, k_cache, p, {p.batch, p.keys}, true);
   return {scores.total, scores.peak};
 }
 
@@ -203,7 +217,7 @@ Tensor text_vision_attention(const Tensor& q,            // [B, Hq, Lq, D]
   ScoreParameters p = describe_dense(q, k, token_types, scale, lse);
   p.max_rows = narrow(max_query);
   p.map = mutable_data<float>(map);
-  if (p.batch > 0 && p.heads > 0 && p.max_rows > 0 && p.keys > 0) launch_scores(device, q, p);
+  if (p.batch > 0 && p.heads > 0 && p.max_rows > 0 && p.keys > 0) launch_scores(device, q, k, p);
   return map;
 }
 

@@ -41,12 +41,12 @@ struct ScoreParameters {
   int32_t max_rows;      // query rows past it are ignored
   int32_t row_capacity;  // query rows of a sequence in a workspace
   int32_t tiles;         // key tiles of a sequence
-  int32_t splits;        // blocks that share the heads of a tile
-  int32_t part_count;    // parts of the keys in the normalizer
-  int32_t part_tiles;    // key tiles of a part
+  int32_t split_bits;    // log2 of the blocks that share the heads of a tile
+  int32_t part_splits;   // blocks that share the keys of a head in the normalizer
+  int32_t part_count;    // parts of a row and head that they write: one if they are a cluster
+  int32_t part_tiles;    // key tiles of a block
   float scale_log2;      // scale * log2(e)
   float head_share;      // 1 / Hq
-  bool vector;           // each row of q and k consists of aligned 16-byte pieces
 };
 
 struct Sequence {

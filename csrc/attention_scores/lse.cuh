@@ -4,21 +4,27 @@
 //
 // A block processes one head and one part of the keys (split-K). Each thread keeps a maximum and a sum for its keys and
 // rows; these are reduced once at the end, in a fixed order. The maximum is updated only when exceeded by 8 (in log2),
-// so the sum is rarely rescaled and stays far from overflow. row_scale merges the parts where they are used.
+// so the sum is rarely rescaled and stays far from overflow. The blocks of a cluster merge their parts; without
+// clusters row_scale merges them where they are used.
 #pragma once
 
-#include "attention_scores/tile.cuh"
+#include "attention_scores/product.cuh"
+#include "attention_scores/slabs.cuh"
 
 namespace mustdrop {
 
 constexpr float kLargest = 3.402823466e+38f;
 constexpr float kSlack = 8.0f;
+constexpr int kMostParts = 8;              // of the keys of a head: the portable cluster size
+constexpr int kPlacedTiles = kStages + 1;  // tiles between the lookup of their keys and their use
 
 template <int M>
 struct NormalizerShared {
   TileShared<M> tile;
+  KeyPlaces<M> places[kPlacedTiles];
   RowTile rows;
-  RowPart parts[4][kTileRows];  // of the four warps that share rows
+  RowPart warps[4][kTileRows];  // of the four warps that share rows
+  RowPart merged[kTileRows];
 };
 
 __device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
@@ -26,116 +32,205 @@ __device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
   return {maximum, a.sum * fast_exp2(a.maximum - maximum) + b.sum * fast_exp2(b.maximum - maximum)};
 }
 
-// Adds two scores where they are visible. Products are rounded as those in the maximum are: a fused difference would be
-// off by their rounding, which may be a large exponent.
-__device__ __forceinline__ void add_scores(RowPart& part, float s0, float s1, bool seen0, bool seen1, float scale) {
-  const float x0 = seen0 ? product(s0, scale) : -kLargest, x1 = seen1 ? product(s1, scale) : -kLargest;
-  const float top = fminf(fmaxf(x0, x1), kLargest);  // finite: infinities must not be subtracted
-  if (top > part.maximum + kSlack) {
-    part.sum *= fast_exp2(part.maximum - top);
-    part.maximum = top;
-  }
-  part.sum += (seen0 ? fast_exp2(x0 - part.maximum) : 0.0f) + (seen1 ? fast_exp2(x1 - part.maximum) : 0.0f);
-}
-
-// This thread's two keys of a block of 16.
-struct LaneKeys {
-  int32_t position[2];
-  bool there[2];
-};
-
-template <int M>
-__device__ __forceinline__ LaneKeys lane_keys(const ScoreParameters& p, const Sequence& s, int32_t first, int block) {
-  LaneKeys keys;
+// scores = scale scores, in log2; -infinity where a row does not attend to a key. Products are rounded as those in the
+// maximum are: a fused difference would be off by their rounding, which may be a large exponent.
+template <int M, int kCount, bool kMasked>
+__device__ __forceinline__ void scale_scores(TileScores<M>& scores, float scale_log2, int32_t first,
+                                             const KeyPlaces<M>& places,
+                                             const int32_t* position) {  // [kTileRows]
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    keys.position[half] = first + lane_key<M>(block) + 8 * half;
-    const bool inside = keys.position[half] < s.length && (!s.table || key_offset(p, s, keys.position[half]) >= 0);
-    keys.there[half] = inside && s.types[keys.position[half]] != kPaddingToken;
-  }
-  return keys;
+  for (int block = 0; block < M; ++block)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key = lane_key<M>(block) + 8 * half;
+      const bool counts = !kMasked || (places.mask[key / 32] >> key % 32 & 1);
+#pragma unroll
+      for (int eight = 0; eight < 2 * kCount; ++eight)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          float& score = scores[block][eight][2 * half + r];
+          score = product(score, scale_log2);
+          if constexpr (kMasked) score = counts && first + key <= position[lane_row(eight) + r] ? score : -infinity();
+        }
+    }
 }
 
-template <class T, int M>
-__global__ void __launch_bounds__(kScoreThreads, kResident<T, M>)
-    normalizer_kernel(const __grid_constant__ ScoreParameters p) {
+// Adds scaled scores to the sums of their rows and clears them.
+template <int M, int kCount>
+__device__ __forceinline__ void add_scores(TileScores<M>& scores, RowPart (&sums)[kEights][2]) {
+  float maximum[2 * kCount][2];
+  bool exceeds = false;
+#pragma unroll
+  for (int eight = 0; eight < 2 * kCount; ++eight)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float top = -infinity();
+#pragma unroll
+      for (int block = 0; block < M; ++block)
+        top = fmaxf(top, fmaxf(scores[block][eight][r], scores[block][eight][2 + r]));
+      top = fminf(top, kLargest);  // finite: infinities must not be subtracted
+      const bool higher = top > sums[eight][r].maximum + kSlack;
+      maximum[eight][r] = higher ? top : sums[eight][r].maximum;
+      exceeds |= higher;
+    }
+  if (__any_sync(kFullMask, exceeds))
+#pragma unroll
+    for (int eight = 0; eight < 2 * kCount; ++eight)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        sums[eight][r].sum *= fast_exp2(sums[eight][r].maximum - maximum[eight][r]);
+        sums[eight][r].maximum = maximum[eight][r];
+      }
+#pragma unroll
+  for (int eight = 0; eight < 2 * kCount; ++eight)
+#pragma unroll
+    for (int block = 0; block < M; ++block)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        RowPart& sum = sums[eight][i % 2];
+        sum.sum += fast_exp2(scores[block][eight][i] - sum.maximum);
+        scores[block][eight][i] = 0.0f;
+      }
+}
+
+// Adds the products of one part's keys with a tile of rows, [begin, begin + 64 M tiles). Called by the whole block; ends
+// with a barrier.
+template <class T, int M, bool kVector>
+__device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequence& s, const T* q, const T* k,
+                                         int64_t begin, int32_t tiles, int32_t count, NormalizerShared<M>& shared,
+                                         RowPart (&sums)[kEights][2]) {
+  const int32_t slabs = slabs_of<T>(p.dim);
+  const int32_t* position = shared.rows.position;  // [kTileRows]
+  const int groups = warp_groups(count), copied = (count + kCopyRows - 1) / kCopyRows * kCopyRows;
+  const bool places_a_key = threadIdx.x < kTileKeys<M>;
+  const auto find = [&](int32_t tile) { return find_key(p, s, begin + int64_t(tile) * kTileKeys<M> + threadIdx.x); };
+  const auto record = [&](int32_t tile, const KeyPlace& key) {
+    record_key<M>(shared.places[tile % kPlacedTiles], key, key.type != kPaddingToken);
+  };
+  SlabRows<T, kVector, kTileKeys<M>> keys;
+  SlabRows<T, kVector, kTileRows> rows;
+  locate_rows(rows, p, s, position, count);
+
+  int32_t staged_tile = 0, staged_slab = 0;
+  const auto stage = [&](int slot) {
+    if (staged_slab == 0) locate_keys<T, kVector, M>(keys, shared.places[staged_tile % kPlacedTiles]);
+    keys.stage(shared.tile.keys[slot], k, kTileKeys<M>, p.dim, p.k_dim, staged_slab);
+    rows.stage(shared.tile.rows[slot], q, copied, p.dim, 1, staged_slab);
+    if (++staged_slab == slabs) staged_slab = 0, ++staged_tile;
+  };
+  const int32_t units = tiles * slabs;
+  if (places_a_key)
+    for (int32_t tile = 0; tile < kStages && tile < tiles; ++tile) record(tile, find(tile));
+  __syncthreads();
+  for (int unit = 0; unit < kStages - 1; ++unit) {
+    if (unit < units) stage(unit);
+    copies_commit();
+  }
+
+  TileScores<M> scores{};
+  KeyPlace key{};  // of the tile kStages ahead
+  Ring ring;
+  int32_t used_tile = 0, used_slab = 0;
+  for (int32_t unit = 0; unit < units; ++unit, ring.advance()) {
+    copies_wait<kStages - 2>();
+    __syncthreads();  // this unit's copies are complete, and the previous unit is no longer in use
+    if (unit + kStages - 1 < units) stage(ring.staged);
+    copies_commit();
+    const int32_t next = used_tile + kStages;
+    const bool places_next = places_a_key && next < tiles, complete = used_slab + 1 == slabs;
+    if (places_next && used_slab == 0) key = find(next);  // arrives during the products
+    with_groups(groups, [&](auto constant) {
+      constexpr int kCount = decltype(constant)::value;
+      TileProduct<T, M>::template add<kCount>(shared.tile.keys[ring.used], shared.tile.rows[ring.used],
+                                              slab_depth<T>(p.dim, used_slab), scores);
+      if (!complete) return;
+      const int32_t first = static_cast<int32_t>(begin) + used_tile * kTileKeys<M>;
+      const KeyPlaces<M>& places = shared.places[used_tile % kPlacedTiles];
+      bool masked = first + kTileKeys<M> - 1 > position[0];
+#pragma unroll
+      for (const uint32_t word : places.mask) masked |= word != ~0u;
+      if (masked)
+        scale_scores<M, kCount, true>(scores, p.scale_log2, first, places, position);
+      else
+        scale_scores<M, kCount, false>(scores, p.scale_log2, first, places, position);
+      add_scores<M, kCount>(scores, sums);
+    });
+    if (places_next && complete) record(next, key);
+    if (complete) ++used_tile;
+    used_slab = complete ? 0 : used_slab + 1;
+  }
+  copies_wait<0>();
+  __syncthreads();
+}
+
+// Merges the parts of a block's warps, then of its cluster's blocks, and writes them. Called by the whole block; ends
+// with a barrier.
+template <int M>
+__device__ __forceinline__ void write_parts(const ScoreParameters& p, const Rows& rows, int64_t head, int32_t part,
+                                            RowPart (&sums)[kEights][2], NormalizerShared<M>& shared) {
+#pragma unroll
+  for (int eight = 0; eight < kEights; ++eight)
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      RowPart sum = sums[eight][r];
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2)
+        sum = merge_parts(sum,
+                          {__shfl_xor_sync(kFullMask, sum.maximum, lanes), __shfl_xor_sync(kFullMask, sum.sum, lanes)});
+      if (lane_id() < 4) shared.warps[warp_id() % 4][lane_row(eight) + r] = sum;
+    }
+  __syncthreads();
+  const int32_t row = threadIdx.x;
+  RowPart* out = p.parts + (head * p.row_capacity + rows.base + row) * p.part_count;
+  if (row < rows.count) {
+    RowPart sum = shared.warps[0][row];
+#pragma unroll
+    for (int w = 1; w < 4; ++w) sum = merge_parts(sum, shared.warps[w][row]);
+    if (cluster_size() == 1)
+      out[part] = sum;
+    else
+      shared.merged[row] = sum;
+  }
+  if (cluster_size() > 1) {
+    cluster_barrier();
+    if (row < rows.count && row % cluster_size() == cluster_rank()) {
+      RowPart parts[kMostParts];  // loads in flight together
+#pragma unroll
+      for (unsigned rank = 0; rank < kMostParts; ++rank)
+        parts[rank] = rank < cluster_size() ? cluster_shared(shared.merged, rank)[row] : RowPart{-kLargest, 0.0f};
+#pragma unroll
+      for (unsigned rank = 1; rank < kMostParts; ++rank) parts[0] = merge_parts(parts[0], parts[rank]);
+      *out = parts[0];
+    }
+    cluster_barrier_relaxed();  // the parts have been read
+  }
+  __syncthreads();
+}
+
+template <class T, int M, bool kVector>
+__global__ void __launch_bounds__(kScoreThreads, 1) normalizer_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   NormalizerShared<M>& shared = *reinterpret_cast<NormalizerShared<M>*>(memory);
-  const int32_t part = blockIdx.x % p.part_count, head = blockIdx.x / p.part_count % p.heads;
-  const int32_t b = blockIdx.x / p.part_count / p.heads;
+  launch_dependents();
+  const int32_t part = blockIdx.x % p.part_splits, head = blockIdx.x / p.part_splits % p.heads;
+  const int32_t b = blockIdx.x / p.part_splits / p.heads;
   const Sequence s = sequence_at(p, b);
   const T* q = static_cast<const T*>(p.q) + s.q + head * p.q_head;
   const T* k = static_cast<const T*>(p.k) + head / (p.heads / p.kv_heads) * p.k_head;
-  const int32_t slabs = slabs_of<T>(p.dim);
   const int64_t begin = int64_t(part) * p.part_tiles * kTileKeys<M>;
 
-  Rows rows(s);
+  Rows rows;
+  rows.start(s, b);
   while (rows.advance(p, s, shared.rows)) {
-    const int32_t* position = shared.rows.position;  // [kTileRows]
-    const int64_t end = clamp_to(begin + int64_t(p.part_tiles) * kTileKeys<M>, 0, position[rows.count - 1] + 1);
-    const int32_t tiles = begin < end ? static_cast<int32_t>(ceil_div(end - begin, kTileKeys<M>)) : 0;
-    const int groups = warp_groups(rows.count);
+    const int32_t last = shared.rows.position[rows.count - 1];
+    const int64_t end = clamp_to(begin + int64_t(p.part_tiles) * kTileKeys<M>, 0, last + 1);
     RowPart sums[kEights][2];
 #pragma unroll
     for (int eight = 0; eight < kEights; ++eight) sums[eight][0] = sums[eight][1] = {-kLargest, 0.0f};
-    TileScores<M> scores{};
-
-    int32_t staged_key = static_cast<int32_t>(begin), staged_slab = 0, used_key = staged_key, used_slab = 0;
-    const auto stage = [&](int slot) {
-      stage_slab(
-          shared.tile.keys[slot], k, [&](int row) { return key_offset(p, s, staged_key + row); }, kTileKeys<M>, p.dim,
-          p.k_dim, p.vector, staged_slab);
-      stage_slab(
-          shared.tile.rows[slot], q,
-          [&](int row) { return row < rows.count ? (position[row] - s.first) * p.q_row : int64_t(-1); },
-          (rows.count + 15) / 16 * 16, p.dim, 1, p.vector, staged_slab);
-      if (++staged_slab == slabs) staged_slab = 0, staged_key += kTileKeys<M>;
-    };
-    const auto use = [&](int slot) {
-      TileProduct<T, M>::add(shared.tile.keys[slot], shared.tile.rows[slot], slab_depth<T>(p.dim, used_slab), groups,
-                             scores);
-      if (++used_slab < slabs) return;
-      used_slab = 0;
-#pragma unroll
-      for (int block = 0; block < M; ++block) {
-        const LaneKeys keys = lane_keys<M>(p, s, used_key, block);
-#pragma unroll
-        for (int eight = 0; eight < kEights; ++eight) {
-          if (eight / 2 >= groups) break;
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int32_t at = position[lane_row(eight) + r];
-            float *low = &scores[block][eight][r], *high = &scores[block][eight][2 + r];
-            add_scores(sums[eight][r], *low, *high, keys.there[0] && keys.position[0] <= at,
-                       keys.there[1] && keys.position[1] <= at, p.scale_log2);
-            *low = *high = 0.0f;
-          }
-        }
-      }
-      used_key += kTileKeys<M>;
-    };
-    run_units(tiles * slabs, stage, use);
-
-#pragma unroll
-    for (int eight = 0; eight < kEights; ++eight) {
-      if (eight / 2 >= groups) break;
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        RowPart sum = sums[eight][r];
-#pragma unroll
-        for (int lanes = 4; lanes < 32; lanes *= 2)
-          sum = merge_parts(
-              sum, {__shfl_xor_sync(kFullMask, sum.maximum, lanes), __shfl_xor_sync(kFullMask, sum.sum, lanes)});
-        if (lane_id() < 4) shared.parts[warp_id() % 4][lane_row(eight) + r] = sum;
-      }
-    }
-    __syncthreads();
-    for (int32_t row = threadIdx.x; row < rows.count; row += kScoreThreads) {
-      RowPart sum = shared.parts[0][row];
-#pragma unroll
-      for (int w = 1; w < 4; ++w) sum = merge_parts(sum, shared.parts[w][row]);
-      p.parts[((int64_t(b) * p.heads + head) * p.row_capacity + rows.base + row) * p.part_count + part] = sum;
-    }
+    if (begin < end)
+      sum_part<T, M, kVector>(p, s, q, k, begin, static_cast<int32_t>(ceil_div(end - begin, kTileKeys<M>)), rows.count,
+                              shared, sums);
+    write_parts<M>(p, rows, int64_t(b) * p.heads + head, part, sums, shared);
   }
 }
 

@@ -1,23 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Finds the query rows of a sequence, a tile at a time. Their number is on the device only, so every block searches.
 //
-// A thread reads 64 consecutive positions with four loads of 16 bytes and keeps a bit for each; a scan over the block
-// orders them.
+// A thread reads 128 consecutive positions with eight loads of 16 bytes and keeps a bit for each; a scan over the block
+// counts them, and each warp writes the positions that its lanes have found, one lane's after the other's.
 #pragma once
 
 #include "attention_scores/layout.cuh"
 
 namespace mustdrop {
 
-constexpr int kTileRows = 128;      // query rows of a tile
-constexpr int kScoreThreads = 256;  // of every block but those of cls.cuh
-constexpr int kScanned = 64;        // positions of a thread
+constexpr int kTileRows = 128;                // query rows of a tile
+constexpr int kScoreThreads = 256;            // of every block but those of cls.cuh
+constexpr int kScanned = 128;                 // positions of a thread
+constexpr int kScannedWords = kScanned / 32;  // of a bit for each
+constexpr int kScoreWarps = kScoreThreads / static_cast<int>(kWarp);
 
 // A block's query rows, in shared memory.
 struct RowTile {
-  int32_t position[kTileRows];  // -1 past the rows
-  uint32_t scan[kWarp];
-  int32_t next;
+  int32_t position[kTileRows];              // -1 past the rows
+  int32_t next;                             // the first one past them
+  alignas(16) uint32_t found[kScoreWarps];  // by each warp
 };
 
 // Bit i is set if byte i of `word` is kQueryToken.
@@ -27,17 +29,56 @@ __device__ __forceinline__ uint32_t query_bits(uint32_t word) {
   return ((zero >> 7) * 0x01020408u) >> 24 & 0xfu;
 }
 
-// Mask of the queries in [begin, end) among the 16 positions from `position` on, whose address is a multiple of 16.
-__device__ __forceinline__ uint32_t query_mask16(const uint8_t* types, int64_t position, int32_t begin, int32_t end) {
-  uint32_t mask = 0;
-  if (position >= begin && position + 16 <= end) {
-    const uint4 words = *reinterpret_cast<const uint4*>(types + position);
-    mask = query_bits(words.x) | query_bits(words.y) << 4 | query_bits(words.z) << 8 | query_bits(words.w) << 12;
-  } else {
-    for (int i = 0; i < 16; ++i)
-      if (position + i >= begin && position + i < end && types[position + i] == kQueryToken) mask |= 1u << i;
+// Bits of the queries in [begin, end) among the kScanned positions from `first` on, whose address is a multiple of 16.
+__device__ __forceinline__ void query_mask(const uint8_t* types, int64_t first, int32_t begin, int32_t end,
+                                           uint32_t (&mask)[kScannedWords]) {
+  uint4 words[kScanned / 16];  // loads in flight together
+#pragma unroll
+  for (int i = 0; i < kScanned / 16; ++i) {
+    const int64_t position = first + 16 * i;
+    const bool inside = position >= begin && position + 16 <= end;
+    words[i] = inside ? *reinterpret_cast<const uint4*>(types + position) : uint4{~0u, ~0u, ~0u, ~0u};
   }
-  return mask;
+#pragma unroll
+  for (int word = 0; word < kScannedWords; ++word) mask[word] = 0;
+  const int64_t last = end - 1 - static_cast<int64_t>(reinterpret_cast<uint64_t>(types + end - 1) % 16);
+#pragma unroll 1
+  for (int edge = 0; edge < 2; ++edge) {  // the pieces with `begin` and with `end`, where they are partly inside
+    const int64_t position =
+        edge == 0 ? begin - static_cast<int64_t>(reinterpret_cast<uint64_t>(types + begin) % 16) : last;
+    const bool inside = position >= begin && position + 16 <= end;
+    if (inside || position < first || position >= first + kScanned) continue;
+    uint32_t bits = 0;
+    uint8_t type[16];
+#pragma unroll
+    for (int i = 0; i < 16; ++i) type[i] = types[clamp_to(position + i, begin, end - 1)];
+#pragma unroll
+    for (int i = 0; i < 16; ++i)
+      if (position + i >= begin && position + i < end && type[i] == kQueryToken) bits |= 1u << i;
+#pragma unroll
+    for (int word = 0; word < kScannedWords; ++word)
+      if ((position - first) / 32 == word) mask[word] |= bits << (position - first) % 32;
+  }
+#pragma unroll
+  for (int i = 0; i < kScanned / 16; ++i)
+    mask[i / 2] |= (query_bits(words[i].x) | query_bits(words[i].y) << 4 | query_bits(words[i].z) << 8 |
+                    query_bits(words[i].w) << 12)
+                   << (16 * (i % 2));
+}
+
+// Clears the bits of positions from `first` on whose block of a paged cache does not exist.
+__device__ __forceinline__ void clear_missing(const ScoreParameters& p, const Sequence& s, int64_t first,
+                                              uint32_t (&mask)[kScannedWords]) {
+  for (int64_t begin = first < 0 ? 0 : first; begin < first + kScanned && begin < s.length;) {
+    const int64_t end = (begin / p.page_size + 1) * p.page_size;
+    if (key_offset(p, s, static_cast<int32_t>(begin)) < 0)
+#pragma unroll
+      for (int word = 0; word < kScannedWords; ++word) {
+        const int64_t from = clamp_to(begin - first - 32 * word, 0, 32), to = clamp_to(end - first - 32 * word, 0, 32);
+        if (from < to) mask[word] &= ~(~0u >> (32 - (to - from)) << from);
+      }
+    begin = end;
+  }
 }
 
 // Finds up to `limit` query rows from position `next` on, advances `next` past them and returns their number. Called by
@@ -50,44 +91,75 @@ __device__ __forceinline__ int32_t next_rows(const ScoreParameters& p, const Seq
   while (next < s.length && count < limit) {
     const int64_t start = int64_t(next) - static_cast<int64_t>(reinterpret_cast<uint64_t>(s.types + next) % 16);
     const int64_t mine = start + int64_t(threadIdx.x) * kScanned;
-    uint64_t mask = 0;
+    uint32_t mask[kScannedWords], number = 0;
+    query_mask(s.types, mine, next, s.length, mask);
+    if (s.table) clear_missing(p, s, mine, mask);
 #pragma unroll
-    for (int i = 0; i < kScanned / 16; ++i)
-      mask |= uint64_t(query_mask16(s.types, mine + 16 * i, next, s.length)) << (16 * i);
-    if (s.table)
-      for (int i = 0; i < kScanned; ++i)
-        if ((mask >> i & 1) && key_offset(p, s, static_cast<int32_t>(mine + i)) < 0) mask &= ~(uint64_t(1) << i);
-    uint32_t found = 0;
-    int32_t place =
-        count + static_cast<int32_t>(block_exclusive_scan<uint32_t>(
-                    static_cast<uint32_t>(__popc(uint32_t(mask))) + static_cast<uint32_t>(__popc(uint32_t(mask >> 32))),
-                    tile.scan, found));
-    for (int i = 0; mask != 0 && i < kScanned; ++i, mask >>= 1) {
-      if (!(mask & 1)) continue;
-      if (place < limit) tile.position[place] = static_cast<int32_t>(mine + i);
-      if (place == limit) tile.next = static_cast<int32_t>(mine + i);
-      ++place;
+    for (int word = 0; word < kScannedWords; ++word) number += static_cast<uint32_t>(__popc(mask[word]));
+    const uint32_t up_to_lane = warp_inclusive_scan(number);
+    if (lane_id() == kWarp - 1) tile.found[warp_id()] = up_to_lane;
+    __syncthreads();
+    uint32_t before = count + up_to_lane - number;
+#pragma unroll
+    for (unsigned warp = 0; warp < kScoreWarps; ++warp) {
+      count += static_cast<int32_t>(tile.found[warp]);
+      if (warp < warp_id()) before += tile.found[warp];
+    }
+    for (unsigned lanes = __ballot_sync(kFullMask, number > 0); lanes != 0; lanes &= lanes - 1) {
+      const int lane = __ffs(static_cast<int>(lanes)) - 1;
+      const int32_t first = static_cast<int32_t>(start + (int64_t(warp_id() * kWarp) + lane) * kScanned);
+      int32_t place = static_cast<int32_t>(__shfl_sync(kFullMask, before, lane));
+#pragma unroll
+      for (int word = 0; word < kScannedWords; ++word) {
+        const uint32_t bits = __shfl_sync(kFullMask, mask[word], lane);
+        const int32_t at = place + __popc(bits & ((1u << lane_id()) - 1));
+        int32_t* to = at < limit ? &tile.position[at] : &tile.next;
+        if ((bits >> lane_id() & 1) && at <= limit) *to = first + 32 * word + static_cast<int32_t>(lane_id());
+        place += __popc(bits);
+      }
     }
     __syncthreads();
-    count += static_cast<int32_t>(found);
     next = count > limit ? tile.next : static_cast<int32_t>(clamp_to(start + kScoreThreads * kScanned, 0, s.length));
   }
   __syncthreads();
   return count < limit ? count : limit;
 }
 
-// The query rows of a sequence, tile by tile.
-struct Rows {
-  int32_t next, base, count;  // `base` rows before this tile, `count` in it
+// The query rows of one sequence after the other, tile by tile.
+class Rows {
+ public:
+  int32_t base = 0, count = 0;  // `base` rows before this tile, `count` in it
 
-  __device__ explicit Rows(const Sequence& s) : next(s.first < 0 ? 0 : s.first), base(0), count(0) {}
+  // Begins with sequence b. If the previous one was the same and has a single tile of rows, shared memory has them.
+  __device__ __forceinline__ void start(const Sequence& s, int32_t b) {
+    found_ = b == sequence_ && base == 0 && !more_;
+    if (found_) return;
+    sequence_ = b;
+    next_ = s.first < 0 ? 0 : s.first;
+    base = count = 0;
+    more_ = true;
+  }
 
-  __device__ bool advance(const ScoreParameters& p, const Sequence& s, RowTile& tile) {
+  // Finds the next tile; false if there is none. Called by the whole block; a barrier must separate it from uses of the
+  // previous tile.
+  __device__ __forceinline__ bool advance(const ScoreParameters& p, const Sequence& s, RowTile& tile) {
+    if (found_) {
+      found_ = false;
+      return count > 0;
+    }
+    if (!more_) return false;
     base += count;
     const int32_t left = p.max_rows - base;
-    count = next_rows(p, s, next, left < kTileRows ? left : kTileRows, tile);
+    count = next_rows(p, s, next_, left < kTileRows ? left : kTileRows, tile);
+    more_ = next_ < s.length && base + count < p.max_rows;
     return count > 0;
   }
+
+  __device__ __forceinline__ bool more() const { return more_; }  // another search is worth it
+
+ private:
+  int32_t sequence_ = -1, next_ = 0;
+  bool found_ = false, more_ = false;
 };
 
 }  // namespace mustdrop

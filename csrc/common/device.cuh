@@ -165,21 +165,39 @@ __device__ __forceinline__ unsigned cluster_size() {
 __device__ __forceinline__ void cluster_barrier() {  // orders shared memory of the whole cluster
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
+// Publishes nothing: what a thread has read before it may be overwritten after it, but writes are not ordered.
+__device__ __forceinline__ void cluster_barrier_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
 template <class T>
 __device__ __forceinline__ T* cluster_shared(T* mine, unsigned rank) {  // the address of `mine` in block `rank`
   uint64_t result;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(result) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
+  asm("mapa.u64 %0, %1, %2;" : "=l"(result) : "l"(reinterpret_cast<uint64_t>(mine)), "r"(rank));
   return reinterpret_cast<T*>(result);
 }
 #else
 __device__ __forceinline__ unsigned cluster_rank() { return 0; }
 __device__ __forceinline__ unsigned cluster_size() { return 1; }
 __device__ __forceinline__ void cluster_barrier() { __syncthreads(); }
+__device__ __forceinline__ void cluster_barrier_relaxed() { __syncthreads(); }
 template <class T>
 __device__ __forceinline__ T* cluster_shared(T* mine, unsigned) {
   return mine;
 }
 #endif
+
+// Programmatic dependent launch (Grid::overlaps). A kernel that overlaps the end of the previous one must wait before it
+// reads what that one has written, and before it exits.
+__device__ __forceinline__ void launch_dependents() {  // the next kernel may start once all blocks have called this
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {  // until its writes are visible
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // Sets a flag, initially 0, with release semantics: the accesses of this block before its last barrier are done. Called
 // by one thread.

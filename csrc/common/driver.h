@@ -15,7 +15,8 @@ struct DriverConfig {  // CUlaunchConfig
   DriverAttribute* attributes;
   unsigned attribute_count;
 };
-constexpr unsigned kClusterDimension = 4;  // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-constexpr int kInvalidContext = 201;       // CUDA_ERROR_INVALID_CONTEXT: a thread without a context on the device
+constexpr unsigned kClusterDimension = 4;           // CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+constexpr unsigned kProgrammaticSerialization = 6;  // CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+constexpr int kInvalidContext = 201;  // CUDA_ERROR_INVALID_CONTEXT: a thread without a context on the device
 
 }  // namespace mustdrop

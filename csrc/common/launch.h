@@ -25,6 +25,7 @@ struct Grid {
   unsigned threads;         // of a block
   size_t shared_bytes = 0;  // dynamic shared memory of a block
   unsigned cluster = 1;     // consecutive blocks along x of a cluster; needs has_clusters()
+  bool overlaps = false;    // may start before the stream's previous launch ends: see wait_for_previous()
 };
 
 struct DeviceFacts {
@@ -32,6 +33,9 @@ struct DeviceFacts {
   int multiprocessors;  // of the device
   int shared_bytes;     // the most of a block
 };
+
+inline bool has_clusters(const DeviceFacts& facts) { return facts.capability >= 90; }
+inline bool has_dependent_launches(const DeviceFacts& facts) { return facts.capability >= 90; }
 
 constexpr int kKnownDevices = 64;  // devices with cached properties
 
@@ -95,7 +99,8 @@ class Device {
   void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
     kernel.limit->raise_once(cuda_emulation::device(),
                              [&] { cuda_emulation::set_shared_limit(kernel.address(), facts().shared_bytes); });
-    cuda_emulation::run({kernel.address(), grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes},
+    cuda_emulation::run({kernel.address(), grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes,
+                         grid.overlaps && has_dependent_launches(facts())},
                         [&] { kernel.function(arguments...); });
   }
 };
@@ -150,16 +155,23 @@ class Device {
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
     kernel.limit->raise_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
-    cudaLaunchAttribute attribute{};
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {grid.cluster, 1, 1};
+    cudaLaunchAttribute attributes[2]{};
+    unsigned count = 0;
+    if (grid.cluster > 1) {
+      attributes[count].id = cudaLaunchAttributeClusterDimension;
+      attributes[count++].val.clusterDim = {grid.cluster, 1, 1};
+    }
+    if (grid.overlaps && has_dependent_launches(facts())) {
+      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config{};
     config.gridDim = grid.blocks;
     config.blockDim = dim3(grid.threads);
     config.dynamicSmemBytes = grid.shared_bytes;
     config.stream = stream_;
-    config.attrs = &attribute;
-    config.numAttrs = grid.cluster > 1 ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = count;
     check_cuda(cudaLaunchKernelEx(&config, kernel.function, arguments...), "launch");
   }
 
@@ -177,8 +189,6 @@ class Device {
 };
 
 #endif
-
-inline bool has_clusters(const DeviceFacts& facts) { return facts.capability >= 90; }
 
 // The number of blocks along one axis of a grid.
 inline unsigned blocks(int64_t count) {

@@ -90,13 +90,16 @@ class Device {
   void launch(const Grid& grid, NamedKernel<Parameters...> kernel, const Parameters&... parameters) const {
     void* function = kernel.name->on(index_);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    DriverAttribute cluster{kClusterDimension, {grid.cluster, 1, 1}};
+    DriverAttribute attributes[2]{};
+    unsigned count = 0;
+    if (grid.cluster > 1) attributes[count++] = {kClusterDimension, {grid.cluster, 1, 1}};
+    if (grid.overlaps && has_dependent_launches(facts())) attributes[count++] = {kProgrammaticSerialization, {1}};
     const DriverConfig config{{grid.blocks.x, grid.blocks.y, grid.blocks.z},
                               {grid.threads, 1, 1},
                               static_cast<unsigned>(grid.shared_bytes),
                               stream_,
-                              &cluster,
-                              grid.cluster > 1 ? 1u : 0u};
+                              attributes,
+                              count};
     int error = launch_hooks().launch(&config, function, pointers, nullptr);
     if (error == kInvalidContext) {
       throw_problem(launch_hooks().make_current(index_));

@@ -10,8 +10,8 @@ namespace {
 
 constexpr int64_t kSelectAlone = 20480;  // tokens of a sequence that one block selects from; a cluster above
 
-// Sets the fields that both rules share, launches the kernel, returns its results.
-Selected launch_select(const Device& device, SelectParameters p, const SelectInputs& inputs) {
+// Sets the fields that both rules share, launches the kernel, returns its results. `overlaps`: see Grid.
+Selected launch_select(const Device& device, bool overlaps, SelectParameters p, const SelectInputs& inputs) {
   const int64_t batch = inputs.scores.size(0);
   Selected result{new_empty(inputs.scores, {batch, inputs.capacity}, ScalarType::Long),
                   new_empty(inputs.scores, {batch}, ScalarType::Int)};
@@ -34,6 +34,7 @@ Selected launch_select(const Device& device, SelectParameters p, const SelectInp
   if (has_clusters(facts) && p.length > kSelectAlone)
     while (grid.cluster < 8 && p.length > kSelectAlone / 2 * grid.cluster) grid.cluster *= 2;
   grid.blocks.x = blocks(batch * grid.cluster);
+  grid.overlaps = overlaps;
   p.part = ceil_div(ceil_div(p.length, grid.cluster), kSelectItems) * kSelectItems;
   while (grid.threads < 1024 && int64_t(grid.threads) * kSelectItems < p.part) grid.threads *= 2;
   const int64_t bytes = static_cast<int64_t>(sizeof(SelectShared)) + p.part * 4;
@@ -49,7 +50,8 @@ struct CudaKernels {
   explicit CudaKernels(const Tensor& like) : device(like) {}
 
   Scores text_vision_scores(const Tensor& q, const Tensor& k, const Tensor& token_types, double scale,
-                            const OptionalTensor& lse) const {
+                            const OptionalTensor& lse) {
+    follows_scores = true;
     return launch_text_vision_scores(device, q, k, token_types, scale, lse);
   }
 
@@ -60,7 +62,7 @@ struct CudaKernels {
     p.peak_stride = peak.stride(0);
     p.global_threshold = static_cast<float>(global_threshold);
     p.individual_threshold = static_cast<float>(individual_threshold);
-    return launch_select(device, p, inputs);
+    return launch_select(device, follows_scores, p, inputs);
   }
 
   Selected select_topk(const SelectInputs& inputs, int64_t k, const OptionalTensor& budgets) const {
@@ -70,10 +72,11 @@ struct CudaKernels {
       p.budgets = data<int32_t>(*budgets);
       p.budget_stride = budgets->stride(0);
     }
-    return launch_select(device, p, inputs);
+    return launch_select(device, follows_scores, p, inputs);
   }
 
   Device device;
+  bool follows_scores = false;  // the kernel launched before is that of the scores
 };
 
 using Operators = SelectOperators<CudaKernels>;

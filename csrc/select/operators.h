@@ -27,7 +27,8 @@ struct SelectInputs {
         drop_multiple(drop_multiple) {}
 };
 
-// Kernels(like) runs on the device of `like`. It has three functions, whose arguments are checked:
+// Kernels(like) runs on the device of `like`. It has three functions, whose arguments are checked; a selection may follow
+// the scores:
 //   Scores text_vision_scores(q, k, token_types, scale, lse)
 //   Selected select_dual(inputs, peak, global_threshold, individual_threshold)
 //   Selected select_topk(inputs, k, budgets)
@@ -66,7 +67,7 @@ struct SelectOperators {
       const OptionalTensor& lse,               // [B, Hq, Lq]
       OptionalInt capacity, int64_t drop_multiple) {
     check_dual_attention_select(q, k, token_types, protected_tokens, lse, capacity, drop_multiple);
-    const Kernels kernels(q);
+    Kernels kernels(q);
     const auto [total, peak] = kernels.text_vision_scores(q, k, token_types, scale, lse);
     const SelectInputs inputs(total, token_types, protected_tokens, capacity, drop_multiple);
     const auto [keep, counts] = kernels.select_dual(inputs, peak, global_threshold, individual_threshold);
@@ -83,7 +84,7 @@ struct SelectOperators {
       const OptionalTensor& lse,               // [B, Hq, Lq]
       OptionalInt capacity, int64_t drop_multiple) {
     check_topk_attention_select(q, k, token_types, budget, budgets, protected_tokens, lse, capacity, drop_multiple);
-    const Kernels kernels(q);
+    Kernels kernels(q);
     const auto [total, peak] = kernels.text_vision_scores(q, k, token_types, scale, lse);
     const SelectInputs inputs(total, token_types, protected_tokens, capacity, drop_multiple);
     const auto [keep, counts] = kernels.select_topk(inputs, budget, budgets);

@@ -38,11 +38,13 @@ struct Launch {
   dim3 grid, block;
   unsigned cluster = 1;  // consecutive blocks along x
   size_t shared_bytes = 0;
+  bool overlaps = false;  // programmatic dependent launch: may start before the previous launch ends
 };
 
 // Runs all blocks to completion; launches from several host threads are serialized. Throws std::runtime_error for a
 // launch that the device would refuse, a thread that exits while others wait for it, a warp operation whose lanes
-// disagree, a wait that never ends, or an address outside the cluster's shared memory.
+// disagree, a wait that never ends, an address outside the cluster's shared memory, or a thread of an overlapping launch
+// that leaves without wait_for_previous().
 void run(const Launch& launch, const std::function<void()>& kernel);
 
 // The emulated device: compute capability times ten (80, 90, ...), which decides whether there are clusters.
@@ -58,8 +60,9 @@ void set_shared_limit(const void* kernel, size_t bytes);
 [[noreturn]] void fail(const std::string& what);  // ends the launch with this error; called by a thread
 void pause();                                     // yields to other threads; for loops that wait on memory
 void block_barrier();
-void cluster_arrive();
+void cluster_arrive(bool relaxed = false);
 void cluster_wait();
+void wait_for_previous();
 char* cluster_shared(void* mine, unsigned rank);  // address of `mine` in block `rank` of the cluster
 
 // All-gather over the lanes of `mask`: `bytes` bytes from `in` of each lane to out[32 * bytes]. `what` names the

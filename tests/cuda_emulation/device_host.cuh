@@ -61,10 +61,18 @@ __device__ __forceinline__ void cluster_barrier() {
   cuda_emulation::cluster_arrive();
   cuda_emulation::cluster_wait();
 }
+__device__ __forceinline__ void cluster_barrier_relaxed() {
+  cuda_emulation::cluster_arrive(true);
+  cuda_emulation::cluster_wait();
+}
 template <class T>
 __device__ __forceinline__ T* cluster_shared(T* mine, unsigned rank) {
   return reinterpret_cast<T*>(cuda_emulation::cluster_shared(mine, rank));
 }
+
+__device__ __forceinline__ void launch_dependents() {}
+
+__device__ __forceinline__ void wait_for_previous() { cuda_emulation::wait_for_previous(); }
 
 __device__ __forceinline__ void publish(int32_t* flag) { cuda_emulation::publish(flag); }
 

@@ -31,8 +31,13 @@ EXPORTED int cuda_emulation_launch(const mustdrop::DriverConfig* config, const c
   cuda_emulation::Launch launch{kernel, dim3(config->grid[0], config->grid[1], config->grid[2]),
                                 dim3(config->block[0], config->block[1], config->block[2]), 1, config->shared_bytes};
   for (unsigned i = 0; i < config->attribute_count; ++i) {
-    if (config->attributes[i].id != mustdrop::kClusterDimension) return 1;  // CUDA_ERROR_INVALID_VALUE
-    launch.cluster = config->attributes[i].value[0];
+    const mustdrop::DriverAttribute& attribute = config->attributes[i];
+    if (attribute.id == mustdrop::kClusterDimension)
+      launch.cluster = attribute.value[0];
+    else if (attribute.id == mustdrop::kProgrammaticSerialization)
+      launch.overlaps = attribute.value[0] != 0;
+    else
+      return 1;  // CUDA_ERROR_INVALID_VALUE
   }
   cuda_emulation::run(launch, [&] { kernel->call(parameters); });
   return 0;

@@ -159,6 +159,34 @@ void cluster_kernel(const int* in, int* out) {
   if constexpr (kLast) cluster_barrier();
 }
 
+// The next block's value; a relaxed barrier orders the reads and not the writes.
+template <bool kRight>
+void relaxed_cluster_kernel(const int* in, int* out) {
+  MUSTDROP_SHARED_MEMORY(memory);
+  int* held = reinterpret_cast<int*>(memory);
+  for (int turn = 0; turn < 2; ++turn) {
+    held[threadIdx.x] = in[threadIdx.x] + static_cast<int>(blockIdx.x) + turn;
+    kRight ? cluster_barrier() : cluster_barrier_relaxed();
+    const unsigned next = (cluster_rank() + 1) % cluster_size();
+    out[threadIdx.x + blockIdx.x * kThreads] = cluster_shared(held, next)[kThreads - 1 - threadIdx.x];
+    cluster_barrier_relaxed();
+  }
+}
+
+// Adds to what the previous launch, of the same kernel, has written.
+template <bool kRight>
+void overlap_kernel(const int* in, int* out) {
+  const int mine = in[threadIdx.x];
+  if constexpr (kRight) wait_for_previous();
+  out[threadIdx.x] += mine;
+  wait_for_previous();
+}
+template <bool kRight>
+void leave_kernel(const int* in, int* out) {
+  out[threadIdx.x] = in[threadIdx.x];
+  if (kRight || threadIdx.x > 0) wait_for_previous();
+}
+
 template <bool kRight>
 void first_cluster_kernel(const int* in, int* out) {
   cluster_kernel<kRight, true, true>(in, out);
@@ -210,6 +238,7 @@ using Kernel = void (*)(const int*, int*);
 struct Case {
   Kernel kernel;
   unsigned blocks = 1, cluster = 1;
+  int overlapping = 0;  // launches, each of which may start before the previous one ends
 };
 
 #define MUSTDROP_CASE(NAME, ...)                                                \
@@ -237,6 +266,9 @@ const std::map<std::string, std::vector<Case>>& cases() {
       MUSTDROP_CASE(first_cluster, 4, 4),
       MUSTDROP_CASE(middle_cluster, 4, 4),
       MUSTDROP_CASE(last_cluster, 4, 4),
+      MUSTDROP_CASE(relaxed_cluster, 4, 4),
+      MUSTDROP_CASE(overlap, 1, 1, 2),
+      MUSTDROP_CASE(leave, 1, 1, 1),
       MUSTDROP_CASE(read_handover, 3, 1),
       MUSTDROP_CASE(wait_handover, 3, 1),
       MUSTDROP_CASE(spread_handover, 3, 1),
@@ -260,7 +292,9 @@ extern "C" __attribute__((visibility("default"))) const char* planted_run(const 
   try {
     const size_t shared_bytes = mustdrop::kThreads * sizeof(int);
     const dim3 grid(c.blocks), block(mustdrop::kThreads);
-    cuda_emulation::run({nullptr, grid, block, c.cluster, shared_bytes}, [&] { c.kernel(in.data(), mine.data()); });
+    for (int launch = 0; launch < std::max(c.overlapping, 1); ++launch)
+      cuda_emulation::run({nullptr, grid, block, c.cluster, shared_bytes, c.overlapping > 0},
+                          [&] { c.kernel(in.data(), mine.data()); });
   } catch (const std::runtime_error& error) {
     said = error.what();
     return said.c_str();

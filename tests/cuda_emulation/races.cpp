@@ -26,9 +26,9 @@ enum class Reach : uint8_t { none, thread, warp, block, cluster, launch };
 // One access, or several that only a barrier of width `reach` orders before another thread's.
 struct Access {
   Reach reach = Reach::none;
-  bool atomic = false, pending = false;                                  // pending: an asynchronous copy without a wait
-  uint32_t thread = 0;                                                   // one of them
-  uint32_t warp_barriers = 0, block_barriers = 0, cluster_arrivals = 0;  // the latest
+  bool atomic = false, pending = false;  // pending: an asynchronous copy without a wait
+  uint32_t thread = 0;                   // one of them
+  uint32_t warp_barriers = 0, block_barriers = 0, cluster_arrivals = 0, cluster_releases = 0;  // the latest
   const void* code = nullptr;
 };
 
@@ -38,7 +38,8 @@ struct Cell {
 };
 
 struct Granule {
-  uint32_t stamp = 0;  // of the launch (or the block) of the cell; otherwise the cell is empty
+  uint32_t stamp = 0;    // of the launch (or the block) of the cell; otherwise the cell is empty
+  uint32_t written = 0;  // the latest launch that has written it
   bool shared = false, split = false;
   Cell whole;
   std::unique_ptr<std::array<Cell, 4>> bytes;
@@ -92,14 +93,15 @@ bool handed_over(const Access& before) {
   });
 }
 
-// Whether all accesses of `before` are ordered before the running thread's next one.
-bool ordered(const Access& before) {
+// Whether all accesses of `before` are ordered before the running thread's next one. `reads`: they are reads.
+bool ordered(const Access& before, bool reads) {
   if (before.reach == Reach::none) return true;
   if (before.pending) return false;
   const Reach reach = std::max(before.reach, distance(before.thread, running->thread));
   if (reach == Reach::thread) return true;
   if (reach == Reach::launch) return handed_over(before);
-  if (running->cluster_waits > before.cluster_arrivals) return true;
+  if (running->cluster_acquires > before.cluster_releases) return true;
+  if (reads && running->cluster_waits > before.cluster_arrivals) return true;
   if (reach == Reach::cluster) return false;
   if (running->block_barriers > before.block_barriers) return true;
   return reach == Reach::warp && running->warp_barriers > before.warp_barriers;
@@ -113,12 +115,13 @@ Access mine(bool atomic, const void* code) {
   a.warp_barriers = running->warp_barriers;
   a.block_barriers = running->block_barriers;
   a.cluster_arrivals = running->cluster_arrivals;
+  a.cluster_releases = running->cluster_releases;
   a.code = code;
   return a;
 }
 
-void join(Access& all, const Access& one) {
-  if (ordered(all)) {
+void join(Access& all, const Access& one, bool reads) {
+  if (ordered(all, reads)) {
     all = one;
     return;
   }
@@ -126,6 +129,7 @@ void join(Access& all, const Access& one) {
   all.warp_barriers = std::max(all.warp_barriers, one.warp_barriers);
   all.block_barriers = std::max(all.block_barriers, one.block_barriers);
   all.cluster_arrivals = std::max(all.cluster_arrivals, one.cluster_arrivals);
+  all.cluster_releases = std::max(all.cluster_releases, one.cluster_releases);
 }
 
 std::string place(const void* code) {
@@ -148,25 +152,29 @@ void visit(Cell& cell, bool shared, Kind kind, const void* code) {
   if (kind == Kind::read) {
     if (shared && cell.write.reach == Reach::none)
       fail("thread " + std::to_string(running->thread) + " reads unwritten shared memory, at " + place(code));
-    if (!ordered(cell.write)) report("reads", code, cell.write, "writes");
-    return join(cell.read, mine(false, code));
+    if (!ordered(cell.write, false)) report("reads", code, cell.write, "writes");
+    return join(cell.read, mine(false, code), true);
   }
   const bool both_atomic = kind == Kind::atomic && cell.write.atomic;
-  if (!both_atomic && !ordered(cell.write)) report("writes", code, cell.write, "writes");
-  if (!ordered(cell.read)) report("writes", code, cell.read, "reads");
+  if (!both_atomic && !ordered(cell.write, false)) report("writes", code, cell.write, "writes");
+  if (!ordered(cell.read, true)) report("writes", code, cell.read, "reads");
   const Access now = mine(kind == Kind::atomic, code);
   if (both_atomic)
-    join(cell.write, now);
+    join(cell.write, now, false);
   else
     cell.write = now;
   cell.read = Access{};
 }
 
 template <class F>
-void each_cell(uintptr_t address, size_t bytes, const F& f) {
+void each_cell(uintptr_t address, size_t bytes, bool writes, const void* code, const F& f) {
   const uintptr_t end = address + bytes;
   while (address < end) {
     Granule& g = granule_at(address);
+    if (running->overlaps && g.written + 1 == stamp)
+      fail("a race: thread " + std::to_string(running->thread) + " accesses at " + place(code) +
+           " what the previous launch has written, without waiting for it");
+    if (writes) g.written = stamp;
     const uintptr_t next = address / 4 * 4 + 4;
     if (!g.split && (address % 4 || next > end)) {
       if (!g.bytes) g.bytes = std::make_unique<std::array<Cell, 4>>();
@@ -198,19 +206,21 @@ void fresh(const void* memory, size_t bytes, bool shared) {
     g.shared = shared;
     g.split = false;
     g.whole = Cell{};
+    g.written = 0;
   }
 }
 
 void access(const void* memory, size_t bytes, Kind kind, const void* code) {
   const char* p = static_cast<const char*>(memory);
   if (!running || (p >= running->stack && p < running->stack_end)) return;
-  each_cell(reinterpret_cast<uintptr_t>(p), bytes, [&](Cell& cell, bool shared) { visit(cell, shared, kind, code); });
+  each_cell(reinterpret_cast<uintptr_t>(p), bytes, kind != Kind::read, code,
+            [&](Cell& cell, bool shared) { visit(cell, shared, kind, code); });
 }
 
 void copy_starts(void* to, const void* from, unsigned bytes, unsigned size, const void* code) {
   if (!running) return;
   if (bytes) access(from, bytes, Kind::read, code);
-  each_cell(reinterpret_cast<uintptr_t>(to), size, [&](Cell& cell, bool shared) {
+  each_cell(reinterpret_cast<uintptr_t>(to), size, true, code, [&](Cell& cell, bool shared) {
     visit(cell, shared, Kind::write, code);
     cell.write.pending = true;
   });
@@ -218,7 +228,8 @@ void copy_starts(void* to, const void* from, unsigned bytes, unsigned size, cons
 
 void copy_ends(void* to, unsigned size, const void* code) {
   if (!running) return;
-  each_cell(reinterpret_cast<uintptr_t>(to), size, [&](Cell& cell, bool) { cell.write = mine(false, code); });
+  each_cell(reinterpret_cast<uintptr_t>(to), size, true, code,
+            [&](Cell& cell, bool) { cell.write = mine(false, code); });
 }
 
 void release(const int32_t* flag, const void* code) {

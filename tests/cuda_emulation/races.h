@@ -7,8 +7,10 @@
 // block, the cluster's barrier in a cluster. Between clusters only a flag orders: accesses of the publishing block
 // before its thread's last barrier precede later accesses of the waiting thread, and accesses of the waiting block
 // after its next barrier. (Flags are not transitive over a third block, and a location that several blocks have read
-// stays unordered with a write: the detector errs on the side of reports.) Shuffles and votes order nothing. Reads of
-// unwritten shared memory are reported too.
+// stays unordered with a write: the detector errs on the side of reports.) A relaxed barrier of the cluster orders reads
+// before it with writes after it, and nothing else. Shuffles and votes order nothing. Reads of unwritten shared memory
+// are reported too, and accesses to what the previous launch has written by a thread of an overlapping launch that has
+// not waited for it.
 #pragma once
 
 #include <cstddef>
@@ -28,10 +30,13 @@ struct ThreadState {
   uint32_t thread = 0;      // of the whole launch
   uint32_t block_size = 1;  // threads of a block
   uint32_t cluster_size = 1;
-  uint32_t warp_barriers = 0, block_barriers = 0;     // passed
-  uint32_t cluster_arrivals = 0, cluster_waits = 0;   // of the cluster's barrier
-  const char *stack = nullptr, *stack_end = nullptr;  // private to the thread
-  std::vector<Acquired>* acquired = nullptr;          // by its block
+  uint32_t warp_barriers = 0, block_barriers = 0;       // passed
+  uint32_t cluster_arrivals = 0, cluster_waits = 0;     // of the cluster's barrier
+  uint32_t cluster_releases = 0, cluster_acquires = 0;  // those of them that are not relaxed
+  bool publishes = false;                               // the latest arrival was not relaxed
+  bool overlaps = false;                                // the previous launch may still run
+  const char *stack = nullptr, *stack_end = nullptr;    // private to the thread
+  std::vector<Acquired>* acquired = nullptr;            // by its block
 };
 
 enum class Kind { read, write, atomic };

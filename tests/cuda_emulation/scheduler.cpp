@@ -300,6 +300,7 @@ void Launching::start_thread(Block& block, unsigned linear, dim3 index, unsigned
   t.state.stack = t.stack;
   t.state.stack_end = t.stack + kStackBytes;
   t.state.acquired = &block.acquired;
+  t.state.overlaps = launch_.overlaps;
   make_context(t.context, t.stack, fiber_main);
   ready(&t);
 }
@@ -333,6 +334,7 @@ void Launching::start_cluster(unsigned first) {
 void Launching::finish(Thread* t) {
   if (!t->groups.empty() || !t->copies.empty()) error_ = "a thread left with copies that it has not waited for";
   if (t->state.cluster_waits < t->block->wanted) error_ = "a block left while others may still use its shared memory";
+  if (t->state.overlaps) error_ = "a thread left without waiting for the previous launch";
   stacks.release(t->stack);
   t->stack = nullptr;
   --t->block->left;
@@ -470,12 +472,15 @@ void block_barrier() {
   ++t->state.block_barriers;
 }
 
-void cluster_arrive() {
+void cluster_arrive(bool relaxed) {
   Cluster& cluster = *current->self->block->cluster;
   const unsigned threads = static_cast<unsigned>(cluster.blocks.size() * cluster.blocks[0]->threads.size());
   if (cluster.left != threads) fail("a thread left before others reached the cluster's barrier");
   current->self->phase = cluster.phase + 1;
-  ++current->self->state.cluster_arrivals;
+  races::ThreadState& state = current->self->state;
+  ++state.cluster_arrivals;
+  state.publishes = !relaxed;
+  if (!relaxed) ++state.cluster_releases;
   if (++cluster.arrived < threads) return;
   cluster.arrived = 0;
   ++cluster.phase;
@@ -491,7 +496,10 @@ void cluster_wait() {
   else
     pause();
   ++t->state.cluster_waits;
+  if (t->state.publishes) ++t->state.cluster_acquires;
 }
+
+void wait_for_previous() { current->self->state.overlaps = false; }
 
 char* cluster_shared(void* mine, unsigned rank) {
   const Block& block = *current->self->block;

@@ -64,6 +64,9 @@ EXPECTED = {
         f"{which}_cluster": [a + rank + IN[-1 - i] + (rank + 1) % 4 for rank in range(4) for i, a in enumerate(IN)]
         for which in ("first", "middle", "last")
     },
+    "relaxed_cluster": [value + (rank + 1) % 4 + 1 for rank in range(4) for value in IN[::-1]],
+    "overlap": [2 * value for value in IN],
+    "leave": IN,
     **{f"{which}_handover": IN + [3, 1] + [0] * (THREADS - 2) + IN for which in ("read", "wait", "spread")},
 }
 
@@ -94,6 +97,9 @@ def test_without_the_bug(name, sanitizer):
         ("first_cluster", "before the cluster's first barrier"),
         ("middle_cluster", "a race"),
         ("last_cluster", "still use its shared memory|whose threads have left"),
+        ("relaxed_cluster", "a race"),
+        ("overlap", "what the previous launch has written"),
+        ("leave", "without waiting for the previous launch"),
         ("read_handover", "a race"),
         ("wait_handover", "a race"),
         ("spread_handover", "a race"),

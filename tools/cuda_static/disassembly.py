@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -74,6 +74,16 @@ class Function:
     def all_loops(self) -> list[Loop]:
         """Every loop, outer before inner."""
         return [loop for outer in self.loops for loop in outer.walk()]
+
+    @cached_property
+    def whole(self) -> Loop:
+        """The function as a loop that is executed once: each EXIT leads back to its begin."""
+        blocks = [
+            replace(block, following={0}) if block.code[-1].opcode == "EXIT" and not block.following else block
+            for block in basic_blocks(self)
+        ]
+        deeper = {block.number for loop in self.loops for block in loop.blocks}
+        return Loop(0, blocks, [block for block in blocks if block.number not in deeper], self.loops)
 
 
 def parse(lines: Iterable[str]) -> Iterator[Function]:

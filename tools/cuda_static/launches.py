@@ -22,6 +22,7 @@ from .compiling import BUILD, ROOT, readable
 CAPABILITY, MULTIPROCESSORS, SHARED_BYTES = "90", 132, 232448  # of an H200
 DTYPE = "bfloat16"
 SHAPES = ("llava-1.5", "llava-1.5:8", "llava-1.5:64", "llava-next", "video-mha", "video-gqa")
+CLUSTER_DIMENSION = 4  # kClusterDimension of csrc/common/driver.h
 VISION_ENCODER = ("spatial_merge", "cls_attention")  # run once per image, therefore also with large batches
 _HERE = Path(__file__).resolve().parent
 
@@ -89,7 +90,8 @@ class Recorder:
 
     def _record(self, config: ctypes._Pointer[_Config], function: int, *_: object) -> int:
         c = config.contents
-        cluster = c.attributes[0].value[0] if c.attribute_count else 1
+        attributes = [c.attributes[i] for i in range(c.attribute_count)]
+        cluster = next((a.value[0] for a in attributes if a.id == CLUSTER_DIMENSION), 1)
         blocks, threads = (size[0] * size[1] * size[2] for size in (c.grid, c.block))
         self.launches.append((readable(self._kernels[function - 1]), blocks, threads, c.shared_bytes, cluster))
         return 0

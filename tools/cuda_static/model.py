@@ -97,18 +97,24 @@ def count(code: Iterable[Instruction], name: str) -> int:
     return sum(instruction.name.startswith(name) for instruction in code)
 
 
+def weight(code: Iterable[Instruction], name: str) -> int:
+    """Number of instructions with a prefix; negative for those with the prefix after "!"."""
+    return -count(code, name[1:]) if name.startswith("!") else count(code, name)
+
+
 def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
     """The instructions of one iteration, along one of the paths through it.
 
     Args:
         loop: the loop.
-        most: prefixes whose counts the path maximizes, in order of priority; then the fewest instructions.
+        most: prefixes whose counts the path maximizes, or minimizes after "!", in order of priority; then the fewest
+            instructions.
         trips: number of iterations of each inner loop.
     """
     nodes: list[Block | Loop] = [*loop.own, *loop.inner]
     members = [[node] if isinstance(node, Block) else node.blocks for node in nodes]
     bodies = [node.code if isinstance(node, Block) else iteration(node, most, trips) * trips for node in nodes]
-    weights = [(*(count(body, name) for name in most), -len(body)) for body in bodies]
+    weights = [(*(weight(body, name) for name in most), -len(body)) for body in bodies]
     node_of = {block.number: node for node, blocks in enumerate(members) for block in blocks}
     reached = [{number for block in blocks for number in block.following} for blocks in members]
     after = {
@@ -121,8 +127,8 @@ def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
         if loop.entry in reached[node]:
             ways.append(((0,) * (len(most) + 1), []))
         if ways:  # otherwise it leaves the loop
-            weight, rest = max(ways, key=lambda way: way[0])
-            best[node] = tuple(a + b for a, b in zip(weights[node], weight, strict=True)), [node, *rest]
+            total, rest = max(ways, key=lambda way: way[0])
+            best[node] = tuple(a + b for a, b in zip(weights[node], total, strict=True)), [node, *rest]
     return [instruction for node in best[node_of[loop.entry]][1] for instruction in bodies[node]]
 
 
@@ -135,7 +141,7 @@ class Named:
 
     name: str
     kernel: str  # "folder/kernel"
-    has: tuple[str, ...]  # instructions that the loop has outside of inner loops
+    has: tuple[str, ...]  # instructions that the loop has outside of inner loops; ("-",): the kernel from begin to end
     lacks: tuple[str, ...]  # and those that it lacks
     most: tuple[str, ...]  # see iteration()
     trips: int
@@ -150,7 +156,9 @@ class Named:
         return self.kernel.split("/")[0]
 
     def find(self, function: Function) -> Loop | None:
-        """The first loop with these instructions."""
+        """The first loop with these instructions; the whole function for "-"."""
+        if self.has == ("-",):
+            return function.whole
         for loop in function.all_loops:
             code = loop.own_code
             if all(count(code, name) for name in self.has) and not any(count(code, name) for name in self.lacks):
@@ -212,7 +220,7 @@ def estimate(named: Named, function: Function) -> Estimate | None:
     part = named.cut(path)
     if not part:
         return None
-    if len(part) == len(path):
+    if len(part) == len(path) and named.has != ("-",):
         times = issue_times(path * 3)
         cycles = times[2 * len(path)] - times[len(path)]
     else:
