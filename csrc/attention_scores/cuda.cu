@@ -28,7 +28,8 @@ ScoreParameters describe(const Tensor& q, int64_t q_heads, int64_t q_rows, const
   ScoreParameters p{};
   p.q = q.const_data_ptr(), p.k = k.const_data_ptr();
   p.token_types = data<uint8_t>(token_types);
-  p.heads = narrow(q.size(q_heads)), p.kv_heads = narrow(k.size(k_heads)), p.dim = narrow(dim);
+  p.heads = narrow(q.size(q_heads)), p.dim = narrow(dim);
+  p.group = static_cast<int32_t>(p.heads / std::max<int64_t>(k.size(k_heads), 1));
   p.q_head = q.stride(q_heads), p.q_row = q.stride(q_rows);
   p.k_head = k.stride(k_heads), p.k_row = k.stride(k_rows);
   p.k_dim = k.size(last) > 1 ? k.stride(last) : 1;
@@ -73,6 +74,15 @@ bool takes_wide_tiles(const ScoreParameters& p, const DeviceFacts& facts, int64_
          tiles * std::min(kScoreCluster, p.heads) >= facts.multiprocessors;
 }
 
+template <class T>
+void set_steps(ScoreParameters& p) {
+  const int64_t before_last = int64_t(slabs_of<T>(p.dim) - 1) * kSlab<T>;  // elements before the last slab
+  p.k_slab = kSlab<T> * p.k_dim;
+  p.k_same_head = -before_last * p.k_dim;
+  p.k_next_head = p.k_head - before_last * p.k_dim;
+  p.q_next_head = p.q_head - before_last;
+}
+
 // Distributes the work over blocks; depends on shapes and the device alone.
 template <int M>
 void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
@@ -96,6 +106,7 @@ template <class T, int M, bool kVector>
 void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, int64_t keys) {
   const DeviceFacts facts = device.facts();
   plan_blocks<M>(p, facts, keys);
+  set_steps<T>(p);
   const int64_t tiles = narrow(int64_t(p.batch) * p.tiles), heads = int64_t(p.batch) * p.heads;
   const bool makes_parts = !p.lse && p.row_capacity > 0, clusters = has_clusters(facts);
   const bool uses_partials = !clusters && p.split_bits > 0;

@@ -33,8 +33,11 @@ struct ScoreParameters {
   int64_t k_batch, k_head, k_row, k_dim;  // k_row: of a slot where keys are paged
   int64_t k_block;
   int64_t lse_batch, lse_head, lse_row;
+  // From one slab of a head to the next one, and from the last slab to the first of the next head, or of the same one.
+  int64_t k_slab, k_next_head, k_same_head, q_next_head;
   int64_t type_batch, table_batch;
-  int32_t batch, heads, kv_heads, dim;
+  int32_t batch, heads, dim;
+  int32_t group;                 // query heads of a key head
   int32_t rows, keys;            // dense: Lq and Lk; packed: total_q and total_k; paged: total_q and max_len
   int32_t max_rows_q, max_keys;  // upper bounds of a sequence's rows and keys
   int32_t blocks, page_size, max_blocks;

@@ -99,9 +99,8 @@ template <class T, int M, bool kVector>
 __device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequence& s, const T* q, const T* k,
                                          int64_t begin, int32_t tiles, int32_t count, NormalizerShared<M>& shared,
                                          RowPart (&sums)[kEights][2]) {
-  const int32_t slabs = slabs_of<T>(p.dim);
   const int32_t* position = shared.rows.position;  // [kTileRows]
-  const int groups = warp_groups(count), copied = (count + kCopyRows - 1) / kCopyRows * kCopyRows;
+  const int groups = warp_groups(count), copied = (count + 15) / 16 * 16;
   const bool places_a_key = threadIdx.x < kTileKeys<M>;
   const auto find = [&](int32_t tile) { return find_key(p, s, begin + int64_t(tile) * kTileKeys<M> + threadIdx.x); };
   const auto record = [&](int32_t tile, const KeyPlace& key) {
@@ -111,14 +110,20 @@ __device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequenc
   SlabRows<T, kVector, kTileRows> rows;
   locate_rows(rows, p, s, position, count);
 
-  int32_t staged_tile = 0, staged_slab = 0;
+  // The slab that is staged next: `depth` elements are left of the head.
+  int32_t staged_tile = 0, staged_depth = p.dim;
+  const T *staged_q = q, *staged_k = k;
+  bool there = false;  // the tile has a key that counts
   const auto stage = [&](int slot) {
-    if (staged_slab == 0) locate_keys<T, kVector, M>(keys, shared.places[staged_tile % kPlacedTiles]);
-    keys.stage(shared.tile.keys[slot], k, kTileKeys<M>, p.dim, p.k_dim, staged_slab);
-    rows.stage(shared.tile.rows[slot], q, copied, p.dim, 1, staged_slab);
-    if (++staged_slab == slabs) staged_slab = 0, ++staged_tile;
+    if (staged_depth == p.dim) there = locate_keys<T, kVector, M>(keys, shared.places[staged_tile % kPlacedTiles]);
+    if (copies_piece<T>(staged_depth)) {
+      keys.stage(shared.tile.keys[slot], staged_k, kTileKeys<M>, staged_depth, p.k_dim, there);
+      rows.stage(shared.tile.rows[slot], staged_q, copied, staged_depth, 1);
+    }
+    staged_q += kSlab<T>, staged_k += kSlab<T> * p.k_dim, staged_depth -= kSlab<T>;
+    if (staged_depth <= 0) staged_q = q, staged_k = k, staged_depth = p.dim, ++staged_tile;
   };
-  const int32_t units = tiles * slabs;
+  const int32_t units = tiles * slabs_of<T>(p.dim);
   if (places_a_key)
     for (int32_t tile = 0; tile < kStages && tile < tiles; ++tile) record(tile, find(tile));
   __syncthreads();
@@ -128,21 +133,19 @@ __device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequenc
   }
 
   TileScores<M> scores{};
-  KeyPlace key{};  // of the tile kStages ahead
+  KeyPlace key{};  // of the tile kStages ahead, read a tile earlier
+  if (places_a_key && kStages < tiles) key = find(kStages);
   Ring ring;
-  int32_t used_tile = 0, used_slab = 0;
+  int32_t used_tile = 0, depth = p.dim;
   for (int32_t unit = 0; unit < units; ++unit, ring.advance()) {
     copies_wait<kStages - 2>();
     __syncthreads();  // this unit's copies are complete, and the previous unit is no longer in use
     if (unit + kStages - 1 < units) stage(ring.staged);
     copies_commit();
-    const int32_t next = used_tile + kStages;
-    const bool places_next = places_a_key && next < tiles, complete = used_slab + 1 == slabs;
-    if (places_next && used_slab == 0) key = find(next);  // arrives during the products
+    const bool complete = depth <= kSlab<T>;
     with_groups(groups, [&](auto constant) {
       constexpr int kCount = decltype(constant)::value;
-      TileProduct<T, M>::template add<kCount>(shared.tile.keys[ring.used], shared.tile.rows[ring.used],
-                                              slab_depth<T>(p.dim, used_slab), scores);
+      TileProduct<T, M>::template add<kCount>(shared.tile.keys[ring.used], shared.tile.rows[ring.used], depth, scores);
       if (!complete) return;
       const int32_t first = static_cast<int32_t>(begin) + used_tile * kTileKeys<M>;
       const KeyPlaces<M>& places = shared.places[used_tile % kPlacedTiles];
@@ -155,9 +158,12 @@ __device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequenc
         scale_scores<M, kCount, false>(scores, p.scale_log2, first, places, position);
       add_scores<M, kCount>(scores, sums);
     });
-    if (places_next && complete) record(next, key);
-    if (complete) ++used_tile;
-    used_slab = complete ? 0 : used_slab + 1;
+    depth -= kSlab<T>;
+    if (!complete) continue;
+    depth = p.dim;
+    const int32_t next = used_tile++ + kStages;
+    if (places_a_key && next < tiles) record(next, key);
+    if (places_a_key && next + 1 < tiles) key = find(next + 1);
   }
   copies_wait<0>();
   __syncthreads();
@@ -216,7 +222,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1) normalizer_kernel(const __gr
   const int32_t b = blockIdx.x / p.part_splits / p.heads;
   const Sequence s = sequence_at(p, b);
   const T* q = static_cast<const T*>(p.q) + s.q + head * p.q_head;
-  const T* k = static_cast<const T*>(p.k) + head / (p.heads / p.kv_heads) * p.k_head;
+  const T* k = static_cast<const T*>(p.k) + head / p.group * p.k_head;
   const int64_t begin = int64_t(part) * p.part_tiles * kTileKeys<M>;
 
   Rows rows;

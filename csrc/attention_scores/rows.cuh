@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Finds the query rows of a sequence, a tile at a time. Their number is on the device only, so every block searches.
 //
-// A thread reads 128 consecutive positions with eight loads of 16 bytes and keeps a bit for each; a scan over the block
+// A thread reads 64 consecutive positions with four loads of 16 bytes and keeps a bit for each; a scan over the block
 // counts them, and each warp writes the positions that its lanes have found, one lane's after the other's.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace mustdrop {
 
 constexpr int kTileRows = 128;                // query rows of a tile
 constexpr int kScoreThreads = 256;            // of every block but those of cls.cuh
-constexpr int kScanned = 128;                 // positions of a thread
+constexpr int kScanned = 64;                  // positions of a thread
 constexpr int kScannedWords = kScanned / 32;  // of a bit for each
 constexpr int kScoreWarps = kScoreThreads / static_cast<int>(kWarp);
 
@@ -29,48 +29,49 @@ __device__ __forceinline__ uint32_t query_bits(uint32_t word) {
   return ((zero >> 7) * 0x01020408u) >> 24 & 0xfu;
 }
 
-// Bits of the queries in [begin, end) among the kScanned positions from `first` on, whose address is a multiple of 16.
-__device__ __forceinline__ void query_mask(const uint8_t* types, int64_t first, int32_t begin, int32_t end,
+// Bits of the queries in [begin, end) among the kScanned positions of this thread; the address of `start`, the position
+// of the first thread, is a multiple of 16. Called by whole warps.
+__device__ __forceinline__ void query_mask(const uint8_t* types, int64_t start, int32_t begin, int32_t end,
                                            uint32_t (&mask)[kScannedWords]) {
+  const int64_t first = start + int64_t(threadIdx.x) * kScanned;
   uint4 words[kScanned / 16];  // loads in flight together
 #pragma unroll
   for (int i = 0; i < kScanned / 16; ++i) {
-    const int64_t position = first + 16 * i;
-    const bool inside = position >= begin && position + 16 <= end;
-    words[i] = inside ? *reinterpret_cast<const uint4*>(types + position) : uint4{~0u, ~0u, ~0u, ~0u};
+    const bool inside = first + 16 * i >= begin && first + 16 * (i + 1) <= end;
+    words[i] = inside ? *reinterpret_cast<const uint4*>(types + first + 16 * i) : uint4{~0u, ~0u, ~0u, ~0u};
+  }
+  // The first 16 and the last, which may be partly outside.
+  const int64_t edges[2] = {start, end - 1 - static_cast<int64_t>(reinterpret_cast<uint64_t>(types + end - 1) % 16)};
+  bool query[2];
+#pragma unroll
+  for (int edge = 0; edge < 2; ++edge) {
+    const int64_t position = edges[edge] + lane_id() % 16;
+    query[edge] = position >= begin && position < end && types[position] == kQueryToken;
   }
 #pragma unroll
-  for (int word = 0; word < kScannedWords; ++word) mask[word] = 0;
-  const int64_t last = end - 1 - static_cast<int64_t>(reinterpret_cast<uint64_t>(types + end - 1) % 16);
-#pragma unroll 1
-  for (int edge = 0; edge < 2; ++edge) {  // the pieces with `begin` and with `end`, where they are partly inside
-    const int64_t position =
-        edge == 0 ? begin - static_cast<int64_t>(reinterpret_cast<uint64_t>(types + begin) % 16) : last;
-    const bool inside = position >= begin && position + 16 <= end;
-    if (inside || position < first || position >= first + kScanned) continue;
-    uint32_t bits = 0;
-    uint8_t type[16];
+  for (int word = 0; word < kScannedWords; ++word) {
+    mask[word] = 0;
 #pragma unroll
-    for (int i = 0; i < 16; ++i) type[i] = types[clamp_to(position + i, begin, end - 1)];
+    for (int i = 0; i < 2; ++i) {
+      const uint4 four = words[2 * word + i];
+      mask[word] |= (query_bits(four.x) | query_bits(four.y) << 4 | query_bits(four.z) << 8 | query_bits(four.w) << 12)
+                    << (16 * i);
+    }
 #pragma unroll
-    for (int i = 0; i < 16; ++i)
-      if (position + i >= begin && position + i < end && type[i] == kQueryToken) bits |= 1u << i;
-#pragma unroll
-    for (int word = 0; word < kScannedWords; ++word)
-      if ((position - first) / 32 == word) mask[word] |= bits << (position - first) % 32;
+    for (int edge = 0; edge < 2; ++edge) {
+      const uint32_t bits = __ballot_sync(kFullMask, query[edge]) & 0xffff;
+      const int64_t shift = edges[edge] - first - 32 * word;
+      if (shift == 0 || shift == 16) mask[word] |= bits << shift;
+    }
   }
-#pragma unroll
-  for (int i = 0; i < kScanned / 16; ++i)
-    mask[i / 2] |= (query_bits(words[i].x) | query_bits(words[i].y) << 4 | query_bits(words[i].z) << 8 |
-                    query_bits(words[i].w) << 12)
-                   << (16 * (i % 2));
 }
 
 // Clears the bits of positions from `first` on whose block of a paged cache does not exist.
 __device__ __forceinline__ void clear_missing(const ScoreParameters& p, const Sequence& s, int64_t first,
                                               uint32_t (&mask)[kScannedWords]) {
   for (int64_t begin = first < 0 ? 0 : first; begin < first + kScanned && begin < s.length;) {
-    const int64_t end = (begin / p.page_size + 1) * p.page_size;
+    const int32_t page = static_cast<int32_t>(begin) / p.page_size;
+    const int64_t end = (int64_t(page) + 1) * p.page_size;
     if (key_offset(p, s, static_cast<int32_t>(begin)) < 0)
 #pragma unroll
       for (int word = 0; word < kScannedWords; ++word) {
@@ -90,10 +91,9 @@ __device__ __forceinline__ int32_t next_rows(const ScoreParameters& p, const Seq
   int32_t count = 0;
   while (next < s.length && count < limit) {
     const int64_t start = int64_t(next) - static_cast<int64_t>(reinterpret_cast<uint64_t>(s.types + next) % 16);
-    const int64_t mine = start + int64_t(threadIdx.x) * kScanned;
     uint32_t mask[kScannedWords], number = 0;
-    query_mask(s.types, mine, next, s.length, mask);
-    if (s.table) clear_missing(p, s, mine, mask);
+    query_mask(s.types, start, next, s.length, mask);
+    if (s.table) clear_missing(p, s, start + int64_t(threadIdx.x) * kScanned, mask);
 #pragma unroll
     for (int word = 0; word < kScannedWords; ++word) number += static_cast<uint32_t>(__popc(mask[word]));
     const uint32_t up_to_lane = warp_inclusive_scan(number);

@@ -46,73 +46,112 @@ __device__ __forceinline__ KeyTile find_tile(const ScoreParameters& p, const Seq
 
 // ---------------------------------------------------------------------------------------------- operands
 
-// Iterates over the slabs of successive query heads.
+// Heads of a block, whose keys and query rows are copied slab by slab. If the slabs of two key heads fit, those of the
+// current one stay for all of its query heads, in alternating halves of the slots.
+template <class T>
+struct Heads {
+  int32_t begin, end;      // query heads
+  int32_t key_head, left;  // of the first one; query heads of it from the first one on
+  int32_t slabs, key_slots;
+  bool resident;
+
+  __device__ __forceinline__ Heads(const ScoreParameters& p, int32_t begin, int32_t end)
+      : begin(begin),
+        end(end),
+        key_head(begin / p.group),
+        left((key_head + 1) * p.group - begin),
+        slabs(slabs_of<T>(p.dim)),
+        key_slots(p.group > 1 && 2 * slabs <= kKeySlots ? 2 * slabs : kStages),
+        resident(p.group > 1 && 2 * slabs <= kKeySlots) {}
+
+  __device__ __forceinline__ int32_t units() const { return (end - begin) * slabs; }
+};
+
+// One slab of one head after the other.
+template <class T>
 struct HeadCursor {
-  int32_t head, slab, key_head, in_group;  // in_group: index among the query heads of key_head
+  int32_t head, depth;     // elements of the head from this slab on
+  int32_t left, key_slot;  // query heads of the key head from this one on
 
-  __device__ HeadCursor(int32_t head, int32_t group)
-      : head(head), slab(0), key_head(head / group), in_group(head % group) {}
+  __device__ __forceinline__ HeadCursor(const ScoreParameters& p, const Heads<T>& heads)
+      : head(heads.begin), depth(p.dim), left(heads.left), key_slot(0) {}
 
-  __device__ __forceinline__ void advance(int32_t slabs, int32_t group) {
-    if (++slab < slabs) return;
-    slab = 0;
-    ++head;
-    if (++in_group == group) in_group = 0, ++key_head;
+  __device__ __forceinline__ bool ends_head() const { return depth <= kSlab<T>; }
+
+  __device__ __forceinline__ void advance(const ScoreParameters& p, const Heads<T>& heads) {
+    const bool next_head = ends_head(), next_key_head = next_head && left == 1;
+    if (++key_slot == heads.key_slots) key_slot = 0;
+    if (next_head && !next_key_head && heads.resident) key_slot = key_slot == 0 ? heads.slabs : 0;
+    depth = next_head ? p.dim : depth - kSlab<T>;
+    head += next_head;
+    left = next_key_head ? p.group : left - next_head;
   }
 };
 
-// The operands of a block's heads, slab by slab. If the slabs of two key heads fit, those of the current one stay for
-// all of its query heads, in alternating halves of the ring.
+// The copies of a block's operands, kStages - 1 units ahead of their use.
 template <class T, int M, bool kVector>
-struct HeadOperands {
+struct HeadCopies {
   const ScoreParameters& p;
+  const Heads<T>& heads;
   TileShared<M>& tile;
-  const T* q;  // the sequence's
-  int32_t begin, slabs, group;
-  bool resident;
   SlabRows<T, kVector, kTileKeys<M>> keys;
   SlabRows<T, kVector, kTileRows> rows;
-  int32_t copied;  // rows
+  int32_t count;   // rows
+  const T *k, *q;  // of the first head
 
-  __device__ __forceinline__ HeadOperands(const ScoreParameters& p, const Sequence& s, int32_t begin,
-                                          TileShared<M>& tile)
+  __device__ __forceinline__ HeadCopies(const ScoreParameters& p, const Sequence& s, const Heads<T>& heads,
+                                        ScoreShared<M>& shared)
       : p(p),
-        tile(tile),
-        q(static_cast<const T*>(p.q) + s.q),
-        begin(begin),
-        slabs(slabs_of<T>(p.dim)),
-        group(p.heads / p.kv_heads),
-        resident(group > 1 && 2 * slabs <= kKeySlots) {}
-
-  __device__ __forceinline__ char* keys_at(const HeadCursor& at, int slot) const {
-    return tile.keys[resident ? at.key_head % 2 * slabs + at.slab : slot];
+        heads(heads),
+        tile(shared.tile),
+        count(0),
+        k(static_cast<const T*>(p.k) + heads.key_head * p.k_head),
+        q(static_cast<const T*>(p.q) + s.q + heads.begin * p.q_head) {
+    locate_keys<T, kVector, M>(keys, shared.places);
   }
 
-  __device__ __forceinline__ void stage_keys(const HeadCursor& at, int slot) const {
-    if (!resident || at.head == begin || at.in_group == 0)
-      keys.stage(keys_at(at, slot), static_cast<const T*>(p.k) + at.key_head * p.k_head, kTileKeys<M>, p.dim, p.k_dim,
-                 at.slab);
+  // The operands of one unit.
+  struct Unit {
+    HeadCursor<T> at;
+    const T *k, *q;
+    bool new_keys;  // that are not in shared memory yet
+  };
+  __device__ __forceinline__ Unit first() const { return {HeadCursor<T>(p, heads), k, q, true}; }
+
+  __device__ __forceinline__ void advance(Unit& unit) const {
+    const bool next_head = unit.at.ends_head(), next_key_head = next_head && unit.at.left == 1;
+    unit.k += next_key_head ? p.k_next_head : next_head ? p.k_same_head : p.k_slab;
+    unit.q += next_head ? p.q_next_head : kSlab<T>;
+    unit.new_keys = next_key_head || (unit.new_keys && !next_head) || !heads.resident;
+    unit.at.advance(p, heads);
   }
 
-  __device__ __forceinline__ void stage_rows(const HeadCursor& at, int slot) const {
-    rows.stage(tile.rows[slot], q + at.head * p.q_head, copied, p.dim, 1, at.slab);
+  __device__ __forceinline__ void stage_keys(const Unit& unit) const {
+    if (unit.new_keys) keys.stage(tile.keys[unit.at.key_slot], unit.k, kTileKeys<M>, unit.at.depth, p.k_dim);
+  }
+  __device__ __forceinline__ void stage_rows(const Unit& unit, int slot) const {
+    rows.stage(tile.rows[slot], unit.q, count, unit.at.depth, 1);
   }
 
-  // Starts the copies of the first kStages - 1 units of keys.
-  __device__ __forceinline__ void start_keys(int32_t units) const {
-    HeadCursor at(begin, group);
-    for (int unit = 0; unit < kStages - 1 && unit < units; ++unit, at.advance(slabs, group)) stage_keys(at, unit);
+  // Starts the copies of the first units of keys.
+  __device__ __forceinline__ void start_keys() const {
+    Unit unit = first();
+    for (int i = 0; i < kStages - 1 && i < heads.units(); ++i, advance(unit))
+      if (copies_piece<T>(unit.at.depth)) stage_keys(unit);
     copies_commit();
   }
 
   // Those of the rows, a group of copies each; the keys precede them. Returns the next unit.
-  __device__ __forceinline__ HeadCursor start_rows(int32_t units) const {
-    HeadCursor at(begin, group);
-    for (int unit = 0; unit < kStages - 1; ++unit) {
-      if (unit < units) stage_rows(at, unit), at.advance(slabs, group);
+  __device__ __forceinline__ Unit start_rows(const Sequence& s, const int32_t* position, int32_t row_count) {
+    count = (row_count + 15) / 16 * 16;
+    locate_rows(rows, p, s, position, row_count);
+    Unit unit = first();
+    for (int i = 0; i < kStages - 1; ++i) {
+      if (i < heads.units() && copies_piece<T>(unit.at.depth)) stage_rows(unit, i);
+      advance(unit);
       copies_commit();
     }
-    return at;
+    return unit;
   }
 };
 
@@ -169,51 +208,51 @@ __device__ __forceinline__ void apply_causality(const KeyTile& tile, const int32
         if (tile.first + lane_key<M>(block) + i / 2 * 8 > position[lane_row(eight) + i % 2]) sums[block][eight][i] = 0;
 }
 
-// Computes the sums over the heads [begin, end) for one tile of keys, whose copies have started, and one of rows. Called
-// by the whole block; ends with a barrier.
+// Computes the sums over a block's heads for one tile of keys, whose copies have started, and one of rows. Called by the
+// whole block; ends with a barrier.
 template <class T, int M, bool kVector>
-__device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const Rows& tile_rows,
-                                          int32_t end, HeadOperands<T, M, kVector>& operands, ScoreShared<M>& shared,
-                                          TileScores<M>& sums) {
-  const int32_t begin = operands.begin, slabs = operands.slabs, group = operands.group;
-  const int32_t units = (end - begin) * slabs;
-  const int groups = warp_groups(tile_rows.count);
-  const int32_t row = threadIdx.x;
+__device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const Rows& rows,
+                                          const Heads<T>& heads, HeadCopies<T, M, kVector>& copies,
+                                          ScoreShared<M>& shared, TileScores<M>& sums) {
+  const int32_t units = heads.units(), row = threadIdx.x;
+  const int groups = warp_groups(rows.count);
   const auto scale_of = [&](int32_t head) {
-    return row < tile_rows.count ? row_scale(p, s, b, head, tile_rows.base + row, shared.rows.position[row])
-                                 : RowScale{0.0f, 0.0f};
+    return row < rows.count ? row_scale(p, s, b, head, rows.base + row, shared.rows.position[row])
+                            : RowScale{0.0f, 0.0f};
   };
-  operands.copied = (tile_rows.count + kCopyRows - 1) / kCopyRows * kCopyRows;
-  locate_rows(operands.rows, p, s, shared.rows.position, tile_rows.count);
-  HeadCursor staged = operands.start_rows(units), used(begin, group);
-  if (row < kTileRows) record_scale<M>(shared, begin, scale_of(begin));
+  auto staged = copies.start_rows(s, shared.rows.position, rows.count);
+  HeadCursor<T> used(p, heads);
+  if (row < kTileRows) record_scale<M>(shared, used.head, scale_of(used.head));
+  RowScale next{};  // of the next head, read a head ahead of its use
+  if (used.head + 1 < heads.end) next = scale_of(used.head + 1);
 
   TileScores<M> scores{};
-  RowScale next{};  // of the next head
   Ring ring;
-  for (int32_t unit = 0; unit < units; ++unit, ring.advance(), used.advance(slabs, group)) {
+  for (int32_t unit = 0; unit < units; ++unit, ring.advance(), used.advance(p, heads)) {
     copies_wait<kStages - 2>();
     __syncthreads();  // this unit's copies are complete, and the previous unit is no longer in use
     if (unit + kStages - 1 < units) {
-      operands.stage_keys(staged, ring.staged);
-      operands.stage_rows(staged, ring.staged);
-      staged.advance(slabs, group);
+      if (copies_piece<T>(staged.at.depth)) {
+        copies.stage_keys(staged);
+        copies.stage_rows(staged, ring.staged);
+      }
+      copies.advance(staged);
     }
     copies_commit();
-    const bool complete = used.slab + 1 == slabs;
-    const bool scales_next = row < kTileRows && used.head + 1 < end;
-    if (scales_next && used.slab == 0) next = scale_of(used.head + 1);  // arrives during the products
-    const RowScale* scale = shared.scale[used.head % 2];
-    const uint32_t* dead = shared.dead[used.head % 2];
     with_groups(groups, [&](auto constant) {
       constexpr int kCount = decltype(constant)::value;
-      TileProduct<T, M>::template add<kCount>(operands.keys_at(used, ring.used), shared.tile.rows[ring.used],
-                                              slab_depth<T>(p.dim, used.slab), scores);
-      if (!complete) return;
+      TileProduct<T, M>::template add<kCount>(shared.tile.keys[used.key_slot], shared.tile.rows[ring.used], used.depth,
+                                              scores);
+      if (!used.ends_head()) return;
+      const RowScale* scale = shared.scale[used.head % 2];
+      const uint32_t* dead = shared.dead[used.head % 2];
       if (dead[0] | dead[1] | dead[2] | dead[3]) clear_dead<M>(scale, scores);
       add_weights<M, kCount>(scale, p.scale_log2, scores, sums);
     });
-    if (scales_next && complete) record_scale<M>(shared, used.head + 1, next);
+    if (used.ends_head() && used.head + 1 < heads.end) {
+      if (row < kTileRows) record_scale<M>(shared, used.head + 1, next);
+      if (used.head + 2 < heads.end) next = scale_of(used.head + 2);
+    }
   }
   copies_wait<0>();
   __syncthreads();
@@ -274,18 +313,16 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_co
   ScoreShared<M>& shared = *reinterpret_cast<ScoreShared<M>*>(memory);
   launch_dependents();
   const int32_t split = static_cast<int32_t>(blockIdx.x) & ((1 << p.split_bits) - 1);
-  const int32_t begin = split * p.heads >> p.split_bits, end = (split + 1) * p.heads >> p.split_bits;
+  const Heads<T> heads(p, split * p.heads >> p.split_bits, (split + 1) * p.heads >> p.split_bits);
   Rows rows;
   for (int32_t index = blockIdx.x >> p.split_bits; index < p.batch * p.tiles; index += gridDim.x >> p.split_bits) {
-    const int32_t b = index / p.tiles;
+    const int32_t b = p.batch == 1 ? 0 : index / p.tiles, number = index - b * p.tiles;
     const Sequence s = sequence_at(p, b);
-    if (index % p.tiles * kTileKeys<M> >= s.places) continue;
-    const KeyTile tile = find_tile<M>(p, s, b, index % p.tiles, shared);
+    if (number * kTileKeys<M> >= s.places) continue;
+    const KeyTile tile = find_tile<M>(p, s, b, number, shared);
     if (tile.lowest <= tile.highest) {
-      HeadOperands<T, M, kVector> operands(p, s, begin, shared.tile);
-      const int32_t units = (end - begin) * operands.slabs;
-      locate_keys<T, kVector, M>(operands.keys, shared.places);
-      operands.start_keys(units);
+      HeadCopies<T, M, kVector> copies(p, s, heads, shared);
+      copies.start_keys();
       rows.start(s, b);
       wait_for_previous();  // the normalizers
       while (rows.advance(p, s, shared.rows)) {
@@ -294,10 +331,10 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_co
           continue;
         }
         TileScores<M> sums{};
-        sum_heads<T, M, kVector>(p, s, b, rows, end, operands, shared, sums);
+        sum_heads<T, M, kVector>(p, s, b, rows, heads, copies, shared, sums);
         apply_causality<M>(tile, shared.rows.position, sums);
         combine_heads<M>(p, b, index, split, tile, rows, sums, shared);
-        if (rows.more()) operands.start_keys(units);
+        if (rows.more()) copies.start_keys();
       }
       copies_wait<0>();
     }

@@ -8,6 +8,13 @@ namespace mustdrop {
 
 constexpr int kCopyRows = kScoreThreads / kPieces;  // rows that the block copies at once, 16 bytes a thread
 
+// Whether this thread's piece is among the steps of 32 bytes that begin before `depth`; the product skips the others.
+template <class T>
+__device__ __forceinline__ bool copies_piece(int32_t depth) {
+  constexpr int kElements = 16 / static_cast<int>(sizeof(T));
+  return static_cast<int>(threadIdx.x) % kPieces / 2 * 2 * kElements < depth;
+}
+
 template <bool kVector>
 struct SlabOffset {
   using Type = uint32_t;  // in units of 16 bytes
@@ -22,41 +29,37 @@ struct SlabOffset<false> {
 template <class T, bool kVector, int kRows>
 struct SlabRows {
   static constexpr int kElements = 16 / static_cast<int>(sizeof(T));  // of a piece
-  static constexpr int kUnit = kVector ? kElements : 1;
   typename SlabOffset<kVector>::Type offset[kRows / kCopyRows];
-  bool any;  // there is a row to copy; otherwise zeros are
 
   // offset_of(row) in elements, not negative.
   template <class OffsetOf>
-  __device__ __forceinline__ void locate(bool there, const OffsetOf& offset_of) {
-    any = there;
+  __device__ __forceinline__ void locate(const OffsetOf& offset_of) {
 #pragma unroll
     for (int i = 0; i < kRows / kCopyRows; ++i)
       offset[i] = static_cast<typename SlabOffset<kVector>::Type>(
-          there ? static_cast<uint64_t>(offset_of(static_cast<int>(threadIdx.x) / kPieces + i * kCopyRows)) / kUnit
-                : 0);
+          static_cast<uint64_t>(offset_of(static_cast<int>(threadIdx.x) / kPieces + i * kCopyRows)) /
+          (kVector ? kElements : 1));
   }
 
-  // Starts the copy of one slab of the first `count` rows, a multiple of kCopyRows. Elements past `dim` become zeros;
-  // steps of 32 bytes past it, which the product skips, are not written.
+  // Starts the copy of one slab of the first `count` rows; of zeros unless `there`. Elements past `depth` become zeros.
+  // Called by the threads with copies_piece().
   __device__ __forceinline__ void stage(char* to,       // [kRows, kSlabBytes] in shared memory
-                                        const T* head,  // its first element
-                                        int count, int32_t dim, int64_t dim_stride, int32_t slab) const {
-    const int piece = static_cast<int>(threadIdx.x) % kPieces;
-    const int32_t depth = slab_depth<T>(dim, slab), left = depth - piece * kElements;
-    if (piece / 2 * 2 * kElements >= depth) return;
-    to += piece_at(static_cast<int>(threadIdx.x) / kPieces, piece);
-    const T* from = head + (left > 0 ? (slab * kSlab<T> + piece * kElements) * dim_stride : 0);
+                                        const T* slab,  // the slab's first element of the head's first row
+                                        int count, int32_t depth, int64_t dim_stride, bool there = true) const {
+    const int row = static_cast<int>(threadIdx.x) / kPieces, piece = static_cast<int>(threadIdx.x) % kPieces;
+    const int32_t left = depth - piece * kElements;
+    to += piece_at(row, piece);
+    const T* from = slab + piece * kElements * dim_stride;
 #pragma unroll
     for (int i = 0; i < kRows / kCopyRows; ++i) {
-      if (i * kCopyRows >= count) continue;
+      if (count < kRows && row + i * kCopyRows >= count) continue;
       char* at = to + i * kCopyRows * kSlabBytes;  // the rows of a thread have the same swizzle
       if constexpr (kVector) {
-        copy16_async(at, from + static_cast<int64_t>(offset[i]) * kUnit, any && left > 0);
+        copy16_async(at, piece_after(from, offset[i]), there && left > 0);
       } else {
         Pack<T, kElements> pack;
 #pragma unroll
-        for (int e = 0; e < kElements; ++e) pack.at[e] = any && e < left ? from[offset[i] + e * dim_stride] : T{};
+        for (int e = 0; e < kElements; ++e) pack.at[e] = there && e < left ? from[offset[i] + e * dim_stride] : T{};
         store_pack(reinterpret_cast<T*>(at), pack);
       }
     }
@@ -99,11 +102,15 @@ __device__ __forceinline__ int first_key(const KeyPlaces<M>& places) {
   return first;
 }
 
-// Keys that do not count are not read; the first one that does takes their place.
+// Keys that do not count are not read; the first one that does takes their place. False if there is none.
 template <class T, bool kVector, int M>
-__device__ __forceinline__ void locate_keys(SlabRows<T, kVector, kTileKeys<M>>& keys, const KeyPlaces<M>& places) {
+__device__ __forceinline__ bool locate_keys(SlabRows<T, kVector, kTileKeys<M>>& keys, const KeyPlaces<M>& places) {
   const int first = first_key<M>(places);
-  keys.locate(first >= 0, [&](int key) { return places.offset[places.mask[key / 32] >> key % 32 & 1 ? key : first]; });
+  keys.locate([&](int key) {
+    const int from = places.mask[key / 32] >> key % 32 & 1 ? key : first;
+    return from < 0 ? 0 : places.offset[from];
+  });
+  return first >= 0;
 }
 
 // Rows past `count` repeat the first one.
@@ -112,7 +119,7 @@ __device__ __forceinline__ void locate_rows(SlabRows<T, kVector, kTileRows>& row
                                             const Sequence& s,
                                             const int32_t* position,  // [kTileRows]
                                             int32_t count) {
-  rows.locate(true, [&](int row) { return (position[row < count ? row : 0] - s.first) * p.q_row; });
+  rows.locate([&](int row) { return (position[row < count ? row : 0] - s.first) * p.q_row; });
 }
 
 // The slots of the ring: `used` holds the unit in use, `staged` receives the one kStages - 1 ahead.

@@ -47,12 +47,6 @@ __device__ __forceinline__ int32_t slabs_of(int32_t dim) {
   return dim > kSlab<T> ? (dim + kSlab<T> - 1) / kSlab<T> : 1;
 }
 
-// Elements from slab `slab` on.
-template <class T>
-__device__ __forceinline__ int32_t slab_depth(int32_t dim, int32_t slab) {
-  return dim - slab * kSlab<T>;
-}
-
 // ---------------------------------------------------------------------------------------------- ownership
 
 template <int M>
@@ -80,16 +74,9 @@ struct Constant {
 // of a warp agree on `groups`.
 template <class F>
 __device__ __forceinline__ void with_groups(int groups, const F& f) {
-  switch (groups) {
-    case 1:
-      return f(Constant<1>{});
-    case 2:
-      return f(Constant<2>{});
-    case 3:
-      return f(Constant<3>{});
-    case 4:
-      return f(Constant<4>{});
-  }
+  if (groups > 2) return groups == 4 ? f(Constant<4>{}) : f(Constant<3>{});
+  if (groups == 2) return f(Constant<2>{});
+  if (groups == 1) return f(Constant<1>{});
 }
 
 }  // namespace mustdrop

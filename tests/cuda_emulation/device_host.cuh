@@ -44,6 +44,10 @@ __device__ __forceinline__ float product(float a, float b) {
 
 __device__ __forceinline__ float max_nan(float a, float b) { return a != a || a > b ? a : b; }
 
+__device__ __forceinline__ const void* piece_after(const void* begin, uint32_t pieces) {
+  return static_cast<const char*>(begin) + uint64_t(pieces) * 16;
+}
+
 __device__ __forceinline__ void copy16_async(void* shared, const void* global, bool valid) {
   cuda_emulation::copy_later(shared, global, valid ? 16 : 0, 16);
 }

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 import subprocess
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -77,11 +77,8 @@ class Function:
 
     @cached_property
     def whole(self) -> Loop:
-        """The function as a loop that is executed once: each EXIT leads back to its begin."""
-        blocks = [
-            replace(block, following={0}) if block.code[-1].opcode == "EXIT" and not block.following else block
-            for block in basic_blocks(self)
-        ]
+        """The function as a loop that is executed once; its iteration ends with an EXIT."""
+        blocks = basic_blocks(self)
         deeper = {block.number for loop in self.loops for block in loop.blocks}
         return Loop(0, blocks, [block for block in blocks if block.number not in deeper], self.loops)
 

@@ -98,8 +98,20 @@ def count(code: Iterable[Instruction], name: str) -> int:
 
 
 def weight(code: Iterable[Instruction], name: str) -> int:
-    """Number of instructions with a prefix; negative for those with the prefix after "!"."""
-    return -count(code, name[1:]) if name.startswith("!") else count(code, name)
+    """Number of instructions with a prefix; negative for those with the prefix after "!".
+
+    After "HMMA:16", code with more than 16 of them has a weight that no path prefers.
+    """
+    if name.startswith("!"):
+        return -count(code, name[1:])
+    prefix, _, most = name.partition(":")
+    found = count(code, prefix)
+    return -10_000 if most and found > int(most) else found
+
+
+def _following(block: Block) -> set[int]:
+    """Successors of a block; an EXIT leads to the begin of the kernel."""
+    return block.following | ({0} if block.code[-1].opcode == "EXIT" else set())
 
 
 def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
@@ -116,7 +128,7 @@ def iteration(loop: Loop, most: Sequence[str], trips: int) -> list[Instruction]:
     bodies = [node.code if isinstance(node, Block) else iteration(node, most, trips) * trips for node in nodes]
     weights = [(*(weight(body, name) for name in most), -len(body)) for body in bodies]
     node_of = {block.number: node for node, blocks in enumerate(members) for block in blocks}
-    reached = [{number for block in blocks for number in block.following} for blocks in members]
+    reached = [{number for block in blocks for number in _following(block)} for blocks in members]
     after = {
         node: {node_of[n] for n in numbers if n in node_of and n != loop.entry} - {node}
         for node, numbers in enumerate(reached)
