@@ -83,21 +83,21 @@ void set_steps(ScoreParameters& p) {
   p.q_next_head = p.q_head - before_last;
 }
 
-// Distributes the work over blocks; depends on shapes and the device alone.
-template <int M>
-void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
+// Distributes the work over blocks; depends on shapes and the device alone. groups_at_once: see split_heads().
+template <int M, class GroupsAtOnce>
+void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys, const GroupsAtOnce& groups_at_once) {
   p.tiles = narrow(ceil_div(keys, kTileKeys<M>));
   const int64_t tiles = int64_t(p.batch) * p.tiles, heads = int64_t(p.batch) * p.heads;
   // Without clusters the splits and parts are in a workspace.
   const int64_t partial_bytes = tiles * p.row_capacity * kTileKeys<M> * static_cast<int64_t>(sizeof(float));
   const int64_t most_splits = has_clusters(facts) ? kScoreCluster : kMostPartials / std::max<int64_t>(partial_bytes, 1);
-  p.split_bits = split_heads(tiles, p.heads, facts.multiprocessors,
-                             p.row_capacity == 0 ? 1 : std::min<int64_t>(kScoreCluster, most_splits));
+  const int64_t most = p.row_capacity > 0 ? std::min<int64_t>(kScoreCluster, most_splits) : 1;
+  p.split_bits = split_heads(tiles, p.heads, most, groups_at_once);
 
   const int64_t longest = std::max<int64_t>(ceil_div(p.max_keys, kTileKeys<M>), 1);
   const int64_t part_bytes = heads * p.row_capacity * static_cast<int64_t>(sizeof(RowPart));
-  const int64_t most = has_clusters(facts) ? kMostParts : kMostPartBytes / std::max<int64_t>(part_bytes, 1);
-  p.part_splits = split_keys(heads, longest, facts.multiprocessors, std::min<int64_t>(kMostParts, most));
+  const int64_t most_parts = has_clusters(facts) ? kMostParts : kMostPartBytes / std::max<int64_t>(part_bytes, 1);
+  p.part_splits = split_keys(heads, longest, facts.multiprocessors, std::min<int64_t>(kMostParts, most_parts));
   p.part_count = has_clusters(facts) ? 1 : p.part_splits;
   p.part_tiles = narrow(ceil_div(longest, p.part_splits));
 }
@@ -105,12 +105,17 @@ void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys) {
 template <class T, int M, bool kVector>
 void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, int64_t keys) {
   const DeviceFacts facts = device.facts();
-  plan_blocks<M>(p, facts, keys);
+  const auto score = MUSTDROP_KERNEL(score_kernel<T, M, kVector>);
+  const auto groups_at_once = [&](int32_t bits) {
+    const Grid grid{dim3(1u << bits), kScoreThreads, sizeof(ScoreShared<M>), 1u << bits};
+    return bits > 0 && has_clusters(facts) ? device.clusters_at_once(grid, score) : facts.multiprocessors >> bits;
+  };
+  plan_blocks<M>(p, facts, keys, groups_at_once);
   set_steps<T>(p);
   const int64_t tiles = narrow(int64_t(p.batch) * p.tiles), heads = int64_t(p.batch) * p.heads;
   const bool makes_parts = !p.lse && p.row_capacity > 0, clusters = has_clusters(facts);
   const bool uses_partials = !clusters && p.split_bits > 0;
-  const int64_t groups = std::min(tiles, groups_at_once(p.split_bits, facts.multiprocessors));
+  const int64_t groups = std::min<int64_t>(tiles, groups_at_once(p.split_bits));
   const int64_t parts = makes_parts ? heads * p.row_capacity * p.part_count : 0;
   const int64_t partials = uses_partials ? (tiles << p.split_bits) * p.row_capacity * kTileKeys<M> : 0;
   Workspace workspace(like, Workspace::size(parts * sizeof(RowPart)) + Workspace::size(partials * sizeof(float)));
@@ -123,7 +128,7 @@ void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, i
                   MUSTDROP_KERNEL(normalizer_kernel<T, M, kVector>), p);
   device.launch({dim3(blocks(groups << p.split_bits)), kScoreThreads, sizeof(ScoreShared<M>),
                  clusters ? 1u << p.split_bits : 1u, makes_parts},
-                MUSTDROP_KERNEL(score_kernel<T, M, kVector>), p);
+                score, p);
   if (uses_partials)
     device.launch({dim3(blocks(tiles)), kScoreThreads, sizeof(ScoreShared<M>)}, MUSTDROP_KERNEL(score_finish_kernel<M>),
                   p);

@@ -255,7 +255,13 @@ __device__ __forceinline__ RowScale row_scale(const ScoreParameters& p, const Se
   }
   const RowPart* parts = p.parts + ((int64_t(b) * p.heads + head) * p.row_capacity + row) * p.part_count;
   RowPart sum = parts[0];
-  for (int32_t i = 1; i < p.part_count; ++i) sum = merge_parts(sum, parts[i]);
+  if (p.part_count > 1) {
+    RowPart others[kMostParts - 1];  // loads in flight together
+#pragma unroll
+    for (int i = 1; i < kMostParts; ++i) others[i - 1] = i < p.part_count ? parts[i] : RowPart{-kLargest, 0.0f};
+#pragma unroll
+    for (int i = 1; i < kMostParts; ++i) sum = merge_parts(sum, others[i - 1]);
+  }
   if (sum.sum == 0.0f) return {infinity(), 0.0f};
   return {sum.maximum, 1.0f / sum.sum};
 }

@@ -8,21 +8,19 @@
 
 namespace mustdrop {
 
-// Groups of 2^bits blocks that fit on the device.
-inline int64_t groups_at_once(int32_t bits, int64_t multiprocessors) {
-  return std::max<int64_t>(multiprocessors >> bits, 1);
-}
-
 // log2 of the blocks that share the heads of a tile, at most `most`: minimizes the heads that a block processes one
-// after the other, ceil(tiles / groups at once) ceil(heads / blocks); the smallest one that does, since each tile adds
-// its search and the exchange of its sums.
-inline int32_t split_heads(int64_t tiles, int64_t heads, int64_t multiprocessors, int64_t most) {
-  const auto elapsed = [&](int32_t bits) {
-    return ceil_div(tiles, groups_at_once(bits, multiprocessors)) * ceil_div(heads, int64_t(1) << bits);
-  };
+// after the other, ceil(tiles / groups at once) ceil(heads / blocks of a group). Of equal ones the smallest, since each
+// tile adds the search for its keys and the exchange of its sums. groups_at_once(bits): groups of 2^bits blocks that the
+// device runs together; 0 if it runs none.
+template <class GroupsAtOnce>
+int32_t split_heads(int64_t tiles, int64_t heads, int64_t most, const GroupsAtOnce& groups_at_once) {
   int32_t best = 0;
-  for (int32_t bits = 1; int64_t(1) << bits <= std::min(most, heads); ++bits)
-    if (elapsed(bits) < elapsed(best)) best = bits;
+  int64_t least = ceil_div(tiles, groups_at_once(0)) * heads;
+  for (int32_t bits = 1; int64_t(1) << bits <= std::min(most, heads); ++bits) {
+    const int64_t groups = groups_at_once(bits);
+    const int64_t elapsed = groups > 0 ? ceil_div(tiles, groups) * ceil_div(heads, int64_t(1) << bits) : least;
+    if (elapsed < least) best = bits, least = elapsed;
+  }
   return best;
 }
 

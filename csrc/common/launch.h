@@ -6,6 +6,7 @@
 #pragma once
 
 #include <array>
+#include <atomic>
 #include <climits>
 #include <mutex>
 
@@ -37,7 +38,23 @@ struct DeviceFacts {
 inline bool has_clusters(const DeviceFacts& facts) { return facts.capability >= 90; }
 inline bool has_dependent_launches(const DeviceFacts& facts) { return facts.capability >= 90; }
 
-constexpr int kKnownDevices = 64;  // devices with cached properties
+constexpr int kKnownDevices = 64;     // devices with cached properties
+constexpr unsigned kMostCluster = 8;  // blocks of a cluster: the portable maximum
+
+// The clusters of a kernel that a device runs together, by device and size of the cluster.
+class ResidentClusters {
+ public:
+  template <class Query>
+  int get(int device, unsigned cluster, const Query& query) {
+    if (device < 0 || device >= kKnownDevices) return query();
+    std::atomic<int>& known = known_[device][cluster - 1];
+    if (known.load(std::memory_order_relaxed) == 0) known.store(query() + 1, std::memory_order_relaxed);
+    return known.load(std::memory_order_relaxed) - 1;
+  }
+
+ private:
+  std::array<std::array<std::atomic<int>, kMostCluster>, kKnownDevices> known_{};  // plus one; 0: unknown
+};
 
 }  // namespace mustdrop
 
@@ -49,36 +66,39 @@ namespace mustdrop {
 
 #if !defined(MUSTDROP_LAUNCHERS_ONLY)
 
+// What the process knows about a kernel on each device.
+//
 // The limit on a kernel's dynamic shared memory is an attribute of the kernel on a device, not of a launch. Threads
 // that set it to the size of their own launch would overwrite each other's limit, so it is set once, to the device's
 // maximum.
-class SharedMemoryLimit {
+class KernelState {
  public:
   template <class Raise>
-  void raise_once(int device, const Raise& raise) {
+  void raise_limit_once(int device, const Raise& raise) {
     if (device < kKnownDevices)
       std::call_once(raised_[device], raise);
     else
       raise();
   }
+  ResidentClusters clusters;
 
  private:
   std::array<std::once_flag, kKnownDevices> raised_;
 };
 
 template <auto kKernel>
-inline SharedMemoryLimit shared_memory_limit;
+inline KernelState kernel_state;
 
 // A kernel for Device::launch: MUSTDROP_KERNEL(score_kernel<T, M>).
 template <class... Parameters>
 struct Kernel {
   void (*function)(Parameters...);
-  SharedMemoryLimit* limit;
+  KernelState* state;
   const void* address() const { return reinterpret_cast<const void*>(function); }
 };
 template <auto kKernel, class... Parameters>
 Kernel<Parameters...> limited_kernel(void (*function)(Parameters...)) {
-  return {function, &shared_memory_limit<kKernel>};
+  return {function, &kernel_state<kKernel>};
 }
 
 #endif
@@ -97,11 +117,16 @@ class Device {
 
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
-    kernel.limit->raise_once(cuda_emulation::device(),
-                             [&] { cuda_emulation::set_shared_limit(kernel.address(), facts().shared_bytes); });
+    kernel.state->raise_limit_once(cuda_emulation::device(),
+                                   [&] { cuda_emulation::set_shared_limit(kernel.address(), facts().shared_bytes); });
     cuda_emulation::run({kernel.address(), grid.blocks, dim3(grid.threads), grid.cluster, grid.shared_bytes,
                          grid.overlaps && has_dependent_launches(facts())},
                         [&] { kernel.function(arguments...); });
+  }
+
+  template <class... Parameters>
+  int clusters_at_once(const Grid& grid, const Kernel<Parameters...>&) const {
+    return cuda_emulation::clusters_at_once(grid.cluster);
   }
 };
 
@@ -152,9 +177,29 @@ class Device {
     return facts[index_];
   }
 
+  // The clusters of the grid's size that the device runs together; 0 if it runs none.
+  template <class... Parameters>
+  int clusters_at_once(const Grid& grid, const Kernel<Parameters...>& kernel) const {
+    kernel.state->raise_limit_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
+    return kernel.state->clusters.get(index_, grid.cluster, [&] {
+      cudaLaunchAttribute cluster{};
+      cluster.id = cudaLaunchAttributeClusterDimension;
+      cluster.val.clusterDim = {grid.cluster, 1, 1};
+      cudaLaunchConfig_t config{};
+      config.gridDim = grid.blocks;
+      config.blockDim = dim3(grid.threads);
+      config.dynamicSmemBytes = grid.shared_bytes;
+      config.attrs = &cluster;
+      config.numAttrs = 1;
+      int count = 0;
+      check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel.function, &config), "cudaOccupancyMaxActiveClusters");
+      return count;
+    });
+  }
+
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
-    kernel.limit->raise_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
+    kernel.state->raise_limit_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
     cudaLaunchAttribute attributes[2]{};
     unsigned count = 0;
     if (grid.cluster > 1) {

@@ -5,8 +5,6 @@
 
 #include <torch/csrc/stable/accelerator.h>
 
-#include <atomic>
-
 #include "common/driver.h"
 
 namespace mustdrop {
@@ -18,6 +16,7 @@ struct LaunchHooks {
   const char* (*make_current)(int device);
   int (*current_stream)(int device, void** stream);  // aoti_torch_get_current_cuda_stream
   int (*launch)(const DriverConfig*, void* function, void** parameters, void** extra);  // cuLaunchKernelEx
+  int (*count_clusters)(int* count, void* function, const DriverConfig*);               // cuOccupancyMaxActiveClusters
 };
 
 inline LaunchHooks& launch_hooks() {
@@ -34,6 +33,7 @@ inline void throw_problem(const char* problem) {
 struct KernelName {
   const char* signature;  // ends in "... = score_kernel<float, 1>]"
   std::array<std::atomic<void*>, kKnownDevices> functions{};
+  ResidentClusters clusters;
   KernelName* next;
 
   static KernelName*& first() {
@@ -86,31 +86,59 @@ class Device {
     return facts[index_];
   }
 
+  // The clusters of the grid's size that the device runs together; 0 if it runs none.
+  template <class... Parameters>
+  int clusters_at_once(const Grid& grid, NamedKernel<Parameters...> kernel) const {
+    return kernel.name->clusters.get(index_, grid.cluster, [&] {
+      int count = 0;
+      Configuration configuration(grid, nullptr, false);
+      call(*kernel.name, "occupancy",
+           [&](void* function) { return launch_hooks().count_clusters(&count, function, &configuration.config); });
+      return count;
+    });
+  }
+
   template <class... Parameters>
   void launch(const Grid& grid, NamedKernel<Parameters...> kernel, const Parameters&... parameters) const {
-    void* function = kernel.name->on(index_);
     void* pointers[] = {const_cast<void*>(static_cast<const void*>(&parameters))...};
-    DriverAttribute attributes[2]{};
-    unsigned count = 0;
-    if (grid.cluster > 1) attributes[count++] = {kClusterDimension, {grid.cluster, 1, 1}};
-    if (grid.overlaps && has_dependent_launches(facts())) attributes[count++] = {kProgrammaticSerialization, {1}};
-    const DriverConfig config{{grid.blocks.x, grid.blocks.y, grid.blocks.z},
-                              {grid.threads, 1, 1},
-                              static_cast<unsigned>(grid.shared_bytes),
-                              stream_,
-                              attributes,
-                              count};
-    int error = launch_hooks().launch(&config, function, pointers, nullptr);
-    if (error == kInvalidContext) {
-      throw_problem(launch_hooks().make_current(index_));
-      error = launch_hooks().launch(&config, function, pointers, nullptr);
-    }
-    if (error)
-      throw std::runtime_error(std::string("mustdrop: launch of ") + kernel.name->signature + ": CUDA driver error " +
-                               std::to_string(error));
+    Configuration configuration(grid, stream_, grid.overlaps && has_dependent_launches(facts()));
+    call(*kernel.name, "launch",
+         [&](void* function) { return launch_hooks().launch(&configuration.config, function, pointers, nullptr); });
   }
 
  private:
+  // Arguments of the driver for a grid.
+  struct Configuration {
+    DriverAttribute attributes[2]{};
+    DriverConfig config;
+
+    Configuration(const Grid& grid, void* stream, bool overlaps)
+        : config{{grid.blocks.x, grid.blocks.y, grid.blocks.z},
+                 {grid.threads, 1, 1},
+                 static_cast<unsigned>(grid.shared_bytes),
+                 stream,
+                 attributes,
+                 0} {
+      if (grid.cluster > 1) attributes[config.attribute_count++] = {kClusterDimension, {grid.cluster, 1, 1}};
+      if (overlaps) attributes[config.attribute_count++] = {kProgrammaticSerialization, {1}};
+    }
+    Configuration(const Configuration&) = delete;
+  };
+
+  // Calls the driver with a kernel's function; again if this thread had no context.
+  template <class F>
+  void call(KernelName& name, const char* what, const F& driver) const {
+    void* function = name.on(index_);
+    int error = driver(function);
+    if (error == kInvalidContext) {
+      throw_problem(launch_hooks().make_current(index_));
+      error = driver(function);
+    }
+    if (error)
+      throw std::runtime_error(std::string("mustdrop: ") + what + " of " + name.signature + ": CUDA driver error " +
+                               std::to_string(error));
+  }
+
   DeviceFacts read_facts() const {
     int facts[3];
     throw_problem(launch_hooks().facts(index_, facts));

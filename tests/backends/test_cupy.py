@@ -170,7 +170,9 @@ static_assert(sizeof(CUlaunchAttribute) == sizeof(DriverAttribute));
 static_assert(offsetof(CUlaunchAttribute, value) == offsetof(DriverAttribute, value));
 static_assert(offsetof(CUlaunchAttributeValue, clusterDim.x) == 0);
 static_assert(offsetof(CUlaunchAttributeValue, clusterDim.z) == 8);
+static_assert(offsetof(CUlaunchAttributeValue, programmaticStreamSerializationAllowed) == 0);
 static_assert(CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION == kClusterDimension);
+static_assert(CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION == kProgrammaticSerialization);
 static_assert(CUDA_ERROR_INVALID_CONTEXT == kInvalidContext);
 static_assert(CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES == 1 && CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES == 8);
 """

@@ -42,13 +42,15 @@ def test_blocks_of_a_multiprocessor(capability, registers, shared_bytes, threads
 
 
 def test_blocks_of_the_device():
-    assert occupancy.slots(1, 1) == launches.MULTIPROCESSORS == 132
-    assert occupancy.slots(2, 1) == 264
-    assert occupancy.slots(1, 8) == 128  # two clusters in each GPC
-    assert occupancy.slots(2, 8) == 256  # four
-    assert occupancy.slots(1, 2) == 132
-    assert occupancy.slots(1, 4) == 128
-    assert occupancy.slots(0, 8) == 0
+    gpu = launches.GPUS["H200"]
+    assert gpu.slots(1, 1) == gpu.multiprocessors == 132
+    assert gpu.slots(2, 1) == 264
+    assert gpu.slots(1, 8) == 128  # two clusters in each GPC
+    assert gpu.slots(2, 8) == 256  # four
+    assert gpu.slots(1, 2) == 132
+    assert gpu.slots(1, 4) == 128
+    assert gpu.slots(0, 8) == 0
+    assert [other.multiprocessors for other in launches.GPUS.values()] == [108, 132, 148]
 
 
 def kernel(name: str, target: str, registers: int) -> Kernel:

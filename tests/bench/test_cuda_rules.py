@@ -71,10 +71,12 @@ INNER_LOOP = f"\n.L_inner:{EXPONENTIAL}\n@P1 BRA `(.L_inner) ;"
 @pytest.mark.parametrize(
     ("code", "cut"),
     [
-        pytest.param(in_loop(CUT_BY_SIXTEEN), 15, id="each behind a branch of its own"),
+        pytest.param(in_loop(CUT_BY_SIXTEEN), 16, id="each behind a branch of its own"),
         pytest.param(in_loop(EXPONENTIAL * 16), 0, id="no branches"),
-        pytest.param(in_loop((EXPONENTIAL * 4 + LEAVE) * 4), 0, id="a test for four is in order"),
-        pytest.param(in_loop((EXPONENTIAL * 2 + LEAVE) * 8), 7, id="a test for two is not"),
+        pytest.param(in_loop((EXPONENTIAL * 8 + LEAVE) * 4), 0, id="tiles of eight"),
+        pytest.param(in_loop((EXPONENTIAL * 7 + LEAVE) * 4), 28, id="a test for seven"),
+        pytest.param(in_loop((EXPONENTIAL * 32 + LEAVE) * 2 + EXPONENTIAL * 4), 0, id="a rare path"),
+        pytest.param(in_loop(EXPONENTIAL * 32 + LEAVE + EXPONENTIAL * 4), 4, id="a path that is not rare"),
         pytest.param(in_loop(EXPONENTIAL), 0, id="one an iteration"),
         pytest.param(in_loop(CUT_EXPONENTIAL.format(0)), 0, id="one an iteration, behind a branch"),
         # Up to three iterations one by one, as ptxas leaves them of a loop that is unrolled by four.
@@ -111,6 +113,37 @@ TESTED = (PRODUCTS + "@!P0 BRA `(.L_end) ;\n") * 4  # one way of several, for le
 )
 def test_products(body, cut):
     assert rules.cut_products(in_loop(body)) == cut
+
+
+def load(register: int) -> str:
+    """A load of the operand from a register on."""
+    return f"LDSM.16.M88.4 R{register}, [R117] ;\n"
+
+
+def multiply(a: int, b: int) -> str:
+    """Two products of operands in registers."""
+    return f"HMMA.16816.F32.BF16 R4, R{a}.reuse, R{b}, R4 ;\nHMMA.16816.F32.BF16 R8, R{a}, R{b + 2}.reuse, R8 ;\n"
+
+
+SINGLE = load(100) + (load(116) + multiply(100, 116)) * 4  # each load is needed by the next product
+STEPS = load(120) + multiply(100, 116) + load(116) + multiply(100, 120)
+DOUBLE = load(100) + load(116) + STEPS * 2
+
+
+@pytest.mark.parametrize(
+    ("body", "exposed"),
+    [
+        pytest.param(SINGLE, 3, id="one buffer"),
+        pytest.param(DOUBLE, 0, id="two buffers"),
+        pytest.param(load(100) + load(116) + multiply(100, 116) * 4, 0, id="the first loads do not count"),
+        pytest.param(load(100) + load(116) + multiply(100, 116) * 4 + load(104) + multiply(104, 116), 1, id="of keys"),
+        pytest.param(load(100) + load(116) + multiply(100, 116) * 4 + load(104) + multiply(112, 116), 0, id="others"),
+        pytest.param(DOUBLE + STEPS * 4 + load(100) + multiply(100, 116), 0, id="one of many"),
+        pytest.param((load(116) + multiply(100, 116)) * 3, 0, id="few are no unrolled loop"),
+    ],
+)
+def test_operands(body, exposed):
+    assert rules.exposed_operands(in_loop(body)) == exposed
 
 
 # ------------------------------------------------------------------------------------------------ divisions

@@ -52,6 +52,7 @@ int capability();
 int device();        // its index: each capability is a device of its own
 int shared_limit();  // largest shared memory of a block in bytes
 int multiprocessors();
+int clusters_at_once(unsigned cluster);  // of this size that the device runs together
 
 // cudaFuncSetAttribute(kernel, MaxDynamicSharedMemorySize, bytes): the limit on this device, for launches from all host
 // threads. Other host threads may run before this returns. The default is 48 KiB.

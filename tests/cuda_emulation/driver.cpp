@@ -43,6 +43,15 @@ EXPORTED int cuda_emulation_launch(const mustdrop::DriverConfig* config, const c
   return 0;
 }
 
+// cuOccupancyMaxActiveClusters.
+EXPORTED int cuda_emulation_count_clusters(int* count, const cuda_emulation::Kernel*,
+                                           const mustdrop::DriverConfig* config) {
+  for (unsigned i = 0; i < config->attribute_count; ++i)
+    if (config->attributes[i].id == mustdrop::kClusterDimension)
+      *count = cuda_emulation::clusters_at_once(config->attributes[i].value[0]);
+  return 0;
+}
+
 EXPORTED int cuda_emulation_current_stream(int, void** stream) {
   *stream = nullptr;
   return 0;

@@ -28,6 +28,7 @@ class Emulation:
         self.library = backend.library()
         self.current_stream = self._address("cuda_emulation_current_stream")
         self.launch = self._address("cuda_emulation_launch")
+        self.count_clusters = self._address("cuda_emulation_count_clusters")
         kernel, signature = self.library.cuda_emulation_kernel, self.library.cuda_emulation_signature
         kernel.restype, signature.argtypes, signature.restype = ctypes.c_void_p, [ctypes.c_void_p], ctypes.c_char_p
         self.kernels: dict[str, int] = {}

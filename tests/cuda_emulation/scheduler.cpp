@@ -426,6 +426,7 @@ const ThreadContext& this_thread() { return current->self->kernel_context; }
 int capability() { return settings.capability; }
 int device() { return settings.capability - 80; }
 int multiprocessors() { return settings.multiprocessors; }
+int clusters_at_once(unsigned cluster) { return std::max(settings.multiprocessors / static_cast<int>(cluster), 1); }
 int shared_limit() {
   switch (settings.capability / 10) {
     case 9:

@@ -16,7 +16,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(building.why_not() is not None, reason=str(building.why_not())),
 ]
-RAISED_ONCE = re.compile(r"kernel\.limit->raise_once\(cuda_emulation::device\(\),\s*\[&\] \{.*?\}\);", re.DOTALL)
+RAISED_ONCE = re.compile(
+    r"kernel\.state->raise_limit_once\(\s*cuda_emulation::device\(\),\s*\[&\] \{.*?\}\);", re.DOTALL
+)
 
 
 def concurrency_with(launcher: str, root) -> subprocess.CompletedProcess:

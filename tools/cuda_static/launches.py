@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Launches of every operator at the shapes of mustdrop_kernels/bench/shapes.py, recorded for an H200 without a GPU.
+"""Launches of every operator at the shapes of mustdrop_kernels/bench/shapes.py, recorded without a GPU.
 
 The launchers are compiled for the host, as in the tests of the backend `cupy`, and connected to a stub machine that
 reports the device's properties and records launches. Grids, clusters and shared memory are those of real launches.
@@ -19,7 +19,42 @@ from pathlib import Path
 
 from .compiling import BUILD, ROOT, readable
 
-CAPABILITY, MULTIPROCESSORS, SHARED_BYTES = "90", 132, 232448  # of an H200
+
+@dataclass(frozen=True)
+class Gpu:
+    """Properties of a device that plans depend on."""
+
+    capability: int  # times ten
+    shared_bytes: int  # the most of a block
+    gpcs: tuple[int, ...]  # multiprocessors of each GPC; a cluster stays inside one
+
+    @property
+    def multiprocessors(self) -> int:
+        """Number of multiprocessors."""
+        return sum(self.gpcs)
+
+    def slots(self, resident: int, cluster: int) -> int:
+        """Number of resident blocks.
+
+        Args:
+            resident: blocks per multiprocessor.
+            cluster: blocks per cluster.
+        """
+        if cluster == 1:
+            return resident * self.multiprocessors
+        return sum(resident * size // cluster for size in self.gpcs) * cluster
+
+
+# The number of multiprocessors per GPC varies between devices of one model; these are usual ones. On an H200 clusters
+# of four or eight with a multiprocessor per block leave four of 132 idle. cudaOccupancyMaxActiveClusters returns the
+# value of a device. An A100 has no clusters.
+GPUS = {
+    "A100": Gpu(80, 163 << 10, (16,) * 5 + (14,) * 2),
+    "H200": Gpu(90, 227 << 10, (16,) * 6 + (18,) * 2),
+    "B200": Gpu(100, 227 << 10, (18,) * 6 + (20,) * 2),
+}
+GPU = "H200"  # of the tables
+CAPABILITY = str(GPUS[GPU].capability)
 DTYPE = "bfloat16"
 SHAPES = ("llava-1.5", "llava-1.5:8", "llava-1.5:64", "llava-next", "video-mha", "video-gqa")
 CLUSTER_DIMENSION = 4  # kClusterDimension of csrc/common/driver.h
@@ -66,8 +101,8 @@ class _Config(ctypes.Structure):
 class Recorder:
     """A machine for the launchers (see launchers.Machine of the backend `cupy`) that runs nothing."""
 
-    def __init__(self, capability: int, multiprocessors: int, shared_bytes: int) -> None:
-        self._facts = (capability, multiprocessors, shared_bytes)
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
         self._kernels: list[str] = []
         self.launches: list[tuple[str, int, int, int, int]] = []  # fields of ``Launch`` from ``kernel`` on
         pointer = ctypes.c_void_p
@@ -75,10 +110,13 @@ class Recorder:
         self._launch = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Config), pointer, pointer, pointer)(self._record)
         self.current_stream = ctypes.cast(self._stream, pointer).value or 0
         self.launch = ctypes.cast(self._launch, pointer).value or 0
+        count = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_int), pointer, ctypes.POINTER(_Config))
+        self._count = count(self._count_clusters)
+        self.count_clusters = ctypes.cast(self._count, pointer).value or 0
 
     def facts(self, device: int) -> tuple[int, int, int]:
         """Properties of the simulated device."""
-        return self._facts
+        return self._gpu.capability, self._gpu.multiprocessors, self._gpu.shared_bytes
 
     def find(self, device: int, kernel: str) -> int:
         """A handle of the kernel, numbered from 1."""
@@ -88,17 +126,29 @@ class Recorder:
     def make_current(self, device: int) -> None:
         """Does nothing: there are no contexts."""
 
+    def _count_clusters(
+        self, count: ctypes._Pointer[ctypes.c_int], function: int, config: ctypes._Pointer[_Config]
+    ) -> int:
+        cluster = _cluster(config.contents)
+        count.contents.value = self._gpu.slots(1, cluster) // cluster  # kernels that occupy a multiprocessor
+        return 0
+
     def _record(self, config: ctypes._Pointer[_Config], function: int, *_: object) -> int:
         c = config.contents
-        attributes = [c.attributes[i] for i in range(c.attribute_count)]
-        cluster = next((a.value[0] for a in attributes if a.id == CLUSTER_DIMENSION), 1)
         blocks, threads = (size[0] * size[1] * size[2] for size in (c.grid, c.block))
-        self.launches.append((readable(self._kernels[function - 1]), blocks, threads, c.shared_bytes, cluster))
+        name = readable(self._kernels[function - 1])
+        self.launches.append((name, blocks, threads, c.shared_bytes, _cluster(c)))
         return 0
 
 
-def record_all(recorder: Recorder, shapes: Sequence[str]) -> Iterator[Launch]:
-    """The launches of every operator and variant at some shapes, with a connected recorder."""
+def _cluster(config: _Config) -> int:
+    """Blocks of a cluster."""
+    attributes = [config.attributes[i] for i in range(config.attribute_count)]
+    return next((a.value[0] for a in attributes if a.id == CLUSTER_DIMENSION), 1)
+
+
+def record_all(recorder: Recorder, shapes: Sequence[str], ops: Sequence[str] = ()) -> Iterator[Launch]:
+    """The launches of some operators (none: all) and their variants at some shapes, with a connected recorder."""
     import torch
 
     from mustdrop_kernels.bench.cases import CASES, FLOAT32_ONLY, Case
@@ -109,7 +159,7 @@ def record_all(recorder: Recorder, shapes: Sequence[str]) -> Iterator[Launch]:
     for name in shapes:
         shape = parse_shape(name)
         for op, spec in CASES.items():
-            if shape.batch > 8 and op not in VISION_ENCODER:
+            if op not in (ops or CASES) or (shape.batch > 8 and not ops and op not in VISION_ENCODER):
                 continue
             dtype = torch.float32 if op in FLOAT32_ONLY else getattr(torch, DTYPE)
             with Untouched():
@@ -136,8 +186,8 @@ def connect(recorder: Recorder) -> object:
     return library, launchers.connect(library, recorder)
 
 
-def _fingerprint(shapes: Sequence[str]) -> str:
-    """Digest of all sources that the launches depend on."""
+def _fingerprint(words: Sequence[str]) -> str:
+    """Digest of some words and of all sources that the launches depend on."""
     sources = [p for p in (ROOT / "csrc").glob("*/*") if p.suffix in (".h", ".cuh", ".cu")]
     sources += [
         ROOT / "mustdrop_kernels" / "backends" / "cupy" / "launchers.py",
@@ -145,19 +195,25 @@ def _fingerprint(shapes: Sequence[str]) -> str:
         ROOT / "tests" / "cuda_emulation" / "building.py",
     ]
     sources += [*(ROOT / "mustdrop_kernels" / "bench").glob("*.py"), Path(__file__), _HERE / "untouched.py"]
-    texts = [" ".join(shapes).encode(), *(path.read_bytes() for path in sorted(sources))]
+    texts = [" ".join(words).encode(), *(path.read_bytes() for path in sorted(sources))]
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
-def record(shapes: Sequence[str] = SHAPES) -> list[Launch]:
+def record(shapes: Sequence[str] = SHAPES, gpu: str = GPU, ops: Sequence[str] = ()) -> list[Launch]:
     """All launches, recorded in a separate process and cached until a source changes.
+
+    Args:
+        shapes: names of shapes.
+        gpu: a key of ``GPUS``.
+        ops: operators; none: all.
 
     Raises:
         LaunchesError: the launchers could not be built, or one raised.
     """
-    kept = BUILD / f"launches-{_fingerprint(shapes)}.json"
+    words = [gpu, ",".join(ops), *shapes]
+    kept = BUILD / f"launches-{_fingerprint(words)}.json"
     if not kept.exists():
-        command = [sys.executable, "-m", "cuda_static.launches", *shapes]
+        command = [sys.executable, "-m", "cuda_static.launches", *words]
         path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(_HERE.parent), os.environ.get("PYTHONPATH", "")])
         environment = {**os.environ, "PYTHONPATH": path}
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
@@ -169,6 +225,8 @@ def record(shapes: Sequence[str] = SHAPES) -> list[Launch]:
 
 
 if __name__ == "__main__":
-    machine = Recorder(int(CAPABILITY), MULTIPROCESSORS, SHARED_BYTES)
+    name, chosen, *wanted = sys.argv[1:]
+    machine = Recorder(GPUS[name])
     connected = connect(machine)
-    print(json.dumps([asdict(launch) for launch in record_all(machine, sys.argv[1:])]))
+    found = record_all(machine, wanted, [op for op in chosen.split(",") if op])
+    print(json.dumps([asdict(launch) for launch in found]))

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from .kernel import Kernel, generic
-from .launches import CAPABILITY, Launch
+from .launches import CAPABILITY, GPU, GPUS, Launch
 
 WARP = 32
 REGISTER_UNIT = 256  # allocation unit of registers, per warp
@@ -35,11 +35,6 @@ MULTIPROCESSORS = {
     "120": Multiprocessor(warps=48, blocks=24, shared_bytes=100 << 10),
 }
 
-# A cluster stays inside a GPC. The number of multiprocessors per GPC of an H200 varies between devices; this is the
-# usual case, in which clusters of eight with a multiprocessor per block leave four of 132 idle.
-# cudaOccupancyMaxActiveClusters returns the value of a device.
-GPCS = (16,) * 6 + (18,) * 2
-
 
 def blocks_per_multiprocessor(capability: str, registers: int, shared_bytes: int, threads: int) -> int:
     """Number of resident blocks per multiprocessor.
@@ -56,18 +51,6 @@ def blocks_per_multiprocessor(capability: str, registers: int, shared_bytes: int
     resident_warps = m.registers // m.quarters // of_a_warp * m.quarters
     shared = math.ceil(shared_bytes / SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
     return min(m.blocks, m.warps // warps, resident_warps // warps, m.shared_bytes // shared)
-
-
-def slots(resident: int, cluster: int) -> int:
-    """Number of resident blocks of the device.
-
-    Args:
-        resident: blocks per multiprocessor.
-        cluster: blocks per cluster.
-    """
-    if cluster == 1:
-        return resident * sum(GPCS)
-    return sum(resident * size // cluster for size in GPCS) * cluster
 
 
 @dataclass(frozen=True)
@@ -97,7 +80,7 @@ def occupancies(launches: Iterable[Launch], kernels: Sequence[Kernel]) -> list[O
             continue
         shared = kernel.shared_bytes + launch.shared_bytes
         resident = blocks_per_multiprocessor(CAPABILITY, kernel.registers, shared, launch.threads)
-        places = slots(resident, launch.cluster)
+        places = GPUS[GPU].slots(resident, launch.cluster)
         waves = launch.grid / places if places else 0.0
         found[key] = Occupancy(launch, kernel.registers, shared, resident, waves)
     return list(found.values())
@@ -108,7 +91,7 @@ def occupancy_table(rows: Sequence[Occupancy]) -> str:
     ops = max((len(row.launch.op) for row in rows), default=2)
     names = max((len(row.launch.kernel) for row in rows), default=6)
     head = f"{'shape':<14}{'operator':<{ops + 1}}{'kernel':<{names}}"
-    lines = [f"{head} registers  shared threads cluster blocks  per SM  waves on {sum(GPCS)} SMs"]
+    lines = [f"{head} registers  shared threads cluster blocks  per SM  waves on {GPUS[GPU].multiprocessors} SMs"]
     for row in rows:
         launch = row.launch
         lines.append(

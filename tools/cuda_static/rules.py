@@ -20,14 +20,18 @@ _STORE16 = re.compile(r"(STG?\.[\w.]*(128|256)|UTMASTG)")
 _MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA)\b")
 
 # Template arguments of kernels that move 16 bytes at once: a 16-byte type, or the number of elements.
-_WIDE = re.compile(r"_kernel<(uint4\b|(half_t|bfloat16_t), (\(int\))?8\b|float, (\(int\))?4\b)")
+_WIDE = re.compile(r"_kernel<(.*, true>|uint4\b|(half_t|bfloat16_t), (\(int\))?8\b|float, (\(int\))?4\b)")
+# Those that copy element by element, for rows that are not aligned.
+_NARROW = re.compile(r", false>")
 # Those that write rows (the others write a number per row).
 _WRITERS = re.compile(r"(gather|compact|compact_chunks|write|cluster)_kernel<")
 # Folders whose kernels for 16-bit types must use matrix instructions.
 _MATRIX_FOLDERS = {"attention_scores": ("half_t", "bfloat16_t")}
 
 UNROLLED = 8  # minimum exponentials or matrix instructions in the body of an unrolled loop
-MOST_CUTS = 1 / 4  # of the exponentials, and per matrix instruction
+MOST_ALONE = 1 / 16  # of the exponentials
+MOST_CUTS = 1 / 4  # per matrix instruction
+MOST_EXPOSED = 1 / 8  # of the operand loads
 
 
 def _count(code: Iterable[Instruction], name: str | re.Pattern[str]) -> int:
@@ -49,25 +53,24 @@ def _is_cut(instruction: Instruction) -> bool:
 
 
 def cut_exponentials(function: Function) -> int:
-    """Exponentials of unrolled loops that a branch separates from the preceding one.
+    """Exponentials of unrolled loops that branches separate from the others of their tile.
 
     A condition inside an unrolled loop that is compiled to a branch isolates each exponential (BSSY, MUFU.EX2, BRA,
     BSYNC), so that their latencies do not overlap. In each loop with at least ``UNROLLED`` exponentials outside of its
-    inner loops, those with a branch or warp synchronization between them and the preceding exponential are counted.
-    The first one of an iteration does not count, because of the loop's back edge. Up to a quarter is allowed: one
-    condition for several exponentials.
+    inner loops, those in runs of fewer than ``UNROLLED`` between two branches or warp synchronizations are counted. Up
+    to one of sixteen is allowed: rare paths, such as a rescaling, have few.
     """
     total = 0
     for loop in function.all_loops:
-        seen, cut, cuts, count = False, False, 0, 0
+        runs = [0]
         for instruction in loop.own_code:
             if _is_exponential(instruction):
-                cuts += seen and cut
-                seen, cut, count = True, False, count + 1
+                runs[-1] += 1
             elif _is_cut(instruction):
-                cut = True
-        if count >= UNROLLED and cuts > MOST_CUTS * count:
-            total += cuts
+                runs.append(0)
+        count, alone = sum(runs), sum(run for run in runs if run < UNROLLED)
+        if count >= UNROLLED and alone > MOST_ALONE * count:
+            total += alone
     return total
 
 
@@ -87,6 +90,38 @@ def cut_products(function: Function) -> int:
         if products >= UNROLLED and cuts > MOST_CUTS * products:
             total += cuts
     return total
+
+
+def _registers(operand: str, width: int) -> set[int]:
+    """Numbers of the registers from an operand such as "R40.reuse" on."""
+    found = re.match(r"-?R(\d+)", operand.strip())
+    return set(range(int(found[1]), int(found[1]) + width)) if found else set()
+
+
+def exposed_operands(function: Function) -> int:
+    """Operand loads (LDSM) whose latency no matrix instruction hides, if they are more than one of eight.
+
+    A load is exposed if the next matrix instruction needs its result; the loads before a block's first matrix
+    instruction do not count. Double-buffered operands are loaded during the products of the preceding step. Counted in
+    the basic blocks of loops with at least ``UNROLLED`` matrix instructions.
+    """
+    loads = exposed = 0
+    for block in {block.number: block for loop in function.all_loops for block in loop.own}.values():
+        if _count(block.code, r"HMMA\b") < UNROLLED:
+            continue
+        pending: list[set[int]] = []  # registers of the loads since the last matrix instruction
+        multiplies = False
+        for instruction in block.code:
+            operands = instruction.text.split(None, 1)[-1].split(",")
+            if instruction.opcode == "LDSM" and multiplies:
+                pending.append(_registers(operands[0], 4))
+                loads += 1
+            elif instruction.opcode == "HMMA":
+                multiplies = True
+                read = _registers(operands[1], 4) | _registers(operands[2], 2)
+                exposed += sum(bool(written & read) for written in pending)
+                pending.clear()
+    return exposed if exposed > MOST_EXPOSED * loads else 0
 
 
 def divisions_in_loops(function: Function) -> int:
@@ -110,14 +145,13 @@ class Rule:
 
 
 RULES = {
-    "exponentials": Rule(
-        "{count} exponentials of unrolled loops stand behind a branch of their own", (), cut_exponentials
-    ),
+    "exponentials": Rule("{count} exponentials of unrolled loops are alone between branches", (), cut_exponentials),
     "products": Rule(
         "{count} branches and meeting points among the matrix instructions of a loop, more than one to four",
         (),
         cut_products,
     ),
+    "operands": Rule("{count} loads of operands are needed by the next matrix instruction", (), exposed_operands),
     "divisions": Rule("{count} divisions or reciprocals in loops", ("spatial_merge",), divisions_in_loops),
     "spills": Rule("spills {count} bytes", ()),
     "stack": Rule("has {count} bytes of local memory", ()),
@@ -185,7 +219,7 @@ def _lacks(kernel: Kernel) -> Iterator[str]:
         yield "has no 16-byte load in a loop"
     if wide and _WRITERS.search(kernel.name) and not kernel.code.store16:
         yield "has no 16-byte store in a loop"
-    if kernel.code.matrix and not kernel.code.load16:
+    if kernel.code.matrix and not kernel.code.load16 and not _NARROW.search(kernel.name):
         yield "feeds its matrix instructions with no 16-byte load in a loop"
 
 

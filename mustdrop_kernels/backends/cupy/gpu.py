@@ -33,6 +33,7 @@ class Gpu:
         libtorch_cuda = Path(torch.__file__).parent / "lib" / "libtorch_cuda.so"
         self.current_stream = _address(str(libtorch_cuda), "aoti_torch_get_current_cuda_stream")
         self.launch = _address("libcuda.so.1", "cuLaunchKernelEx")
+        self.count_clusters = _address("libcuda.so.1", "cuOccupancyMaxActiveClusters")
 
     def facts(self, device: int) -> tuple[int, int, int]:
         """Device properties for planning; the capability is that of the compiled code."""

@@ -28,6 +28,7 @@ class Hooks(ctypes.Structure):
         ("make_current", MAKE_CURRENT),
         ("current_stream", ctypes.c_void_p),
         ("launch", ctypes.c_void_p),
+        ("count_clusters", ctypes.c_void_p),
     )
 
 
@@ -36,6 +37,7 @@ class Machine(Protocol):
 
     current_stream: int  # address of a function int(int device, void** stream)
     launch: int  # address of a function like cuLaunchKernelEx
+    count_clusters: int  # address of a function like cuOccupancyMaxActiveClusters
 
     def facts(self, device: int) -> tuple[int, int, int]:
         """Compute capability times ten, number of multiprocessors, maximum shared memory of a block in bytes."""
@@ -101,6 +103,7 @@ def connect(library: ctypes.CDLL, machine: Machine) -> Hooks:
         MAKE_CURRENT(_reporting(machine.make_current)),
         machine.current_stream,
         machine.launch,
+        machine.count_clusters,
     )
     library.mustdrop_nvrtc_connect(ctypes.byref(hooks))
     return hooks
