@@ -31,11 +31,12 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from cuda_static import compiling, disassembly, known_faults, launches, model, occupancy, rules
+from cuda_static import compiling, disassembly, known_faults, launches, model, occupancy, rules, score_times
 from cuda_static.kernel import Kernel, generic, label
 from cuda_static.report import fault_table, kernel_table
 
 TARGETS = ("80", "90", "100", "120", "ptx")
+DTYPES = ("bfloat16", "float32")  # of the times of the scores
 
 
 def examine(nvcc: str, nvdisasm: str | None, source: Path, target: str) -> list[Kernel]:
@@ -102,8 +103,8 @@ def show_occupancy(kernels: Sequence[Kernel]) -> list[dict[str, object]]:
     return [{**asdict(row), "waves_taken": math.ceil(row.waves)} for row in rows]
 
 
-def show_model(nvcc: str, nvdisasm: str, target: str, folders: Sequence[str]) -> list[dict[str, object]]:
-    """Print the cycles of the named loops of some folders; returns the rows."""
+def show_model(nvcc: str, nvdisasm: str, target: str, folders: Sequence[str]) -> dict[str, model.Estimate]:
+    """Print the cycles of the named loops of some folders; returns them by name."""
     named = [row for row in model.parse_table(model.TABLE.read_text()) if row.folder in folders]
     found: dict[str, model.Estimate] = {}
     for source in compiling.find_sources(",".join(sorted({row.folder for row in named}))):
@@ -117,7 +118,19 @@ def show_model(nvcc: str, nvdisasm: str, target: str, folders: Sequence[str]) ->
             rows = [row for row in named if kernel and row.kernel == kernel.path]
             found |= {row.name: estimate for row in rows if (estimate := model.estimate(row, function))}
     print(model.model_table(named, found))
-    return [asdict(estimate) for estimate in found.values()]
+    return found
+
+
+def show_score_times(found: dict[str, model.Estimate]) -> list[dict[str, object]]:
+    """Print the times of the scores, for bfloat16 and float32; returns the rows."""
+    try:
+        launched = [launches.record(score_times.SHAPES, ops=[score_times.OP], dtype=dtype) for dtype in DTYPES]
+    except launches.LaunchesError as error:
+        print(f"times of the scores: left out, the launches could not be recorded: {error}")
+        return []
+    rows = [row for recorded in launched for row in score_times.estimate(recorded, found)]
+    print(score_times.time_table(rows))
+    return [asdict(row) for row in rows]
 
 
 def parse_options() -> argparse.Namespace:
@@ -158,8 +171,12 @@ def main() -> int:
         print()
     if options.model and nvdisasm:
         target = next((t for t in targets if generic(t) == model.TARGET), model.TARGET)
-        document["model"] = show_model(nvcc, nvdisasm, target, folders)
+        found = show_model(nvcc, nvdisasm, target, folders)
         print()
+        document["model"] = [asdict(estimate) for estimate in found.values()]
+        if "attention_scores" in folders:
+            document["score_times"] = show_score_times(found)
+            print()
     print(f"{len(kernels)} kernels, {nvcc} {release}; disassembly: {nvdisasm or 'left out, nvdisasm was not found'}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

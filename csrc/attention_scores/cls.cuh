@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kClsThreads, 2) cls_kernel(const __grid_consta
     }
     p.out[int64_t(b) * p.span + j] = total;
   }
-  cluster_barrier();  // blocks must not exit while their shared memory is read
+  cluster_barrier_relaxed();  // blocks must not exit while their shared memory is read
 }
 
 // Adds the partial sums of the blocks of cls_kernel.

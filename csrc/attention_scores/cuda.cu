@@ -105,7 +105,8 @@ void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys, con
 template <class T, int M, bool kVector>
 void launch_tiles(const Device& device, const Tensor& like, ScoreParameters p, int64_t keys) {
   const DeviceFacts facts = device.facts();
-  const auto score = MUSTDROP_KERNEL(score_kernel<T, M, kVector>);
+  const auto score =
+      p.lse ? MUSTDROP_KERNEL(score_kernel<T, M, true, kVector>) : MUSTDROP_KERNEL(score_kernel<T, M, false, kVector>);
   const auto groups_at_once = [&](int32_t bits) {
     const Grid grid{dim3(1u << bits), kScoreThreads, sizeof(ScoreShared<M>), 1u << bits};
     return bits > 0 && has_clusters(facts) ? device.clusters_at_once(grid, score) : facts.multiprocessors >> bits;

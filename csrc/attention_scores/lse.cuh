@@ -246,24 +246,26 @@ struct alignas(8) RowScale {
 };
 
 // A row that attends to no key has minus = +infinity; its weights count as zero.
+template <bool kGivenLse>
 __device__ __forceinline__ RowScale row_scale(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t head,
                                               int32_t row, int32_t position) {
-  if (p.lse) {
+  if constexpr (kGivenLse) {
     const float lse = p.lse[s.lse + head * p.lse_head + (position - s.first) * p.lse_row];
     if (lse == -infinity()) return {infinity(), 0.0f};
     return {lse * kLog2E, 1.0f};
-  }
-  const RowPart* parts = p.parts + ((int64_t(b) * p.heads + head) * p.row_capacity + row) * p.part_count;
-  RowPart sum = parts[0];
-  if (p.part_count > 1) {
-    RowPart others[kMostParts - 1];  // loads in flight together
+  } else {
+    const RowPart* parts = p.parts + ((int64_t(b) * p.heads + head) * p.row_capacity + row) * p.part_count;
+    RowPart sum = parts[0];
+    if (p.part_count > 1) {
+      RowPart others[kMostParts - 1];  // loads in flight together
 #pragma unroll
-    for (int i = 1; i < kMostParts; ++i) others[i - 1] = i < p.part_count ? parts[i] : RowPart{-kLargest, 0.0f};
+      for (int i = 1; i < kMostParts; ++i) others[i - 1] = i < p.part_count ? parts[i] : RowPart{-kLargest, 0.0f};
 #pragma unroll
-    for (int i = 1; i < kMostParts; ++i) sum = merge_parts(sum, others[i - 1]);
+      for (int i = 1; i < kMostParts; ++i) sum = merge_parts(sum, others[i - 1]);
+    }
+    if (sum.sum == 0.0f) return {infinity(), 0.0f};
+    return {sum.maximum, 1.0f / sum.sum};
   }
-  if (sum.sum == 0.0f) return {infinity(), 0.0f};
-  return {sum.maximum, 1.0f / sum.sum};
 }
 
 }  // namespace mustdrop

@@ -58,7 +58,7 @@ struct Heads {
   __device__ __forceinline__ Heads(const ScoreParameters& p, int32_t begin, int32_t end)
       : begin(begin),
         end(end),
-        key_head(begin / p.group),
+        key_head(p.group == 1 ? begin : begin / p.group),
         left((key_head + 1) * p.group - begin),
         slabs(slabs_of<T>(p.dim)),
         key_slots(p.group > 1 && 2 * slabs <= kKeySlots ? 2 * slabs : kStages),
@@ -210,14 +210,14 @@ __device__ __forceinline__ void apply_causality(const KeyTile& tile, const int32
 
 // Computes the sums over a block's heads for one tile of keys, whose copies have started, and one of rows. Called by the
 // whole block; ends with a barrier.
-template <class T, int M, bool kVector>
+template <bool kGivenLse, class T, int M, bool kVector>
 __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const Rows& rows,
                                           const Heads<T>& heads, HeadCopies<T, M, kVector>& copies,
                                           ScoreShared<M>& shared, TileScores<M>& sums) {
   const int32_t units = heads.units(), row = threadIdx.x;
   const int groups = warp_groups(rows.count);
   const auto scale_of = [&](int32_t head) {
-    return row < rows.count ? row_scale(p, s, b, head, rows.base + row, shared.rows.position[row])
+    return row < rows.count ? row_scale<kGivenLse>(p, s, b, head, rows.base + row, shared.rows.position[row])
                             : RowScale{0.0f, 0.0f};
   };
   auto staged = copies.start_rows(s, shared.rows.position, rows.count);
@@ -307,7 +307,7 @@ __device__ __forceinline__ void combine_heads(const ScoreParameters& p, int32_t 
 
 // The grid is at most as large as the device, so that a block processes tile after tile and finds the rows of a sequence
 // once.
-template <class T, int M, bool kVector>
+template <class T, int M, bool kGivenLse, bool kVector>
 __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_constant__ ScoreParameters p) {
   MUSTDROP_SHARED_MEMORY(memory);
   ScoreShared<M>& shared = *reinterpret_cast<ScoreShared<M>*>(memory);
@@ -331,7 +331,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_co
           continue;
         }
         TileScores<M> sums{};
-        sum_heads<T, M, kVector>(p, s, b, rows, heads, copies, shared, sums);
+        sum_heads<kGivenLse>(p, s, b, rows, heads, copies, shared, sums);
         apply_causality<M>(tile, shared.rows.position, sums);
         combine_heads<M>(p, b, index, split, tile, rows, sums, shared);
         if (rows.more()) copies.start_keys();

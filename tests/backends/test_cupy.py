@@ -220,7 +220,7 @@ def test_a_kernel_of_each_family_compiles(target):
 @compiles
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles(target):
-    assert len(kernels()) == 70
+    assert len(kernels()) == 84
     check_compiled(kernels(), target)
 
 

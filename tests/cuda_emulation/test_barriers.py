@@ -16,7 +16,7 @@ from cuda_emulation.suite import run_suite
 
 CSRC = building.ROOT / "csrc"
 OPS_TESTS = building.ROOT / "tests" / "ops"
-BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|\w+_barrier|cluster_arrive|cluster_wait)\(\);")
+BARRIER = re.compile(r"\b(__syncthreads|__syncwarp|\w+_barrier|\w+_barrier_relaxed|wait_for_previous)\(\);")
 CAUGHT = re.compile(r"cuda_emulation: |AssertionError|assert ")
 
 pytestmark = [

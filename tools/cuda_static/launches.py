@@ -147,7 +147,9 @@ def _cluster(config: _Config) -> int:
     return next((a.value[0] for a in attributes if a.id == CLUSTER_DIMENSION), 1)
 
 
-def record_all(recorder: Recorder, shapes: Sequence[str], ops: Sequence[str] = ()) -> Iterator[Launch]:
+def record_all(
+    recorder: Recorder, shapes: Sequence[str], ops: Sequence[str] = (), dtype: str = DTYPE
+) -> Iterator[Launch]:
     """The launches of some operators (none: all) and their variants at some shapes, with a connected recorder."""
     import torch
 
@@ -161,9 +163,9 @@ def record_all(recorder: Recorder, shapes: Sequence[str], ops: Sequence[str] = (
         for op, spec in CASES.items():
             if op not in (ops or CASES) or (shape.batch > 8 and not ops and op not in VISION_ENCODER):
                 continue
-            dtype = torch.float32 if op in FLOAT32_ONLY else getattr(torch, DTYPE)
+            floating = torch.float32 if op in FLOAT32_ONLY else getattr(torch, dtype)
             with Untouched():
-                inputs = Case(op, shape, dtype, torch.device("cpu")).inputs()
+                inputs = Case(op, shape, floating, torch.device("cpu")).inputs()
             variants = {"": {}, **{f" ({what})": make(inputs) for what, make in spec.variants.items()}}
             for variant, extra in variants.items():
                 recorder.launches.clear()
@@ -199,18 +201,19 @@ def _fingerprint(words: Sequence[str]) -> str:
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:16]
 
 
-def record(shapes: Sequence[str] = SHAPES, gpu: str = GPU, ops: Sequence[str] = ()) -> list[Launch]:
+def record(shapes: Sequence[str] = SHAPES, gpu: str = GPU, ops: Sequence[str] = (), dtype: str = DTYPE) -> list[Launch]:
     """All launches, recorded in a separate process and cached until a source changes.
 
     Args:
         shapes: names of shapes.
         gpu: a key of ``GPUS``.
         ops: operators; none: all.
+        dtype: of tensors in floating point.
 
     Raises:
         LaunchesError: the launchers could not be built, or one raised.
     """
-    words = [gpu, ",".join(ops), *shapes]
+    words = [gpu, dtype, ",".join(ops), *shapes]
     kept = BUILD / f"launches-{_fingerprint(words)}.json"
     if not kept.exists():
         command = [sys.executable, "-m", "cuda_static.launches", *words]
@@ -225,8 +228,8 @@ def record(shapes: Sequence[str] = SHAPES, gpu: str = GPU, ops: Sequence[str] = 
 
 
 if __name__ == "__main__":
-    name, chosen, *wanted = sys.argv[1:]
+    name, dtype, chosen, *wanted = sys.argv[1:]
     machine = Recorder(GPUS[name])
     connected = connect(machine)
-    found = record_all(machine, wanted, [op for op in chosen.split(",") if op])
+    found = record_all(machine, wanted, [op for op in chosen.split(",") if op], dtype)
     print(json.dumps([asdict(launch) for launch in found]))
