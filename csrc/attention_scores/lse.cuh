@@ -93,8 +93,7 @@ __device__ __forceinline__ void add_scores(TileScores<M>& scores, RowPart (&sums
       }
 }
 
-// Adds the products of one part's keys with a tile of rows, [begin, begin + 64 M tiles). Called by the whole block; ends
-// with a barrier.
+// Adds the products of one part's keys with a tile of rows, [begin, begin + 64 M tiles). Called by the whole block.
 template <class T, int M, bool kVector>
 __device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequence& s, const T* q, const T* k,
                                          int64_t begin, int32_t tiles, int32_t count, NormalizerShared<M>& shared,
@@ -166,11 +165,10 @@ __device__ __forceinline__ void sum_part(const ScoreParameters& p, const Sequenc
     if (places_a_key && next + 1 < tiles) key = find(next + 1);
   }
   copies_wait<0>();
-  __syncthreads();
 }
 
-// Merges the parts of a block's warps, then of its cluster's blocks, and writes them. Called by the whole block; ends
-// with a barrier.
+// Merges the parts of a block's warps, then of its cluster's blocks, and writes them. Called by the whole block; contains
+// a barrier, after which the operands and the rows may be overwritten.
 template <int M>
 __device__ __forceinline__ void write_parts(const ScoreParameters& p, const Rows& rows, int64_t head, int32_t part,
                                             RowPart (&sums)[kEights][2], NormalizerShared<M>& shared) {
@@ -210,7 +208,6 @@ __device__ __forceinline__ void write_parts(const ScoreParameters& p, const Rows
     }
     cluster_barrier_relaxed();  // the parts have been read
   }
-  __syncthreads();
 }
 
 template <class T, int M, bool kVector>

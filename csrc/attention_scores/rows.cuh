@@ -121,7 +121,6 @@ __device__ __forceinline__ int32_t next_rows(const ScoreParameters& p, const Seq
     __syncthreads();
     next = count > limit ? tile.next : static_cast<int32_t>(clamp_to(start + kScoreThreads * kScanned, 0, s.length));
   }
-  __syncthreads();
   return count < limit ? count : limit;
 }
 

@@ -209,7 +209,7 @@ __device__ __forceinline__ void apply_causality(const KeyTile& tile, const int32
 }
 
 // Computes the sums over a block's heads for one tile of keys, whose copies have started, and one of rows. Called by the
-// whole block; ends with a barrier.
+// whole block.
 template <bool kGivenLse, class T, int M, bool kVector>
 __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequence& s, int32_t b, const Rows& rows,
                                           const Heads<T>& heads, HeadCopies<T, M, kVector>& copies,
@@ -255,7 +255,6 @@ __device__ __forceinline__ void sum_heads(const ScoreParameters& p, const Sequen
     }
   }
   copies_wait<0>();
-  __syncthreads();
 }
 
 template <int M>
@@ -264,15 +263,13 @@ __device__ __forceinline__ float* partial_at(const ScoreParameters& p, int64_t i
 }
 
 // Adds the sums of a tile of rows to the results, over the blocks that share the tile of keys. Called by the whole
-// block; ends with a barrier.
+// block.
 template <int M>
 __device__ __forceinline__ void combine_heads(const ScoreParameters& p, int32_t b, int32_t index, int32_t split,
                                               const KeyTile& tile, const Rows& rows, const TileScores<M>& sums,
                                               ScoreShared<M>& shared) {
-  if (p.split_bits == 0 && !p.map) {
-    add_columns<M>(p.head_share, sums, rows.count, shared.columns);
-    return __syncthreads();
-  }
+  if (p.split_bits == 0 && !p.map) return add_columns<M>(p.head_share, sums, rows.count, shared.columns);
+  __syncthreads();                                           // the sums overwrite the operands
   float* exchange = reinterpret_cast<float*>(&shared.tile);  // [kTileRows, kScorePitch<M>]
   exchange_sums<M>(sums, warp_groups(rows.count), exchange);
   cluster_barrier();
@@ -334,7 +331,9 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_co
         sum_heads<kGivenLse>(p, s, b, rows, heads, copies, shared, sums);
         apply_causality<M>(tile, shared.rows.position, sums);
         combine_heads<M>(p, b, index, split, tile, rows, sums, shared);
-        if (rows.more()) copies.start_keys();
+        if (!rows.more()) break;
+        __syncthreads();  // the next keys and rows overwrite these
+        copies.start_keys();
       }
       copies_wait<0>();
     }
