@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cuda_emulation
-from mustdrop_kernels import backends
+from mustdrop_kernels import TokenType, backends
 
 pytestmark = pytest.mark.skipif(cuda_emulation.why_not() is not None, reason=str(cuda_emulation.why_not()))
 
@@ -201,3 +201,32 @@ def test_chunks_of_positions_in_no_order(idle, align_end):
     before = [m.clone() for m in memory]
     emulated("compact_kv_")([memory[0][:, :, 1:-1]], [memory[1][:, :, 1:-1]], [keep], [counts], align_end=align_end)
     assert all(map(torch.equal, memory, before))  # every position is outside
+
+
+def sparse_types(length: int, rows: torch.Tensor, vision: torch.Tensor) -> torch.Tensor:
+    """Text with some query rows and vision tokens."""
+    types = torch.full((1, length), TokenType.TEXT, dtype=torch.uint8)
+    types[0, vision] = TokenType.VISION
+    types[0, rows] = TokenType.QUERY
+    return types
+
+
+@pytest.mark.parametrize(("multiprocessors", "given"), [(3, False), (132, True)])
+def test_scores_of_long_prompts(device, given, multiprocessors):
+    """Query rows on both sides of a pass of the search, and more than a tile of them; few and many blocks."""
+    cuda_emulation.configure(device, device, multiprocessors)
+    generator = torch.Generator().manual_seed(5)
+    length, heads = 16_700, 2
+    rows = torch.cat([torch.arange(700, 720), torch.arange(16_340, 16_400), torch.arange(16_600, 16_690)])
+    vision = torch.cat([torch.arange(100, 180), torch.arange(16_300, 16_330), torch.arange(16_450, 16_500)])
+    q = torch.randn(1, heads, length, 16, generator=generator).to(torch.bfloat16)
+    k = torch.randn(1, 1, length, 16, generator=generator).to(torch.bfloat16)
+    scores = q[0, :, rows].double() @ k[0].double().mT * 0.25
+    scores.masked_fill_(torch.arange(length) > rows[:, None], -torch.inf)
+    lse = torch.zeros(1, heads, length)
+    lse[0, :, rows] = scores.logsumexp(-1).float()
+    mean = scores.softmax(-1).mean(0)[:, vision]  # (rows, vision tokens)
+    got = emulated("text_vision_scores")(q, k, sparse_types(length, rows, vision), 0.25, lse=lse if given else None)
+    for found, wanted in zip(got, (mean.sum(0), mean.amax(0)), strict=True):
+        assert torch.allclose(found[0, vision].double(), wanted, rtol=2e-5, atol=0)
+        assert found.count_nonzero() == len(vision)
