@@ -27,9 +27,14 @@ struct NormalizerShared {
   RowPart merged[kTileRows];
 };
 
-__device__ __forceinline__ RowPart merge_parts(RowPart a, RowPart b) {
-  const float maximum = a.maximum > b.maximum ? a.maximum : b.maximum;
-  return {maximum, a.sum * fast_exp2(a.maximum - maximum) + b.sum * fast_exp2(b.maximum - maximum)};
+template <int kCount>
+__device__ __forceinline__ RowPart merge_parts(const RowPart (&parts)[kCount]) {
+  RowPart all{parts[0].maximum, 0.0f};
+#pragma unroll
+  for (int i = 1; i < kCount; ++i) all.maximum = fmaxf(all.maximum, parts[i].maximum);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) all.sum += parts[i].sum * fast_exp2(parts[i].maximum - all.maximum);
+  return all;
 }
 
 // scores = scale scores, in log2; -infinity where a row does not attend to a key. Products are rounded as those in the
@@ -175,25 +180,28 @@ __device__ __forceinline__ void write_parts(const ScoreParameters& p, const Rows
 #pragma unroll
   for (int eight = 0; eight < kEights; ++eight)
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      RowPart sum = sums[eight][r];
+    for (int r = 0; r < 2; ++r) {  // over the lanes with the same rows
+      RowPart& sum = sums[eight][r];
+      float maximum = sum.maximum;
 #pragma unroll
-      for (int lanes = 4; lanes < 32; lanes *= 2)
-        sum = merge_parts(sum,
-                          {__shfl_xor_sync(kFullMask, sum.maximum, lanes), __shfl_xor_sync(kFullMask, sum.sum, lanes)});
-      if (lane_id() < 4) shared.warps[warp_id() % 4][lane_row(eight) + r] = sum;
+      for (int lanes = 4; lanes < 32; lanes *= 2) maximum = fmaxf(maximum, __shfl_xor_sync(kFullMask, maximum, lanes));
+      sum = {maximum, sum.sum * fast_exp2(sum.maximum - maximum)};
+#pragma unroll
+      for (int lanes = 4; lanes < 32; lanes *= 2) sum.sum += __shfl_xor_sync(kFullMask, sum.sum, lanes);
     }
+  if (lane_id() < 4)
+#pragma unroll
+    for (int eight = 0; eight < kEights; ++eight)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) shared.warps[warp_id() % 4][lane_row(eight) + r] = sums[eight][r];
   __syncthreads();
   const int32_t row = threadIdx.x;
   RowPart* out = p.parts + (head * p.row_capacity + rows.base + row) * p.part_count;
   if (row < rows.count) {
-    RowPart sum = shared.warps[0][row];
+    RowPart warps[4];
 #pragma unroll
-    for (int w = 1; w < 4; ++w) sum = merge_parts(sum, shared.warps[w][row]);
-    if (cluster_size() == 1)
-      out[part] = sum;
-    else
-      shared.merged[row] = sum;
+    for (int w = 0; w < 4; ++w) warps[w] = shared.warps[w][row];
+    (cluster_size() == 1 ? out[part] : shared.merged[row]) = merge_parts(warps);
   }
   if (cluster_size() > 1) {
     cluster_barrier();
@@ -202,9 +210,7 @@ __device__ __forceinline__ void write_parts(const ScoreParameters& p, const Rows
 #pragma unroll
       for (unsigned rank = 0; rank < kMostParts; ++rank)
         parts[rank] = rank < cluster_size() ? cluster_shared(shared.merged, rank)[row] : RowPart{-kLargest, 0.0f};
-#pragma unroll
-      for (unsigned rank = 1; rank < kMostParts; ++rank) parts[0] = merge_parts(parts[0], parts[rank]);
-      *out = parts[0];
+      *out = merge_parts(parts);
     }
     cluster_barrier_relaxed();  // the parts have been read
   }
@@ -254,11 +260,10 @@ __device__ __forceinline__ RowScale row_scale(const ScoreParameters& p, const Se
     const RowPart* parts = p.parts + ((int64_t(b) * p.heads + head) * p.row_capacity + row) * p.part_count;
     RowPart sum = parts[0];
     if (p.part_count > 1) {
-      RowPart others[kMostParts - 1];  // loads in flight together
+      RowPart all[kMostParts];  // loads in flight together
 #pragma unroll
-      for (int i = 1; i < kMostParts; ++i) others[i - 1] = i < p.part_count ? parts[i] : RowPart{-kLargest, 0.0f};
-#pragma unroll
-      for (int i = 1; i < kMostParts; ++i) sum = merge_parts(sum, others[i - 1]);
+      for (int i = 0; i < kMostParts; ++i) all[i] = i < p.part_count ? parts[i] : RowPart{-kLargest, 0.0f};
+      sum = merge_parts(all);
     }
     if (sum.sum == 0.0f) return {infinity(), 0.0f};
     return {sum.maximum, 1.0f / sum.sum};

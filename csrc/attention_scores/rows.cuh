@@ -83,11 +83,10 @@ __device__ __forceinline__ void clear_missing(const ScoreParameters& p, const Se
 }
 
 // Finds up to `limit` query rows from position `next` on, advances `next` past them and returns their number. Called by
-// the whole block with equal arguments; ends with a barrier.
+// the whole block with equal arguments; ends with a barrier if there are positions to search.
 __device__ __forceinline__ int32_t next_rows(const ScoreParameters& p, const Sequence& s, int32_t& next, int32_t limit,
                                              RowTile& tile) {
   for (int i = threadIdx.x; i < kTileRows; i += kScoreThreads) tile.position[i] = -1;
-  __syncthreads();
   int32_t count = 0;
   while (next < s.length && count < limit) {
     const int64_t start = int64_t(next) - static_cast<int64_t>(reinterpret_cast<uint64_t>(s.types + next) % 16);

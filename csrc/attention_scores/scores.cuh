@@ -27,11 +27,10 @@ template <int M>
 __device__ __forceinline__ KeyTile find_tile(const ScoreParameters& p, const Sequence& s, int32_t b, int32_t tile,
                                              ScoreShared<M>& shared) {
   const int32_t first = tile * kTileKeys<M>;
-  if (threadIdx.x < kTileKeys<M>) {
-    const KeyPlace key = find_key(p, s, int64_t(first) + threadIdx.x);
-    record_key<M>(shared.places, key, key.type == kVisionToken);
-  }
+  const bool places_a_key = threadIdx.x < kTileKeys<M>;
+  const KeyPlace key = places_a_key ? find_key(p, s, int64_t(first) + threadIdx.x) : KeyPlace{};
   clear_columns<M>(p, s, b, first, shared.columns);
+  if (places_a_key) record_key<M>(shared.places, key, key.type == kVisionToken);
   __syncthreads();
   KeyTile result{first, first + kTileKeys<M>, -1};
 #pragma unroll
@@ -312,8 +311,10 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_co
   const int32_t split = static_cast<int32_t>(blockIdx.x) & ((1 << p.split_bits) - 1);
   const Heads<T> heads(p, split * p.heads >> p.split_bits, (split + 1) * p.heads >> p.split_bits);
   Rows rows;
-  for (int32_t index = blockIdx.x >> p.split_bits; index < p.batch * p.tiles; index += gridDim.x >> p.split_bits) {
-    const int32_t b = p.batch == 1 ? 0 : index / p.tiles, number = index - b * p.tiles;
+  int32_t b = 0;
+  for (int32_t number = blockIdx.x >> p.split_bits;; number += gridDim.x >> p.split_bits) {
+    for (; number >= p.tiles; number -= p.tiles) ++b;
+    if (b >= p.batch) break;
     const Sequence s = sequence_at(p, b);
     if (number * kTileKeys<M> >= s.places) continue;
     const KeyTile tile = find_tile<M>(p, s, b, number, shared);
@@ -330,7 +331,7 @@ __global__ void __launch_bounds__(kScoreThreads, 1) score_kernel(const __grid_co
         TileScores<M> sums{};
         sum_heads<kGivenLse>(p, s, b, rows, heads, copies, shared, sums);
         apply_causality<M>(tile, shared.rows.position, sums);
-        combine_heads<M>(p, b, index, split, tile, rows, sums, shared);
+        combine_heads<M>(p, b, b * p.tiles + number, split, tile, rows, sums, shared);
         if (!rows.more()) break;
         __syncthreads();  // the next keys and rows overwrite these
         copies.start_keys();

@@ -76,7 +76,7 @@ INNER_LOOP = f"\n.L_inner:{EXPONENTIAL}\n@P1 BRA `(.L_inner) ;"
         pytest.param(in_loop((EXPONENTIAL * 8 + LEAVE) * 4), 0, id="tiles of eight"),
         pytest.param(in_loop((EXPONENTIAL * 7 + LEAVE) * 4), 28, id="a test for seven"),
         pytest.param(in_loop((EXPONENTIAL * 32 + LEAVE) * 2 + EXPONENTIAL * 4), 0, id="a rare path"),
-        pytest.param(in_loop(EXPONENTIAL * 32 + LEAVE + EXPONENTIAL * 4), 4, id="a path that is not rare"),
+        pytest.param(in_loop(EXPONENTIAL * 16 + (LEAVE + EXPONENTIAL * 4) * 2), 8, id="paths that are not rare"),
         pytest.param(in_loop(EXPONENTIAL), 0, id="one an iteration"),
         pytest.param(in_loop(CUT_EXPONENTIAL.format(0)), 0, id="one an iteration, behind a branch"),
         # Up to three iterations one by one, as ptxas leaves them of a loop that is unrolled by four.

@@ -20,7 +20,9 @@ _STORE16 = re.compile(r"(STG?\.[\w.]*(128|256)|UTMASTG)")
 _MATRIX = re.compile(r"(HMMA|HGMMA|UTCHMMA)\b")
 
 # Template arguments of kernels that move 16 bytes at once: a 16-byte type, or the number of elements.
-_WIDE = re.compile(r"_kernel<(.*, true>|uint4\b|(half_t|bfloat16_t), (\(int\))?8\b|float, (\(int\))?4\b)")
+_WIDE = re.compile(
+    r"(score|normalizer)_kernel<.*, true>|_kernel<(uint4\b|(half_t|bfloat16_t), (\(int\))?8\b|float, (\(int\))?4\b)"
+)
 # Those that copy element by element, for rows that are not aligned.
 _NARROW = re.compile(r", false>")
 # Those that write rows (the others write a number per row).
@@ -29,7 +31,7 @@ _WRITERS = re.compile(r"(gather|compact|compact_chunks|write|cluster)_kernel<")
 _MATRIX_FOLDERS = {"attention_scores": ("half_t", "bfloat16_t")}
 
 UNROLLED = 8  # minimum exponentials or matrix instructions in the body of an unrolled loop
-MOST_ALONE = 1 / 16  # of the exponentials
+MOST_ALONE = 1 / 8  # of the exponentials
 MOST_CUTS = 1 / 4  # per matrix instruction
 MOST_EXPOSED = 1 / 8  # of the operand loads
 
@@ -56,9 +58,9 @@ def cut_exponentials(function: Function) -> int:
     """Exponentials of unrolled loops that branches separate from the others of their tile.
 
     A condition inside an unrolled loop that is compiled to a branch isolates each exponential (BSSY, MUFU.EX2, BRA,
-    BSYNC), so that their latencies do not overlap. In each loop with at least ``UNROLLED`` exponentials outside of its
-    inner loops, those in runs of fewer than ``UNROLLED`` between two branches or warp synchronizations are counted. Up
-    to one of sixteen is allowed: rare paths, such as a rescaling, have few.
+    BSYNC), so that their latencies do not overlap. In each loop, outside of its inner loops, the exponentials in runs of
+    fewer than ``UNROLLED`` between two branches or warp synchronizations are counted. Fewer than ``UNROLLED`` are no
+    unrolled loop, and up to one of eight is allowed: rare paths, such as a rescaling, have few.
     """
     total = 0
     for loop in function.all_loops:
@@ -69,7 +71,7 @@ def cut_exponentials(function: Function) -> int:
             elif _is_cut(instruction):
                 runs.append(0)
         count, alone = sum(runs), sum(run for run in runs if run < UNROLLED)
-        if count >= UNROLLED and alone > MOST_ALONE * count:
+        if alone >= UNROLLED and alone > MOST_ALONE * count:
             total += alone
     return total
 
