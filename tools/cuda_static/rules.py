@@ -58,9 +58,9 @@ def cut_exponentials(function: Function) -> int:
     """Exponentials of unrolled loops that branches separate from the others of their tile.
 
     A condition inside an unrolled loop that is compiled to a branch isolates each exponential (BSSY, MUFU.EX2, BRA,
-    BSYNC), so that their latencies do not overlap. In each loop, outside of its inner loops, the exponentials in runs of
-    fewer than ``UNROLLED`` between two branches or warp synchronizations are counted. Fewer than ``UNROLLED`` are no
-    unrolled loop, and up to one of eight is allowed: rare paths, such as a rescaling, have few.
+    BSYNC), so that their latencies do not overlap. In each loop, outside of its inner loops, the exponentials in runs
+    of fewer than ``UNROLLED`` between two branches or warp synchronizations are counted. Fewer than ``UNROLLED`` are
+    no unrolled loop, and up to one of eight is allowed: rare paths, such as a rescaling, have few.
     """
     total = 0
     for loop in function.all_loops:
