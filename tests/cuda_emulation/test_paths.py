@@ -211,16 +211,9 @@ def sparse_types(length: int, rows: torch.Tensor, vision: torch.Tensor) -> torch
     return types
 
 
-@pytest.mark.parametrize(("multiprocessors", "given"), [(3, False), (132, True)])
-def test_scores_of_long_prompts(device, given, multiprocessors):
-    """Query rows on both sides of a pass of the search, and more than a tile of them; few and many blocks."""
-    cuda_emulation.configure(device, device, multiprocessors)
-    generator = torch.Generator().manual_seed(5)
-    length, heads = 16_700, 2
-    rows = torch.cat([torch.arange(700, 720), torch.arange(16_340, 16_400), torch.arange(16_600, 16_690)])
-    vision = torch.cat([torch.arange(100, 180), torch.arange(16_300, 16_330), torch.arange(16_450, 16_500)])
-    q = torch.randn(1, heads, length, 16, generator=generator).to(torch.bfloat16)
-    k = torch.randn(1, 1, length, 16, generator=generator).to(torch.bfloat16)
+def check_scores(q: torch.Tensor, k: torch.Tensor, rows: torch.Tensor, vision: torch.Tensor, given: bool) -> None:
+    """Scores of one sequence with one key head against softmaxes in float64."""
+    heads, length = q.shape[1:3]
     scores = q[0, :, rows].double() @ k[0].double().mT * 0.25
     scores.masked_fill_(torch.arange(length) > rows[:, None], -torch.inf)
     lse = torch.zeros(1, heads, length)
@@ -230,3 +223,26 @@ def test_scores_of_long_prompts(device, given, multiprocessors):
     for found, wanted in zip(got, (mean.sum(0), mean.amax(0)), strict=True):
         assert torch.allclose(found[0, vision].double(), wanted, rtol=2e-5, atol=0)
         assert found.count_nonzero() == len(vision)
+
+
+@pytest.mark.parametrize(("multiprocessors", "given"), [(3, False), (132, True)])
+def test_scores_of_long_prompts(device, given, multiprocessors):
+    """Query rows on both sides of a pass of the search, and more than a tile of them; few and many blocks."""
+    cuda_emulation.configure(device, device, multiprocessors)
+    generator = torch.Generator().manual_seed(5)
+    rows = torch.cat([torch.arange(700, 720), torch.arange(16_340, 16_400), torch.arange(16_600, 16_690)])
+    vision = torch.cat([torch.arange(100, 180), torch.arange(16_300, 16_330), torch.arange(16_450, 16_500)])
+    q = torch.randn(1, 2, 16_700, 16, generator=generator).to(torch.bfloat16)
+    k = torch.randn(1, 1, 16_700, 16, generator=generator).to(torch.bfloat16)
+    check_scores(q, k, rows, vision, given)
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_scores_of_several_tiles_of_rows(device, heads, given):
+    """A tile of rows before the vision tokens, two after them; a block with all heads, and several."""
+    generator = torch.Generator().manual_seed(6)
+    rows = torch.cat([torch.arange(150), torch.arange(400, 560)])
+    q = torch.randn(1, heads, 600, 16, generator=generator)
+    k = torch.randn(1, 1, 600, 16, generator=generator)
+    check_scores(q, k, rows, torch.arange(160, 290), given)
