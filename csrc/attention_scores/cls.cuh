@@ -13,7 +13,7 @@
 namespace mustdrop {
 
 constexpr int kClsThreads = 512;
-constexpr int kClsCluster = 8;
+constexpr int kClsCluster = kMostCluster;
 constexpr int kClsKeys = 5;  // loads in flight of a group of lanes; two rounds are 640 keys of 128 bytes
 
 struct ClsParameters {

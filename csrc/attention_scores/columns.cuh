@@ -9,7 +9,7 @@
 
 namespace mustdrop {
 
-constexpr int kScoreCluster = 8;  // blocks that share a tile at most: the portable cluster size
+constexpr int kScoreCluster = kMostCluster;  // blocks that share a tile at most
 template <int M>
 constexpr int kScorePitch = kTileKeys<M> + 4;  // floats of a row of exchanged sums; without bank conflicts
 static_assert(sizeof(TileShared<1>) >= sizeof(float) * kTileRows * kScorePitch<1>, "the results have room");

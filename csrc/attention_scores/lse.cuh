@@ -15,7 +15,7 @@ namespace mustdrop {
 
 constexpr float kLargest = 3.402823466e+38f;
 constexpr float kSlack = 8.0f;
-constexpr int kMostParts = 8;              // of the keys of a head: the portable cluster size
+constexpr int kMostParts = kMostCluster;   // of the keys of a head
 constexpr int kPlacedTiles = kStages + 1;  // tiles between the lookup of their keys and their use
 
 template <int M>

@@ -24,6 +24,7 @@ using int64_t = long long;
 namespace mustdrop {
 
 constexpr unsigned kWarp = 32;
+constexpr unsigned kMostCluster = 8;  // blocks of a cluster: the portable maximum
 constexpr unsigned kFullMask = 0xffffffffu;
 
 // ---------------------------------------------------------------------------------------------- element types
@@ -172,7 +173,8 @@ __device__ __forceinline__ unsigned cluster_size() {
 __device__ __forceinline__ void cluster_barrier() {  // orders shared memory of the whole cluster
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-// Publishes nothing: what a thread has read before it may be overwritten after it, but writes are not ordered.
+// Publishes nothing: what a thread has read before may be overwritten after it, but writes are not ordered. It does not
+// wait for loads in flight, so a thread must have used their results.
 __device__ __forceinline__ void cluster_barrier_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }

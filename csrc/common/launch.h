@@ -38,8 +38,7 @@ struct DeviceFacts {
 inline bool has_clusters(const DeviceFacts& facts) { return facts.capability >= 90; }
 inline bool has_dependent_launches(const DeviceFacts& facts) { return facts.capability >= 90; }
 
-constexpr int kKnownDevices = 64;     // devices with cached properties
-constexpr unsigned kMostCluster = 8;  // blocks of a cluster: the portable maximum
+constexpr int kKnownDevices = 64;  // devices with cached properties
 
 // The clusters of a kernel that a device runs together, by device and size of the cluster.
 class ResidentClusters {

@@ -226,7 +226,8 @@ __global__ void __launch_bounds__(1024) select_kernel(const __grid_constant__ Se
   MUSTDROP_SHARED_MEMORY(memory);
   SelectShared& shared = *reinterpret_cast<SelectShared*>(memory);
   uint32_t* keys = reinterpret_cast<uint32_t*>(memory + sizeof(SelectShared));  // [part]
-  wait_for_previous();                                                          // the scores
+  // In a fused operator the scores may still be running.
+  wait_for_previous();
   const int64_t b = blockIdx.x / cluster_size();
   SelectPart<T> part;
   part.row = {static_cast<const T*>(p.scores) + b * p.score_stride,

@@ -183,8 +183,9 @@ void overlap_kernel(const int* in, int* out) {
 }
 template <bool kRight>
 void leave_kernel(const int* in, int* out) {
+  if (!kRight && threadIdx.x == 0) return;
+  wait_for_previous();
   out[threadIdx.x] = in[threadIdx.x];
-  if (kRight || threadIdx.x > 0) wait_for_previous();
 }
 
 template <bool kRight>
