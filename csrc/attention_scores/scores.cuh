@@ -167,13 +167,9 @@ __device__ __forceinline__ void record_scale(ScoreShared<M>& shared, int32_t hea
 // Clears the scores of rows that attend to no key: infinity and NaN must not count either.
 template <int M>
 __device__ __forceinline__ void clear_dead(const RowScale* scale, TileScores<M>& scores) {
-#pragma unroll
-  for (int eight = 0; eight < kEights; ++eight)
-#pragma unroll
-    for (int block = 0; block < M; ++block)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (scale[lane_row(eight) + i % 2].minus == infinity()) scores[block][eight][i] = 0.0f;
+  each_score<M>(scores, [&](float& score, int row, int) {
+    if (scale[row].minus == infinity()) score = 0.0f;
+  });
 }
 
 // sums += the weights of one head; clears the scores.
@@ -198,13 +194,9 @@ __device__ __forceinline__ void add_weights(const RowScale* scale,  // [kTileRow
 // Clears the sums of keys that a row does not attend to.
 template <int M>
 __device__ __forceinline__ void apply_causality(const KeyTile& tile, const int32_t* position, TileScores<M>& sums) {
-#pragma unroll
-  for (int eight = 0; eight < kEights; ++eight)
-#pragma unroll
-    for (int block = 0; block < M; ++block)
-#pragma unroll
-      for (int i = 0; i < 4; ++i)
-        if (tile.first + lane_key<M>(block) + i / 2 * 8 > position[lane_row(eight) + i % 2]) sums[block][eight][i] = 0;
+  each_score<M>(sums, [&](float& sum, int row, int key) {
+    if (tile.first + key > position[row]) sum = 0.0f;
+  });
 }
 
 // Computes the sums over a block's heads for one tile of keys, whose copies have started, and one of rows. Called by the

@@ -65,6 +65,17 @@ __device__ __forceinline__ int warp_groups(int32_t rows) {  // of 16 rows with a
   return ((rows + 15) / 16 + 1 - static_cast<int>(warp_id() / 4)) / 2;
 }
 
+// Calls f(score, row, key) for each of a thread's scores.
+template <int M, class Scores, class F>
+__device__ __forceinline__ void each_score(Scores& scores, const F& f) {
+#pragma unroll
+  for (int eight = 0; eight < kEights; ++eight)
+#pragma unroll
+    for (int block = 0; block < M; ++block)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(scores[block][eight][i], lane_row(eight) + i % 2, lane_key<M>(block) + i / 2 * 8);
+}
+
 template <int kValue>
 struct Constant {
   static constexpr int value = kValue;
