@@ -97,7 +97,7 @@ void plan_blocks(ScoreParameters& p, const DeviceFacts& facts, int64_t keys, con
   const int64_t longest = std::max<int64_t>(ceil_div(p.max_keys, kTileKeys<M>), 1);
   const int64_t part_bytes = heads * p.row_capacity * static_cast<int64_t>(sizeof(RowPart));
   const int64_t most_parts = has_clusters(facts) ? kMostParts : kMostPartBytes / std::max<int64_t>(part_bytes, 1);
-  p.part_splits = split_keys(heads, longest, facts.multiprocessors, std::min<int64_t>(kMostParts, most_parts));
+  p.part_splits = 1 << split_keys(heads, longest, facts.multiprocessors, std::min<int64_t>(kMostParts, most_parts));
   p.part_count = has_clusters(facts) ? 1 : p.part_splits;
   p.part_tiles = narrow(ceil_div(longest, p.part_splits));
 }

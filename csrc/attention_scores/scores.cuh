@@ -51,8 +51,9 @@ template <class T>
 struct Heads {
   int32_t begin, end;      // query heads
   int32_t key_head, left;  // of the first one; query heads of it from the first one on
-  int32_t slabs, key_slots;
+  int32_t slabs;
   bool resident;
+  int32_t key_slots;
 
   __device__ __forceinline__ Heads(const ScoreParameters& p, int32_t begin, int32_t end)
       : begin(begin),
@@ -60,8 +61,8 @@ struct Heads {
         key_head(p.group == 1 ? begin : begin / p.group),
         left((key_head + 1) * p.group - begin),
         slabs(slabs_of<T>(p.dim)),
-        key_slots(p.group > 1 && 2 * slabs <= kKeySlots ? 2 * slabs : kStages),
-        resident(p.group > 1 && 2 * slabs <= kKeySlots) {}
+        resident(p.group > 1 && 2 * slabs <= kKeySlots),
+        key_slots(resident ? 2 * slabs : kStages) {}
 
   __device__ __forceinline__ int32_t units() const { return (end - begin) * slabs; }
 };
@@ -76,9 +77,10 @@ struct HeadCursor {
       : head(heads.begin), depth(p.dim), left(heads.left), key_slot(0) {}
 
   __device__ __forceinline__ bool ends_head() const { return depth <= kSlab<T>; }
+  __device__ __forceinline__ bool ends_key_head() const { return ends_head() && left == 1; }
 
   __device__ __forceinline__ void advance(const ScoreParameters& p, const Heads<T>& heads) {
-    const bool next_head = ends_head(), next_key_head = next_head && left == 1;
+    const bool next_head = ends_head(), next_key_head = ends_key_head();
     if (++key_slot == heads.key_slots) key_slot = 0;
     if (next_head && !next_key_head && heads.resident) key_slot = key_slot == 0 ? heads.slabs : 0;
     depth = next_head ? p.dim : depth - kSlab<T>;
@@ -118,7 +120,7 @@ struct HeadCopies {
   __device__ __forceinline__ Unit first() const { return {HeadCursor<T>(p, heads), k, q, true}; }
 
   __device__ __forceinline__ void advance(Unit& unit) const {
-    const bool next_head = unit.at.ends_head(), next_key_head = next_head && unit.at.left == 1;
+    const bool next_head = unit.at.ends_head(), next_key_head = unit.at.ends_key_head();
     unit.k += next_key_head ? p.k_next_head : next_head ? p.k_same_head : p.k_slab;
     unit.q += next_head ? p.q_next_head : kSlab<T>;
     unit.new_keys = next_key_head || (unit.new_keys && !next_head) || !heads.resident;

@@ -181,17 +181,10 @@ class Device {
   int clusters_at_once(const Grid& grid, const Kernel<Parameters...>& kernel) const {
     kernel.state->raise_limit_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
     return kernel.state->clusters.get(index_, grid.cluster, [&] {
-      cudaLaunchAttribute cluster{};
-      cluster.id = cudaLaunchAttributeClusterDimension;
-      cluster.val.clusterDim = {grid.cluster, 1, 1};
-      cudaLaunchConfig_t config{};
-      config.gridDim = grid.blocks;
-      config.blockDim = dim3(grid.threads);
-      config.dynamicSmemBytes = grid.shared_bytes;
-      config.attrs = &cluster;
-      config.numAttrs = 1;
+      const Configuration configuration(grid, nullptr, false);
       int count = 0;
-      check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel.function, &config), "cudaOccupancyMaxActiveClusters");
+      check_cuda(cudaOccupancyMaxActiveClusters(&count, kernel.function, &configuration.config),
+                 "cudaOccupancyMaxActiveClusters");
       return count;
     });
   }
@@ -199,27 +192,34 @@ class Device {
   template <class... Parameters, class... Arguments>
   void launch(const Grid& grid, const Kernel<Parameters...>& kernel, const Arguments&... arguments) const {
     kernel.state->raise_limit_once(index_, [&] { allow_most_shared_memory(kernel.address()); });
-    cudaLaunchAttribute attributes[2]{};
-    unsigned count = 0;
-    if (grid.cluster > 1) {
-      attributes[count].id = cudaLaunchAttributeClusterDimension;
-      attributes[count++].val.clusterDim = {grid.cluster, 1, 1};
-    }
-    if (grid.overlaps && has_dependent_launches(facts())) {
-      attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-      attributes[count++].val.programmaticStreamSerializationAllowed = 1;
-    }
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid.blocks;
-    config.blockDim = dim3(grid.threads);
-    config.dynamicSmemBytes = grid.shared_bytes;
-    config.stream = stream_;
-    config.attrs = attributes;
-    config.numAttrs = count;
-    check_cuda(cudaLaunchKernelEx(&config, kernel.function, arguments...), "launch");
+    const Configuration configuration(grid, stream_, grid.overlaps && has_dependent_launches(facts()));
+    check_cuda(cudaLaunchKernelEx(&configuration.config, kernel.function, arguments...), "launch");
   }
 
  private:
+  // Arguments of the runtime for a grid.
+  struct Configuration {
+    cudaLaunchAttribute attributes[2]{};
+    cudaLaunchConfig_t config{};
+
+    Configuration(const Grid& grid, cudaStream_t stream, bool overlaps) {
+      config.gridDim = grid.blocks;
+      config.blockDim = dim3(grid.threads);
+      config.dynamicSmemBytes = grid.shared_bytes;
+      config.stream = stream;
+      config.attrs = attributes;
+      if (grid.cluster > 1) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attributes[config.numAttrs++].val.clusterDim = {grid.cluster, 1, 1};
+      }
+      if (overlaps) {
+        attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+      }
+    }
+    Configuration(const Configuration&) = delete;
+  };
+
   void allow_most_shared_memory(const void* kernel) const {
     cudaFuncAttributes attributes;
     check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");

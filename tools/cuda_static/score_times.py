@@ -84,6 +84,12 @@ def head_cycles(kernel: Kernel, shape: Shape, latency: int) -> tuple[int, str]:
     return round(limits[limit]), limit
 
 
+def _parts(cycles: Mapping[str, Estimate], name: str, kernel: Kernel) -> dict[str, int]:
+    """Cycles of the named loops of a kernel, by the part after "score 128 keys: "."""
+    prefix = f"{name} {kernel.label}: "
+    return {loop.removeprefix(prefix): found.cycles for loop, found in cycles.items() if loop.startswith(prefix)}
+
+
 def estimate(launches: Sequence[Launch], cycles: Mapping[str, Estimate]) -> list[Time]:
     """Times of the recorded launches, with and without lse.
 
@@ -97,17 +103,10 @@ def estimate(launches: Sequence[Launch], cycles: Mapping[str, Estimate]) -> list
             continue
         kernel, shape = Kernel.of(launch), parse_shape(launch.shape)
         slabs = math.ceil(shape.head_dim / kernel.slab)
-
-        def of(name: str, label: str = kernel.label) -> int:
-            return cycles[name.format(label)].cycles
-
-        def unit(name: str, count: int = slabs, of=of) -> int:
-            return (count - 1) * of(f"{name} {{}}: slab") + of(f"{name} {{}}: last slab")
-
-        slab = of("score {}: slab")
-        head, limit = head_cycles(kernel, shape, unit("score"))
-        start = of("score {}: cluster" if launch.cluster > 1 else "score {}: one block") - slab + ARRIVAL
-        again = of("score {}: next tile") - slab + ARRIVAL
+        score, normalizer = _parts(cycles, "score", kernel), _parts(cycles, "normalizer", kernel)
+        head, limit = head_cycles(kernel, shape, (slabs - 1) * score["slab"] + score["last slab"])
+        start = score["cluster" if launch.cluster > 1 else "one block"] - score["slab"] + ARRIVAL
+        again = score["next tile"] - score["slab"] + ARRIVAL
         tiles = shape.batch * math.ceil(shape.length / kernel.keys)
         rounds, heads = math.ceil(tiles * launch.cluster / launch.grid), math.ceil(shape.heads / launch.cluster)
         total = start + (rounds - 1) * again + rounds * heads * head
@@ -117,8 +116,8 @@ def estimate(launches: Sequence[Launch], cycles: Mapping[str, Estimate]) -> list
             (other,) = (o for o in launches if (o.shape, o.op) == (launch.shape, launch.op) and "normal" in o.kernel)
             splits = other.grid // (shape.batch * shape.heads)
             parts = math.ceil(other.grid / GPUS[GPU].multiprocessors)
-            begin = of("normalizer {}: cluster") - of("normalizer {}: slab") + ARRIVAL
-            tile = head_cycles(kernel, shape, unit("normalizer"))[0]
+            begin = normalizer["cluster"] - normalizer["slab"] + ARRIVAL
+            tile = head_cycles(kernel, shape, (slabs - 1) * normalizer["slab"] + normalizer["last slab"])[0]
             each = begin + math.ceil(math.ceil(shape.length / kernel.keys) / splits) * tile
             microseconds += DEPENDENT_LAUNCH + parts * each / CLOCK / 1000
         times.append(
