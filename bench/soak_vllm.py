@@ -54,7 +54,9 @@ class Soak:
             )
         self.core = self.llm.llm_engine
         self.scheduler = self.core.engine_core.engine_core.scheduler
-        self.drop_record = None if plain else self.core.model_executor.driver_worker.worker.drop_record
+        self.drop_record = (
+            None if plain else self.core.model_executor.driver_worker.worker.model_runner.model.drop_record
+        )
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.free, self.sent = self.pool.get_num_free_blocks(), 0
         self._count_preemptions()
@@ -93,7 +95,7 @@ class Soak:
             max_tokens=rng.choice((1, 2, 5, 11, 60)),
             temperature=temperature,
             n=rng.choice((1, 2)) if temperature else 1,
-            prompt_logprobs=rng.choice((None,) * 19 + (1,)),  # refused for prompts with pictures
+            prompt_logprobs=rng.choice((None,) * 19 + (1,)),  # prompts with pictures keep all tokens
             ignore_eos=True,
         )
         self.kinds[f"pictures: {len(pictures)}"] += 1

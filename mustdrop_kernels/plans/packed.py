@@ -57,6 +57,11 @@ class PackedDropPlan(DropPlan[Tensor]):
         """(R) int64: ``dropped`` on the device."""
         return self._new_counts - self._counts
 
+    @property
+    def live_counts(self) -> Tensor:
+        """(R) int64: ``counts`` on the device."""
+        return self._counts
+
     # Before the layers.
 
     def drop_empty(self, empty: Tensor) -> Tensor:  # (live) bool, of members -> (remaining) int64

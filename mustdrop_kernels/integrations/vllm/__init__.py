@@ -7,10 +7,14 @@ switched on for one model by ``hf_overrides``, for every LLaVA by the environmen
     LLM(model, hf_overrides={"architectures": ["MustDropLlavaForConditionalGeneration"],
                              "mustdrop": {"merge": False, "key_rate": 0.0, "pruning_layers": [2], "budgets": [64]}})
 
-plugin.py registers the models; settings.py reads and checks the settings; engine.py configures the engine; scheduler.py
-and blocks.py run in the engine core; worker.py, model.py, dropping.py, tower.py, vision.py, anyres.py, key_tokens.py,
-batch.py, prefill.py, metadata.py and adapters.py where the model is; images.py in both; beams.py marks requests of beam
-search before they are sent. The number of tokens that a prompt has lost reaches the scheduler with the step's output.
+plugin.py registers the models; settings.py reads and checks the settings; engine.py configures the engine.
+
+Before the engine: inputs.py and beams.py check and mark requests. In the engine core: scheduler.py and blocks.py;
+requests.py is what the scheduler decides about a request, reports.py what the workers report to it. Where the model is:
+runner_v1.py and runner_v2.py turn the steps of vLLM's two model runners into a Step (step.py), dropping.py and
+prefill.py run it, attention/ has a file for each of vLLM's attention backends, layout.py builds what these require,
+record.py counts dropped tokens, adapters.py lays out LoRA; model.py, tower.py, vision.py, anyres.py and key_tokens.py
+are stage 1. images.py reads a request's features, in all of them.
 """
 
 from .plugin import register

@@ -11,7 +11,6 @@ import functools
 from typing import Any
 
 from vllm.entrypoints.generate.beam_search.utils import BeamSearchSequence
-from vllm.v1.engine.input_processor import InputProcessor
 
 from . import images
 
@@ -19,10 +18,9 @@ FIELD = "mustdrop_prompt_tokens"
 
 
 def install() -> None:
-    """Records the length of the original prompt in all requests of beam search; repeated calls change nothing."""
+    """Records the length of the original prompt in all prompts of beam search; repeated calls change nothing."""
     if not hasattr(BeamSearchSequence.get_prompt, "__wrapped__"):
         BeamSearchSequence.get_prompt = _with_length(BeamSearchSequence.get_prompt)
-        InputProcessor.process_inputs = _with_field(InputProcessor.process_inputs)
 
 
 def prompt_tokens(request: Any) -> int:
@@ -40,17 +38,5 @@ def _with_length(get_prompt: Any) -> Any:
         if prompt["type"] == "multimodal":
             prompt[FIELD] = len(sequence.orig_prompt["prompt_token_ids"])
         return prompt
-
-    return wrapped
-
-
-def _with_field(process_inputs: Any) -> Any:
-    @functools.wraps(process_inputs)
-    def wrapped(self: Any, request_id: str, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process_inputs(self, request_id, prompt, *args, **kwargs)
-        if isinstance(prompt, dict) and FIELD in prompt:
-            sampling = request.sampling_params  # the request's own copy
-            sampling.extra_args = {**(sampling.extra_args or {}), FIELD: prompt[FIELD]}
-        return request
 
     return wrapped

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engine configuration: scheduler, worker, and checks of the engine's settings."""
+"""Engine configuration: scheduler, worker of the model runner V1, and checks of the engine's settings."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from vllm import envs
+from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from . import settings
 
-_SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.MustDropScheduler"
-_WORKER = "mustdrop_kernels.integrations.vllm.worker.MustDropCPUWorker"
+SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.scheduler"
+_WORKER_V1 = "mustdrop_kernels.integrations.vllm.runner_v1.MustDropWorker"
+_TEXT_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+"""Speculative methods that draft from the text of a request, without a cache of their own."""
 
 
 class MustDropEngineConfig(VerifyAndUpdateConfig):
@@ -31,22 +35,24 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
 
 def _problems(vllm_config: Any) -> list[str]:
     parallel, cache, scheduler = vllm_config.parallel_config, vllm_config.cache_config, vllm_config.scheduler_config
-    model, lora = vllm_config.model_config, vllm_config.lora_config
-    longest, batched = model.max_model_len, scheduler.max_num_batched_tokens
-    scheduled = scheduler.max_num_scheduled_tokens or batched
+    model, lora, drafts = vllm_config.model_config, vllm_config.lora_config, vllm_config.speculative_config
     checks = {
         f"runner must be 'generate', got {model.runner_type!r}: pooling reads the hidden states of all tokens, those "
         "that were dropped included": model.runner_type != "generate",
         f"model_class_overrides must leave out {model.architecture}": model.architecture in model.model_class_overrides,
-        "only vLLM's CPU attention is served so far": not current_platform.is_cpu(),
         "pipeline_parallel_size must be 1: a stage has no access to the drops of an earlier one": (
             parallel.pipeline_parallel_size > 1
         ),
         "context parallelism cannot be used: a prompt's pages must be in one place": (
             max(parallel.decode_context_parallel_size, parallel.prefill_context_parallel_size) > 1
         ),
-        "speculative decoding cannot be used: its drafts read the pages of tokens that are gone": (
-            vllm_config.speculative_config is not None
+        f"speculative_config must use one of {', '.join(_TEXT_DRAFTS)}: the cache of a draft model holds tokens that "
+        "are gone": drafts is not None and drafts.method not in _TEXT_DRAFTS,
+        "microbatches (enable_dbo, ubatch_size) cannot be used: a prompt with images is read in one piece": (
+            parallel.use_ubatching and not current_platform.is_cpu()
+        ),
+        "VLLM_USE_BREAKABLE_CUDAGRAPH must be 0: its graphs replay steps in which tokens are dropped": (
+            bool(envs.VLLM_USE_BREAKABLE_CUDAGRAPH)
         ),
         "kv_transfer_config cannot be used: another engine would read the pages of tokens that are gone": (
             vllm_config.kv_transfer_config is not None
@@ -66,30 +72,21 @@ def _problems(vllm_config: Any) -> list[str]:
         "enable_tower_connector_lora cannot be used: vLLM lays out the tower's adapters without its CLS token": (
             lora is not None and lora.enable_tower_connector_lora
         ),
-        f"kv_cache_dtype must be 'auto', got {cache.cache_dtype!r}": cache.cache_dtype != "auto",
-        "the model runner V2 is not served: unset VLLM_USE_V2_MODEL_RUNNER": vllm_config.use_v2_model_runner,
-        "long_prefill_token_threshold must be 0: a prompt with an image is read in one piece": (
-            0 < scheduler.long_prefill_token_threshold < longest
-        ),
         f"scheduler_cls must be left out, got {scheduler.scheduler_cls!r}": (
-            scheduler.scheduler_cls not in (None, _SCHEDULER)
+            scheduler.scheduler_cls not in (None, SCHEDULER)
         ),
-        f"worker_cls must be left out, got {parallel.worker_cls!r}": parallel.worker_cls not in ("auto", _WORKER),
-        _too_short("max_num_batched_tokens", batched, longest): batched < longest,
-        _too_short("max_num_scheduled_tokens", scheduled, longest): scheduled < longest <= batched,
+        f"worker_cls must be left out, got {parallel.worker_cls!r}": parallel.worker_cls not in ("auto", _WORKER_V1),
     }
     return [problem for problem, applies in checks.items() if applies]
 
 
-def _too_short(name: str, value: int, longest: int) -> str:
-    return (
-        f"{name} ({value}) must be at least max_model_len ({longest}): a prompt with an image is read in one piece, "
-        "since the text after the image tokens scores them"
-    )
-
-
 def _set_up(vllm_config: Any) -> None:
-    # The scheduler requires the drops of a step before it plans the next one.
-    vllm_config.scheduler_config.async_scheduling = False
-    vllm_config.scheduler_config.scheduler_cls = _SCHEDULER
-    vllm_config.parallel_config.worker_cls = _WORKER
+    vllm_config.scheduler_config.scheduler_cls = SCHEDULER
+    compilation = vllm_config.compilation_config
+    if settings.read(vllm_config.model_config.hf_config).needs_vision_stage:
+        compilation.cudagraph_mm_encoder = compilation.compile_mm_encoder = False  # the tower's tokens are merged
+    if not vllm_config.use_v2_model_runner:
+        vllm_config.parallel_config.worker_cls = _WORKER_V1
+        vllm_config.scheduler_config.async_scheduling = False
+        if compilation.cudagraph_mode != CUDAGraphMode.NONE:
+            compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE  # requests become shorter in the model's forward

@@ -33,7 +33,7 @@ class MustDropLlavaForConditionalGeneration(DropTokensMixin, LlavaForConditional
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
         pixels: Any = kwargs.get("pixel_values")  # (images, 3, H, W)
-        if self._vision is None or pixels is None:
+        if self._vision is None or self._vision.paused or pixels is None:
             return super().embed_multimodal(**kwargs)
         embed = super().embed_multimodal
         tiles = self._vision.encode(lambda images: embed(**{**kwargs, "pixel_values": images}), pixels)
@@ -52,7 +52,7 @@ class MustDropLlavaNextForConditionalGeneration(DropTokensMixin, LlavaNextForCon
     def embed_multimodal(self, **kwargs: object) -> Any:
         """Features of each image at its placeholders."""
         pixels: Any = kwargs.get("pixel_values")  # per image (tiles, 3, H, W)
-        if self._vision is None or pixels is None:
+        if self._vision is None or self._vision.paused or pixels is None:
             return super().embed_multimodal(**kwargs)
         sizes: Any = kwargs["image_sizes"]  # (images, 2), height and width
         return [self._embed(image, size) for image, size in zip(pixels, sizes.tolist(), strict=True)]

@@ -14,15 +14,15 @@ _MODELS = "mustdrop_kernels.integrations.vllm.model"
 
 
 def register() -> None:
-    """Registers the models and their engine configuration with vLLM, and marks the requests of beam search."""
+    """Registers the models and their engine configuration with vLLM, and wraps its processing of requests."""
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from . import beams
+    from . import inputs
     from .engine import MustDropEngineConfig
     from .settings import VARIABLE
 
-    beams.install()
+    inputs.install()
     for ours, plain in ARCHITECTURES.items():
         for name in (ours, plain) if os.environ.get(VARIABLE) else (ours,):
             if getattr(ModelRegistry.models.get(name), "module_name", None) != _MODELS:

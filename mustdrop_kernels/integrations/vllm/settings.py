@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings in ``hf_overrides={"mustdrop": {...}}`` or MUSTDROP_VLLM, and their checks."""
+"""Settings in ``hf_overrides={"mustdrop": {...}}``, MUSTDROP_VLLM and requests, and their checks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from ...config import MustDropConfig
 
 FIELD = "mustdrop"
 VARIABLE = "MUSTDROP_VLLM"
+PER_REQUEST = ("pruning_layers", "global_threshold", "individual_threshold", "budgets", "text_queries")
+"""Fields that a request can set."""
+_ARGUMENT = f"extra_args['{FIELD}']"
 
 
 def from_environment() -> dict[str, Any] | None:
@@ -21,14 +24,16 @@ def from_environment() -> dict[str, Any] | None:
         ValueError: the variable holds neither a preset's name nor a JSON object.
     """
     text = os.environ.get(VARIABLE, "").strip()
-    if not text:
-        return None
+    return _from_text(text, VARIABLE) if text else None
+
+
+def _from_text(text: str, name: str) -> dict[str, Any]:
     if not text.startswith("{"):
         return {"preset": text}
     try:
         fields: dict[str, Any] = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"mustdrop: {VARIABLE} must hold a preset's name or a JSON object: {error}") from None
+        raise ValueError(f"mustdrop: {name} must hold a preset's name or a JSON object: {error}") from None
     return fields
 
 
@@ -45,9 +50,7 @@ def read(hf_config: Any) -> MustDropConfig:
             f'{{"preset": name}}, got {fields!r}'
         )
     config = parse(fields)
-    depth = hf_config.text_config.num_hidden_layers
-    if beyond := [layer for layer in config.pruning_layers if layer >= depth]:
-        raise ValueError(f"mustdrop: pruning_layers: the language model has {depth} layers, there is no {beyond[0]}")
+    check_depth(config, hf_config.text_config.num_hidden_layers)
     return dataclasses.replace(config, evict_from=0)
 
 
@@ -62,6 +65,53 @@ def parse(fields: dict[str, Any]) -> MustDropConfig:
     config = MustDropConfig.from_dict(fields) if preset is None else MustDropConfig.preset(preset, **fields)
     _check(config)
     return config
+
+
+def of_request(config: MustDropConfig, extra_args: dict[str, Any] | None) -> MustDropConfig | None:
+    """The config of a request whose sampling parameters hold `extra_args`; None: it keeps all tokens.
+
+    ``extra_args["mustdrop"]`` is false (0 or "false" where an interface takes no booleans), a preset's name, or fields
+    of ``MustDropConfig`` as an object or as JSON, ``"preset"`` among them for a preset with fields changed. Only the
+    pruning is a request's own: stage 1 is the engine's, since requests share the features of images.
+
+    Raises:
+        ValueError: the value is invalid, or changes stage 1.
+    """
+    given = (extra_args or {}).get(FIELD)
+    if given is None or given is True:
+        return config
+    if given in (False, "false"):
+        return None
+    fields = _from_text(given, _ARGUMENT) if isinstance(given, str) else given
+    if not isinstance(fields, dict):
+        raise ValueError(f"mustdrop: {_ARGUMENT} must be false, a preset's name or an object of fields, got {given!r}")
+    if others := sorted(set(fields) - {"preset", *PER_REQUEST}):
+        raise ValueError(
+            f"mustdrop: {_ARGUMENT} cannot set {', '.join(others)}: a request sets a preset or {', '.join(PER_REQUEST)}"
+        )
+    changed = dict(fields)
+    preset = changed.pop("preset", None)
+    base = config if preset is None else MustDropConfig.preset(preset)
+    pruning = {name: getattr(base, name) for name in PER_REQUEST}
+    return dataclasses.replace(config, **{**pruning, **changed})
+
+
+def check_request(vllm_config: Any, params: Any) -> None:
+    """Raises ``ValueError``, which ends the request, if its sampling parameters hold invalid settings for MustDrop.
+
+    Engines without MustDrop leave them alone.
+    """
+    extra_args, hf_config = getattr(params, "extra_args", None), vllm_config.model_config.hf_config
+    if not extra_args or FIELD not in extra_args or not hasattr(hf_config, FIELD):
+        return
+    if (config := of_request(read(hf_config), extra_args)) is not None:
+        check_depth(config, hf_config.text_config.num_hidden_layers)
+
+
+def check_depth(config: MustDropConfig, layers: int) -> None:
+    """Raises ``ValueError`` if a pruning layer is beyond the `layers` of the language model."""
+    if beyond := [layer for layer in config.pruning_layers if layer >= layers]:
+        raise ValueError(f"mustdrop: pruning_layers: the language model has {layers} layers, there is no {beyond[0]}")
 
 
 def _check(config: MustDropConfig) -> None:

@@ -49,6 +49,8 @@ class VisionStage:
             )
         self._grid, self._config, self._key_layer, self._ranks = grid, config, key_layer, ranks
         self._assignment: Tensor | None = None  # (B, N) token of each patch, of the current run
+        self.paused = False
+        """Whether the tower runs as without this stage."""
         if config.merge:
             layers[config.merge_layer].register_forward_hook(self._merge)
 
@@ -61,6 +63,8 @@ class VisionStage:
         return [tile for tiles in (pixels.split(1) if alone else [pixels]) for tile in self._tiles(run(tiles))]
 
     def _merge(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:  # (B, 1+N, C)
+        if self.paused:
+            return output
         if self._ranks is not None:  # sums may differ between ranks, which must merge the same windows
             output = self._ranks.broadcast(output.contiguous())
         merged = stages.merge_vision_tokens(output, self._grid, self._config)

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The checkpoint, written once, and its reference."""
+"""The checkpoints, written once, and their references."""
 
 from __future__ import annotations
 
+import gpu_backends
 import pytest
+
+gpu_backends.offer_triton()  # before vLLM is imported
 
 
 @pytest.fixture(scope="session")
@@ -20,6 +23,24 @@ def transformers_of(checkpoint):
     import engines
 
     return engines.Transformers(checkpoint)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory):
+    import checkpoint
+    import tiny
+
+    folder = tmp_path_factory.mktemp("tiny")
+    checkpoint.save(folder, grid=tiny.GRID, layers=tiny.LAYERS)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_transformers(tiny_checkpoint):
+    import engines
+    import tiny
+
+    return engines.Transformers(tiny_checkpoint, grid=tiny.GRID)
 
 
 @pytest.fixture(scope="session")

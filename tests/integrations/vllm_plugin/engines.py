@@ -14,7 +14,9 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0")  # gpu_backends.platform chooses another
 
+import gpu_backends
 import pytest
 import tiny_llava
 import torch
@@ -87,7 +89,8 @@ ASKS = [
 @contextlib.contextmanager
 def engine(checkpoint, plan, **settings):
     """A vLLM around the checkpoint; without a plan a plain one."""
-    with _quick_collections(), vllm_engine.engine(**arguments(checkpoint, plan, **settings)) as llm:
+    found = arguments(checkpoint, plan, **settings)
+    with gpu_backends.default_platform(), _quick_collections(), vllm_engine.engine(**found) as llm:
         yield llm
 
 
@@ -147,18 +150,18 @@ def free_blocks(llm):
 
 def drop_record(llm):
     """None in a plain engine."""
-    return getattr(llm.llm_engine.model_executor.driver_worker.worker, "drop_record", None)
+    return getattr(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model, "drop_record", None)
 
 
 class Transformers:
     """The same checkpoint in transformers, in and out of drop_tokens."""
 
-    def __init__(self, checkpoint):
+    def __init__(self, checkpoint, grid=12):
         from transformers import LlavaForConditionalGeneration
 
         self.model = LlavaForConditionalGeneration.from_pretrained(checkpoint).eval()
         self.model.generation_config.eos_token_id = None
-        self.processor = tiny_llava.processor()
+        self.processor = tiny_llava.processor(grid)
         self.known = {}
 
     def generate(self, ask, plan, tokens):
@@ -182,3 +185,17 @@ class Transformers:
         with drop_tokens(self.model, config) as report:
             output = self.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
         return output[0, length:].tolist(), length - report.last.final_cache.lengths[-1]
+
+    def ids(self, ask):
+        return self.processor(images=ask.images() or None, text=ask.text)["input_ids"][0]
+
+    @torch.no_grad()
+    def continued(self, before, ask, tokens):
+        """Tokens with every token kept, after the token ids `before`."""
+        inputs = self.processor(images=ask.images() or None, text=ask.text, return_tensors="pt")
+        ids = torch.cat([torch.tensor([before], dtype=torch.long), inputs["input_ids"]], dim=1)
+        pictures = {"pixel_values": inputs["pixel_values"]} if ask.pictures else {}
+        output = self.model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, **pictures
+        )
+        return output[0, ids.shape[1] :].tolist()

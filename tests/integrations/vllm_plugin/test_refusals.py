@@ -16,26 +16,16 @@ from servers import switched_on
 from mustdrop_kernels.bench.vllm_engine import ARCHITECTURE
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations import vllm as plugin
+from mustdrop_kernels.integrations.vllm.engine import SCHEDULER
 from mustdrop_kernels.integrations.vllm.plugin import ARCHITECTURES
 from mustdrop_kernels.integrations.vllm.vision import VisionStage
 
 SETTINGS = {
-    "max_num_batched_tokens": (
-        dict(max_num_batched_tokens=256),
-        "max_num_batched_tokens .256. must be at least max_model",
-    ),
-    "max_num_scheduled_tokens": (
-        dict(max_num_scheduled_tokens=256),
-        "max_num_scheduled_tokens .256. must be at least max_model",
-    ),
-    "long prompts": (dict(long_prefill_token_threshold=64), "long_prefill_token_threshold must be 0"),
     "pipeline": (dict(pipeline_parallel_size=2, distributed_executor_backend="mp"), "pipeline_parallel_size must be 1"),
-    "drafts": (
-        dict(speculative_config={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}),
-        "speculative decoding cannot be used",
+    "drafts of a model": (
+        dict(speculative_config={"method": "draft_model", "num_speculative_tokens": 2}),
+        "speculative_config must use one of ngram, ngram_gpu, suffix",
     ),
-    "cache type": (dict(kv_cache_dtype="fp8"), "kv_cache_dtype must be 'auto'"),
-    "cache of another type": (dict(kv_cache_dtype="bfloat16"), "kv_cache_dtype must be 'auto'"),
     "KV transfer": (
         dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),
         "kv_transfer_config cannot be used",
@@ -66,7 +56,7 @@ SETTINGS = {
         f"model_class_overrides must leave out {ARCHITECTURE}",
     ),
     "scheduler": (dict(scheduler_cls="vllm.v1.core.sched.scheduler.Scheduler"), "scheduler_cls must be left out"),
-    "worker": (dict(worker_cls="vllm.v1.worker.cpu_worker.CPUWorker"), "worker_cls must be left out"),
+    "worker": (dict(worker_cls="vllm.v1.worker.gpu_worker.Worker"), "worker_cls must be left out"),
 }
 BY_VLLM = {
     "experts": (dict(enable_expert_parallel=True), "Number of experts in the model must be greater than 0"),
@@ -114,6 +104,8 @@ def configure(checkpoint, plan, **settings):
 @pytest.mark.parametrize("name", SETTINGS)
 def test_settings(name, checkpoint):
     settings, sentence = SETTINGS[name]
+    if "speculative_config" in settings:
+        settings = {"speculative_config": {**settings["speculative_config"], "model": str(checkpoint)}}
     with pytest.raises(ValueError, match=f"mustdrop: {sentence}"):
         configure(checkpoint, BUDGETS, **settings)
 
@@ -137,7 +129,7 @@ def test_overrides_may_be_a_function(checkpoint):
         config.update({"architectures": [ARCHITECTURE], "mustdrop": BUDGETS})
         return config
 
-    assert configure(checkpoint, None, hf_overrides=override).scheduler_config.scheduler_cls.endswith("Scheduler")
+    assert configure(checkpoint, None, hf_overrides=override).scheduler_config.scheduler_cls == SCHEDULER
 
 
 @pytest.mark.parametrize("name", FIELDS)
@@ -159,8 +151,8 @@ def test_engine_is_set_up(checkpoint):
     ours = configure(checkpoint, BUDGETS)
     assert plain.scheduler_config.scheduler_cls is None
     assert not ours.scheduler_config.async_scheduling
-    assert ours.scheduler_config.scheduler_cls.endswith("MustDropScheduler")
-    assert ours.parallel_config.worker_cls.endswith("MustDropCPUWorker")
+    assert ours.scheduler_config.scheduler_cls == SCHEDULER
+    assert ours.parallel_config.worker_cls.endswith("MustDropWorker")
 
 
 @pytest.mark.parametrize(("text", "fields"), [(json.dumps(BUDGETS), BUDGETS), ("64", {"preset": "64"})])
@@ -173,7 +165,7 @@ def test_the_variable_switches_on(text, fields, checkpoint, monkeypatch):
             return
         config = configure(checkpoint, None)
         assert config.model_config.hf_config.mustdrop == fields
-        assert config.scheduler_config.scheduler_cls.endswith("MustDropScheduler")
+        assert config.scheduler_config.scheduler_cls == SCHEDULER
         given = configure(checkpoint, {**BUDGETS, "budgets": [3, 2, 1]})
         assert given.model_config.hf_config.mustdrop["budgets"] == [3, 2, 1]
     assert configure(checkpoint, None).scheduler_config.scheduler_cls is None

@@ -7,14 +7,15 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
+import gpu_backends
+import tiny
 from engines import ASKS, BUDGETS, KEEP_ALL, PAGE_SIZE, PLANS, drop_record, engine, free_blocks, generate, scheduler
 
 NEW = 20
+OTHERS = [(1, "FLASH_ATTN", "all by thresholds"), (2, "FLASH_ATTN 2", "all stages"), (2, "CPU_ATTN", "all stages")]
 
 
-@pytest.mark.parametrize("name", PLANS)
-def test_tokens_equal_transformers(name, checkpoint, transformers_of):
-    plan = PLANS[name]
+def check_tokens(plan, checkpoint, transformers_of):
     expected = [transformers_of.generate(ask, plan, NEW) for ask in ASKS]
     with engine(checkpoint, plan) as llm:
         free = free_blocks(llm)
@@ -27,6 +28,28 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
         assert generate(llm, ASKS[1:2], 1)  # after this step the worker knows of all ended requests
         assert set(drop_record(llm).dropped.values()) == set()
     assert any(dropped > 0 for _, dropped in expected)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_tokens_equal_transformers(name, checkpoint, transformers_of):
+    check_tokens(PLANS[name], checkpoint, transformers_of)
+
+
+@pytest.mark.parametrize(("runner", "attention", "name"), OTHERS)
+def test_other_platforms(runner, attention, name, checkpoint, transformers_of):
+    with gpu_backends.platform(runner, attention):
+        check_tokens(PLANS[name], checkpoint, transformers_of)
+
+
+@pytest.mark.parametrize("runner", [1, 2])
+@pytest.mark.parametrize("name", tiny.PLANS)
+def test_interpreted_kernels(runner, name, tiny_checkpoint, tiny_transformers):
+    """TRITON_ATTN, whose kernels take a second each in Triton's interpreter: a smaller model and fewer requests."""
+    plan, asks, new = tiny.PLANS[name], tiny.ASKS, 4
+    expected = [tiny_transformers.generate(ask, plan, new) for ask in asks]
+    with gpu_backends.platform(runner, "TRITON_ATTN"), engine(tiny_checkpoint, plan, block_size=16) as llm:
+        assert generate(llm, asks, new) == [tokens for tokens, _ in expected]
+        assert scheduler(llm).released_blocks == sum(dropped // 16 for _, dropped in expected) > 0
 
 
 def test_drops_are_not_whole_blocks(transformers_of):

@@ -6,4 +6,4 @@ from __future__ import annotations
 
 class Extension:
     def dropped_requests(self) -> int:
-        return len(self.drop_record.dropped)
+        return len(self.model_runner.model.drop_record.dropped)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Views of vLLM's cache, placeholders of stage 1, and the drop record."""
+"""Placeholders of stage 1."""
 
 from __future__ import annotations
 
@@ -11,13 +11,10 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import engines  # noqa: F401 - sets vLLM's environment
 import torch
-from vllm import _custom_ops
 from vllm.model_executor.models.llava_next import LlavaNextForConditionalGeneration
 
 from mustdrop_kernels.config import MustDropConfig
 from mustdrop_kernels.integrations.vllm.anyres import shown_patches
-from mustdrop_kernels.integrations.vllm.batch import DropRecord
-from mustdrop_kernels.integrations.vllm.metadata import MetadataBuilder, cache_views
 from mustdrop_kernels.integrations.vllm.vision import (
     EMPTY,
     KEY_TOKEN,
@@ -27,30 +24,6 @@ from mustdrop_kernels.integrations.vllm.vision import (
     place_tokens,
     split_contents,
 )
-
-
-@pytest.mark.parametrize(("isa", "size", "dtype"), [("vec", 32, torch.float32), ("vec16", 80, torch.bfloat16)])
-def test_views_hold_what_vllm_writes(isa, size, dtype):
-    blocks, heads, slots = 5, 2, 32
-    cache = torch.zeros(blocks, heads, slots, 2 * size, dtype=dtype)
-    key, value = torch.randn(2, 7, heads, size).to(dtype)
-    places = torch.tensor([3, 31, 32, 64 + 5, 96, 159, 0])
-    halves = cache.view(blocks, heads, 2 * slots, size).chunk(2, dim=2)
-    _custom_ops.cpu_attn_reshape_and_cache(
-        key, value, *halves, places, isa, k_scale=1.0, v_scale=1.0, kv_cache_dtype="auto"
-    )
-    keys, values = cache_views(cache)
-    assert keys.shape == values.shape == (blocks, slots, heads, size)
-    assert torch.equal(keys[places // slots, places % slots], key)
-    assert torch.equal(values[places // slots, places % slots], value)
-    assert keys.count_nonzero() + values.count_nonzero() == key.count_nonzero() + value.count_nonzero()
-
-
-def test_other_layouts_are_refused():
-    MetadataBuilder(types.SimpleNamespace(isa="vec")).check()
-    with pytest.raises(ValueError, match="mustdrop: the CPU attention's 'amx' cache is not served"):
-        MetadataBuilder(types.SimpleNamespace(isa="amx")).check()
-
 
 NO_KEYS = MustDropConfig(merge_budget=1, window=(2, 2), key_rate=0.0)
 
@@ -138,13 +111,3 @@ def test_flags_of_all_rows():
     flags = PlaceholderFlags.of(torch.tensor([KEY_TOKEN, EMPTY, TOKEN]), rows)
     assert flags.is_key_token.tolist() == [False, True, False, False, False]
     assert flags.empty.tolist() == [False, False, True, False, False]
-
-
-def test_updates_are_popped_once():
-    record = DropRecord()
-    record.add("a", 5)
-    assert record.pop_updates() == {"a": 5}
-    assert record.pop_updates() == {}
-    assert record.dropped == {"a": 5}
-    record.remove(["a", "b"])
-    assert record.dropped == {}

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM on a CPU as it runs on a GPU: model runner V2 and the attention backends of GPUs.
+
+Triton's kernels run in its interpreter: TRITON_ATTN, and the bookkeeping of model runner V2. FLASH_ATTN runs with
+stand-ins for its compiled functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import types
+
+import graphs_on_cpu
+import pytest
+
+DEFAULT = os.environ.get("MUSTDROP_TEST_PLATFORM", "1 CPU_ATTN")
+"""Model runner and attention backend of tests that choose none."""
+INTERPRETED = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class _Driver:
+    """Is counted by vLLM, and absent to torch.compile, which generates code for CPUs."""
+
+    def __init__(self) -> None:
+        raise RuntimeError("the interpreter has no driver")
+
+    @staticmethod
+    def is_active() -> bool:
+        return True
+
+
+def offer_triton() -> None:
+    """Lets vLLM find Triton, which it takes for absent without a driver; its kernels read the device's capability."""
+    if not INTERPRETED:
+        return
+    import torch
+    from triton.backends import backends
+
+    if "cpu" not in backends:
+        backends["cpu"] = types.SimpleNamespace(compiler=None, driver=_Driver)
+        torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
+
+
+_chosen: list[str] = []
+
+
+@contextlib.contextmanager
+def default_platform():
+    """The platform of tests that choose none; inside ``platform`` the chosen one remains."""
+    if _chosen or DEFAULT == "1 CPU_ATTN":  # as vLLM runs on a CPU by itself
+        yield
+    else:
+        runner, _, attention = DEFAULT.partition(" ")
+        with platform(int(runner), attention):
+            yield
+
+
+@contextlib.contextmanager
+def platform(runner: int, attention: str, *, asynchronous: bool = False, graphs: str | None = None):
+    """A model runner and an attention backend: CPU_ATTN, TRITON_ATTN, FLASH_ATTN (version 3) or FLASH_ATTN 2.
+
+    vLLM switches asynchronous scheduling and graphs off on a CPU; here they stay as asked for.
+    """
+    import flash_standins
+    from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.attention import selector
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    name, _, version = attention.partition(" ")
+    if not INTERPRETED and (runner == 2 or name == "TRITON_ATTN"):
+        pytest.skip("needs Triton and TRITON_INTERPRET=1: make test-vllm")
+    path = AttentionBackendEnum[name].get_path()
+    configure = CpuPlatform.check_and_update_config.__func__
+
+    def as_on_a_gpu(cls, config):
+        configure(cls, config)
+        config.scheduler_config.async_scheduling = asynchronous
+        if graphs is not None:
+            graphs_on_cpu.choose(config, graphs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(runner - 1))
+        patch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
+        patch.setattr(CpuPlatform, "check_and_update_config", classmethod(as_on_a_gpu))
+        if name == "FLASH_ATTN":
+            flash_standins.install(patch, int(version or 3))
+        if graphs is not None:
+            graphs_on_cpu.install(patch)
+        selector._cached_get_attn_backend.cache_clear()
+        _chosen.append(attention)
+        try:
+            yield
+        finally:
+            _chosen.pop()
+            selector._cached_get_attn_backend.cache_clear()
