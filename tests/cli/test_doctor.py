@@ -104,6 +104,18 @@ def test_the_switch_of_the_vllm_plugin(value, words, problem, document, monkeypa
     assert "leaves the plug-in out" in environment.engines()["vLLM, here"]
 
 
+@pytest.mark.parametrize(("switch", "refuses"), [("", False), ("budget-64", True)])
+def test_versions_of_vllm_that_are_not_supported(switch, refuses, document, monkeypatch) -> None:
+    find, version = environment.importlib.util.find_spec, environment._distribution
+    monkeypatch.setattr(environment.importlib.util, "find_spec", lambda name: True if name == "vllm" else find(name))
+    monkeypatch.setattr(environment, "_distribution", lambda name: "0.31.0" if name == "vllm" else version(name))
+    monkeypatch.setenv("MUSTDROP_VLLM", switch)
+    engines = environment.engines()
+    assert "mustdrop: vLLM 0.31.0 is not supported" in engines["vLLM, here"]
+    problems, _ = doctor.assess({**document, "engines": engines}, ["cpu"])
+    assert any("vLLM would refuse to start" in sentence for sentence in problems) == refuses
+
+
 @pytest.mark.parametrize(
     ("prelude", "reason", "advice"),
     [

@@ -7,7 +7,8 @@ switched on for one model by ``hf_overrides``, for every LLaVA by the environmen
     LLM(model, hf_overrides={"architectures": ["MustDropLlavaForConditionalGeneration"],
                              "mustdrop": {"merge": False, "key_rate": 0.0, "pruning_layers": [2], "budgets": [64]}})
 
-plugin.py registers the models; settings.py reads and checks the settings; engine.py configures the engine.
+plugin.py registers the models; versions.py states the supported versions of vLLM; settings.py reads and checks the
+settings; engine.py configures the engine.
 
 Before the engine: inputs.py and beams.py check and mark requests. In the engine core: scheduler.py and blocks.py;
 requests.py is what the scheduler decides about a request, reports.py what the workers report to it. Where the model is:

@@ -10,7 +10,7 @@ from vllm.config import CUDAGraphMode
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
-from . import settings
+from . import settings, versions
 
 SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.scheduler"
 _WORKER_V1 = "mustdrop_kernels.integrations.vllm.runner_v1.MustDropWorker"
@@ -24,6 +24,7 @@ class MustDropEngineConfig(VerifyAndUpdateConfig):
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
         """Sets scheduler and worker; raises ``ValueError`` for settings under which tokens cannot be dropped."""
+        versions.check()
         hf_config = vllm_config.model_config.hf_config
         if not hasattr(hf_config, settings.FIELD) and (fields := settings.from_environment()) is not None:
             setattr(hf_config, settings.FIELD, fields)  # hf_config is sent to all processes
