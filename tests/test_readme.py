@@ -70,13 +70,16 @@ def test_it_has_at_most_150_lines() -> None:
 
 def test_figures_are_those_of_the_results() -> None:
     """Figures of `mustdrop bench serving` with 32 concurrent requests, as in docs/benchmarks.md."""
-    lines = serving.sheet(serving.read(ROOT / "bench/results/cpu/serving.json")).rows
-    full, dropped = (line for line in lines if line[0] == "32")
-    rate, first_token, blocks = re.search(r"\((.*)x\)", dropped[2])[1], dropped[3].split(" ±")[0], dropped[5]
+    sheet = serving.sheet(serving.read(ROOT / "bench/results/cpu/serving.json"))
+    lines = [dict(zip(sheet.columns, cells, strict=True)) for cells in sheet.rows if cells[0] == "32"]
+    full, dropped = (next(line for line in lines if line["image tokens"] == name) for name in ("all", "dropped"))
+    rate = re.search(r"\((.*)x\)", dropped["requests/s"])[1]
+    first_token, plain = (line["first token"].split(" ±")[0] for line in (dropped, full))
+    blocks, all_blocks = dropped["while decoding"], full["while decoding"]
     text = README.read_text()
     assert f"**{rate}x** the requests per second" in text
-    assert f"the first token after **{first_token}** instead of {full[3].split(' ±')[0]}" in text
-    assert f"**{blocks}** cache blocks in use between steps instead of {full[5]}" in text
+    assert f"the first token after **{first_token}** instead of {plain}" in text
+    assert f"**{blocks}** cache blocks in use while decoding instead of {all_blocks}" in text
 
 
 def test_the_documentation_begins_with_the_same_commands() -> None:

@@ -28,8 +28,8 @@ def command_line() -> list[str]:
     return ["mustdrop" if program == "__main__.py" else program, *sys.argv[1:]]
 
 
-def reader(kind: str, maker: str) -> Callable[[Path], Document]:
-    """Function that reads documents of a format; see ``read_document``."""
+def reader(kind: str | tuple[str, ...], maker: str) -> Callable[[Path], Document]:
+    """Function that reads documents of a format, or of several; see ``read_document``."""
     return lambda path: read_document(path, kind, maker)
 
 

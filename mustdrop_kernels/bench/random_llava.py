@@ -85,7 +85,8 @@ MODELS = {
     "llava-1.5-7b": Sizes(Transformer(1024, 4096, 16, 24), Transformer(4096, 11008, 32, 32), 32064),
     "llava-1.5-13b": Sizes(Transformer(1024, 4096, 16, 24), Transformer(5120, 13824, 40, 40), 32064),
     "llava-1.5-narrow": Sizes(Transformer(256, 1024, 4, 8), Transformer(512, 1376, 8, 32), 2048),
-    "tiny": Sizes(Transformer(64, 128, 4, 4), Transformer(64, 128, 4, 16), 256),
+    "llava-1.5-shallow": Sizes(Transformer(128, 320, 4, 4), Transformer(384, 1024, 12, 12), 512),
+    "tiny": Sizes(Transformer(64, 128, 2, 4), Transformer(64, 128, 2, 16), 512),
 }
 
 
@@ -141,6 +142,15 @@ def save(folder: Path, model: Any, processor: Any) -> None:
     processor.save_pretrained(folder)
     weights = folder / "model.safetensors"
     save_file({hub_name(name): x for name, x in load_file(weights).items()}, weights, metadata={"format": "pt"})
+
+
+def save_without_weights(folder: Path, sizes: Sizes) -> None:
+    """Write a checkpoint without weights, for engines that make random ones, as vLLM with ``load_format="dummy"``."""
+    processed = processor()
+    config = sizes.config(processed.tokenizer.convert_tokens_to_ids("<image>"))
+    config.architectures = ["LlavaForConditionalGeneration"]
+    config.save_pretrained(folder)
+    processed.save_pretrained(folder)
 
 
 def hub_name(name: str) -> str:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Throughput of vLLM, with every token and with dropping: requests/s, time to the first token, blocks.
+"""Throughput of vLLM with every vision token, with dropping, and with smaller images.
 
-Two engines in separate processes run alternately, for each round and number of requests in flight, so that drift of
-the machine affects both. A measurement keeps that number of requests in flight, each with its own picture, and lasts
-from the first arrival to the last completion. A table shows medians over the rounds, half the interquartile range, and
-the ratio of the two within a round.
+Each arm is an engine in a process of its own, on a GPU with an equal share of the memory. They run alternately, for
+each round and number of requests in flight, so that drift of the machine affects all. A measurement keeps that number
+of requests in flight, each with its own picture, and lasts from the first arrival to the last completion. A first round
+compiles kernels and is discarded. A table shows medians over the rounds, half the interquartile range, and ratios to
+the first arm within a round.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,261 +24,313 @@ from typing import Any
 
 import torch
 
-from ..errors import Refusal
+from ..config import MustDropConfig
+from ..errors import Refusal, first_line
 from . import machine
-from .documents import Document, Sheet, Tell, note, reader
+from .documents import Document, Keep, Sheet, Tell, note, reader
+from .serving_engine import run_engine
+from .smaller_images import smaller_images
 from .timing import quartiles
 from .units import duration
 from .vllm_engine import overrides
 
-FORMAT = "mustdrop-serving/1"
-read = reader(FORMAT, "mustdrop bench serving")
-ARMS = ("full", "dropped")
-# Merging leaves 256 of 576 tokens, pruning 80: 137 on average over the layers.
-NARROW_PLAN = {"merge_budget": 40, "pruning_layers": [1, 3, 5], "budgets": [200, 128, 80]}
-SETTINGS = {"max_model_len": 1024, "max_num_batched_tokens": 4096, "block_size": 32, "seed": 0}
-PROMPT = "USER: <image>\nWhat is in the image? ASSISTANT:"
+FORMAT = "mustdrop-serving/2"
+read = reader((FORMAT, "mustdrop-serving/1"), "mustdrop bench serving")
+Row = dict[str, Any]
+LABELS = {"full": "all", "dropped": "dropped", "smaller": "smaller images"}  # of the arms
+PLAN = {"preset": "budget-128"}
+SHALLOW = "llava-1.5-shallow"
+SHALLOW_PLAN = {"merge_budget": 40, "pruning_layers": [1, 3, 5], "budgets": [200, 128, 80]}  # for its 12 layers
+COMMON = {"max_model_len": 1024, "enable_prefix_caching": False, "seed": 0}
+ON_CPU = {
+    "block_size": 32, "enforce_eager": True, "kv_cache_memory_bytes": 2 << 30, "max_num_batched_tokens": 4096,
+}  # fmt: skip
+GPU_MEMORY = 0.84  # of all engines: each has a context and graphs beside its share
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Options of ``mustdrop bench serving``."""
+    """Options of ``mustdrop bench serving``.
 
-    model: str | None  # a folder; None: the narrow model
-    plan: dict[str, Any] | None  # fields of MustDropConfig; None: those for the model
+    Raises:
+        ValueError: the plan is invalid, or a number of requests in flight.
+    """
+
+    model: str | None = None  # a folder, or a name of random_llava.MODELS; None: by the device
+    plan: dict[str, Any] | None = None  # of ``config_of``; None: one for the depth of the model
     dtype: str = "auto"  # vLLM's
-    concurrency: tuple[int, ...] = (1, 8, 32)
+    concurrency: tuple[int, ...] | None = None  # None: by the device
     requests: int = 2  # for each request in flight; four at least
     new_tokens: int = 32
     rounds: int = 3
     blocks: int | None = None  # of the pool; None: vLLM's choice
 
-    @property
-    def name(self) -> str:
-        """Name of the model."""
-        return "llava-1.5-narrow, random weights" if self.model is None else Path(self.model).name
-
-    @property
-    def fields(self) -> dict[str, Any]:
-        """Fields of MustDropConfig."""
-        return self.plan or (NARROW_PLAN if self.model is None else {"preset": "budget-128"})
+    def __post_init__(self) -> None:
+        if self.plan is not None:
+            config_of(self.plan)
+        if self.concurrency is not None and min(self.concurrency) < 1:
+            raise ValueError(f"--concurrency must be numbers of at least 1, got {min(self.concurrency)}")
 
     def count(self, concurrency: int) -> int:
         """Requests of a measurement."""
         return max(4, concurrency * self.requests)
 
 
-def settings(options: Options, arm: str, model: str | None) -> dict[str, Any]:
-    """Arguments of one engine. The arms differ only in dropping."""
-    found = {**SETTINGS, "model": model, "max_num_seqs": max(options.concurrency), "enforce_eager": True}
-    found["enable_prefix_caching"] = False
-    found["dtype"] = options.dtype
+def config_of(fields: dict[str, Any]) -> MustDropConfig:
+    """The config of a plan: of fields, or of a preset and fields that change it."""
+    changes = {name: value for name, value in fields.items() if name != "preset"}
+    if "preset" in fields:
+        return MustDropConfig.preset(fields["preset"], **changes)
+    return MustDropConfig.from_dict(changes)
+
+
+def platform() -> str:
+    """Type of the device that vLLM runs on here; torch's where vLLM is not installed."""
+    if importlib.util.find_spec("vllm") is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """What is measured on one type of device."""
+
+    model: str  # a folder, or a name of random_llava.MODELS
+    random_weights: bool
+    plan: dict[str, Any]  # of ``config_of``
+    concurrency: tuple[int, ...]
+    arms: dict[str, dict[str, Any]]
+    """Arguments of each engine. They differ in dropping, or in the size of the images, alone."""
+    vision_tokens: dict[str, float] | None
+    """Of an image: with dropping, the mean over the layers; of a smaller image. None without smaller images."""
+    left_out: str | None
+    """The reason why there are no smaller images."""
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        return f"{self.model}, random weights" if self.random_weights else Path(self.model).name
+
+
+def plan_course(options: Options, device: str) -> Course:
+    """The course for this type of device.
+
+    Raises:
+        Refusal: the model has no configuration that transformers reads.
+    """
+    from transformers import AutoConfig
+
+    from .random_llava import MODELS
+
+    on_cpu = device == "cpu"
+    model = options.model or (SHALLOW if on_cpu else "llava-1.5-7b")
+    plan = options.plan or (SHALLOW_PLAN if model == SHALLOW else PLAN)
+    random_weights = model in MODELS
+    try:
+        config = MODELS[model].config() if random_weights else AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--model {model}: {first_line(error)}") from None
+    arms = {"full": {}, "dropped": overrides(plan)}
+    vision_tokens = left_out = None
+    try:
+        smaller = smaller_images(config, config_of(plan), random_weights)
+        arms["smaller"] = smaller.arguments
+        vision_tokens = {"dropped": smaller.mean_tokens, "smaller": smaller.tokens}
+    except Refusal as refusal:
+        left_out = f"smaller images are left out: {refusal}"
+    concurrency = options.concurrency or ((1, 8, 32) if on_cpu else (1, 8, 32, 128))
+    common = {"model": model, **COMMON, "dtype": options.dtype, "max_num_seqs": max(concurrency)}
+    common |= ON_CPU if on_cpu else {"gpu_memory_utilization": round(GPU_MEMORY / len(arms), 2)}
+    if random_weights:
+        common["load_format"] = "dummy"
     if options.blocks:
-        found["num_gpu_blocks_override"] = options.blocks
-    return found | overrides(options.fields if arm == "dropped" else None)
+        common["num_gpu_blocks_override"] = options.blocks
+    arms = {arm: common | own for arm, own in arms.items()}
+    return Course(model, random_weights, plan, concurrency, arms, vision_tokens, left_out)
 
 
-# ------------------------------------------------------------------------------------------- in the engine's process
+class Engine:
+    """An engine in a process of its own."""
 
+    def __init__(self, arm: str, arguments: dict[str, Any]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.arm = arm
+        self.near, far = context.Pipe()
+        self.process = context.Process(target=run_engine, args=(arguments, far))
+        self.process.start()
+        far.close()  # recv raises when the engine dies
 
-def run_engine(options: Options, arm: str, model: str, connection: Any) -> None:
-    """Measure each number of requests in flight that the connection sends, until it sends None."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the pool is in this process
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    from vllm import LLM
+    def receive(self) -> dict[str, Any]:
+        """What the engine sends next.
 
-    llm = LLM(**settings(options, arm, model))
-    meter = Meter(llm)
-    meter.serve(1, 2, options.new_tokens)  # warm-up
-    connection.send(str(llm.llm_engine.vllm_config.model_config.dtype).removeprefix("torch."))
-    while (concurrency := connection.recv()) is not None:
-        connection.send(meter.serve(concurrency, options.count(concurrency), options.new_tokens))
-    llm.llm_engine.engine_core.shutdown()
+        Raises:
+            Refusal: the process has ended.
+        """
+        try:
+            return dict(self.near.recv())
+        except EOFError:
+            raise Refusal(f"the engine of the arm {self.arm!r} ended; its error is printed above") from None
 
-
-class Meter:
-    """An engine, and a count of the blocks that it uses."""
-
-    def __init__(self, llm: Any) -> None:
-        self.core = llm.llm_engine
-        self.side = llm.model_config.hf_config.vision_config.image_size
-        scheduler = self.core.engine_core.engine_core.scheduler
-        self.pool = scheduler.kv_cache_manager.block_pool
-        self.most = 0
-        """Blocks in use while a step ran, at most."""
-        plan = scheduler.schedule
-
-        def schedule(*args: Any, **kwargs: Any) -> Any:
-            planned = plan(*args, **kwargs)
-            self.most = max(self.most, self.used())
-            return planned
-
-        scheduler.schedule = schedule
-
-    def used(self) -> int:
-        """Blocks in use, without the one that vLLM reserves."""
-        return self.pool.num_gpu_blocks - 1 - self.pool.get_num_free_blocks()
-
-    def serve(self, concurrency: int, count: int, new_tokens: int) -> dict[str, float]:
-        """One measurement: `count` requests, `concurrency` of them in flight."""
-        from vllm import SamplingParams
-
-        prompts = [{"prompt": PROMPT, "multi_modal_data": {"image": picture(seed, self.side)}} for seed in range(count)]
-        sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
-        arrived: dict[str, float] = {}
-        first: dict[str, float] = {}
-        done = sent = between = self.most = 0
-        begin = time.perf_counter()
-        while done < count:
-            while sent < count and sent - done < concurrency:
-                arrived[str(sent)] = time.perf_counter()
-                self.core.add_request(str(sent), prompts[sent], sampling)
-                sent += 1
-            for output in self.core.step():
-                first.setdefault(output.request_id, time.perf_counter())
-                done += output.finished
-            between = max(between, self.used())
-        seconds = time.perf_counter() - begin
-        return {
-            "requests": count,
-            "seconds": seconds,
-            "requests_per_s": count / seconds,
-            "first_token_s": statistics.median(first[name] - arrived[name] for name in arrived),
-            "peak_blocks": self.most,
-            "held_blocks": between,
-        }
-
-
-def picture(seed: int, side: int) -> Any:
-    """Different pictures for all requests, so that no cache holds them."""
-    import numpy as np
-    from PIL import Image
-
-    return Image.fromarray(np.random.RandomState(seed).randint(0, 256, (side, side, 3)).astype("uint8"))
-
-
-# ------------------------------------------------------------------------------------------------------ around it
+    def serve(self, concurrency: int, count: int, new_tokens: int) -> dict[str, Any]:
+        """One measurement; see ``Meter.serve``."""
+        self.near.send((concurrency, count, new_tokens))
+        return self.receive()
 
 
 @contextmanager
-def engines(options: Options, model: str) -> Iterator[tuple[dict[str, Any], str]]:
-    """Connections to both engines, and the model's dtype."""
-    context = multiprocessing.get_context("spawn")
-    pipes = {arm: context.Pipe() for arm in ARMS}
-    processes = [context.Process(target=run_engine, args=(options, arm, model, pipes[arm][1])) for arm in ARMS]
+def engines(arms: dict[str, dict[str, Any]], tell: Tell) -> Iterator[dict[Engine, dict[str, Any]]]:
+    """The engines and their facts. They start one after another, since vLLM measures the free memory at its start."""
+    started: dict[Engine, dict[str, Any]] = {}
     try:
-        for process, (near, far) in zip(processes, pipes.values(), strict=True):
-            process.start()
-            far.close()  # recv raises when the engine dies
-            dtype = near.recv()
-        yield {arm: near for arm, (near, _) in pipes.items()}, dtype
-        for near, _ in pipes.values():
-            near.send(None)
-        for process in processes:
-            process.join()
+        for arm, arguments in arms.items():
+            tell(f"starting the engine of {arm!r}", 0.0)
+            engine = Engine(arm, arguments)
+            started[engine] = {}
+            started[engine] = engine.receive()
+        yield started
+        for engine in started:
+            engine.near.send(None)
+        for engine in started:
+            engine.process.join()
     finally:
-        for process in processes:
-            if process.is_alive():
-                process.terminate()
+        for engine in started:
+            if engine.process.is_alive():
+                engine.process.terminate()
 
 
-def measure(options: Options, model: str, tell: Tell) -> tuple[list[dict[str, Any]], str]:
-    """Rows of all rounds, and the model's dtype. The order of the arms alternates."""
+def one_round(number: int, started: Sequence[Engine], course: Course, options: Options, tell: Tell) -> list[Row]:
+    """Rows of a round; round 0 is the warm-up. The order of the engines alternates."""
     rows = []
-    with engines(options, model) as (connections, dtype):
-        for number in range(options.rounds):
-            for concurrency in options.concurrency:
-                tell(f"round {number + 1}, {concurrency} in flight", number / options.rounds)
-                for arm in ARMS[:: -1 if number % 2 else 1]:
-                    connections[arm].send(concurrency)
-                    found = connections[arm].recv()
-                    rows.append({"round": number, "arm": arm, "concurrency": concurrency, **found})
-    return rows, dtype
-
-
-def write_narrow(folder: Path) -> None:
-    """Write the checkpoint of a LLaVA-1.5 with 576 patches, less width, and random weights.
-
-    It is large enough that a prompt takes longer than the engine's overhead.
-    """
-    from transformers import LlavaForConditionalGeneration
-
-    from .random_llava import Sizes, Transformer, processor, save
-
-    sizes = Sizes(Transformer(128, 320, 4, 4), Transformer(384, 1024, 12, 12), 512)
-    processed = processor()
-    image = processed.tokenizer.convert_tokens_to_ids("<image>")
-    config = sizes.config(image, bos_token_id=1, eos_token_id=2, pad_token_id=3)
-    torch.manual_seed(0)
-    model = LlavaForConditionalGeneration._from_config(config).eval()
-    model.generation_config.pad_token_id = 3
-    save(folder, model, processed)
+    for concurrency in course.concurrency:
+        what = f"round {number} of {options.rounds}" if number else "warm-up"
+        tell(f"{what}, {concurrency} in flight", number / (options.rounds + 1))
+        for engine in started[:: -1 if number % 2 else 1]:
+            found = engine.serve(concurrency, options.count(concurrency), options.new_tokens)
+            rows.append({"round": number, "arm": engine.arm, "concurrency": concurrency, **found})
+    return rows
 
 
 def plan_lines(options: Options) -> Iterator[str]:
-    """Lines of a dry run: the arguments of both engines, then the rounds."""
-    for arm in ARMS:
-        yield f"{arm} {json.dumps(settings(options, arm, options.model or options.name))}"
-    requests = len(ARMS) * options.rounds * sum(map(options.count, options.concurrency))
-    yield f"{options.rounds} rounds of {list(options.concurrency)} requests in flight: {requests} requests"
+    """Lines of a dry run: the arguments of the engines, then the rounds."""
+    course = plan_course(options, platform())
+    for arm, arguments in course.arms.items():
+        yield f"{arm} {json.dumps(arguments)}"
+    if course.left_out:
+        yield course.left_out
+    requests = len(course.arms) * (options.rounds + 1) * sum(map(options.count, course.concurrency))
+    yield (
+        f"{options.rounds} rounds of {list(course.concurrency)} requests in flight after a warm-up: {requests} requests"
+    )
 
 
-def run(options: Options, command: Sequence[str] = (), tell: Tell = lambda what, share: None) -> Document:
-    """Measure; the document.
+def run(
+    options: Options,
+    command: Sequence[str] = (),
+    tell: Tell = lambda what, share: None,
+    keep: Keep = lambda document: None,
+) -> Document:
+    """Measure; `keep` takes the document after each round.
 
     Raises:
-        Refusal: vLLM is not installed.
+        Refusal: vLLM is not installed, or an engine ended with an error.
     """
     if importlib.util.find_spec("vllm") is None:
         raise Refusal("serving needs vLLM: run it in an environment with vllm and mustdrop_kernels (docs/engines.md)")
     import transformers
     from vllm.version import __version__ as vllm_version
 
-    about = machine.describe(torch.device("cpu"), len(os.sched_getaffinity(0)))
+    from .random_llava import MODELS, save_without_weights
+
+    device = platform()
+    course = plan_course(options, device)
+    about = machine.describe(torch.device(device), len(os.sched_getaffinity(0)))
     about |= {"vllm": vllm_version, "transformers": transformers.__version__}
-    with tempfile.TemporaryDirectory() as name:
-        model = options.model or str(Path(name) / "narrow")
-        if options.model is None:
-            tell("writing the narrow model", 0.0)
-            write_narrow(Path(model))
-        tell("starting two engines", 0.0)
-        rows, dtype = measure(options, model, tell)
-    return {
-        "format": FORMAT, "command": list(command), "machine": about, "model": options.name, "dtype": dtype,
-        "plan": options.fields, "new_tokens": options.new_tokens, "settings": SETTINGS, "blocks": options.blocks,
-        "load_after": list(os.getloadavg()), "rows": rows,
-    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        arms = course.arms
+        if course.random_weights:
+            save_without_weights(Path(scratch), MODELS[course.model])
+            arms = {arm: {**arguments, "model": scratch} for arm, arguments in arms.items()}
+        with engines(arms, tell) as started:
+            facts = {engine.arm: {"arguments": course.arms[engine.arm], **found} for engine, found in started.items()}
+            document: Document = {
+                "format": FORMAT, "command": list(command), "machine": about, "model": course.name,
+                "dtype": facts["full"]["dtype"], "plan": course.plan, "new_tokens": options.new_tokens,
+                "arms": facts, "vision_tokens": course.vision_tokens, "left_out": course.left_out, "rows": [],
+            }  # fmt: skip
+            for number in range(options.rounds + 1):
+                rows = one_round(number, list(started), course, options, tell)
+                if number:
+                    document["rows"] += rows
+                    document["load_after"] = machine.load()
+                    keep(document)
+    return document
+
+
+def _seconds(value: float) -> str:
+    """A time in seconds, in the unit that fits."""
+    return duration(1e6 * value)
+
+
+RATES = {  # column: name in a row, how it is shown, whether more is better
+    "requests/s": ("requests_per_s", "{:.2f}".format, True),
+    "tokens/s": ("tokens_per_s", "{:.0f}".format, True),
+    "first token": ("first_token_s", _seconds, False),
+    "between tokens": ("between_tokens_s", _seconds, False),
+}
+BLOCKS = {"blocks at most": "peak_blocks", "while decoding": "held_blocks"}
 
 
 def sheet(document: Document) -> Sheet:
-    """Medians and spreads of both arms, for each number of requests in flight."""
+    """Medians and spreads of all arms, for each number of requests in flight. Former documents have fewer columns."""
+    every = document["rows"]
+    rates = {column: facts for column, facts in RATES.items() if facts[0] in every[0]}
     lines = []
-    for concurrency in dict.fromkeys(row["concurrency"] for row in document["rows"]):
-        own = {arm: [r for r in document["rows"] if (r["concurrency"], r["arm"]) == (concurrency, arm)] for arm in ARMS}
+    for concurrency in dict.fromkeys(row["concurrency"] for row in every):
+        own = {arm: [r for r in every if (r["concurrency"], r["arm"]) == (concurrency, arm)] for arm in LABELS}
         for arm, rows in own.items():
-            rate = cell(rows, "requests_per_s", "{:.2f}".format)
-            wait = cell(rows, "first_token_s", lambda seconds: duration(1e6 * seconds))
-            if arm == "dropped":
-                rate += f" ({ratio(rows, own['full'], 'requests_per_s'):.2f}x)"
-                wait += f" ({ratio(own['full'], rows, 'first_token_s'):.2f}x)"
-            peak, held = (max(row[name] for row in rows) for name in ("peak_blocks", "held_blocks"))
-            lines.append(
-                [str(concurrency), "all" if arm == "full" else "dropped", rate, wait, f"{peak:.0f}", f"{held:.0f}"]
-            )
+            if not rows:
+                continue
+            cells = []
+            for name, show, more_is_better in rates.values():
+                cells.append(cell(rows, name, show))
+                if arm != "full":
+                    pair = (rows, own["full"]) if more_is_better else (own["full"], rows)
+                    cells[-1] += f" ({ratio(*pair, name):.2f}x)"
+            lines.append([str(concurrency), LABELS[arm], *cells, *(blocks(rows, name) for name in BLOCKS.values())])
+    return Sheet(["in flight", "image tokens", *rates, *BLOCKS], lines, note(document, *_facts(document)))
+
+
+def _facts(document: Document) -> Iterator[str]:
+    """What was measured where, for the note."""
     about = document["machine"]
-    facts = document["model"], document["dtype"], about["name"], f"{about['threads']} threads", f"vLLM {about['vllm']}"
-    columns = ["in flight", "image tokens", "requests/s", "first token", "blocks at most", "between steps"]
-    return Sheet(columns, lines, note(document, *facts))
+    yield from (document["model"], document["dtype"], about["name"])
+    yield f"{about['threads']} threads" if about["device"] == "cpu" else f"CUDA {about['torch_cuda']}"
+    if tokens := document.get("vision_tokens"):
+        yield f"dropping keeps {tokens['dropped']:.0f} vision tokens on average over the layers"
+        yield f"smaller images have {tokens['smaller']}"
+    if document.get("left_out"):
+        yield document["left_out"]
+    if arms := list(document.get("arms", {}).values()):
+        pools = "/".join(str(facts["pool_blocks"]) for facts in arms)
+        yield f"pools of {pools} blocks of {arms[0]['block_size']} tokens"
+    yield f"vLLM {about['vllm']}"
 
 
-def cell(rows: list[dict[str, Any]], name: str, show: Any) -> str:
+def cell(rows: list[Row], name: str, show: Any) -> str:
     """Median and half the distance between the quartiles."""
     first, median, third = quartiles([row[name] for row in rows])
     return f"{show(median)} ±{100 * (third - first) / 2 / median:.0f}%"
 
 
-def ratio(rows: list[dict[str, Any]], base: list[dict[str, Any]], name: str) -> float:
+def ratio(rows: list[Row], base: list[Row], name: str) -> float:
     """Median over the rounds of a ratio within a round."""
     of_base = {row["round"]: row[name] for row in base}
     return statistics.median(row[name] / of_base[row["round"]] for row in rows)
+
+
+def blocks(rows: list[Row], name: str) -> str:
+    """Most blocks of any round; a dash if they were never counted."""
+    found = [row[name] for row in rows if row[name] is not None]
+    return str(max(found)) if found else "-"

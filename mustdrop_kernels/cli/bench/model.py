@@ -18,8 +18,8 @@ def model(
     model: Annotated[
         str | None,
         typer.Option(
-            help="llava-1.5-7b, llava-1.5-13b, llava-1.5-narrow (all layers, less width), tiny. "
-            "Default: narrow on a CPU, 7b on a GPU."
+            help="llava-1.5-7b, llava-1.5-13b, llava-1.5-narrow (all layers, less width), llava-1.5-shallow (12 "
+            "layers), tiny. Default: narrow on a CPU, 7b on a GPU."
         ),
     ] = None,
     dtype: Annotated[
