@@ -285,6 +285,7 @@ def facts() -> dict[str, object]:
         "triton",
         "cupy",
         "transformers",
+        "vllm",
     )
     return {
         "python": platform.python_version(),

@@ -48,6 +48,7 @@ class Machine:
     failed_before: Path  # node ids of tests that failed in an earlier run, if any
     sanitizer: str | None  # compute-sanitizer
     filtered: bool = True  # it supports --kernel-name
+    vllm: bool = True  # it is installed
 
 
 def find_sanitizer() -> str | None:
@@ -164,6 +165,13 @@ class Parts:
         words = ("-m", "mustdrop_kernels", "bench", "model", *model, *words, "--json", str(path))
         return Part(name, seconds, (self.python(*words),))
 
+    def serving(self, seconds: int, *words: str) -> Part:
+        """`mustdrop bench serving` into serving.json."""
+        path = self.machine.out / "serving.json"
+        command = self.python("-m", "mustdrop_kernels", "bench", "serving", *words, "--json", str(path))
+        why_not = None if self.machine.vllm else "vLLM is not installed"
+        return Part("serving", seconds, (command,), why_not=why_not)
+
 
 _MOVED_MOST = ("spatial_merge", "text_vision_scores", "cls_attention", "select_topk", "gather_tokens", "compact_kv_")
 
@@ -227,7 +235,12 @@ def decode(at: Parts) -> list[Part]:
     ]  # fmt: skip
 
 
-RUNS = {run.__name__: run for run in (first, second, suite, sanitize, bench, e2e, decode)}
+def serve(at: Parts) -> list[Part]:
+    """vLLM with 1 to 128 requests in flight: every vision token, dropped tokens, smaller images."""
+    return [at.library(300), at.facts(), at.serving(480, "--model", "llava-1.5-7b", "--rounds", "2")]
+
+
+RUNS = {run.__name__: run for run in (first, second, suite, sanitize, bench, e2e, decode, serve)}
 SHORT = ("first", "second")  # take LEASE at most
 
 

@@ -245,6 +245,7 @@ def describe_machine(prebuilt: bool, dry: bool) -> gpu_parts.Machine:
         failed_before=gpu_bundle.FOLDER / gpu_bundle.FAILED,
         sanitizer=sanitizer,
         filtered=dry or sanitizer is None or gpu_parts.filters_kernels(sanitizer),
+        vllm=dry or importlib.util.find_spec("vllm") is not None,
     )
 
 

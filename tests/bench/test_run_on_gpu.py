@@ -34,6 +34,7 @@ ORDER = {
     "bench": "library facts ops-bfloat16 ops-float16 ops-float32 ops-video",
     "e2e": "library facts graph e2e",
     "decode": "library facts tokens e2e-static",
+    "serve": "library facts serving",
 }
 
 
@@ -145,14 +146,23 @@ def test_the_files_that_the_parts_name_exist(tmp_path):
 
 def test_bench_takes_the_options_that_it_is_given(mustdrop, tmp_path):
     there = set()
-    for name in ("second", "bench", "e2e", "decode"):
+    for name in ("second", "bench", "e2e", "decode", "serve"):
         for part in gpu_parts.parts_of(name, machine(tmp_path)):
             if "mustdrop_kernels" in part.commands[0] and "bench" in part.commands[0]:
                 words = list(part.commands[0][part.commands[0].index("bench") :])
-                result = mustdrop(*words, "--device", "cpu", "--dry-run")
+                device = () if words[1] == "serving" else ("--device", "cpu")
+                result = mustdrop(*words, *device, "--dry-run")
                 assert result.exit_code == 0, result.output
                 there.add(words[1])
-    assert there == {"ops", "model"}
+    assert there == {"ops", "model", "serving"}
+
+
+def test_serving_is_left_out_without_vllm(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (*_, part) = gpu_parts.parts_of("serve", gpu_run.describe_machine(prebuilt=True, dry=False))
+    assert (part.name, part.why_not) == ("serving", "vLLM is not installed")
+    (*_, part) = gpu_parts.parts_of("serve", gpu_run.describe_machine(prebuilt=True, dry=True))
+    assert part.why_not is None
 
 
 def test_wrong_usage():
