@@ -21,7 +21,11 @@ def install() -> None:
 def _wrapped(process_inputs: Any) -> Any:
     @functools.wraps(process_inputs)
     def wrapped(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        settings.check_request(self.vllm_config, params)
+        try:
+            settings.check_request(self.vllm_config, params)
+        except ValueError:
+            _forget_images(self.renderer.mm_processor_cache, prompt)
+            raise
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         if isinstance(prompt, dict) and beams.FIELD in prompt:
             sampling = request.sampling_params  # the request's own copy
@@ -29,3 +33,11 @@ def _wrapped(process_inputs: Any) -> Any:
         return request
 
     return wrapped
+
+
+def _forget_images(cache: Any, prompt: Any) -> None:
+    """Removes the images of a request that ends here from the front end's cache, since the engine will not have them."""
+    if cache is not None and isinstance(prompt, dict):
+        for hashes in prompt.get("mm_hashes", {}).values():
+            for mm_hash in hashes:
+                cache.invalidate(mm_hash)

@@ -68,30 +68,37 @@ class _Rules(Scheduler):
         if config is None or sampling.prompt_logprobs is not None or request.resumable:
             return None
         tokens = prompt_tokens(request)
-        if (limit := self._longest_step(found)) < tokens:
+        if self._longest_step(found) < tokens:
             self.plain_prompts += 1
-            logger.warning_once(
-                "mustdrop: prompts with images are read plainly, with every token, if they do not fit a step: request "
-                "%s has %d tokens, and a step at most %d (max_num_batched_tokens); later ones are counted only",
-                request.request_id, tokens, limit,
-            )  # fmt: skip
+            if self.plain_prompts == 1:
+                logger.warning(
+                    "mustdrop: a prompt with images keeps every token if it does not fit a step beside max_num_seqs - 1 "
+                    "decoding requests; %s has %d tokens: raise max_num_batched_tokens or lower max_num_seqs. Later "
+                    "prompts are counted only",
+                    request.request_id, tokens,
+                )  # fmt: skip
             return None
         return Reading(tokens, config)
 
     def _longest_step(self, found: list[Any]) -> int:
-        """Number of tokens that a step can read of a prompt with these images."""
+        """Number of tokens that a step can read of a prompt with these images, while all other requests decode."""
         of_images = {feature.identifier: feature.mm_position.get_num_embeds() for feature in found}
         if sum(of_images.values()) > min(self.max_num_encoder_input_tokens, self.encoder_cache_manager.cache_size):
             return 0
-        threshold = self.scheduler_config.long_prefill_token_threshold
-        return min(self.max_num_scheduled_tokens, threshold or self.max_num_scheduled_tokens)
+        threshold = self.scheduler_config.long_prefill_token_threshold or self.max_num_scheduled_tokens
+        decoding = (self.max_num_running_reqs - 1) * (1 + self.num_spec_tokens)
+        return min(self.max_num_scheduled_tokens - decoding, threshold)
 
     # Steps.
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         """Plans a step; raises ``RuntimeError`` if blocks that the worker will compact are shared."""
         self._step_config, self._step_is_plain = None, False
-        plan = super().schedule(*args, **kwargs)
+        active = self.max_num_active_reqs
+        try:
+            plan = super().schedule(*args, **kwargs)
+        finally:
+            self.max_num_active_reqs = active
         plan.mustdrop_preemptions = {}  # of each prompt that is read in this step, so far
         if self._step_config is not None:
             for request_id, count in plan.num_scheduled_tokens.items():
@@ -127,16 +134,18 @@ class _Rules(Scheduler):
             planned = plan(request, num_computed_tokens, num_new_tokens, encoder_compute_budget, shift_computed_tokens)
             if planned[0] and self._drop_config.needs_vision_stage:
                 if self._step_config is not None:
+                    self.max_num_active_reqs = 0
                     return nothing
                 self._step_is_plain = True
             return planned
-        if num_new_tokens < found.tokens or self._step_is_plain or self._step_config not in (None, found.config):
-            return nothing
-        planned = plan(request, 0, found.tokens, encoder_compute_budget, shift_computed_tokens)
-        if planned[1] < found.tokens:
-            return nothing
-        self._step_config = found.config
-        return planned
+        fits = num_new_tokens >= found.tokens and not self._step_is_plain
+        if fits and self._step_config in (None, found.config):
+            planned = plan(request, 0, found.tokens, encoder_compute_budget, shift_computed_tokens)
+            if planned[1] == found.tokens:
+                self._step_config = found.config
+                return planned
+        self.max_num_active_reqs = 0  # no request overtakes this one, so that the next steps have room for it
+        return nothing
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
         """Frees the blocks that drops have emptied, for requests that are still running and have not begun again."""

@@ -58,15 +58,17 @@ def default_platform():
 
 
 @contextlib.contextmanager
-def platform(runner: int, attention: str, *, asynchronous: bool = False, graphs: str | None = None):
+def platform(runner: int, attention: str, *, asynchronous: bool | None = None, graphs: str | None = None):
     """A model runner and an attention backend: CPU_ATTN, TRITON_ATTN, FLASH_ATTN (version 3) or FLASH_ATTN 2.
 
-    vLLM switches asynchronous scheduling and graphs off on a CPU; here they stay as asked for.
+    vLLM disables asynchronous scheduling and graphs on a CPU. Here the first is on for V2, as on GPUs, and a mode of
+    graphs can be given.
     """
     import flash_standins
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.sample.ops import topk_topp_sampler
 
     name, _, version = attention.partition(" ")
     if not INTERPRETED and (runner == 2 or name == "TRITON_ATTN"):
@@ -76,7 +78,7 @@ def platform(runner: int, attention: str, *, asynchronous: bool = False, graphs:
 
     def as_on_a_gpu(cls, config):
         configure(cls, config)
-        config.scheduler_config.async_scheduling = asynchronous
+        config.scheduler_config.async_scheduling = runner == 2 if asynchronous is None else asynchronous
         if graphs is not None:
             graphs_on_cpu.choose(config, graphs)
 
@@ -84,6 +86,7 @@ def platform(runner: int, attention: str, *, asynchronous: bool = False, graphs:
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(runner - 1))
         patch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
         patch.setattr(CpuPlatform, "check_and_update_config", classmethod(as_on_a_gpu))
+        patch.setattr(topk_topp_sampler, "HAS_TRITON", False)  # the interpreter cannot run its kernel
         if name == "FLASH_ATTN":
             flash_standins.install(patch, int(version or 3))
         if graphs is not None:

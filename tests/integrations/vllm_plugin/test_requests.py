@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
+import gpu_backends
 from engines import ASKS, BUDGETS, KEEP_ALL, drop_record, engine, free_blocks, generate, sampling
 from vllm import SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
@@ -33,7 +34,7 @@ PARAMETERS = [
     dict(structured_outputs=StructuredOutputsParams(choice=["a car", "the street"])),
     dict(structured_outputs=StructuredOutputsParams(regex="[a-c]{3}")),
 ]
-SETTINGS = {"logits_processors": ["logits_processor:Bias"], "max_num_seqs": 16}
+SETTINGS = {"logits_processors": [f"logits_processor:BiasV{gpu_backends.DEFAULT[0]}"], "max_num_seqs": 16}
 
 
 def answers(llm, parameters, asks, priority=0):

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of one request, beside the engine's."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
+
+from engines import ASKS, BUDGETS, KEEP_ALL, PLANS, engine, free_blocks, generate, scheduler
+from vllm import SamplingParams
+
+NEW = 12
+FEWER = {"budgets": [30, 20, 10]}
+OTHER_LAYERS = {"pruning_layers": [2], "budgets": [25]}
+THRESHOLDS = {"budgets": None, "global_threshold": 0.01, "individual_threshold": 0.02}
+GIVEN = {  # and the fields that it changes; None: every token is kept
+    "nothing": (None, {}),
+    "true": (True, {}),
+    "false": (False, None),
+    "false over HTTP": (0, None),
+    "false as text": ("false", None),
+    "fields": (FEWER, FEWER),
+    "JSON": (json.dumps(OTHER_LAYERS), OTHER_LAYERS),
+    "thresholds": (THRESHOLDS, THRESHOLDS),
+    "last query": ({"text_queries": "last"}, {"text_queries": "last"}),
+    "a preset and layers": (
+        {"preset": "64", "pruning_layers": [1, 3, 5]},
+        {"pruning_layers": [1, 3, 5], "budgets": None, "global_threshold": 0.011, "individual_threshold": 0.01},
+    ),
+}
+WRONG = {
+    "a number": (7, r"extra_args\['mustdrop'\] must be false, a preset's name or an object of fields, got 7"),
+    "no preset": ("some", "no preset 'some'"),
+    "no JSON": ('{"budgets": ', "must hold a preset's name or a JSON object"),
+    "unknown": ({"layers": [1]}, "cannot set layers: a request sets a preset or pruning_layers, "),
+    "stage 1": ({"merge": False, **FEWER}, "cannot set merge"),
+    "rising": ({"budgets": [20, 40, 70]}, "budgets must be falling"),
+    "too deep": ({"pruning_layers": [1, 3, 8]}, "has 8 layers, there is no 8"),
+    "too few": ({"budgets": [20]}, "budgets"),
+}
+
+
+def parameters(value):
+    return SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True, extra_args={"mustdrop": value})
+
+
+@pytest.mark.parametrize("name", ["budgets", "all stages"])
+def test_requests_of_all_kinds_at_once(name, checkpoint, transformers_of):
+    """Tokens equal transformers' with the engine's fields and those of the request; text has no use for any."""
+    engines = PLANS[name]
+    asked = [(ask, *GIVEN[kind]) for kind in GIVEN for ask in (ASKS[0], ASKS[3])] + [(ASKS[1], *GIVEN["fields"])]
+    plans = [KEEP_ALL if fields is None else {**engines, **fields} for _, _, fields in asked]
+    if name == "all stages":  # it has two pruning layers and thresholds
+        keep = [len(plan.get("budgets") or plan["pruning_layers"]) == len(plan["pruning_layers"]) for plan in plans]
+        asked, plans = ([x for x, kept in zip(xs, keep, strict=True) if kept] for xs in (asked, plans))
+    expected = [transformers_of.generate(ask, plan, NEW)[0] for (ask, _, _), plan in zip(asked, plans, strict=True)]
+    assert len(set(map(tuple, expected))) > 6
+    with engine(checkpoint, engines) as llm:
+        free = free_blocks(llm)
+        prompts = [ask.for_vllm() for ask, _, _ in asked]
+        outputs = llm.generate(prompts, [parameters(value) for _, value, _ in asked], use_tqdm=False)
+        assert [list(output.outputs[0].token_ids) for output in outputs] == expected
+        assert free_blocks(llm) == free
+        assert scheduler(llm).plain_prompts == 0  # they keep their tokens by choice
+
+
+def test_wrong_values_end_their_request(checkpoint, transformers_of):
+    with engine(checkpoint, BUDGETS) as llm:
+        for value, sentence in WRONG.values():
+            with pytest.raises(ValueError, match=sentence):
+                llm.generate([ASKS[0].for_vllm()], parameters(value), use_tqdm=False)
+        assert generate(llm, ASKS, NEW) == [transformers_of.generate(ask, BUDGETS, NEW)[0] for ask in ASKS]
+
+
+def test_plain_engines_leave_them_alone(checkpoint):
+    with engine(checkpoint, None) as llm:
+        (output,) = llm.generate([ASKS[0].for_vllm()], parameters(7), use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == NEW
