@@ -57,6 +57,21 @@ def default_platform():
             yield
 
 
+def _help_the_interpreter(patch: pytest.MonkeyPatch) -> None:
+    """Two of vLLM's kernels for sampling do not run in Triton's interpreter as they are."""
+    from triton.runtime.interpreter import InterpreterBuilder
+    from vllm.v1.sample.ops import topk_topp_sampler
+
+    store = InterpreterBuilder.create_masked_store
+
+    def store_by_flags(builder, pointers, value, mask, policy):
+        mask.data = mask.data.astype(bool)  # the "and" of a scalar and a block holds integers
+        return store(builder, pointers, value, mask, policy)
+
+    patch.setattr(InterpreterBuilder, "create_masked_store", store_by_flags)
+    patch.setattr(topk_topp_sampler, "HAS_TRITON", False)  # top-k and top-p in plain PyTorch
+
+
 @contextlib.contextmanager
 def platform(runner: int, attention: str, *, asynchronous: bool | None = None, graphs: str | None = None):
     """A model runner and an attention backend: CPU_ATTN, TRITON_ATTN, FLASH_ATTN (version 3) or FLASH_ATTN 2.
@@ -68,7 +83,6 @@ def platform(runner: int, attention: str, *, asynchronous: bool | None = None, g
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
-    from vllm.v1.sample.ops import topk_topp_sampler
 
     name, _, version = attention.partition(" ")
     if not INTERPRETED and (runner == 2 or name == "TRITON_ATTN"):
@@ -86,7 +100,8 @@ def platform(runner: int, attention: str, *, asynchronous: bool | None = None, g
         patch.setenv("VLLM_USE_V2_MODEL_RUNNER", str(runner - 1))
         patch.setattr(CpuPlatform, "get_attn_backend_cls", classmethod(lambda cls, *args, **kwargs: path))
         patch.setattr(CpuPlatform, "check_and_update_config", classmethod(as_on_a_gpu))
-        patch.setattr(topk_topp_sampler, "HAS_TRITON", False)  # the interpreter cannot run its kernel
+        if INTERPRETED:
+            _help_the_interpreter(patch)
         if name == "FLASH_ATTN":
             flash_standins.install(patch, int(version or 3))
         if graphs is not None:
