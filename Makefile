@@ -64,9 +64,14 @@ test-transformers-5: build  ## every model and mode with a release between 4.57 
 	$(ENVS) transformers-5.8
 	PYTHONPATH=$(VENV)/transformers-5.8 $(PARALLEL) -m 'not slow' \
 	  $(addprefix tests/integrations/test_,families.py modes.py static.py compiled.py)
-test-vllm: build  ## the vLLM plug-in's tests in a real vLLM on a CPU (minutes to install)
+VLLM_PYTEST = .venv-vllm/bin/python -m pytest -q -n 2 --dist worksteal
+# Tests that run on model runner V2 and a GPU's attention too, in Triton's interpreter.
+GPU_PLATFORM = tokens caches graphs pool plain request_settings requests drafts images lora beams llava_next
+test-vllm: build  ## the vLLM plug-in's tests in a real vLLM on a CPU, on both model runners (minutes to install)
 	$(ENVS) vllm
-	.venv-vllm/bin/python -m pytest -q -n 2 --dist worksteal tests/integrations/vllm_plugin
+	$(VLLM_PYTEST) tests/integrations/vllm_plugin
+	TRITON_INTERPRET=1 PYTHONPATH=.venv-vllm/triton-3.9 MUSTDROP_TEST_PLATFORM="2 FLASH_ATTN" $(VLLM_PYTEST) \
+	  $(addprefix tests/integrations/vllm_plugin/test_,$(addsuffix .py,$(GPU_PLATFORM)))
 test-sglang: build  ## the token table on SGLang's own pools and attention, on a CPU; optional
 	$(ENVS) sglang
 	PYTHONPATH=.venv-vllm/sglang-0.5.23 .venv-vllm/bin/python -m pytest -q tests/integrations/test_sglang.py

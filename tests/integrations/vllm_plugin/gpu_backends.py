@@ -58,16 +58,22 @@ def default_platform():
 
 
 def _help_the_interpreter(patch: pytest.MonkeyPatch) -> None:
-    """Two of vLLM's kernels for sampling do not run in Triton's interpreter as they are."""
+    """Some of vLLM's kernels for sampling do not run in Triton's interpreter as they are."""
     from triton.runtime.interpreter import InterpreterBuilder
     from vllm.v1.sample.ops import topk_topp_sampler
 
-    store = InterpreterBuilder.create_masked_store
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
-    def store_by_flags(builder, pointers, value, mask, policy):
-        mask.data = mask.data.astype(bool)  # the "and" of a scalar and a block holds integers
-        return store(builder, pointers, value, mask, policy)
+    # The "and" of a scalar and a block holds integers.
+    def load_by_flags(builder, pointers, mask, *args):
+        mask.data = mask.data.astype(bool)
+        return load(builder, pointers, mask, *args)
 
+    def store_by_flags(builder, pointers, value, mask, *args):
+        mask.data = mask.data.astype(bool)
+        return store(builder, pointers, value, mask, *args)
+
+    patch.setattr(InterpreterBuilder, "create_masked_load", load_by_flags)
     patch.setattr(InterpreterBuilder, "create_masked_store", store_by_flags)
     patch.setattr(topk_topp_sampler, "HAS_TRITON", False)  # top-k and top-p in plain PyTorch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Logits processors that raise one token of requests that name it, as users bring them along, for both model runners."""
+"""Logits processors of users, for both model runners: they raise one token of requests that name it."""
 
 from __future__ import annotations
 

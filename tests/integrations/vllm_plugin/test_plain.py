@@ -32,7 +32,7 @@ def warnings(monkeypatch):
 @pytest.mark.parametrize("name", ["budgets", "all stages"])
 @pytest.mark.parametrize("settings", SHORT_STEPS)
 def test_prompts_that_do_not_fit_a_step(settings, name, checkpoint, transformers_of, warnings):
-    """They are read in chunks. The picture that both kinds of prompts show is encoded once with stage 1, once without."""
+    """They are read in chunks. A picture of both kinds of prompts is encoded once with stage 1 and once without."""
     plans = [KEEP_ALL if i == TWO_IMAGES else PLANS[name] for i in range(len(ASKS))]
     expected = [transformers_of.generate(ask, plan, NEW)[0] for ask, plan in zip(ASKS, plans, strict=True)]
     with engine(checkpoint, PLANS[name], **settings) as llm:
