@@ -14,8 +14,8 @@ Before the engine: inputs.py and beams.py check and mark requests. In the engine
 requests.py is what the scheduler decides about a request, reports.py what the workers report to it. Where the model is:
 runner_v1.py and runner_v2.py turn the steps of vLLM's two model runners into a Step (step.py), dropping.py and
 prefill.py run it, attention/ has a file for each of vLLM's attention backends, layout.py builds what these require,
-record.py counts dropped tokens, adapters.py lays out LoRA; model.py, tower.py, vision.py, anyres.py and key_tokens.py
-are stage 1. images.py reads a request's features, in all of them.
+record.py counts dropped tokens, adapters.py lays out LoRA, eager_kernels.py enables vLLM's kernels; model.py, tower.py,
+vision.py, anyres.py and key_tokens.py are stage 1. images.py reads a request's features, in all of them.
 """
 
 from .plugin import register

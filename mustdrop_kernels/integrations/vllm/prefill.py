@@ -13,6 +13,7 @@ from vllm.distributed import get_tp_group
 from ...plans import PackedDropPlan
 from .adapters import set_adapters
 from .attention import AttentionBackend
+from .eager_kernels import EagerKernels
 from .layout import MetadataSwap, remaining_rows
 from .step import Step
 from .vision import PlaceholderFlags
@@ -22,7 +23,7 @@ class Prefill:
     """Runs the layers of a Llama-like language model one by one, with fewer rows after each pruning layer."""
 
     def __init__(self, model: Any, attention: AttentionBackend) -> None:  # vLLM's LlamaModel
-        self._model, self._attention = model, attention
+        self._model, self._attention, self._kernels = model, attention, EagerKernels(model)
         self._query_key: tuple[Tensor, Tensor] | None = None  # of the pruning layer that is running
 
     def run(
@@ -53,7 +54,7 @@ class Prefill:
             if lora_manager is not None:
                 set_adapters(lora_manager, [request.adapter for request in step.requests], plan.counts)
 
-        with self._recording(step.config.pruning_layers):
+        with self._recording(step.config.pruning_layers), self._kernels.enabled():
             hidden = self._run_layers(plan, hidden, positions, lay_out)
         plan.compact_caches(*self._attention.caches(), step.block_table)
         return hidden.new_zeros(step.rows, hidden.shape[1]).index_copy_(0, plan.rows, hidden), plan

@@ -37,6 +37,8 @@ class _Rules(Scheduler):
     those blocks.
     """
 
+    max_num_active_reqs: int  # vLLM's limit of requests that run
+
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
         self._drop_config = settings.read(vllm_config.model_config.hf_config)
