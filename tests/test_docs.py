@@ -48,11 +48,10 @@ RUN_ELSEWHERE = {
     "python hub/hf_kernel.py --project build/hf-project": "tests/packaging/test_hf_project.py",
     "mustdrop demo --max-new-tokens 2": "tests/cli/test_demo.py",
     # A 7B model: tests/integrations/vllm_plugin/test_http.py runs the command in a real vLLM.
-    """vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096 --hf-overrides '{"architectures": """
+    """vllm serve llava-hf/llava-1.5-7b-hf --hf-overrides '{"architectures": """
     """["MustDropLlavaForConditionalGeneration"], "mustdrop": {"preset": "budget-128"}}'""": "make test-vllm",
-    "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf --max-num-batched-tokens 4096": "make test-vllm",
-    "MUSTDROP_VLLM=small-64 vllm serve mustdrop_kernels/evaluation/model --dtype float32 "
-    "--max-num-batched-tokens 4096": "make test-vllm",
+    "MUSTDROP_VLLM=budget-128 vllm serve llava-hf/llava-1.5-7b-hf": "make test-vllm",
+    "MUSTDROP_VLLM=small-64 vllm serve mustdrop_kernels/evaluation/model --dtype float32": "make test-vllm",
 }
 # Pages whose code requires packages that are not installed in the main environment.
 PYTHON_ELSEWHERE = {"install.md": "make test-hf-kernel"}
@@ -93,6 +92,11 @@ def _plan_of_an_engine(model: str, *, hf_overrides: dict[str, Any], **engine: in
     settings.parse(hf_overrides["mustdrop"])
 
 
+def _settings_of_a_request(*, extra_args: dict[str, Any], **parameters: int) -> None:
+    """Stub of vLLM's SamplingParams: the settings must be valid in an engine with four pruning layers."""
+    settings.of_request(mk.MustDropConfig.preset("budget-128"), extra_args)
+
+
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in PYTHON_ELSEWHERE])
 def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The blocks of a page run in sequence."""
@@ -102,7 +106,8 @@ def test_python_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(registry, "_registered", dict(registry._registered))
     space: dict[str, Any] = {}
     if page == "engines.md" and find_spec("vllm") is None:
-        monkeypatch.setitem(sys.modules, "vllm", types.SimpleNamespace(LLM=_plan_of_an_engine))
+        stub = types.SimpleNamespace(LLM=_plan_of_an_engine, SamplingParams=_settings_of_a_request)
+        monkeypatch.setitem(sys.modules, "vllm", stub)
     for number, block in enumerate(blocks(page, "python")):
         exec(compile(block, f"docs/{page}, Python block {number}", "exec"), space)
 
