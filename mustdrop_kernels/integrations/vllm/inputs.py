@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from . import beams, settings
@@ -23,9 +24,9 @@ def _wrapped(process_inputs: Any) -> Any:
     def wrapped(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             settings.check_request(self.vllm_config, params)
-        except ValueError:
+        except ValueError as error:
             _forget_images(self.renderer.mm_processor_cache, prompt)
-            raise
+            raise VLLMValidationError(str(error), parameter="extra_args") from error  # 400 over HTTP
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         if isinstance(prompt, dict) and beams.FIELD in prompt:
             sampling = request.sampling_params  # the request's own copy

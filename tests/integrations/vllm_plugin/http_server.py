@@ -83,7 +83,7 @@ class HttpServer:
 
         async def send(client, number, ask):
             response = await client.post("/v1/chat/completions", json=body(ask, tokens, **more))
-            assert response.is_success, response.text
+            response.raise_for_status()
             return response.json()["choices"][0]["token_ids"]
 
         return self._together(send, asks)

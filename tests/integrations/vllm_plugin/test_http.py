@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, Ask
+import httpx
+from engines import ASKS, BUDGETS, KEEP_ALL, Ask
 from http_server import HttpServer
 from servers import joined
 
@@ -20,6 +21,7 @@ from mustdrop_kernels.integrations.vllm.settings import VARIABLE
 NEW = 20
 TWO = Ask("USER: <image>\n<image>\nWhat is in the images? ASSISTANT:", (2, 0))
 ASKED = [ASKS[0], ASKS[1], TWO, Ask("USER: <image>\ncar? ASSISTANT:", (1,)), ASKS[0]]
+FEWER = {"budgets": [30, 20, 10]}
 OVERRIDES = {"architectures": [ARCHITECTURE], "mustdrop": BUDGETS}
 SWITCHES = {
     "argument": (["--hf-overrides", json.dumps(OVERRIDES), "--mm-processor-cache-type", "shm"], {}),
@@ -70,6 +72,18 @@ def test_one_beam_is_greedy(name, servers, expected):
     asks, new = ASKED[:3], 4
     beams = servers[name].answers(asks, new, use_beam_search=True)
     assert beams == [tokens[:new] for tokens in expected[:3]]
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_settings_of_a_request(name, servers, expected, transformers_of):
+    """As text; a wrong one is the client's error."""
+    for value, plan in (("false", KEEP_ALL), (json.dumps(FEWER), {**BUDGETS, **FEWER})):
+        answers = servers[name].answers(ASKED[:2], NEW, vllm_xargs={"mustdrop": value})
+        assert answers == [transformers_of.generate(ask, plan, NEW)[0] for ask in ASKED[:2]]
+    with pytest.raises(httpx.HTTPStatusError, match="400 Bad Request") as failed:
+        servers[name].answers(ASKED[:1], NEW, vllm_xargs={"mustdrop": "some"})
+    assert "no preset 'some'" in failed.value.response.text
+    assert servers[name].answers(ASKED, NEW) == expected
 
 
 @pytest.mark.parametrize("name", SWITCHES)

@@ -110,6 +110,13 @@ def test_settings(name, checkpoint):
         configure(checkpoint, BUDGETS, **settings)
 
 
+def test_breakable_graphs(checkpoint, monkeypatch):
+    """They would replay steps in which tokens are dropped."""
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="mustdrop: VLLM_USE_BREAKABLE_CUDAGRAPH must be 0"):
+        configure(checkpoint, BUDGETS)
+
+
 @pytest.mark.parametrize("name", BY_VLLM)
 def test_settings_that_vllm_itself_refuses(name, checkpoint):
     """For this model, on a CPU; a vLLM that takes them needs a check of the plug-in."""
