@@ -79,6 +79,25 @@ def test_caches_that_can_be_compacted(kind):
     backend_of([layer(torch.zeros(4, 2, 16, 8), kind=kind)]).check(16)
 
 
+@pytest.mark.parametrize(("part", "expected"), [("wrapper", ["build", "synchronize"]), ("block_tables", ["build"])])
+def test_plans_of_flashinfer_are_on_the_device_before_the_next_one(part, expected, monkeypatch):
+    """A plan of its own kernels is copied from one pinned buffer; those of trtllm-gen need none."""
+    events = []
+
+    def build(common):
+        events.append("build")
+        return types.SimpleNamespace(decode=None, prefill=types.SimpleNamespace(**{part: None}))
+
+    stream = types.SimpleNamespace(synchronize=lambda: events.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    attention = layer(name="FLASHINFER")
+    attention.layer_name = "layer"
+    group = types.SimpleNamespace(layer_names=["layer"], build_metadata=build)
+    common = types.SimpleNamespace(seq_lens=types.SimpleNamespace(is_cuda=True, device="cuda"))
+    backend_of([attention]).build([group], common)
+    assert events == expected
+
+
 def test_caches_that_cannot_be_compacted():
     cache = torch.zeros(4, 2, 16, 8)
     with pytest.raises(ValueError, match="mustdrop: kv_cache_dtype 'nvfp4' is not served"):

@@ -11,10 +11,20 @@ from .backend import AttentionBackend
 
 
 class FlashInfer(AttentionBackend):
-    """FlashInfer, which plans on the host and copies its plan to the device from one pinned buffer."""
+    """FlashInfer's own kernels, and those of trtllm-gen and XQA, which need no plan.
+
+    A plan is made on the host, and copied to the device asynchronously from one pinned buffer, which the next plan
+    overwrites. vLLM alone makes one plan a step.
+    """
 
     def build(self, groups: list[Any], common: Any) -> Any:
-        """See ``AttentionBackend.build``; synchronizes with the device, which may not have copied the last plan yet."""
-        if common.seq_lens.is_cuda:
+        """See ``AttentionBackend.build``; synchronizes with the device after a plan.
+
+        The next plan may follow at once: that of the next pruning layer, or of vLLM's next step. vLLM's own plan for
+        this step may be overwritten, since no layer runs with it.
+        """
+        metadata = super().build(groups, common)
+        planned = any(hasattr(part, "wrapper") for part in (metadata.decode, metadata.prefill))
+        if planned and common.seq_lens.is_cuda:
             torch.cuda.current_stream(common.seq_lens.device).synchronize()
-        return super().build(groups, common)
+        return metadata
