@@ -97,7 +97,7 @@ def of_request(config: MustDropConfig, extra_args: dict[str, Any] | None) -> Mus
 
 
 def check_request(vllm_config: Any, params: Any) -> None:
-    """Raises ``ValueError``, which ends the request, if its sampling parameters hold invalid settings for MustDrop.
+    """Raises ``ValueError`` if the sampling parameters of a request hold invalid settings for MustDrop.
 
     Engines without MustDrop leave them alone.
     """

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM on a CPU as it runs on a GPU: model runner V2 and the attention backends of GPUs.
 
-Triton's kernels run in its interpreter: TRITON_ATTN, and the bookkeeping of model runner V2. FLASH_ATTN runs with
-stand-ins for its compiled functions.
+Triton's kernels run in its interpreter: TRITON_ATTN, and the bookkeeping of model runner V2. FLASH_ATTN and FLASHINFER
+run with stand-ins for their compiled functions.
 """
 
 from __future__ import annotations
@@ -80,18 +80,22 @@ def _help_the_interpreter(patch: pytest.MonkeyPatch) -> None:
 
 @contextlib.contextmanager
 def platform(runner: int, attention: str, *, asynchronous: bool | None = None, graphs: str | None = None):
-    """A model runner and an attention backend: CPU_ATTN, TRITON_ATTN, FLASH_ATTN (version 3) or FLASH_ATTN 2.
+    """A model runner and an attention backend.
+
+    The backend is CPU_ATTN, TRITON_ATTN, FLASH_ATTN with a version (2, 3), or FLASHINFER with a compute capability
+    (8, 9, 10), which decides between its kernels; without a number it is FLASH_ATTN 3 or FLASHINFER 8.
 
     vLLM disables asynchronous scheduling and graphs on a CPU. Here the first is on for V2, as on GPUs, and a mode of
     graphs can be given.
     """
     import flash_standins
+    import flashinfer_standins
     from vllm.platforms.cpu import CpuPlatform
     from vllm.v1.attention import selector
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
     name, _, version = attention.partition(" ")
-    if not INTERPRETED and (runner == 2 or name == "TRITON_ATTN"):
+    if not INTERPRETED and (runner == 2 or name in ("TRITON_ATTN", "FLASHINFER")):
         pytest.skip("needs Triton and TRITON_INTERPRET=1: make test-vllm")
     path = AttentionBackendEnum[name].get_path()
     configure = CpuPlatform.check_and_update_config.__func__
@@ -110,6 +114,8 @@ def platform(runner: int, attention: str, *, asynchronous: bool | None = None, g
             _help_the_interpreter(patch)
         if name == "FLASH_ATTN":
             flash_standins.install(patch, int(version or 3))
+        if name == "FLASHINFER":
+            flashinfer_standins.install(patch, int(version or 8))
         if graphs is not None:
             graphs_on_cpu.install(patch)
         selector._cached_get_attn_backend.cache_clear()

@@ -24,6 +24,8 @@ CACHES = [
     (CPU, "float32", "fp8"),
     (FLASH, "bfloat16", "auto"),
     (FLASH, "float32", "fp8"),
+    ((2, "FLASHINFER"), "float32", "fp8"),
+    ((2, "FLASHINFER 10"), "bfloat16", "auto"),  # heads before slots
     (TRITON, "float16", "auto"),
     (TRITON, "float32", "int8_per_token_head"),
     (TRITON, "float32", "fp8_per_token_head"),
@@ -82,7 +84,7 @@ def test_rows_move_bit_for_bit(platform, dtype, kind, tiny_checkpoint):
             assert torch.equal(held[0][i][kept], held[1][i])
 
 
-@pytest.mark.parametrize(("platform", "kind"), [(CPU, "fp8"), (FLASH, "fp8")])
+@pytest.mark.parametrize(("platform", "kind"), [(CPU, "fp8"), (FLASH, "fp8"), ((2, "FLASHINFER"), "fp8")])
 def test_tokens_with_quantised_caches(platform, kind, checkpoint):
     """Keep-all equals plain vLLM, and with dropped tokens no request depends on the batch."""
     settings = {"kv_cache_dtype": kind}

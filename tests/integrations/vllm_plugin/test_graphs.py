@@ -20,10 +20,17 @@ from mustdrop_kernels.integrations.vllm.record import DropRecord
 from mustdrop_kernels.integrations.vllm.runner_v2 import MustDropModelState
 
 NEW = 20
+CASES = [
+    ("FLASH_ATTN", "budgets"),
+    ("FLASH_ATTN", "all by thresholds"),
+    ("FLASH_ATTN 2", "budgets"),
+    ("FLASHINFER", "all by thresholds"),
+    ("FLASHINFER 9", "budgets"),
+    ("FLASHINFER 10", "all by thresholds"),
+]
 
 
-@pytest.mark.parametrize("attention", ["FLASH_ATTN", "FLASH_ATTN 2"])
-@pytest.mark.parametrize("name", ["budgets", "all by thresholds"])
+@pytest.mark.parametrize(("attention", "name"), CASES)
 def test_replayed_decode_steps(attention, name, checkpoint, transformers_of):
     """Tokens equal transformers', of batches that are padded to a captured size too."""
     plan = PLANS[name]

@@ -11,6 +11,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 from engines import ASKS, BUDGETS, KEEP_ALL, PLANS, engine, free_blocks, generate, scheduler
 from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
 
 NEW = 12
 FEWER = {"budgets": [30, 20, 10]}
@@ -70,7 +71,7 @@ def test_requests_of_all_kinds_at_once(name, checkpoint, transformers_of):
 def test_wrong_values_end_their_request(checkpoint, transformers_of):
     with engine(checkpoint, BUDGETS) as llm:
         for value, sentence in WRONG.values():
-            with pytest.raises(ValueError, match=sentence):
+            with pytest.raises(VLLMValidationError, match=sentence):
                 llm.generate([ASKS[0].for_vllm()], parameters(value), use_tqdm=False)
         assert generate(llm, ASKS, NEW) == [transformers_of.generate(ask, BUDGETS, NEW)[0] for ask in ASKS]
 

@@ -9,10 +9,29 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import gpu_backends
 import tiny
-from engines import ASKS, BUDGETS, KEEP_ALL, PAGE_SIZE, PLANS, drop_record, engine, free_blocks, generate, scheduler
+from engines import (
+    ASKS,
+    BUDGETS,
+    KEEP_ALL,
+    PAGE_SIZE,
+    PLANS,
+    Ask,
+    drop_record,
+    engine,
+    free_blocks,
+    generate,
+    scheduler,
+)
 
 NEW = 20
-OTHERS = [(1, "FLASH_ATTN", "all by thresholds"), (2, "FLASH_ATTN 2", "all stages"), (2, "CPU_ATTN", "all stages")]
+OTHERS = [
+    (1, "FLASH_ATTN", "all by thresholds"),
+    (2, "FLASH_ATTN 2", "all stages"),
+    (2, "CPU_ATTN", "all stages"),
+    (1, "FLASHINFER 10", "all stages"),
+    (2, "FLASHINFER", "budgets"),
+    (2, "FLASHINFER", "all by thresholds"),
+]
 
 
 def check_tokens(plan, checkpoint, transformers_of):
@@ -39,6 +58,18 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
 def test_other_platforms(runner, attention, name, checkpoint, transformers_of):
     with gpu_backends.platform(runner, attention):
         check_tokens(PLANS[name], checkpoint, transformers_of)
+
+
+@pytest.mark.parametrize(("runner", "attention"), [(1, "FLASHINFER"), (2, "FLASHINFER"), (2, "FLASHINFER 9")])
+def test_prompts_of_one_remaining_row(runner, attention, checkpoint, transformers_of):
+    """They are decoding requests to a backend that splits a batch by rows, before, between or after longer prompts."""
+    plan, short = {**BUDGETS, "pruning_layers": [1, 4], "budgets": [50, 0]}, Ask("<image>a", (0,))
+    batches = [[ASKS[2], short, ASKS[3]], [short, Ask("a"), ASKS[1]], [short, short]]
+    expected = [[transformers_of.generate(ask, plan, NEW) for ask in batch] for batch in batches]
+    assert expected[1][0][1] == len(transformers_of.ids(short)) - 1
+    with gpu_backends.platform(runner, attention), engine(checkpoint, plan) as llm:
+        for batch, answers in zip(batches, expected, strict=True):
+            assert generate(llm, batch, NEW) == [tokens for tokens, _ in answers]
 
 
 @pytest.mark.parametrize("runner", [1, 2])
