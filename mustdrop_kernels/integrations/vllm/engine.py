@@ -14,7 +14,7 @@ from . import settings, versions
 
 SCHEDULER = "mustdrop_kernels.integrations.vllm.scheduler.scheduler"
 _WORKER_V1 = "mustdrop_kernels.integrations.vllm.runner_v1.MustDropWorker"
-_TEXT_DRAFTS = ("ngram", "ngram_gpu", "suffix")
+_TEXT_DRAFTS = ("ngram", "ngram_gpu")
 """Speculative methods that draft from the text of a request, without a cache of their own."""
 
 

@@ -82,7 +82,7 @@ def _help_the_interpreter(patch: pytest.MonkeyPatch) -> None:
 def platform(runner: int, attention: str, *, asynchronous: bool | None = None, graphs: str | None = None):
     """A model runner and an attention backend.
 
-    The backend is CPU_ATTN, TRITON_ATTN, FLASH_ATTN with a version (2, 3), or FLASHINFER with a compute capability
+    The backend is CPU_ATTN, TRITON_ATTN, FLASH_ATTN with a version (2, 3, 4), or FLASHINFER with a compute capability
     (8, 9, 10), which decides between its kernels; without a number it is FLASH_ATTN 3 or FLASHINFER 8.
 
     vLLM disables asynchronous scheduling and graphs on a CPU. Here the first is on for V2, as on GPUs, and a mode of
@@ -103,6 +103,7 @@ def platform(runner: int, attention: str, *, asynchronous: bool | None = None, g
     def as_on_a_gpu(cls, config):
         configure(cls, config)
         config.scheduler_config.async_scheduling = runner == 2 if asynchronous is None else asynchronous
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # processes of an engine inherit what is replaced here
         if graphs is not None:
             graphs_on_cpu.choose(config, graphs)
 

@@ -11,6 +11,7 @@ import os
 import signal
 
 import engines
+import gpu_backends
 import psutil
 import pytest
 
@@ -56,7 +57,7 @@ class Server:
         processes = ranks * settings.get("data_parallel_size", 1)
         if len(cores) < processes:
             pytest.skip("each rank needs a core")
-        with pytest.MonkeyPatch.context() as patch:
+        with gpu_backends.default_platform(), pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:processes])))
             arguments = engines.arguments(checkpoint, plan, tensor_parallel_size=ranks, **settings)

@@ -24,7 +24,7 @@ SETTINGS = {
     "pipeline": (dict(pipeline_parallel_size=2, distributed_executor_backend="mp"), "pipeline_parallel_size must be 1"),
     "drafts of a model": (
         dict(speculative_config={"method": "draft_model", "num_speculative_tokens": 2}),
-        "speculative_config must use one of ngram, ngram_gpu, suffix",
+        "speculative_config must use one of ngram, ngram_gpu: ",
     ),
     "KV transfer": (
         dict(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}),

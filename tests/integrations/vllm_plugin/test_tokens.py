@@ -27,6 +27,7 @@ NEW = 20
 OTHERS = [
     (1, "FLASH_ATTN", "all by thresholds"),
     (2, "FLASH_ATTN 2", "all stages"),
+    (2, "FLASH_ATTN 4", "budgets"),
     (2, "CPU_ATTN", "all stages"),
     (1, "FLASHINFER 10", "all stages"),
     (2, "FLASHINFER", "budgets"),
