@@ -11,6 +11,7 @@ from typing import Any
 POSITIONS = ("original", "published")
 MERGE_AT = ("tower", "features")
 TEXT_QUERIES = ("after_image", "last")
+_MAX_INTEGER, _MAX_FLOAT = 2**31 - 1, 3.4e38  # of the operators' arguments
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +137,7 @@ class MustDropConfig:
         value = getattr(self, name)
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         bound = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        self._require(number and math.isfinite(value) and low <= value <= high, name, f"a number {bound}")
+        self._require(number and low <= value <= min(high, _MAX_FLOAT), name, f"a number {bound}")
 
     @property
     def merges_in_tower(self) -> bool:
@@ -196,7 +197,7 @@ class MustDropConfig:
         Raises:
             ValueError: the name is unknown or a field is invalid.
         """
-        if name not in _PRESETS:
+        if not isinstance(name, str) or name not in _PRESETS:
             raise ValueError(f"MustDropConfig: no preset {name!r}; there are {', '.join(_PRESETS)}")
         return cls(**{**_PRESETS[name], **changes})
 
@@ -230,4 +231,4 @@ _PRESETS: dict[str, dict[str, Any]] = {
 
 
 def _is_integer(value: Any, minimum: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= minimum
+    return isinstance(value, int) and not isinstance(value, bool) and minimum <= value <= _MAX_INTEGER

@@ -104,6 +104,8 @@ def test_is_frozen_hashable_and_normalized():
         ("global_threshold", -0.1, "a number of at least 0"),
         ("global_threshold", float("inf"), "a number of at least 0"),
         ("individual_threshold", float("nan"), "a number of at least 0"),
+        ("global_threshold", 10**400, "a number of at least 0"),
+        ("pruning_layers", (1, 2**31), "a tuple of integers of at least 0"),
         ("budgets", (5, 4, 3), r"one number per pruning layer \(4\)"),
         ("budgets", (5, 4, 3, 4), "falling"),
         ("budgets", (5, 4, 3, -1), "integers of at least 0"),

@@ -65,7 +65,6 @@ def common_metadata(
         block_table_tensor=block_table,
         slot_mapping=slot_mapping(block_table, seq_lens, new, total, block_size),
         causal=True,
-        is_prefilling=rows > 1,
     )
 
 

@@ -85,7 +85,7 @@ def of_request(config: MustDropConfig, extra_args: dict[str, Any] | None) -> Mus
     fields = _from_text(given, _ARGUMENT) if isinstance(given, str) else given
     if not isinstance(fields, dict):
         raise ValueError(f"mustdrop: {_ARGUMENT} must be false, a preset's name or an object of fields, got {given!r}")
-    if others := sorted(set(fields) - {"preset", *PER_REQUEST}):
+    if others := sorted(map(str, set(fields) - {"preset", *PER_REQUEST})):
         raise ValueError(
             f"mustdrop: {_ARGUMENT} cannot set {', '.join(others)}: a request sets a preset or {', '.join(PER_REQUEST)}"
         )

@@ -37,10 +37,14 @@ WRONG = {
     "no preset": ("some", "no preset 'some'"),
     "no JSON": ('{"budgets": ', "must hold a preset's name or a JSON object"),
     "unknown": ({"layers": [1]}, "cannot set layers: a request sets a preset or pruning_layers, "),
+    "no name": ({"preset": ["64"]}, r"no preset \['64'\]"),
+    "names that are numbers": ({1: 2}, "cannot set 1: a request sets"),
+    "too large": ({"budgets": [10**30] * 3}, "budgets must be a tuple of integers"),
+    "beyond all numbers": ({"global_threshold": 10**400}, "global_threshold must be a number"),
     "stage 1": ({"merge": False, **FEWER}, "cannot set merge"),
     "rising": ({"budgets": [20, 40, 70]}, "budgets must be falling"),
     "too deep": ({"pruning_layers": [1, 3, 8]}, "has 8 layers, there is no 8"),
-    "too few": ({"budgets": [20]}, "budgets"),
+    "too few": ({"budgets": [20]}, "budgets must be one number per pruning layer"),
 }
 
 
