@@ -64,11 +64,11 @@ test-transformers-5: build  ## every model and mode with a release between 4.57 
 	$(ENVS) transformers-5.8
 	PYTHONPATH=$(VENV)/transformers-5.8 $(PARALLEL) -m 'not slow' \
 	  $(addprefix tests/integrations/test_,families.py modes.py static.py compiled.py)
-VLLM_PYTEST = .venv-vllm/bin/python -m pytest -q -n 2 --dist worksteal
+VLLM_PYTEST = .venv-vllm/bin/python -m pytest -q -n 2 --dist worksteal -m '$(if $(ALL),,not slow)'
 VLLM_TESTS = tests/integrations/vllm_plugin/test_
 # On model runner V2 with FLASH_ATTN, in Triton's interpreter; the second list is left out on V1, which shares the code.
-ON_BOTH = tokens pool requests images lora servers
-ON_V2 = caches graphs plain request_settings drafts beams llava_next
+ON_BOTH = tokens pool lora servers
+ON_V2 = requests images caches graphs plain request_settings drafts beams llava_next
 test-vllm: build  ## the vLLM plug-in's tests in a real vLLM on a CPU, on both model runners (minutes to install); ALL=1 for all
 	$(ENVS) vllm
 	$(VLLM_PYTEST) tests/integrations/vllm_plugin $(if $(ALL),,$(ON_V2:%=--ignore=$(VLLM_TESTS)%.py))

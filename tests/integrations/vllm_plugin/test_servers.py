@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
+import gpu_backends
+import tiny
 from engines import ASKS, BUDGETS, PLANS
 from servers import Server, joined, switched_on
 from vllm.v1.engine.exceptions import EngineDeadError
@@ -92,6 +94,19 @@ def test_two_engines_share_the_requests(checkpoint, answers):
         assert server.pool_is_free()
     finally:
         server.stop()
+
+
+def test_interpreted_kernels(tiny_checkpoint, tiny_transformers):
+    """TRITON_ATTN on model runner V2, with a smaller model and fewer requests."""
+    plan, asks, new = tiny.PLANS["all stages"], tiny.ASKS, 4
+    expected = [tiny_transformers.generate(ask, plan, new)[0] for ask in asks]
+    with gpu_backends.platform(2, "TRITON_ATTN"):
+        server = Server(tiny_checkpoint, plan, block_size=16)
+        try:
+            assert server.tokens(asks, new) == expected
+            assert server.pool_is_free()
+        finally:
+            server.stop()
 
 
 def test_killed_engines_leave_nothing_behind(servers, answers, checkpoint):

@@ -84,6 +84,34 @@ def test_interpreted_kernels(runner, name, tiny_checkpoint, tiny_transformers):
         assert scheduler(llm).released_blocks == sum(dropped // 16 for _, dropped in expected) > 0
 
 
+@pytest.mark.slow
+def test_interpreted_kernels_in_a_small_pool(tiny_checkpoint, tiny_transformers):
+    """More prompts run at once than the pool could hold with every token, and preempted ones read again."""
+    plan, new, size, pool = tiny.PLANS["budgets"], 14, 16, 9  # blocks of the pool, one of which vLLM keeps
+    asks = [tiny.TinyAsk("USER: <image>\ncar? ASSISTANT:", (seed,)) for seed in range(3)]
+    expected = [tiny_transformers.generate(ask, plan, new)[0] for ask in asks]
+    settings = dict(block_size=size, num_gpu_blocks_override=pool, max_model_len=96, max_num_seqs=4)
+    with gpu_backends.platform(2, "TRITON_ATTN"), engine(tiny_checkpoint, plan, **settings) as llm:
+        free, most, preempted = free_blocks(llm), 0, []
+        schedule, preempt = scheduler(llm).schedule, scheduler(llm)._preempt_request
+
+        def counted(*args, **kwargs):
+            nonlocal most
+            planned = schedule(*args, **kwargs)
+            most = max(most, len(planned.num_scheduled_tokens))
+            return planned
+
+        def recorded(request, *args, **kwargs):
+            preempted.append(request)
+            return preempt(request, *args, **kwargs)
+
+        scheduler(llm).schedule, scheduler(llm)._preempt_request = counted, recorded
+        assert generate(llm, asks, new) == expected
+        assert most * -(-len(tiny_transformers.ids(asks[0])) // size) > free == pool - 1
+        assert preempted
+        assert free_blocks(llm) == free
+
+
 def test_drops_are_not_whole_blocks(transformers_of):
     """The plans above would also pass with rounding if every drop were a multiple of a block."""
     assert any(transformers_of.generate(ask, BUDGETS, NEW)[1] % PAGE_SIZE for ask in ASKS[:4])
