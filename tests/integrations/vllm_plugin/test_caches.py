@@ -61,7 +61,6 @@ def recorded_plans(llm):
 @pytest.mark.parametrize(("platform", "dtype", "kind"), CACHES)
 def test_rows_move_bit_for_bit(platform, dtype, kind, tiny_checkpoint):
     """The prompt of a picture, plainly and with dropped tokens: layers before the first drop hold the same rows."""
-    core = None
     settings = dict(dtype=dtype, kv_cache_dtype=kind, block_size=32, max_num_seqs=2, async_scheduling=False)
     with gpu_backends.platform(*platform, asynchronous=False), engine(tiny_checkpoint, PLAN, **settings) as llm:
         core, held = llm.llm_engine, []
