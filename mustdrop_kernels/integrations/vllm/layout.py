@@ -20,12 +20,19 @@ from ...plans import PackedDropPlan, skip_leading_blocks
 from .step import Step
 
 
-def slot_mapping(block_table: Tensor, seq_lens: Tensor, new: Tensor, rows: int, block_size: int) -> Tensor:
-    """(rows) int64: the slots of the last `new` tokens of each of R requests, all of which are `rows`."""
-    request = torch.repeat_interleave(new, output_size=rows)
-    begins = new.cumsum(0) - new
-    place = torch.arange(rows, device=new.device) + (seq_lens - new - begins)[request]
+def slot_mapping(block_table: Tensor, seq_lens: Tensor, query_start_loc: Tensor, rows: int, block_size: int) -> Tensor:
+    """(rows) int64: the slots of the new tokens of R requests, the last ones of each in the cache.
+
+    ``query_start_loc`` (R + 1) holds the first row of each request and, at last, the number of rows.
+    """
+    request = torch.repeat_interleave(query_start_loc.diff(), output_size=rows)
+    place = torch.arange(rows, device=block_table.device) + (seq_lens - query_start_loc[1:])[request]
     return block_table[request, place // block_size].long() * block_size + place % block_size
+
+
+def without_lost(block_table: Tensor, seq_lens: Tensor, lost: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Block tables (R, max_blocks) and lengths (R) of requests that have lost these numbers of tokens."""
+    return skip_leading_blocks(block_table, lost // block_size), seq_lens - lost
 
 
 def remaining_rows(step: Step, plan: PackedDropPlan, block_size: int) -> CommonAttentionMetadata:
@@ -34,12 +41,12 @@ def remaining_rows(step: Step, plan: PackedDropPlan, block_size: int) -> CommonA
     Before the last drop the remaining tokens of a prompt are in its first blocks. After it they are in their final
     place, with the leading blocks empty.
     """
-    table, lost = step.block_table, plan.lost
     if plan.final:
-        table = skip_leading_blocks(table, lost // block_size)
-    new, seq_lens = plan.live_counts, step.seq_lens - lost
+        table, seq_lens = without_lost(step.block_table, step.seq_lens, plan.lost, block_size)
+    else:
+        table, seq_lens = step.block_table, step.seq_lens - plan.lost
     lengths = [length - dropped for length, dropped in zip(step.lengths, plan.dropped, strict=True)]
-    return common_metadata(plan.counts, new, lengths, seq_lens, table, block_size)
+    return common_metadata(plan.counts, plan.live_counts, lengths, seq_lens, table, block_size)
 
 
 def common_metadata(
@@ -52,9 +59,9 @@ def common_metadata(
 ) -> CommonAttentionMetadata:
     """vLLM's description of a step, from which each attention backend builds its own."""
     rows, length = torch.tensor(counts, device="cpu"), torch.tensor(lengths, dtype=torch.int32, device="cpu")
-    total, seq_lens = sum(counts), seq_lens.int()
+    total, begins, seq_lens = sum(counts), _begins(new), seq_lens.int()
     return CommonAttentionMetadata(
-        query_start_loc=_begins(new),
+        query_start_loc=begins,
         query_start_loc_cpu=_begins(rows),
         seq_lens=seq_lens,
         seq_lens_cpu_upper_bound=length,
@@ -63,7 +70,7 @@ def common_metadata(
         max_query_len=max(counts),
         max_seq_len=max(lengths),
         block_table_tensor=block_table,
-        slot_mapping=slot_mapping(block_table, seq_lens, new, total, block_size),
+        slot_mapping=slot_mapping(block_table, seq_lens, begins, total, block_size),
         causal=True,
     )
 
@@ -78,10 +85,10 @@ class MetadataSwap:
     def __init__(self, context: Any, layers: Sequence[str]) -> None:
         self._context, self._layers = context, layers
 
-    def use(self, metadata: Any, slots: Tensor) -> None:
-        """Sets the metadata and the slot mapping of all layers."""
+    def use(self, metadata: dict[str, Any], slots: Tensor) -> None:
+        """Sets the metadata of each layer, and the slot mapping of all."""
         for name in self._layers:
-            self._context.attn_metadata[name] = metadata
+            self._context.attn_metadata[name] = metadata[name]
             self._context.slot_mapping[name] = slots
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from vllm.platforms import current_platform
 
-from ...plans import skip_leading_blocks
 from . import images
-from .layout import common_metadata, metadata_swap
+from .layout import common_metadata, metadata_swap, without_lost
 from .reports import ReportingIds
 from .requests import reading
 from .step import Step, StepRequest, beginning
@@ -67,7 +66,7 @@ class RunnerV1:
         with metadata_swap(context, model.attention_names) as swap:
             if any(lost):
                 size, on_device = model.block_size, torch.tensor(lost, device=table.device)
-                table, seq_lens = skip_leading_blocks(table, on_device // size), seq_lens - on_device
+                table, seq_lens = without_lost(table, seq_lens, on_device, size)
                 common = common_metadata(new, torch.tensor(new, device=table.device), lengths, seq_lens, table, size)
                 swap.use(model.attention.build(self._runner.attn_groups[0], common), common.slot_mapping)
             yield (

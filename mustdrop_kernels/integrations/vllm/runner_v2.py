@@ -20,9 +20,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-from ...plans import skip_leading_blocks
 from . import images
-from .layout import slot_mapping
+from .layout import slot_mapping, without_lost
 from .reports import ReportingIds
 from .requests import reading
 from .step import Step, StepRequest, beginning
@@ -104,12 +103,12 @@ class MustDropModelState(DefaultModelState):
         upper = batch.seq_lens_cpu_upper_bound
         if lost.any():
             on_device = async_tensor_h2d(lost, device=self.device)
-            used = block_table[:count, : -(-int(upper[:count].max()) // self.model.block_size)]
-            used.copy_(skip_leading_blocks(used, on_device // self.model.block_size))
-            seq_lens[:count] -= on_device
-            new = batch.query_start_loc[: count + 1].diff()
-            rows = slots[: batch.num_tokens]
-            rows.copy_(slot_mapping(used, seq_lens[:count], new, len(rows), self.model.block_size))
+            size, begins, rows = self.model.block_size, batch.query_start_loc[: count + 1], slots[: batch.num_tokens]
+            used = block_table[:count, : -(-int(upper[:count].max()) // size)]
+            table, lengths = without_lost(used, seq_lens[:count], on_device, size)
+            used.copy_(table)
+            seq_lens[:count] = lengths
+            rows.copy_(slot_mapping(table, lengths, begins, len(rows), size))
             upper = upper.clone()
             upper[:count] -= torch.from_numpy(lost)
         return dataclasses.replace(batch, seq_lens=seq_lens, seq_lens_cpu_upper_bound=upper)

@@ -140,6 +140,23 @@ def generate(llm, asks, tokens):
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def compare_with_plain(checkpoint, answer, asks, plan, **settings):
+    """Answers of plain vLLM and, with dropped tokens, of an engine with these settings; `answer(llm, asks)` gives them.
+
+    Those with every token kept equal plain vLLM's, and those with dropped tokens do not depend on the batch.
+    """
+    with engine(checkpoint, None, **settings) as llm:
+        plain = answer(llm, asks)
+    with engine(checkpoint, KEEP_ALL, **settings) as llm:
+        assert answer(llm, asks) == plain
+    with engine(checkpoint, plan, **settings) as llm:
+        free, dropped = free_blocks(llm), answer(llm, asks)
+        assert [answer(llm, [ask])[0] for ask in asks] == dropped
+        assert scheduler(llm).released_blocks > 0
+        assert free_blocks(llm) == free
+    return plain, dropped
+
+
 def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 

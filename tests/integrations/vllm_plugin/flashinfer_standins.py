@@ -28,13 +28,23 @@ LIBRARY = {  # what the backend imports of `flashinfer`, by module
     ),
     "flashinfer.decode": ("fast_decode_plan", "trtllm_batch_decode_with_kv_cache"),
     "flashinfer.prefill": ("trtllm_batch_context_with_kv_cache",),
-    "flashinfer.utils": ("FP4Tensor",),
+    "flashinfer.utils": ("FP4Tensor", "get_device_sm_count", "get_trtllm_gen_multi_ctas_kv_counter_bytes"),
 }
 
 
 def get_seq_lens(indptr, last_page_len, page_size):
     """Lengths of requests from the numbers of their pages."""
     return torch.clamp(indptr.diff() - 1, min=0) * page_size + last_page_len
+
+
+def get_device_sm_count(device):
+    """Multiprocessors of a device."""
+    return 1
+
+
+def get_trtllm_gen_multi_ctas_kv_counter_bytes(tokens, heads, sm_count):
+    """Bytes of a buffer of trtllm-gen's kernels."""
+    return 1
 
 
 def _attention(q, caches, layout, **settings):
@@ -247,6 +257,8 @@ def install(patch: pytest.MonkeyPatch, capability: int) -> None:
     patch.setattr(CpuPlatform, "get_device_capability", found)
     patch.setattr(backend, "flashinfer_xqa_batch_decode_with_kv_cache", xqa_batch_decode_with_kv_cache)
     patch.setattr(backend, "trtllm_workspace_buffer", torch.zeros(1))
+    if hasattr(backend, "_get_multi_ctas_kv_counter_buffer"):  # from vLLM 0.33 on
+        patch.setattr(backend, "_get_multi_ctas_kv_counter_buffer", lambda size, device: torch.zeros(size))
     patch.setattr(torch.ops._C_cache_ops, "reshape_and_cache_flash", flash_standins.write_cache, raising=False)
     patch.setenv("VLLM_FLASHINFER_WORKSPACE_BUFFER_SIZE", "1")
     _keep_truth(patch, backend)

@@ -47,9 +47,12 @@ _chosen: list[str] = []
 
 
 @contextlib.contextmanager
-def default_platform():
-    """The platform of tests that choose none; inside ``platform`` the chosen one remains."""
-    if _chosen or DEFAULT == "1 CPU_ATTN":  # as vLLM runs on a CPU by itself
+def default_platform(forked: bool = False):
+    """The platform of tests that choose none; inside ``platform`` the chosen one remains.
+
+    On a CPU by itself vLLM spawns the processes of an engine, each of which imports vLLM; `forked` ones have it.
+    """
+    if _chosen or (DEFAULT == "1 CPU_ATTN" and not forked):
         yield
     else:
         runner, _, attention = DEFAULT.partition(" ")

@@ -74,6 +74,17 @@ def test_other_backends_are_refused(names):
         backend_of([layer(name=name) for name in names])
 
 
+def test_each_group_of_layers_builds_its_metadata():
+    """vLLM puts layers of equal caches into a group; a kernel's plan depends on the type of the cache."""
+    layers, groups = [layer(kind=kind) for kind in ("auto", "fp8", "fp8", "auto")], []
+    for i, found in enumerate(layers):
+        found.layer_name = f"layer {i}"
+    for kind, names in (("of the tower", ["tower"]), ("auto", ["layer 0", "layer 3"]), ("fp8", ["layer 1", "layer 2"])):
+        groups.append(types.SimpleNamespace(layer_names=names, build_metadata=lambda common, kind=kind: (kind, common)))
+    built = backend_of(layers).build(groups, "step")
+    assert built == {f"layer {i}": (found.kv_cache_dtype, "step") for i, found in enumerate(layers)}
+
+
 @pytest.mark.parametrize("kind", ["auto", "bfloat16", "fp8", "fp8_e5m2", "int8_per_token_head", "fp8_per_token_head"])
 def test_caches_that_can_be_compacted(kind):
     backend_of([layer(torch.zeros(4, 2, 16, 8), kind=kind)]).check(16)
@@ -101,6 +112,6 @@ def test_plans_of_flashinfer_are_on_the_device_before_the_next_one(part, expecte
 def test_caches_that_cannot_be_compacted():
     cache = torch.zeros(4, 2, 16, 8)
     with pytest.raises(ValueError, match="mustdrop: kv_cache_dtype 'nvfp4' is not served"):
-        backend_of([layer(cache, kind="nvfp4")]).check(16)
+        backend_of([layer(cache), layer(cache, kind="nvfp4")]).check(16)
     with pytest.raises(ValueError, match=r"block_size 32 is split .* into blocks of 16 slots; give block_size=16"):
         backend_of([layer(cache)]).check(32)

@@ -16,6 +16,7 @@ import torch
 from engines import ASKS, BUDGETS, PLANS, engine, generate, scheduler
 from vllm.config import CUDAGraphMode
 
+from mustdrop_kernels.integrations.vllm.dropping import DropTokensMixin
 from mustdrop_kernels.integrations.vllm.record import DropRecord
 from mustdrop_kernels.integrations.vllm.runner_v2 import MustDropModelState
 
@@ -58,6 +59,29 @@ def test_modes_that_would_replay_prompts(mode, checkpoint, transformers_of):
         assert chosen.mixed_mode() != CUDAGraphMode.FULL == chosen.decode_mode()
         assert generate(llm, ASKS, 8) == expected
         assert sum(graph.replays for graph in graphs.values()) > 0
+
+
+@pytest.mark.parametrize("mode", ["PIECEWISE", "FULL_AND_PIECEWISE"])
+def test_pieces_of_a_compiled_model(mode, checkpoint, transformers_of, monkeypatch):
+    """Text replays pieces. Prompts that lose tokens do not, in steps that are padded to a captured size either."""
+    drop, steps = DropTokensMixin._drop, []
+
+    def recorded(self, step, flags, positions, embeddings, context):
+        steps.append((context.cudagraph_runtime_mode, len(embeddings) > step.rows))
+        return drop(self, step, flags, positions, embeddings, context)
+
+    monkeypatch.setattr(DropTokensMixin, "_drop", recorded)
+    expected = [transformers_of.generate(ask, BUDGETS, NEW)[0] for ask in ASKS]
+    with gpu_backends.platform(2, "FLASH_ATTN", graphs=mode), engine(checkpoint, BUDGETS, enforce_eager=False) as llm:
+        graphs = graphs_on_cpu.capture(llm)
+        assert bool(graphs) == (mode == "FULL_AND_PIECEWISE")
+        assert generate(llm, ASKS, NEW) == expected
+        for ask, tokens in zip(ASKS, expected, strict=True):
+            before = graphs_on_cpu.Piece.replays
+            assert generate(llm, [ask], NEW) == [tokens]
+            assert (graphs_on_cpu.Piece.replays > before) == (mode == "PIECEWISE" or not ask.pictures)
+        assert scheduler(llm).released_blocks > 0
+    assert (CUDAGraphMode.PIECEWISE, True) in steps
 
 
 @dataclasses.dataclass

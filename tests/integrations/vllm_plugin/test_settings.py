@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, KEEP_ALL, PLANS, Ask, engine, generate, scheduler
+from engines import ASKS, BUDGETS, PLANS, Ask, compare_with_plain, engine, generate
 
 ALL_STAGES = PLANS["all stages"]
 NEW = 8
@@ -80,7 +80,6 @@ SAME_NUMBERS = {
         dict(performance_mode="throughput"),
         dict(enable_mfu_metrics=True, enable_logging_iteration_details=True, cudagraph_metrics=True),
     ],
-    "compiled": [dict(enforce_eager=False)],
 }
 OTHER_NUMBERS = {
     "float16, 8-bit weights": dict(dtype="float16", quantization="int8_per_channel_weight_only"),
@@ -98,15 +97,10 @@ def test_tokens_equal_transformers(name, checkpoint, transformers_of):
 
 @pytest.mark.parametrize("name", OTHER_NUMBERS)
 def test_tokens_equal_plain_vllm(name, checkpoint):
-    with engine(checkpoint, None, **OTHER_NUMBERS[name]) as llm:
-        plain = generate(llm, ASKED, NEW)
-    with engine(checkpoint, KEEP_ALL, **OTHER_NUMBERS[name]) as llm:
-        assert generate(llm, ASKED, NEW) == plain
-    with engine(checkpoint, ALL_STAGES, **OTHER_NUMBERS[name]) as llm:
-        tokens = generate(llm, ASKED, NEW)
-        assert [generate(llm, [ask], NEW)[0] for ask in ASKED] == tokens
-        assert tokens[-1] == plain[-1]
-        assert scheduler(llm).released_blocks > 0
+    plain, dropped = compare_with_plain(
+        checkpoint, lambda llm, asks: generate(llm, asks, NEW), ASKED, ALL_STAGES, **OTHER_NUMBERS[name]
+    )
+    assert dropped[-1] == plain[-1]
 
 
 @pytest.mark.parametrize("settings", [dict(limit_mm_per_prompt={"image": 0}), dict(language_model_only=True)])

@@ -23,12 +23,12 @@ class AttentionBackend:
 
     def check(self, block_size: int) -> None:
         """Raises ``ValueError`` for caches that cannot be compacted; called once they are allocated."""
-        kind = self.layers[0].kv_cache_dtype
-        if not (kind in _CACHE_TYPES or kind.endswith(_PER_HEAD)):
-            raise ValueError(
-                f"mustdrop: kv_cache_dtype {kind!r} is not served, whose scales are shared by the tokens of a block; "
-                f"{', '.join(_CACHE_TYPES)} and the types that end in {_PER_HEAD} are"
-            )
+        for kind in sorted({layer.kv_cache_dtype for layer in self.layers}):
+            if not (kind in _CACHE_TYPES or kind.endswith(_PER_HEAD)):
+                raise ValueError(
+                    f"mustdrop: kv_cache_dtype {kind!r} is not served; {', '.join(_CACHE_TYPES)} and the types that "
+                    f"end in {_PER_HEAD} are"
+                )
         slots = {self.views(layer.kv_cache)[0].shape[1] for layer in self.layers}
         if slots != {block_size}:
             raise ValueError(
@@ -46,7 +46,18 @@ class AttentionBackend:
         keys, values = zip(*(self.views(layer.kv_cache) for layer in self.layers), strict=True)
         return list(keys), list(values)
 
-    def build(self, groups: list[Any], common: Any) -> Any:
-        """The layers' metadata from vLLM's ``CommonAttentionMetadata``, by its ``AttentionGroup`` of these layers."""
-        name = self.layers[0].layer_name
-        return next(group for group in groups if name in group.layer_names).build_metadata(common)
+    def build(self, groups: list[Any], common: Any) -> dict[str, Any]:
+        """Metadata by the name of a layer, from vLLM's ``CommonAttentionMetadata``.
+
+        vLLM's ``AttentionGroup``s build them: one for layers of equal caches.
+        """
+        names = {layer.layer_name for layer in self.layers}
+        found: dict[str, Any] = {}
+        for group in groups:
+            if members := names.intersection(group.layer_names):
+                found |= dict.fromkeys(members, self.build_group(group, common))
+        return found
+
+    def build_group(self, group: Any, common: Any) -> Any:
+        """Metadata of the layers of a group."""
+        return group.build_metadata(common)

@@ -16,12 +16,12 @@ class CpuAttn(AttentionBackend):
 
     def check(self, block_size: int) -> None:
         """See ``AttentionBackend.check``."""
-        isa = self.layers[0].isa
-        if isa not in READABLE:
-            raise ValueError(
-                f"mustdrop: the CPU attention's {isa!r} cache is not served, which vLLM takes for bfloat16 on a "
-                "processor with matrix tiles; dtype float16 or float32 has another"
-            )
+        for isa in sorted({layer.isa for layer in self.layers}):
+            if isa not in READABLE:
+                raise ValueError(
+                    f"mustdrop: the CPU attention's {isa!r} cache is not served, which vLLM takes for bfloat16 on a "
+                    "processor with matrix tiles; dtype float16 or float32 has another"
+                )
         super().check(block_size)
 
     def views(self, cache: Tensor) -> tuple[Tensor, Tensor]:  # (blocks, Hk, block_size, 2 D)

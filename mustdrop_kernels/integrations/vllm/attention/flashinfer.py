@@ -17,13 +17,13 @@ class FlashInfer(AttentionBackend):
     overwrites. vLLM alone makes one plan a step.
     """
 
-    def build(self, groups: list[Any], common: Any) -> Any:
-        """See ``AttentionBackend.build``; synchronizes with the device after a plan.
+    def build_group(self, group: Any, common: Any) -> Any:
+        """See ``AttentionBackend.build_group``; synchronizes with the device after a plan.
 
-        The next plan may follow at once: that of the next pruning layer, or of vLLM's next step. vLLM's own plan for
-        this step may be overwritten, since no layer runs with it.
+        The next plan may follow at once: that of another group, of the next pruning layer, or of vLLM's next step.
+        vLLM's own plan for this step may be overwritten, since no layer runs with it.
         """
-        metadata = super().build(groups, common)
+        metadata = super().build_group(group, common)
         planned = any(hasattr(part, "wrapper") for part in (metadata.decode, metadata.prefill))
         if planned and common.seq_lens.is_cuda:
             torch.cuda.current_stream(common.seq_lens.device).synchronize()
