@@ -94,7 +94,7 @@ def _plan_of_an_engine(model: str, *, hf_overrides: dict[str, Any], **engine: in
 
 def _settings_of_a_request(*, extra_args: dict[str, Any], **parameters: int) -> None:
     """Stub of vLLM's SamplingParams: the settings must be valid in an engine with four pruning layers."""
-    settings.of_request(mk.MustDropConfig.preset("budget-128"), extra_args)
+    settings.of_request(mk.MustDropConfig.preset("budget-128"), extra_args, layers=32)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in PYTHON_ELSEWHERE])

@@ -41,7 +41,8 @@ class _Rules(Scheduler):
 
     def __init__(self, *args: Any, vllm_config: Any, **kwargs: Any) -> None:
         super().__init__(*args, vllm_config=vllm_config, **kwargs)
-        self._drop_config = settings.read(vllm_config.model_config.hf_config)
+        hf_config = vllm_config.model_config.hf_config
+        self._drop_config, self._layers = settings.read(hf_config), hf_config.text_config.num_hidden_layers
         self._step_config: MustDropConfig | None = None
         self._step_is_plain = False
         self.released_blocks = 0
@@ -65,7 +66,11 @@ class _Rules(Scheduler):
 
     def _reading(self, request: Any, found: list[Any]) -> Reading | None:
         sampling = request.sampling_params
-        config = settings.of_request(self._drop_config, sampling.extra_args)
+        try:
+            config = settings.of_request(self._drop_config, sampling.extra_args, self._layers)
+        except ValueError as error:  # it came by a front end that has not loaded the plug-in
+            logger.warning("%s; the request %s keeps every token", error, request.request_id)
+            return None
         # The log probabilities of a prompt need all of its tokens, and a prompt that comes in parts has no end yet.
         if config is None or sampling.prompt_logprobs is not None or request.resumable:
             return None

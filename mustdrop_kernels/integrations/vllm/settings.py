@@ -50,7 +50,7 @@ def read(hf_config: Any) -> MustDropConfig:
             f'{{"preset": name}}, got {fields!r}'
         )
     config = parse(fields)
-    check_depth(config, hf_config.text_config.num_hidden_layers)
+    _check_depth(config, hf_config.text_config.num_hidden_layers)
     return dataclasses.replace(config, evict_from=0)
 
 
@@ -67,15 +67,17 @@ def parse(fields: dict[str, Any]) -> MustDropConfig:
     return config
 
 
-def of_request(config: MustDropConfig, extra_args: dict[str, Any] | None) -> MustDropConfig | None:
+def of_request(config: MustDropConfig, extra_args: dict[str, Any] | None, layers: int) -> MustDropConfig | None:
     """The config of a request whose sampling parameters hold `extra_args`; None: it keeps all tokens.
+
+    `config` is that of the engine, whose language model has this number of layers.
 
     ``extra_args["mustdrop"]`` is false (0 or "false" where an interface takes no booleans), a preset's name, or fields
     of ``MustDropConfig`` as an object or as JSON, ``"preset"`` among them for a preset with fields changed. Only the
     pruning is a request's own: stage 1 is the engine's, since requests share the features of images.
 
     Raises:
-        ValueError: the value is invalid, or changes stage 1.
+        ValueError: the value is invalid, changes stage 1, or prunes in a layer that does not exist.
     """
     given = (extra_args or {}).get(FIELD)
     if given is None or given is True:
@@ -93,7 +95,9 @@ def of_request(config: MustDropConfig, extra_args: dict[str, Any] | None) -> Mus
     preset = changed.pop("preset", None)
     base = config if preset is None else MustDropConfig.preset(preset)
     pruning = {name: getattr(base, name) for name in PER_REQUEST}
-    return dataclasses.replace(config, **{**pruning, **changed})
+    chosen = dataclasses.replace(config, **{**pruning, **changed})
+    _check_depth(chosen, layers)
+    return chosen
 
 
 def check_request(vllm_config: Any, params: Any) -> None:
@@ -104,11 +108,10 @@ def check_request(vllm_config: Any, params: Any) -> None:
     extra_args, hf_config = getattr(params, "extra_args", None), vllm_config.model_config.hf_config
     if not extra_args or FIELD not in extra_args or not hasattr(hf_config, FIELD):
         return
-    if (config := of_request(read(hf_config), extra_args)) is not None:
-        check_depth(config, hf_config.text_config.num_hidden_layers)
+    of_request(read(hf_config), extra_args, hf_config.text_config.num_hidden_layers)
 
 
-def check_depth(config: MustDropConfig, layers: int) -> None:
+def _check_depth(config: MustDropConfig, layers: int) -> None:
     """Raises ``ValueError`` if a pruning layer is beyond the `layers` of the language model."""
     if beyond := [layer for layer in config.pruning_layers if layer >= layers]:
         raise ValueError(f"mustdrop: pruning_layers: the language model has {layers} layers, there is no {beyond[0]}")

@@ -13,6 +13,9 @@ from engines import ASKS, BUDGETS, KEEP_ALL, PLANS, engine, free_blocks, generat
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 
+from mustdrop_kernels.integrations.vllm import scheduler as rules
+from mustdrop_kernels.integrations.vllm import settings
+
 NEW = 12
 FEWER = {"budgets": [30, 20, 10]}
 OTHER_LAYERS = {"pruning_layers": [2], "budgets": [25]}
@@ -78,6 +81,21 @@ def test_wrong_values_end_their_request(checkpoint, transformers_of):
             with pytest.raises(VLLMValidationError, match=sentence):
                 llm.generate([ASKS[0].for_vllm()], parameters(value), use_tqdm=False)
         assert generate(llm, ASKS, NEW) == [transformers_of.generate(ask, BUDGETS, NEW)[0] for ask in ASKS]
+
+
+def test_front_ends_without_the_plugin(checkpoint, transformers_of, monkeypatch):
+    """They check nothing: a wrong value costs the drop, and not the engine."""
+    said = []
+    monkeypatch.setattr(settings, "check_request", lambda *args: None)
+    monkeypatch.setattr(rules.logger, "warning", lambda text, *values: said.append(text % values))
+    expected = transformers_of.generate(ASKS[0], KEEP_ALL, NEW)[0]
+    with engine(checkpoint, BUDGETS) as llm:
+        for value in ({"pruning_layers": [1, 3, 8]}, 7):
+            (output,) = llm.generate([ASKS[0].for_vllm()], parameters(value), use_tqdm=False)
+            assert list(output.outputs[0].token_ids) == expected
+        assert generate(llm, ASKS[:1], NEW) == [transformers_of.generate(ASKS[0], BUDGETS, NEW)[0]]
+    assert "there is no 8; the request" in said[0]
+    assert "got 7; the request" in said[1]
 
 
 def test_plain_engines_leave_them_alone(checkpoint):
