@@ -14,7 +14,7 @@ PARALLEL := $(PYTEST) -n 2 --dist worksteal
 INTERPRETED = TRITON_INTERPRET=1 MUSTDROP_TEST_BACKENDS=triton $(PYTEST) -n 2 -k triton tests/ops tests/backends tests/fuzz
 ENVS := PYTHON="$(PYTHON)" TORCH="$(TORCH)" tools/envs.sh
 
-.PHONY: help build demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-sglang fuzz test-asan test-tsan coverage check-cuda check-triton gpu-bundle wheel test-wheel test-hf-kernel docs lint format clean
+.PHONY: help build demo bench figures test test-all test-triton test-triton-3.4 test-triton-3.6 test-transformers-4 test-transformers-5 test-vllm test-vllm-0.33 test-sglang fuzz test-asan test-tsan coverage check-cuda check-triton gpu-bundle wheel test-wheel test-hf-kernel docs lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -64,16 +64,20 @@ test-transformers-5: build  ## every model and mode with a release between 4.57 
 	$(ENVS) transformers-5.8
 	PYTHONPATH=$(VENV)/transformers-5.8 $(PARALLEL) -m 'not slow' \
 	  $(addprefix tests/integrations/test_,families.py modes.py static.py compiled.py)
+# The whole suite on model runner V1, then what the runners do not share on V2 with FLASH_ATTN in Triton's interpreter.
 VLLM_PYTEST = .venv-vllm/bin/python -m pytest -q -n 2 --dist worksteal -m '$(if $(ALL),,not slow)'
-VLLM_TESTS = tests/integrations/vllm_plugin/test_
-# On model runner V2 with FLASH_ATTN, in Triton's interpreter; the second list is left out on V1, which shares the code.
-ON_BOTH = tokens pool lora servers
-ON_V2 = requests images caches graphs plain request_settings drafts beams llava_next
-test-vllm: build  ## the vLLM plug-in's tests in a real vLLM on a CPU, on both model runners (minutes to install); ALL=1 for all
-	$(ENVS) vllm
-	$(VLLM_PYTEST) tests/integrations/vllm_plugin $(if $(ALL),,$(ON_V2:%=--ignore=$(VLLM_TESTS)%.py))
-	TRITON_INTERPRET=1 PYTHONPATH=.venv-vllm/triton-3.9 MUSTDROP_TEST_PLATFORM="2 FLASH_ATTN" $(VLLM_PYTEST) \
-	  $(addsuffix .py,$(addprefix $(VLLM_TESTS),$(ON_BOTH) $(ON_V2))) $(if $(ALL),,--deselect $(VLLM_TESTS)servers.py::test_killed_engines_leave_nothing_behind)
+ON_V2 = $(addprefix tests/integrations/vllm_plugin/test_,$(addsuffix .py,\
+  tokens pool servers refusals requests sampling images caches graphs plain request_settings drafts lora beams llava_next $(if $(ALL),settings)))
+VLLM = vllm
+test-vllm:  ## the vLLM plug-in's tests in a real vLLM on a CPU, on both model runners (minutes to install); ALL=1 for all
+test-vllm-0.33: VLLM = vllm-0.33
+test-vllm-0.33: VLLM_PATH = $(abspath .venv-vllm/vllm-0.33)
+test-vllm-0.33:  ## the same with the Python files of vLLM 0.33
+test-vllm test-vllm-0.33: build
+	$(ENVS) $(VLLM)
+	PYTHONPATH=$(VLLM_PATH) $(VLLM_PYTEST) tests/integrations/vllm_plugin
+	TRITON_INTERPRET=1 PYTHONPATH=$(abspath .venv-vllm/triton-3.9):$(VLLM_PATH) MUSTDROP_TEST_PLATFORM="2 FLASH_ATTN" $(VLLM_PYTEST) \
+	  $(ON_V2)
 test-sglang: build  ## the token table on SGLang's own pools and attention, on a CPU; optional
 	$(ENVS) sglang
 	PYTHONPATH=.venv-vllm/sglang-0.5.23 .venv-vllm/bin/python -m pytest -q tests/integrations/test_sglang.py

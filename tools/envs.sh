@@ -8,6 +8,7 @@
 #   triton-3.4  triton-3.6                other versions of Triton, likewise
 #   hf-kernels                            the package kernels, likewise
 #   vllm                                  .venv-vllm: vLLM on a CPU with its own torch (2.5 GB of downloads)
+#   vllm-0.33                             .venv-vllm/vllm-0.33, for PYTHONPATH
 #   sglang                                .venv-vllm/sglang-0.5.23, for PYTHONPATH
 #   torch-oldest  torch-newest            .venv-NAME: the oldest torch that is served, and the newest
 #   gpu                                   .venv-gpu: the Python and Triton of the machine that kernels are compiled for
@@ -57,6 +58,27 @@ vllm() {
   touch .venv-vllm/.ready
 }
 
+# The Python files of vLLM 0.33 with the compiled libraries of 0.32: there is no build of 0.33 for CPUs. vLLM takes the
+# platform from the version of its distribution.
+vllm_next() {
+  vllm
+  local python=.venv-vllm/bin/python target=.venv-vllm/vllm-0.33 tools=.venv-vllm/build-tools site library
+  [ -e $target/.ready ] && return
+  rm -rf $target $tools
+  $python -m pip install -q --no-deps --target $tools setuptools setuptools-scm vcs-versioning setuptools-rust \
+    semantic-version wheel packaging
+  PYTHONPATH=$tools VLLM_VERSION_OVERRIDE=0.33.0 VLLM_TARGET_DEVICE=empty $python -m pip install -q --no-deps \
+    --no-build-isolation --no-binary vllm --target $target vllm==0.33.0
+  $python -m pip install -q --no-deps --target $target orjson
+  site=$($python -c 'import site; print(site.getsitepackages()[0])')
+  (cd "$site" && find vllm -name '*.so') | while read -r library; do
+    mkdir -p "$target/$(dirname "$library")" && ln -s "$site/$library" "$target/$library"
+  done
+  mv $target/vllm-0.33.0.dist-info $target/vllm-0.33.0+cpu.dist-info
+  sed -i 's/^Version: .*/Version: 0.33.0+cpu/' $target/vllm-0.33.0+cpu.dist-info/METADATA
+  touch $target/.ready
+}
+
 # SGLang requires GPU packages that are not called here; its other imports are in vLLM's environment or listed here.
 sglang() {
   vllm
@@ -78,6 +100,7 @@ case ${1:-} in
   triton-3.6) folder "$1" triton==3.6.0 ;;
   hf-kernels) folder "$1" kernels tomlkit ;;
   vllm) vllm ;;
+  vllm-0.33) vllm_next ;;
   sglang) sglang ;;
   torch-oldest) environment ".venv-$1" "$PYTHON" torch==2.10.0 numpy ;;
   torch-newest) environment ".venv-$1" "$PYTHON" torch numpy ;;
@@ -85,6 +108,6 @@ case ${1:-} in
     environment .venv-gpu "${GPU_PYTHON:-python3.12}" torch==2.11.0 triton==3.6.0 numpy pytest hypothesis rich typer \
       safetensors ;;
   *)
-    sed -n '3,16s/^# \{0,1\}//p' "$0" >&2
+    sed -n '3,17s/^# \{0,1\}//p' "$0" >&2
     exit 2 ;;
 esac

@@ -202,6 +202,7 @@ def test_calls_inside_generate(rows, cache, kind, model):
     inputs, batch = inputs_of(name, rows), inputs_of(name)
     for other, way in [*((inputs_of(name, OTHER), way) for way in range(5)), (batch, 0)]:
         with drop_tokens(model, config) as report, torch.no_grad():
+            vars(model).pop("_cache", None)  # kept by transformers 4.57: a longer static cache rounds differently
             expected, alone = list(calls(model, other))[way](), len(report.prompts)
             outer = generate(model, inputs, **cache)
             report.prompts.clear()

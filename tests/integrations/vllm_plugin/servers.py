@@ -52,12 +52,14 @@ class Server:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        gc.unfreeze()
+        gc.collect()  # a process that inherits an old TCPStore would free it, and join a thread that it does not have
         self.loop = asyncio.new_event_loop()
         cores = sorted(os.sched_getaffinity(0), reverse=os.environ.get("PYTEST_XDIST_WORKER") == "gw1")
         processes = ranks * settings.get("data_parallel_size", 1)
         if len(cores) < processes:
             pytest.skip("each rank needs a core")
-        with gpu_backends.default_platform(), pytest.MonkeyPatch.context() as patch:
+        with gpu_backends.default_platform(forked=True), pytest.MonkeyPatch.context() as patch:
             patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
             patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, cores[:processes])))
             arguments = engines.arguments(checkpoint, plan, tensor_parallel_size=ranks, **settings)

@@ -12,7 +12,7 @@ pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
 import engines  # noqa: F401 - sets vLLM's environment
 import torch
-from engines import ASKS, BUDGETS, engine, generate
+from engines import ASKS, PLANS, engine, generate
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 from vllm.ir.op import IrOp
 from vllm.model_executor.custom_op import CustomOp
@@ -100,7 +100,8 @@ def test_dropping_steps_of_a_compiled_model(checkpoint, transformers_of, monkeyp
         states.append("compiled")
 
     monkeypatch.setattr(EagerKernels, "enabled", recorded)
-    expected = [transformers_of.generate(ask, BUDGETS, 8)[0] for ask in ASKS]
-    with engine(checkpoint, BUDGETS, enforce_eager=False) as llm:
+    plan = PLANS["all stages"]
+    expected = [transformers_of.generate(ask, plan, 8)[0] for ask in ASKS]
+    with engine(checkpoint, plan, enforce_eager=False) as llm:
         assert generate(llm, ASKS, 8) == expected
     assert states == ["eager", "compiled"]

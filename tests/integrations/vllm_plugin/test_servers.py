@@ -14,6 +14,7 @@ import tiny
 from engines import ASKS, BUDGETS, PLANS
 from servers import Server, joined, switched_on
 from vllm.v1.engine.exceptions import EngineDeadError
+from vllm.version import __version__
 
 NEW = 20
 OVER_RANKS = PLANS["all by thresholds"]
@@ -86,6 +87,9 @@ def test_prompts_that_arrive_in_parts(servers, answers, transformers_of):
     assert server.pool_is_free()
 
 
+@pytest.mark.skipif(
+    __version__.startswith("0.33"), reason="two engines of vLLM 0.33 on a CPU need two NUMA nodes, with any model"
+)
 def test_two_engines_share_the_requests(checkpoint, answers):
     asks, expected = zip(*answers["one rank"], strict=True)
     server = Server(checkpoint, BUDGETS, data_parallel_size=2)
@@ -109,6 +113,7 @@ def test_interpreted_kernels(tiny_checkpoint, tiny_transformers):
             server.stop()
 
 
+@pytest.mark.skipif(gpu_backends.DEFAULT.startswith("2"), reason="the processes are those of model runner V1")
 def test_killed_engines_leave_nothing_behind(servers, answers, checkpoint):
     """Both killed at work and started again."""
     for server in servers.values():

@@ -41,6 +41,7 @@ def measured(path, *words: str) -> tuple[str, dict, dict]:
     return output, document, {(row["arm"], row["concurrency"]): row for row in document["rows"]}
 
 
+@pytest.mark.slow
 def test_with_a_checkpoint_smaller_images_are_left_out(checkpoint, tmp_path):
     plan = '{"merge": false, "key_rate": 0.0, "pruning_layers": [2, 4], "budgets": [64, 32]}'
     words = ("--model", str(checkpoint), "--concurrency", "1,3", "--plan", plan)

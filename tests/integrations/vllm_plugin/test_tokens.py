@@ -73,8 +73,7 @@ def test_prompts_of_one_remaining_row(runner, attention, checkpoint, transformer
             assert generate(llm, batch, NEW) == [tokens for tokens, _ in answers]
 
 
-@pytest.mark.parametrize("runner", [1, 2])
-@pytest.mark.parametrize("name", tiny.PLANS)
+@pytest.mark.parametrize(("runner", "name"), [(1, "all stages"), *((2, name) for name in tiny.PLANS)])
 def test_interpreted_kernels(runner, name, tiny_checkpoint, tiny_transformers):
     """TRITON_ATTN, whose kernels take a second each in Triton's interpreter: a smaller model and fewer requests."""
     plan, asks, new = tiny.PLANS[name], tiny.ASKS, 4
@@ -84,7 +83,6 @@ def test_interpreted_kernels(runner, name, tiny_checkpoint, tiny_transformers):
         assert scheduler(llm).released_blocks == sum(dropped // 16 for _, dropped in expected) > 0
 
 
-@pytest.mark.slow
 def test_interpreted_kernels_in_a_small_pool(tiny_checkpoint, tiny_transformers):
     """More prompts run at once than the pool could hold with every token, and preempted ones read again."""
     plan, new, size, pool = tiny.PLANS["budgets"], 14, 16, 9  # blocks of the pool, one of which vLLM keeps
