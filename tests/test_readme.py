@@ -72,14 +72,15 @@ def test_figures_are_those_of_the_results() -> None:
     """Figures of `mustdrop bench serving` with 32 concurrent requests, as in docs/benchmarks.md."""
     sheet = serving.sheet(serving.read(ROOT / "bench/results/cpu/serving.json"))
     lines = [dict(zip(sheet.columns, cells, strict=True)) for cells in sheet.rows if cells[0] == "32"]
-    full, dropped = (next(line for line in lines if line["image tokens"] == name) for name in ("all", "dropped"))
-    rate = re.search(r"\((.*)x\)", dropped["requests/s"])[1]
-    first_token, plain = (line["first token"].split(" ±")[0] for line in (dropped, full))
-    blocks, all_blocks = dropped["while decoding"], full["while decoding"]
+    arms = "all", "dropped", "smaller images"
+    full, dropped, smaller = (next(line for line in lines if line["image tokens"] == name) for name in arms)
+    rate, other = (re.search(r"\((.*)x\)", line["requests/s"])[1] for line in (dropped, smaller))
+    first, plain, small = (line["first token"].split(" ±")[0] for line in (dropped, full, smaller))
+    blocks = [line["while decoding"] for line in (dropped, full, smaller)]
     text = README.read_text()
-    assert f"**{rate}x** the requests per second" in text
-    assert f"the first token after **{first_token}** instead of {plain}" in text
-    assert f"**{blocks}** cache blocks in use while decoding instead of {all_blocks}" in text
+    assert f"**{rate}x** the requests per second (smaller images: {other}x)" in text
+    assert f"the first token after **{first}** instead of {plain} ({small})" in text
+    assert "**{}** cache blocks in use while decoding instead of {} ({})".format(*blocks) in text
 
 
 def test_the_documentation_begins_with_the_same_commands() -> None:

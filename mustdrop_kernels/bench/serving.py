@@ -35,7 +35,7 @@ from .units import duration
 from .vllm_engine import overrides
 
 FORMAT = "mustdrop-serving/2"
-read = reader((FORMAT, "mustdrop-serving/1"), "mustdrop bench serving")
+read = reader(FORMAT, "mustdrop bench serving")
 Row = dict[str, Any]
 LABELS = {"full": "all", "dropped": "dropped", "smaller": "smaller images"}  # of the arms
 PLAN = {"preset": "budget-128"}
@@ -283,9 +283,8 @@ BLOCKS = {"blocks at most": "peak_blocks", "while decoding": "held_blocks"}
 
 
 def sheet(document: Document) -> Sheet:
-    """Medians and spreads of all arms, for each number of requests in flight. Former documents have fewer columns."""
+    """Medians and spreads of all arms, for each number of requests in flight."""
     every = document["rows"]
-    rates = {column: facts for column, facts in RATES.items() if facts[0] in every[0]}
     lines = []
     for concurrency in dict.fromkeys(row["concurrency"] for row in every):
         own = {arm: [r for r in every if (r["concurrency"], r["arm"]) == (concurrency, arm)] for arm in LABELS}
@@ -293,13 +292,13 @@ def sheet(document: Document) -> Sheet:
             if not rows:
                 continue
             cells = []
-            for name, show, more_is_better in rates.values():
+            for name, show, more_is_better in RATES.values():
                 cells.append(cell(rows, name, show))
                 if arm != "full":
                     pair = (rows, own["full"]) if more_is_better else (own["full"], rows)
                     cells[-1] += f" ({ratio(*pair, name):.2f}x)"
             lines.append([str(concurrency), LABELS[arm], *cells, *(blocks(rows, name) for name in BLOCKS.values())])
-    return Sheet(["in flight", "image tokens", *rates, *BLOCKS], lines, note(document, *_facts(document)))
+    return Sheet(["in flight", "image tokens", *RATES, *BLOCKS], lines, note(document, *_facts(document)))
 
 
 def _facts(document: Document) -> Iterator[str]:
@@ -307,14 +306,14 @@ def _facts(document: Document) -> Iterator[str]:
     about = document["machine"]
     yield from (document["model"], document["dtype"], about["name"])
     yield f"{about['threads']} threads" if about["device"] == "cpu" else f"CUDA {about['torch_cuda']}"
-    if tokens := document.get("vision_tokens"):
+    if tokens := document["vision_tokens"]:
         yield f"dropping keeps {tokens['dropped']:.0f} vision tokens on average over the layers"
         yield f"smaller images have {tokens['smaller']}"
-    if document.get("left_out"):
+    if document["left_out"]:
         yield document["left_out"]
-    if arms := list(document.get("arms", {}).values()):
-        pools = "/".join(str(facts["pool_blocks"]) for facts in arms)
-        yield f"pools of {pools} blocks of {arms[0]['block_size']} tokens"
+    arms = list(document["arms"].values())
+    pools = "/".join(str(facts["pool_blocks"]) for facts in arms)
+    yield f"pools of {pools} blocks of {arms[0]['block_size']} tokens"
     yield f"vLLM {about['vllm']}"
 
 

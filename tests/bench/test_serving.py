@@ -344,22 +344,3 @@ def test_the_table_without_smaller_images_gives_the_reason():
     assert [line[1] for line in sheet.rows] == ["all", "dropped"]
     assert sheet.rows[1][-1] == "-", "no step was seen in which no prompt was read"
     assert "smaller images are left out: some reason" in sheet.note
-
-
-def test_a_former_document_is_shown_with_the_columns_that_it_has(tmp_path):
-    former = document(format="mustdrop-serving/1", rows=[row(1, "full", 1), row(1, "dropped", 2)])
-    for name in ("arms", "vision_tokens", "left_out"):
-        former.pop(name)
-    for line in former["rows"]:
-        line.pop("tokens_per_s"), line.pop("between_tokens_s")
-    (tmp_path / "former.json").write_text(json.dumps(former))
-    sheet = serving.sheet(serving.read(tmp_path / "former.json"))
-    assert sheet.columns == [
-        "in flight",
-        "image tokens",
-        "requests/s",
-        "first token",
-        "blocks at most",
-        "while decoding",
-    ]
-    assert sheet.rows[1] == ["128", "dropped", "20.00 ±0% (2.00x)", "400 ms ±0% (2.00x)", "21", "20"]
