@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,19 +130,21 @@ class Runner:
         self, part: Part, command: tuple[str, ...], environment: dict[str, str], deadline: float
     ) -> tuple[int | None, str]:
         """(exit status, or None on a timeout; output). A timeout sends an interrupt before the kill."""
-        path = self.out / "part.log"
+        path, process = self.out / "part.log", None
         with path.open("wb") as log:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
             try:
+                with _interrupts_deferred():
+                    process = subprocess.Popen(
+                        command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                    )
                 left = deadline - time.monotonic()
                 in_time = _ends(process, deadline - min(GRACE, left / 2))
                 if not in_time:
                     process.send_signal(signal.SIGINT)
                     _ends(process, deadline)
             finally:
-                _kill(process)
+                if process is not None:
+                    _kill(process)
         output = self._keep_log(part.name, path)
         return process.returncode if in_time else None, output
 
@@ -190,6 +193,22 @@ def _ends(process: subprocess.Popen[bytes], deadline: float) -> bool:
             return False
         time.sleep(0.05)
     return True
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Handles SIGINT and SIGTERM at the end of the block: an exception inside Popen would leave its process running."""
+    received: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: received.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in received:
+            signal.raise_signal(number)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

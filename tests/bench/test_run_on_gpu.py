@@ -354,8 +354,22 @@ def test_a_backend_whose_facts_are_unknown_is_tried(runner):
     assert parts["suite-cupy"]["result"] == "passed"
 
 
+AT_THE_START = """
+class Started(gpu_run.subprocess.Popen):
+    def __init__(self, command, **settings):
+        super().__init__(command, **settings)
+        if command[-1] == hang:
+            Path({pid!r}).write_text(str(self.pid))
+            signal.raise_signal(signal.{name})
+gpu_run.subprocess.Popen = Started
+"""
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
-def test_an_interrupt_leaves_a_summary_and_no_process(tmp_path, name):
+@pytest.mark.parametrize("early", [False, True])
+def test_an_interrupt_leaves_a_summary_and_no_process(tmp_path, name, early):
+    """At work, or before the process that starts a part has its handle."""
+    patch = AT_THE_START.format(pid=str(tmp_path / "pid"), name=name) if early else ""
     text = f"""
 import os, signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -368,13 +382,15 @@ gpu_parts.parts_of = lambda name, machine: parts
 machine = gpu_parts.Machine(sys.executable, Path({str(tmp_path)!r}), 2, False, True, Path("none"), None)
 signal.signal(signal.SIGTERM, gpu_run._interrupt)
 signal.signal(signal.SIGINT, gpu_run._interrupt)
+{patch}
 sys.exit(int(not gpu_run.Runner(machine, dict(os.environ), time.monotonic()).run(["some"])))
 """
     process = subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(getattr(signal, name))
+    if not early:
+        process.send_signal(getattr(signal, name))
     process.communicate(timeout=30)
     assert process.returncode == 1
     assert {k: p["result"] for k, p in summary(tmp_path).items()} == {"a": "passed", "b": "failed", "c": "not reached"}
