@@ -62,7 +62,7 @@ vllm() {
 # platform from the version of its distribution.
 vllm_next() {
   vllm
-  local python=.venv-vllm/bin/python target=.venv-vllm/vllm-0.33 tools=.venv-vllm/build-tools site library
+  local python=.venv-vllm/bin/python target=.venv-vllm/vllm-0.33 tools=$PWD/.venv-vllm/build-tools site library
   [ -e $target/.ready ] && return
   rm -rf $target $tools
   $python -m pip install -q --no-deps --target $tools setuptools setuptools-scm vcs-versioning setuptools-rust \
