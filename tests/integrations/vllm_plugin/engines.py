@@ -161,6 +161,20 @@ def scheduler(llm):
     return llm.llm_engine.engine_core.engine_core.scheduler
 
 
+@contextlib.contextmanager
+def recorded_preemptions(llm):
+    """A list of the requests that are preempted in the block, each time."""
+    preempt, seen = scheduler(llm)._preempt_request, []
+
+    def recorded(request, *args, **kwargs):
+        seen.append(request)
+        return preempt(request, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scheduler(llm), "_preempt_request", recorded)
+        yield seen
+
+
 def free_blocks(llm):
     return scheduler(llm).kv_cache_manager.block_pool.get_num_free_blocks()
 

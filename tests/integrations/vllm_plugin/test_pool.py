@@ -9,7 +9,18 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, BUDGETS, PAGE_SIZE, Ask, drop_record, engine, free_blocks, sampling, scheduler
+from engines import (
+    ASKS,
+    BUDGETS,
+    PAGE_SIZE,
+    Ask,
+    drop_record,
+    engine,
+    free_blocks,
+    recorded_preemptions,
+    sampling,
+    scheduler,
+)
 
 from mustdrop_kernels.integrations.vllm.blocks import shares_blocks
 
@@ -25,17 +36,9 @@ def small(checkpoint):
 
 
 @pytest.fixture
-def preemptions(small, monkeypatch):
-    """The requests that were preempted, each time."""
-    seen = []
-    preempt = scheduler(small)._preempt_request
-
-    def recorded(request, *args, **kwargs):
-        seen.append(request)
-        return preempt(request, *args, **kwargs)
-
-    monkeypatch.setattr(scheduler(small), "_preempt_request", recorded)
-    return seen
+def preemptions(small):
+    with recorded_preemptions(small) as seen:
+        yield seen
 
 
 def run(llm, asks, lengths, abort=None):

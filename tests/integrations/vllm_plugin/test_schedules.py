@@ -10,7 +10,18 @@ import pytest
 
 pytest.importorskip("vllm", reason="needs vLLM: make test-vllm")
 
-from engines import ASKS, KEEP_ALL, PLANS, Ask, drop_record, engine, free_blocks, generate, scheduler
+from engines import (
+    ASKS,
+    KEEP_ALL,
+    PLANS,
+    Ask,
+    drop_record,
+    engine,
+    free_blocks,
+    generate,
+    recorded_preemptions,
+    scheduler,
+)
 from vllm import SamplingParams
 
 PLATFORMS = [
@@ -44,13 +55,12 @@ def test_tokens_equal_transformers(runner, attention, name, checkpoint, transfor
     choice = random.Random(f"{runner} {attention} {name}")
     requests = [(choice.choice(ASKED), choice.choice(OWN), choice.choice([1, 2, 3, 8, LONGEST])) for _ in range(60)]
     settings = dict(num_gpu_blocks_override=POOL, max_model_len=256)
-    with gpu_backends.platform(runner, attention), engine(checkpoint, PLANS[name], **settings) as llm:
-        core, free, waiting, done, preempted = llm.llm_engine, free_blocks(llm), list(enumerate(requests)), {}, []
-        preempt = scheduler(llm)._preempt_request
-        scheduler(llm)._preempt_request = lambda request, *args, **kwargs: (
-            preempted.append(request),
-            preempt(request, *args, **kwargs),
-        )
+    with (
+        gpu_backends.platform(runner, attention),
+        engine(checkpoint, PLANS[name], **settings) as llm,
+        recorded_preemptions(llm) as preempted,
+    ):
+        core, free, waiting, done = llm.llm_engine, free_blocks(llm), list(enumerate(requests)), {}
         while waiting or core.has_unfinished_requests():
             while waiting and choice.random() < 0.6:
                 number, (ask, own, length) = waiting.pop(0)

@@ -20,6 +20,7 @@ from engines import (
     engine,
     free_blocks,
     generate,
+    recorded_preemptions,
     scheduler,
 )
 
@@ -89,9 +90,12 @@ def test_interpreted_kernels_in_a_small_pool(tiny_checkpoint, tiny_transformers)
     asks = [tiny.TinyAsk("USER: <image>\ncar? ASSISTANT:", (seed,)) for seed in range(3)]
     expected = [tiny_transformers.generate(ask, plan, new)[0] for ask in asks]
     settings = dict(block_size=size, num_gpu_blocks_override=pool, max_model_len=96, max_num_seqs=4)
-    with gpu_backends.platform(2, "TRITON_ATTN"), engine(tiny_checkpoint, plan, **settings) as llm:
-        free, most, preempted = free_blocks(llm), 0, []
-        schedule, preempt = scheduler(llm).schedule, scheduler(llm)._preempt_request
+    with (
+        gpu_backends.platform(2, "TRITON_ATTN"),
+        engine(tiny_checkpoint, plan, **settings) as llm,
+        recorded_preemptions(llm) as preempted,
+    ):
+        free, most, schedule = free_blocks(llm), 0, scheduler(llm).schedule
 
         def counted(*args, **kwargs):
             nonlocal most
@@ -99,11 +103,7 @@ def test_interpreted_kernels_in_a_small_pool(tiny_checkpoint, tiny_transformers)
             most = max(most, len(planned.num_scheduled_tokens))
             return planned
 
-        def recorded(request, *args, **kwargs):
-            preempted.append(request)
-            return preempt(request, *args, **kwargs)
-
-        scheduler(llm).schedule, scheduler(llm)._preempt_request = counted, recorded
+        scheduler(llm).schedule = counted
         assert generate(llm, asks, new) == expected
         assert most * -(-len(tiny_transformers.ids(asks[0])) // size) > free == pool - 1
         assert preempted
